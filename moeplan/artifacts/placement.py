@@ -1,0 +1,113 @@
+"""Placements: slot -> expert and slot -> rank. ``L`` layers, ``P`` slots, ``E`` experts, ``R`` ranks, ``N`` nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.errors import PlanError
+
+__all__ = ["EMPTY", "Placement"]
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where every copy of every expert lives.
+
+    ``physical_to_logical_LP`` names the expert in each slot; ``-1`` marks a slot left empty (ranks with unequal
+    slots, layers with fewer experts). ``rank_of_slot_P`` never falls: the slots of a rank stand together, in rank
+    order. Rank ``r`` is in node ``r // ranks_per_node``. No rank holds two copies of one expert.
+    ``share_LP`` is the part of an expert's tokens that each copy takes; None means evenly.
+    """
+
+    physical_to_logical_LP: NDArray[np.int32]
+    rank_of_slot_P: NDArray[np.int32]
+    num_experts: int
+    num_ranks: int
+    ranks_per_node: int
+    share_LP: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        p2l, ranks = self.physical_to_logical_LP, self.rank_of_slot_P
+        if p2l.ndim != 2 or ranks.shape != p2l.shape[1:]:
+            raise PlanError(f"physical_to_logical_map {p2l.shape} and rank_of_slot {ranks.shape} do not fit: [L, P] and [P]")
+        if len(ranks) == 0 or (np.diff(ranks) < 0).any() or ranks[0] < 0 or ranks[-1] >= self.num_ranks:
+            raise PlanError(f"rank_of_slot must never fall and stay within 0..{self.num_ranks - 1} (num_ranks)")
+        if self.num_ranks % self.ranks_per_node:
+            raise PlanError(f"num_ranks ({self.num_ranks}) is not a multiple of ranks_per_node ({self.ranks_per_node})")
+        if p2l.min() < EMPTY or p2l.max() >= self.num_experts:
+            layer, slot = (int(i[0]) for i in np.nonzero((p2l < EMPTY) | (p2l >= self.num_experts)))
+            raise PlanError(
+                f"physical_to_logical_map[{layer}][{slot}] ({p2l[layer, slot]}) is outside 0..{self.num_experts - 1}"
+            )
+        if self.share_LP is not None and self.share_LP.shape != p2l.shape:
+            raise PlanError(f"share {self.share_LP.shape} does not have the shape of physical_to_logical_map {p2l.shape}")
+
+    @property
+    def num_layers(self) -> int:
+        """``L``."""
+        return int(self.physical_to_logical_LP.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        """``P``, empty slots included."""
+        return int(self.physical_to_logical_LP.shape[1])
+
+    @property
+    def num_nodes(self) -> int:
+        """``N``."""
+        return self.num_ranks // self.ranks_per_node
+
+    @property
+    def node_of_slot_P(self) -> NDArray[np.int32]:
+        """Node of each slot."""
+        return (self.rank_of_slot_P // self.ranks_per_node).astype(np.int32)
+
+    @property
+    def replicas_LE(self) -> NDArray[np.int32]:
+        """Copies of each expert in each layer."""
+        layers = np.repeat(np.arange(self.num_layers), self.num_slots)
+        flat = self.physical_to_logical_LP.ravel()
+        used = flat != EMPTY
+        counts = np.zeros((self.num_layers, self.num_experts), dtype=np.int32)
+        np.add.at(counts, (layers[used], flat[used]), 1)
+        return counts
+
+    @property
+    def slot_share_LP(self) -> NDArray[np.float64]:
+        """Part of its expert's tokens that each slot takes; 0 for empty slots."""
+        if self.share_LP is not None:
+            return self.share_LP
+        replicas = np.take_along_axis(self.replicas_LE, np.maximum(self.physical_to_logical_LP, 0), axis=1)
+        return np.where(self.physical_to_logical_LP == EMPTY, 0.0, 1.0 / np.maximum(replicas, 1))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every rank has the same number of slots and none is empty: what serving engines accept."""
+        sizes = np.bincount(self.rank_of_slot_P, minlength=self.num_ranks)
+        return bool((sizes == sizes[0]).all() and (self.physical_to_logical_LP != EMPTY).all())
+
+    def require_valid(self, experts_per_layer: tuple[int, ...] | None = None) -> None:
+        """Every expert of every layer has a place, and no rank holds one twice.
+
+        Raises:
+            PlanError: naming layer and expert.
+        """
+        replicas = self.replicas_LE
+        for layer in range(self.num_layers):
+            expected = self.num_experts if experts_per_layer is None else experts_per_layer[layer]
+            missing = np.nonzero(replicas[layer, :expected] == 0)[0]
+            if len(missing):
+                raise PlanError(f"layer {layer}: expert {int(missing[0])} has no slot; every expert needs at least one")
+            if replicas[layer, expected:].any():
+                raise PlanError(f"layer {layer}: a slot holds an expert beyond the layer's {expected}")
+            used = self.physical_to_logical_LP[layer] != EMPTY
+            keys = self.rank_of_slot_P[used].astype(np.int64) * self.num_experts + self.physical_to_logical_LP[layer, used]
+            values, counts = np.unique(keys, return_counts=True)
+            if (counts > 1).any():
+                rank, expert = divmod(int(values[counts > 1][0]), self.num_experts)
+                raise PlanError(f"layer {layer}: rank {rank} holds expert {expert} twice; the second copy is wasted")

@@ -1,0 +1,73 @@
+"""The command line: words to one call of :mod:`moeplan.pipeline`. Commands load only when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+__all__ = ["main"]
+
+# name -> (module in moeplan.cli, one-line help); the object in the module is called `command`.
+_COMMANDS: dict[str, tuple[str, str]] = {
+    "optimize": ("optimize", "Plan a placement from recorded routing and write it to a directory."),
+    "evaluate": ("evaluate", "Score any plan or placement file on any trace."),
+    "show": ("show", "Show a plan in the terminal."),
+    "export": ("export", "Write a plan as a placement file of a serving engine or training framework."),
+    "import": ("import_", "Read a placement file of another engine into a plan."),
+    "trace": ("trace", "Inspect, convert, validate and synthesise routing traces."),
+    "profile": ("profile", "Measure, import, check and show hardware profiles."),
+    "validate": ("validate", "Hold predictions against measurements."),
+    "models": ("catalogue", "List the built-in models."),
+    "clusters": ("catalogue", "List the built-in accelerators and clusters."),
+    "completion": ("completion", "Print the shell completion script."),
+}
+
+
+class _LazyGroup(click.Group):
+    """Knows its commands by name and one-line help; imports a command's module when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"moeplan.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name if hasattr(module, cmd_name) else "command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="moeplan")
+def cli() -> None:
+    """Measure, plan, simulate and apply expert placements for Mixture-of-Experts clusters."""
+
+
+def main() -> None:
+    """Run the command line; errors people can cause end in one line and exit code 2, Ctrl-C in 130."""
+    from moeplan.errors import MoeplanError
+
+    try:
+        status = cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        status = 130
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except MoeplanError as error:
+        click.echo(f"error: {error}", err=True)
+        status = error.exit_code
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        status = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        status = 1
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,37 @@
+"""Costs of the routed experts of one MoE layer, linear at an operating point: what planners minimise.
+
+A layer takes ``expert_s(busiest rank) + exchange_s(busiest node or rank)``. Coefficients are seconds per unit at one
+workload; they come from measured tables where a profile covers the point and from the roofline elsewhere, and
+``source`` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["LayerCosts"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCosts:
+    """Seconds of one MoE layer (dispatch, routed experts, combine) at one operating point.
+
+    With ``T = tokens_per_step`` tokens entering the layer over all ranks,
+
+    - a rank of speed 1 that works on ``n`` (token, expert) pairs with ``a`` distinct experts hit takes
+      ``expert_fixed_s + a * per_active_expert_s + n * per_pair_s``;
+    - dispatch and combine together take ``exchange_fixed_s`` plus the slower of the two paths: the busiest node's
+      ``x`` token copies from other nodes, ``x * per_node_copy_s`` (its NICs together), and the busiest rank's ``y``
+      token copies over the scale-up links, ``y * per_rank_copy_s``.
+    """
+
+    tokens_per_step: int
+    expert_fixed_s: float
+    per_active_expert_s: float
+    per_pair_s: float
+    exchange_fixed_s: float
+    per_node_copy_s: float
+    per_rank_copy_s: float
+    relative_error: float = 0.3
+    source: Mapping[str, str] = field(default_factory=dict)

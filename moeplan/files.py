@@ -1,0 +1,195 @@
+"""Files in and out: whole or not at all, hashed, and never larger than expected."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moeplan.errors import InputError
+
+__all__ = [
+    "atomic_directory",
+    "atomic_path",
+    "canonical_json",
+    "read_json",
+    "read_lines",
+    "read_yaml",
+    "sha256_bytes",
+    "sha256_file",
+    "write_text",
+]
+
+MAX_LINE_BYTES = 64 * 2**20
+MAX_DOCUMENT_BYTES = 512 * 2**20
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {path}: {error.strerror or error}; choose another --out")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path``; it is renamed over ``path`` only when the block succeeds."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    os.close(handle)
+    temporary = Path(name)
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling directory; it takes the place of ``path`` whole when the block succeeds."""
+    path = path.absolute()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"cannot write {path}: it is a file, not a directory; choose another --out")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if path.exists():
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no insignificant white space: the form that is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex digest of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_document(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > MAX_DOCUMENT_BYTES:
+            raise InputError(
+                f"{path} has {size} bytes, more than the {MAX_DOCUMENT_BYTES} a JSON or YAML document may have;"
+                " store large traces as .npz or .parquet"
+            )
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path}: it is not UTF-8 text (byte {error.start})") from error
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON document.
+
+    Raises:
+        InputError: unreadable, too large or malformed; the message gives line and column.
+    """
+    try:
+        return json.loads(_read_document(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply to be a document of this project") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe YAML without aliases, so that a document cannot grow beyond its text."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not accepted; write the value out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key}' appears twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML document safely: no tags, no aliases, no repeated keys.
+
+    Raises:
+        InputError: unreadable, too large or malformed; the message gives line and column.
+    """
+    text = _read_document(path)
+    try:
+        return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader subclass
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        raise InputError(f"{path} is not usable YAML: {error.problem}{where}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path} is not usable YAML: {error or 'nested too deeply'}") from error
+
+
+def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+    """Lines of a file, each at most ``max_bytes`` long.
+
+    Raises:
+        InputError: unreadable, or a line is longer than ``max_bytes``.
+    """
+    try:
+        with path.open("rb") as stream:
+            number = 0
+            while line := stream.readline(max_bytes + 1):
+                number += 1
+                if len(line) > max_bytes:
+                    raise InputError(f"{path} line {number} is longer than {max_bytes} bytes; is this a line-based file?")
+                yield line
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,0 +1,103 @@
+"""What a planner is given and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.plan import Status
+from moeplan.costs.layer import LayerCosts
+from moeplan.specs.workload import Objective
+
+__all__ = ["Planner", "PlanningProblem", "PlanningResult", "Progress", "no_progress"]
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the finished fraction (0..1)."""
+
+
+def no_progress(_what: str, _done: float) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanningProblem:
+    """One planning task; everything is checked before it gets here.
+
+    ``slots_R`` is the number of expert slots of each rank (0 for a failed rank), the same in every layer, and
+    ``speed_R`` their relative speed. ``experts_L`` is the number of experts of each layer. Budgets of searches
+    count proposals, never seconds, so that one seed gives one answer; ``time_limit_s`` is the exception a person
+    asks for, and a planner that it stops answers with status ``time_limit``.
+    """
+
+    load: ExpertLoad
+    experts_L: NDArray[np.int64]
+    slots_R: NDArray[np.int64]
+    speed_R: NDArray[np.float64]
+    ranks_per_node: int
+    costs: LayerCosts
+    objective: Objective
+    seed: int = 0
+    num_groups: int = 1
+    time_limit_s: float | None = None
+    current: Placement | None = None
+    max_moves: int | None = None
+    progress: Progress = field(default=no_progress)
+
+    @property
+    def num_ranks(self) -> int:
+        """``R``."""
+        return len(self.slots_R)
+
+    @property
+    def num_nodes(self) -> int:
+        """``N``."""
+        return self.num_ranks // self.ranks_per_node
+
+    @property
+    def num_slots(self) -> int:
+        """``P``."""
+        return int(self.slots_R.sum())
+
+    @property
+    def rank_of_slot_P(self) -> NDArray[np.int32]:
+        """Rank of each slot: a rank's slots stand together, in rank order."""
+        return np.repeat(np.arange(self.num_ranks, dtype=np.int32), self.slots_R)
+
+    def placement(self, physical_to_logical_LP: NDArray[np.integer]) -> Placement:  # type: ignore[type-arg]
+        """The placement over this problem's slots."""
+        return Placement(
+            physical_to_logical_LP=physical_to_logical_LP.astype(np.int32),
+            rank_of_slot_P=self.rank_of_slot_P,
+            num_experts=self.load.num_experts,
+            num_ranks=self.num_ranks,
+            ranks_per_node=self.ranks_per_node,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanningResult:
+    """A planner's answer. ``optimal_for`` names the quantity that ``status='optimal'`` is proven for."""
+
+    placement: Placement
+    status: Status = "feasible"
+    optimal_for: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """A planner plugin (entry-point group ``moeplan.planners``): a callable from problem to result."""
+
+    def __call__(self, problem: PlanningProblem) -> PlanningResult:
+        """Place every expert of every layer.
+
+        Raises:
+            InfeasibleError: no placement satisfies the limits; the message says which binds and by how much.
+        """
+        ...

@@ -1,0 +1,89 @@
+"""The cluster: accelerators, nodes and what joins them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moeplan.specs.base import Spec
+from moeplan.units import Bytes, BytesPerSecond, FlopsPerSecond, Seconds, Watts
+
+__all__ = ["AcceleratorSpec", "ClusterSpec", "LinkSpec", "RankSpec", "TopologyPreset"]
+
+TopologyPreset = Literal["flat", "two-level", "rail-optimised", "nvl72", "explicit"]
+
+
+class AcceleratorSpec(Spec):
+    """One accelerator, by its data sheet; bandwidths are unidirectional."""
+
+    name: str
+    memory: Bytes
+    memory_bandwidth: BytesPerSecond
+    bf16: FlopsPerSecond = Field(description="dense, no sparsity")
+    fp8: FlopsPerSecond | None = None
+    fp4: FlopsPerSecond | None = None
+    int8: FlopsPerSecond | None = None
+    scale_up_bandwidth: BytesPerSecond = Field(description="per rank inside its NVLink-like domain, one way")
+    scale_up_domain: int = Field(gt=0, description="ranks in one domain")
+    nic_bandwidth: BytesPerSecond = Field(description="per rank between nodes, one way")
+    tdp: Watts | None = None
+    source: str = ""
+
+
+class RankSpec(Spec):
+    """How one rank departs from the others."""
+
+    speed: float = Field(1.0, gt=0, description="1.0: as the accelerator; 0.7: takes 1/0.7 of the time")
+    memory: Bytes | None = Field(None, description="instead of the accelerator's")
+    slots: int | None = Field(None, gt=0, description="expert slots per layer, where ranks differ")
+    failed: bool = False
+
+
+class LinkSpec(Spec):
+    """One directed link of an explicit topology; ends are ``rank0``, ``node0`` or any switch name."""
+
+    source: str
+    target: str
+    bandwidth: BytesPerSecond
+    latency: Seconds
+    duplex: bool = Field(True, description="whether the reverse link exists too")
+
+
+class ClusterSpec(Spec):
+    """Ranks in nodes. Rank ``r`` is in node ``r // ranks_per_node``."""
+
+    name: str = "cluster"
+    accelerator: AcceleratorSpec
+    num_nodes: int = Field(gt=0)
+    ranks_per_node: int = Field(gt=0)
+    topology: TopologyPreset = "two-level"
+    links: tuple[LinkSpec, ...] = Field((), description="for topology: explicit")
+    scale_up_latency: Seconds = "3 us"  # type: ignore[assignment]
+    nic_latency: Seconds = "8 us"  # type: ignore[assignment]
+    ranks: dict[int, RankSpec] = Field(default_factory=dict, description="departures, by rank number")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ClusterSpec:
+        for rank in self.ranks:
+            if not 0 <= rank < self.num_ranks:
+                raise ValueError(f"ranks.{rank} is outside 0..{self.num_ranks - 1} (num_nodes x ranks_per_node)")
+        if (self.topology == "explicit") != bool(self.links):
+            raise ValueError("links and topology: explicit go together; give both or neither")
+        if all(self.rank(r).failed for r in range(self.num_ranks)):
+            raise ValueError("every rank is failed; leave at least one")
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        """``R``, failed ranks included."""
+        return self.num_nodes * self.ranks_per_node
+
+    def rank(self, number: int) -> RankSpec:
+        """What is special about a rank (the default where nothing is)."""
+        return self.ranks.get(number) or RankSpec()
+
+    def rank_memory_bytes(self, number: int) -> float:
+        """Device memory of a rank in bytes."""
+        memory = self.rank(number).memory
+        return self.accelerator.memory if memory is None else memory

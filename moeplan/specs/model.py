@@ -1,0 +1,123 @@
+"""The model: shapes that decide bytes and operations. ``B`` bytes, ``H`` hidden, ``F`` expert FFN size."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moeplan.specs.base import Spec
+
+__all__ = ["DTYPE_BYTES", "AttentionSpec", "Dtype", "ModelSpec"]
+
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4", "fp4"]
+DTYPE_BYTES: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5, "fp4": 0.5}
+
+
+class AttentionSpec(Spec):
+    """Attention of one layer: GQA by heads, or MLA when ``kv_lora_rank`` is set (DeepSeek-V2, section 2.1)."""
+
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0, description="per head; for MLA the value head size")
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether keys and values are stored as one latent vector."""
+        return self.kv_lora_rank is not None
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Numbers kept per token and layer in the KV cache."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + (self.qk_rope_head_dim or 0)
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+class ModelSpec(Spec):
+    """A Mixture-of-Experts transformer."""
+
+    name: str
+    num_layers: int = Field(gt=0, description="all decoder layers, dense and MoE")
+    moe_layer_ids: tuple[int, ...] = Field(min_length=1, description="absolute numbers of the MoE layers, rising")
+    hidden_size: int = Field(gt=0)
+    num_experts: int = Field(gt=0, description="routed experts of a MoE layer (the largest, where layers differ)")
+    experts_per_layer: tuple[int, ...] | None = Field(None, description="per MoE layer, where layers differ")
+    top_k: int = Field(gt=0)
+    expert_intermediate_size: int = Field(gt=0)
+    gated_ffn: bool = True
+    num_shared_experts: int = Field(0, ge=0)
+    shared_intermediate_size: int = Field(0, ge=0, description="all shared experts of a layer together")
+    dense_intermediate_size: int = Field(0, ge=0, description="FFN of the dense layers")
+    attention: AttentionSpec | None = Field(None, description="None: not known, its time and KV cache are not predicted")
+    vocab_size: int = Field(gt=0)
+    tie_word_embeddings: bool = False
+    n_group: int | None = None
+    topk_group: int | None = None
+    source: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        ids = self.moe_layer_ids
+        if any(b <= a for a, b in zip(ids, ids[1:], strict=False)) or ids[0] < 0 or ids[-1] >= self.num_layers:
+            raise ValueError(f"moe_layer_ids must rise within 0..num_layers-1 ({self.num_layers - 1})")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) exceeds num_experts ({self.num_experts})")
+        if self.experts_per_layer is not None and (
+            len(self.experts_per_layer) != len(ids)
+            or max(self.experts_per_layer) != self.num_experts
+            or min(self.experts_per_layer) < self.top_k
+        ):
+            raise ValueError(
+                f"experts_per_layer needs one entry per MoE layer ({len(ids)}), at least top_k ({self.top_k}),"
+                f" the largest equal to num_experts ({self.num_experts})"
+            )
+        return self
+
+    @property
+    def num_moe_layers(self) -> int:
+        """``L``: layers with routed experts."""
+        return len(self.moe_layer_ids)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one routed expert."""
+        return (3 if self.gated_ffn else 2) * self.hidden_size * self.expert_intermediate_size
+
+    def expert_bytes(self, dtype: Dtype) -> float:
+        """Bytes of one routed expert's weights."""
+        return self.expert_parameters * DTYPE_BYTES[dtype]
+
+    @property
+    def non_expert_parameters(self) -> int:
+        """Weights outside the routed experts (attention, shared experts, dense FFN, router, embeddings)."""
+        matrices = 3 if self.gated_ffn else 2
+        per_layer = 0
+        if (a := self.attention) is not None:
+            if a.kv_lora_rank is not None:
+                nope, rope = a.qk_nope_head_dim or 0, a.qk_rope_head_dim or 0
+                q_in = a.q_lora_rank or self.hidden_size
+                per_layer = (
+                    (self.hidden_size * a.q_lora_rank if a.q_lora_rank else 0)
+                    + q_in * a.num_heads * (nope + rope)
+                    + self.hidden_size * (a.kv_lora_rank + rope)
+                    + a.kv_lora_rank * a.num_heads * (nope + a.head_dim)
+                    + a.num_heads * a.head_dim * self.hidden_size
+                )
+            else:
+                per_layer = 2 * self.hidden_size * a.head_dim * (a.num_heads + a.num_kv_heads)
+        moe = matrices * self.hidden_size * self.shared_intermediate_size + self.hidden_size * self.num_experts
+        dense = matrices * self.hidden_size * self.dense_intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        num_moe = self.num_moe_layers
+        return self.num_layers * per_layer + num_moe * moe + (self.num_layers - num_moe) * dense + embeddings
+
+    def kv_bytes_per_token(self, dtype: Dtype = "bf16") -> float | None:
+        """KV-cache bytes per token over all layers; None where the attention is not known."""
+        if self.attention is None:
+            return None
+        return self.num_layers * self.attention.kv_elements_per_token * DTYPE_BYTES[dtype]
