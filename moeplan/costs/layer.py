@@ -1,8 +1,8 @@
 """Costs of the routed experts of one MoE layer, linear at an operating point: what planners minimise.
 
-A layer takes ``expert_s(busiest rank) + exchange_s(busiest node or rank)``. Coefficients are seconds per unit at one
-workload; they come from measured tables where a profile covers the point and from the roofline elsewhere, and
-``source`` says which.
+A layer takes ``expert_s(busiest rank) + exchange_s(busiest node or rank)``. Coefficients are seconds per unit
+at one workload; they come from measured tables where a profile covers the point and from the roofline
+elsewhere, and ``source`` says which.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class LayerCosts:
 
     - a rank of speed 1 that works on ``n`` (token, expert) pairs with ``a`` distinct experts hit takes
       ``expert_fixed_s + a * per_active_expert_s + n * per_pair_s``;
-    - dispatch and combine together take ``exchange_fixed_s`` plus the slower of the two paths: the busiest node's
-      ``x`` token copies from other nodes, ``x * per_node_copy_s`` (its NICs together), and the busiest rank's ``y``
-      token copies over the scale-up links, ``y * per_rank_copy_s``.
+    - dispatch and combine together take ``exchange_fixed_s`` plus the slower of the two paths: the busiest
+      node's ``x`` token copies from other nodes, ``x * per_node_copy_s`` (its NICs together), and the busiest
+      rank's ``y`` token copies over the scale-up links, ``y * per_rank_copy_s``.
     """
 
     tokens_per_step: int

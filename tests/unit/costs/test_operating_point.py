@@ -1,0 +1,85 @@
+"""The roofline's figures against sums done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from moeplan.costs.operating_point import layer_costs
+from moeplan.costs.roofline import expected_active, internode_bandwidth, token_bytes
+from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.workload import Objective, Workload
+
+GPU = AcceleratorSpec.model_validate(
+    {
+        "name": "test-gpu",
+        "memory": "80 GB",
+        "memory_bandwidth": "1000 GB/s",
+        "bf16": "100 TFLOPS",
+        "fp8": "200 TFLOPS",
+        "scale_up_bandwidth": "400 GB/s",
+        "scale_up_domain": 8,
+        "nic_bandwidth": "50 GB/s",
+    }
+)
+MODEL = ModelSpec(
+    name="small",
+    num_layers=4,
+    moe_layer_ids=(1, 2, 3),
+    hidden_size=1000,
+    num_experts=16,
+    top_k=2,
+    expert_intermediate_size=500,
+    vocab_size=100,
+)
+
+
+def cluster(**changes: object) -> ClusterSpec:
+    return ClusterSpec.model_validate({"accelerator": GPU, "num_nodes": 2, "ranks_per_node": 4, **changes})
+
+
+def test_prefill_is_arithmetic_bound_and_decode_is_weight_bound() -> None:
+    prefill = layer_costs(MODEL, cluster(), Workload(batch_per_rank=65536), Objective())
+    # 2 operations x 1.5e6 weights / 100 TFLOPS = 30 ns; activations 2 B x (2000 + 1500) / 800 GB/s = 8.75 ns
+    assert prefill.per_pair_s == pytest.approx(38.75e-9, rel=0.01)
+    assert prefill.tokens_per_step == 8 * 65536
+    decode = layer_costs(MODEL, cluster(), Workload(phase="decode", batch_per_rank=4), Objective())
+    assert decode.per_active_expert_s == pytest.approx(3e6 / 800e9, rel=0.01)
+
+
+def test_copies_cost_bytes_over_bandwidth() -> None:
+    costs = layer_costs(MODEL, cluster(), Workload(activation_dtype="fp8"), Objective())
+    copy_bytes = 1000 * (1 + 4 / 128) + 2000
+    assert costs.per_node_copy_s == pytest.approx(copy_bytes / (4 * 50e9))
+    assert costs.per_rank_copy_s == pytest.approx(copy_bytes / 400e9)
+    assert costs.exchange_fixed_s == pytest.approx(16e-6)
+    stay = layer_costs(MODEL, cluster(), Workload(activation_dtype="bf16"), Objective(return_mode="stay"))
+    assert stay.per_rank_copy_s == pytest.approx(2000 / 400e9)
+
+
+def test_allgather_does_not_depend_on_the_placement() -> None:
+    costs = layer_costs(MODEL, cluster(), Workload(batch_per_rank=100), Objective(dispatch="allgather"))
+    assert costs.per_node_copy_s == costs.per_rank_copy_s == 0
+    assert costs.exchange_fixed_s == pytest.approx(16e-6 + 400 * 4000 / 200e9)
+
+
+def test_failed_ranks_send_nothing() -> None:
+    costs = layer_costs(MODEL, cluster(ranks={3: {"failed": True}}), Workload(batch_per_rank=10), Objective())
+    assert costs.tokens_per_step == 70
+
+
+def test_nodes_are_joined_by_what_the_topology_says() -> None:
+    assert internode_bandwidth(cluster()) == 200e9
+    assert internode_bandwidth(cluster(topology="nvl72")) == 1600e9
+    links = [
+        {"source": "node0", "target": "switch", "bandwidth": "7 GB/s", "latency": "5 us"},
+        {"source": "switch", "target": "node1", "bandwidth": "5 GB/s", "latency": "5 us", "duplex": True},
+    ]
+    assert internode_bandwidth(cluster(topology="explicit", links=links)) == 5e9
+
+
+def test_expected_active_counts_distinct_experts() -> None:
+    assert expected_active(2, 2) == pytest.approx(1.5)
+    assert expected_active(1, 3) == 1
+    assert expected_active(16, 1) == pytest.approx(1)
+    assert token_bytes(128, "fp4") == 72
