@@ -20,7 +20,7 @@ class Placement:
 
     ``physical_to_logical_LP`` names the expert in each slot; ``-1`` marks a slot left empty (ranks with unequal
     slots, layers with fewer experts). ``rank_of_slot_P`` never falls: the slots of a rank stand together, in rank
-    order. Rank ``r`` is in node ``r // ranks_per_node``. No rank holds two copies of one expert.
+    order. Rank ``r`` is in node ``r // ranks_per_node``. No rank of a placement of ours holds two copies of one expert.
     ``share_LP`` is the part of an expert's tokens that each copy takes; None means evenly.
     """
 
@@ -91,8 +91,17 @@ class Placement:
         sizes = np.bincount(self.rank_of_slot_P, minlength=self.num_ranks)
         return bool((sizes == sizes[0]).all() and (self.physical_to_logical_LP != EMPTY).all())
 
-    def require_valid(self, experts_per_layer: tuple[int, ...] | None = None) -> None:
+    def duplicates(self) -> list[tuple[int, int, int]]:
+        """``(row, rank, expert)`` wherever a rank holds an expert more than once: the further copies are wasted."""
+        rows, slots = np.nonzero(self.physical_to_logical_LP != EMPTY)
+        held = np.stack([rows, self.rank_of_slot_P[slots], self.physical_to_logical_LP[rows, slots]], axis=1)
+        values, counts = np.unique(held, axis=0, return_counts=True)
+        return [(int(row), int(rank), int(expert)) for row, rank, expert in values[counts > 1]]
+
+    def require_valid(self, experts_per_layer: tuple[int, ...] | None = None, *, allow_duplicates: bool = False) -> None:
         """Every expert of every layer has a place, and no rank holds one twice.
+
+        ``allow_duplicates`` is for placements that other planners made (EPLB can put two copies on one rank).
 
         Raises:
             PlanError: naming layer and expert.
@@ -105,9 +114,6 @@ class Placement:
                 raise PlanError(f"layer {layer}: expert {int(missing[0])} has no slot; every expert needs at least one")
             if replicas[layer, expected:].any():
                 raise PlanError(f"layer {layer}: a slot holds an expert beyond the layer's {expected}")
-            used = self.physical_to_logical_LP[layer] != EMPTY
-            keys = self.rank_of_slot_P[used].astype(np.int64) * self.num_experts + self.physical_to_logical_LP[layer, used]
-            values, counts = np.unique(keys, return_counts=True)
-            if (counts > 1).any():
-                rank, expert = divmod(int(values[counts > 1][0]), self.num_experts)
-                raise PlanError(f"layer {layer}: rank {rank} holds expert {expert} twice; the second copy is wasted")
+        if not allow_duplicates and (twice := self.duplicates()):
+            layer, rank, expert = twice[0]
+            raise PlanError(f"layer {layer}: rank {rank} holds expert {expert} twice; the second copy is wasted")

@@ -15,9 +15,11 @@ from moeplan.files import canonical_json, read_json, sha256_bytes, write_text
 from moeplan.specs.base import validation_message
 from moeplan.specs.workload import Objective, Workload
 
-__all__ = ["SCHEMA_VERSION", "Bound", "LayerEvaluation", "Migration", "Move", "Plan", "Prediction", "Status", "Verdict"]
+__all__ = ["IMPORTED", "SCHEMA_VERSION", "Bound", "LayerEvaluation", "Migration", "Move", "Plan", "Prediction", "Status", "Verdict"]
 
 SCHEMA_VERSION = 1
+IMPORTED = "imported:"
+"""Prefix of ``planner`` in plans that were read from another engine's file; the format's name follows."""
 
 Status = Literal["optimal", "feasible", "time_limit", "interrupted"]
 
@@ -143,7 +145,7 @@ class Plan(_Paper):
         widths = {len(row) for row in plan.physical_to_logical_map}
         if len(widths) != 1 or len(plan.physical_to_logical_map) != len(plan.layer_ids):
             raise PlanError(f"{where}: physical_to_logical_map must have one row of equal length per layer of layer_ids")
-        plan.placement.require_valid(plan.experts_per_layer)
+        plan.placement.require_valid(plan.experts_per_layer, allow_duplicates=plan.is_imported)
         return plan
 
     @classmethod
@@ -165,6 +167,11 @@ class Plan(_Paper):
                 body = json.dumps(value)
             rows.append(f"  {json.dumps(key)}: {body}")
         write_text(path, "{\n" + ",\n".join(rows) + "\n}\n")
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether another engine's file was read: such a placement may hold two copies of one expert on a rank."""
+        return self.planner.startswith(IMPORTED)
 
     @property
     def sha256(self) -> str:
