@@ -1,0 +1,338 @@
+"""Hardware profiles: a directory of measured tables with where each number is from.
+
+::
+
+    DIR/profile.json            device, versions, date, command, sources, licence, rows set aside
+    DIR/<table>.parquet|.csv    one file per table; columns in :mod:`moeplan.artifacts.profile_tables`
+
+Tables are read when they are first asked for and checked against their hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moeplan.artifacts.profile_tables import TABLES, columns_of, measure_command
+from moeplan.errors import InputError, ProfileError, UnknownNameError
+from moeplan.files import atomic_directory, read_json, sha256_bytes, sha256_file
+from moeplan.specs.base import validation_message
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "HardwareProfile",
+    "ProfileMeta",
+    "Source",
+    "TableMeta",
+    "load_profile",
+    "shipped_profiles",
+]
+
+SCHEMA_VERSION = 1
+
+_ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+
+
+class _Paper(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Source(_Paper):
+    """Where numbers are from."""
+
+    kind: Literal["measured", "imported"]
+    title: str = Field(description="package and file, or what was run")
+    version: str = Field("", description="of the package or framework")
+    device: str = Field("", description="as the device names itself")
+    date: str = Field("", description="of the measurement, where published")
+    licence: str = ""
+    note: str = ""
+
+
+class TableMeta(_Paper):
+    """One table file."""
+
+    file: str
+    rows: int = Field(ge=0)
+    sha256: str
+
+
+class ProfileMeta(_Paper):
+    """``profile.json``."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    accelerator: str = Field(
+        description="name in the accelerator registry, or the device's own where it is not there"
+    )
+    device: str = Field("", description="as the device names itself")
+    driver: str = ""
+    libraries: dict[str, str] = Field(default_factory=dict, description="name -> version")
+    date: str = Field(description="ISO 8601 day or time, UTC")
+    command: str = Field(description="what makes this profile again")
+    licence: str = ""
+    note: str = ""
+    sources: dict[str, Source] = Field(default_factory=dict)
+    system: dict[str, float | str] = Field(
+        default_factory=dict, description="machine facts, unit in the key: launch_latency_us, clock_mhz, ..."
+    )
+    rejected: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="table -> reason -> rows dropped or marked by the sanity pass"
+    )
+    tables: dict[str, TableMeta] = Field(default_factory=dict)
+
+
+def _conform(name: str, table: pa.Table, where: str) -> pa.Table:
+    """The table in its schema's columns and types; defaults filled in."""
+    schema = columns_of(name)
+    unknown = sorted(set(table.column_names) - set(schema))
+    missing = sorted(
+        c for c, column in schema.items() if column.default is None and c not in table.column_names
+    )
+    if unknown or missing:
+        raise ProfileError(
+            f"{where}: table {name} "
+            + " and ".join(
+                [f"lacks column {', '.join(missing)}"] * bool(missing)
+                + [f"has unknown column {', '.join(unknown)}"] * bool(unknown)
+            )
+            + "; the columns are listed in docs/reference/profile-tables.json"
+        )
+    arrays = []
+    for column, spec in schema.items():
+        if column not in table.column_names:
+            arrays.append(pa.repeat(pa.scalar(spec.default, _ARROW[spec.kind]), table.num_rows))
+            continue
+        try:
+            values = table[column].combine_chunks().cast(_ARROW[spec.kind])
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ProfileError(
+                f"{where}: column {column} of table {name} is not {spec.kind}: {error}"
+            ) from error
+        if values.null_count:
+            raise ProfileError(
+                f"{where}: column {column} of table {name} has {values.null_count} empty cells"
+            )
+        arrays.append(values)
+    result = pa.table(dict(zip(schema, arrays, strict=True)))
+    low = pc.min(result["latency_us"]).as_py() if result.num_rows else 1.0
+    if not low > 0 or not pc.all(pc.is_finite(result["latency_us"])).as_py():
+        raise ProfileError(
+            f"{where}: latency_us of table {name} must be finite and above 0 (smallest is {low})"
+        )
+    strings = [c for c, spec in schema.items() if spec.kind == "str" and c != "vector"]
+    for column in strings:
+        index = result.column_names.index(column)
+        result = result.set_column(index, column, result[column].combine_chunks().dictionary_encode())
+    return result
+
+
+class HardwareProfile:
+    """Metadata and tables of one machine. Immutable; tables load when first used."""
+
+    def __init__(
+        self, meta: ProfileMeta, tables: Mapping[str, pa.Table] | None = None, directory: Path | None = None
+    ):
+        self.meta = meta
+        self.directory = directory
+        where = str(directory) if directory else f"profile {meta.name}"
+        self._tables: dict[str, pa.Table] = {}
+        for name, table in (tables or {}).items():
+            if name not in TABLES:
+                raise UnknownNameError("profile table", name, TABLES)
+            self._tables[name] = _conform(name, table, where)
+
+    # ------------------------------------------------------------------ reading
+
+    @classmethod
+    def open(cls, directory: Path) -> HardwareProfile:
+        """Open a profile directory; reads ``profile.json`` only.
+
+        Raises:
+            ProfileError: no profile, malformed, or of another schema version.
+        """
+        path = directory / "profile.json"
+        if not path.is_file():
+            raise ProfileError(
+                f"{directory} has no profile.json: it is not a profile; see moeplan profile --help"
+            )
+        try:
+            document = read_json(path)
+        except InputError as error:
+            raise ProfileError(f"{error}; the profile is corrupt, restore it or measure it again") from error
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version != SCHEMA_VERSION:
+            again = document.get("command") if isinstance(document, dict) else None
+            older = not isinstance(version, int) or version < SCHEMA_VERSION
+            raise ProfileError(
+                f"{path}: schema_version ({version}) is {'older' if older else 'newer'} than this moeplan's"
+                f" ({SCHEMA_VERSION}); "
+                + (f"measure again: {again}" if older and again else "use a moeplan that fits it")
+            )
+        try:
+            meta = ProfileMeta.model_validate(document)
+        except ValidationError as error:
+            raise ProfileError(validation_message(str(path), error)) from error
+        unknown = sorted(set(meta.tables) - set(TABLES))
+        if unknown:
+            raise ProfileError(
+                f"{path}: tables ({', '.join(unknown)}) are not known; known: {', '.join(TABLES)}"
+            )
+        return cls(meta, directory=directory)
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Tables this profile has."""
+        return tuple(name for name in TABLES if name in self._tables or name in self.meta.tables)
+
+    def table(self, name: str) -> pa.Table:
+        """A table, marked rows included; strings are dictionary-encoded.
+
+        Raises:
+            ProfileError: the profile has no such table, or its file is missing, changed or corrupt.
+        """
+        if name in self._tables:
+            return self._tables[name]
+        meta = self.meta.tables.get(name)
+        if meta is None or self.directory is None:
+            raise ProfileError(
+                f"profile {self.meta.name} has no table {name}; measure it: {measure_command(name, {})}"
+            )
+        path = self.directory / meta.file
+        if path.parent != self.directory:
+            raise ProfileError(
+                f"{self.directory}: tables.{name}.file ({meta.file}) must be a plain file name"
+            )
+        try:
+            if sha256_file(path) != meta.sha256:
+                raise ProfileError(
+                    f"{path} is not the file that profile.json names (sha256 differs): it is truncated or"
+                    f" was edited; restore it or measure again: {self.meta.command}"
+                )
+            if path.suffix == ".csv":
+                types = {c: _ARROW[spec.kind] for c, spec in columns_of(name).items()}
+                options = pa_csv.ConvertOptions(
+                    column_types=types, strings_can_be_null=False, null_values=[""]
+                )
+                raw = pa_csv.read_csv(path, convert_options=options)
+            else:
+                raw = pq.read_table(path)
+        except OSError as error:
+            raise ProfileError(f"cannot read {path}: {error.strerror or error}") from error
+        except pa.ArrowException as error:
+            raise ProfileError(f"{path} cannot be read as a table: {error}") from error
+        self._tables[name] = _conform(name, raw, str(path))
+        return self._tables[name]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of all table hashes: what results made with this profile name."""
+        return sha256_bytes(
+            "".join(f"{k}:{v.sha256}\n" for k, v in sorted(self.meta.tables.items())).encode()
+        )
+
+    # ------------------------------------------------------------------ coverage
+
+    def select(self, name: str, usable: bool = True, **where: Any) -> pa.Table:
+        """Rows of a table whose columns equal ``where`` (a value, or a collection of allowed ones).
+
+        An empty table where nothing matches or the profile lacks the table; marked rows are left out unless
+        ``usable`` is False.
+        """
+        if name not in self.table_names:
+            return pa.table({c: pa.array([], _ARROW[spec.kind]) for c, spec in columns_of(name).items()})
+        table = self.table(name)
+        mask: Any = pc.equal(table["mark"], "") if usable else None
+        for column, value in where.items():
+            if column not in table.column_names:
+                raise UnknownNameError(f"column of table {name}", column, table.column_names)
+            allowed = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+            hit = pc.is_in(
+                table[column], value_set=pa.array(list(allowed), type=_ARROW[columns_of(name)[column].kind])
+            )
+            mask = hit if mask is None else pc.and_(mask, hit)
+        return table if mask is None else table.filter(mask)
+
+    def require(self, name: str, **where: Any) -> pa.Table:
+        """Like :meth:`select`, but an empty answer is an error that names the missing region.
+
+        Raises:
+            ProfileError: nothing matches; says which column first leaves nothing, what there is, and the
+                command that measures it.
+        """
+        found = self.select(name, **where)
+        if found.num_rows:
+            return found
+        region = ", ".join(f"{column}={value}" for column, value in where.items())
+        reason = f"it has no table {name}"
+        kept: dict[str, Any] = {}
+        if name in self.table_names:
+            for column, value in where.items():
+                before = self.select(name, **kept)
+                kept[column] = value
+                if not self.select(name, **kept).num_rows:
+                    there = sorted(pc.unique(before[column]).to_pylist())
+                    shown = ", ".join(map(str, there[:12])) + (", ..." if len(there) > 12 else "")
+                    reason = f"{column}={value} is not there (there is: {shown or 'nothing'})"
+                    break
+        raise ProfileError(
+            f"profile {self.meta.name} does not cover {name} at {region}: {reason};"
+            f" measure it: {measure_command(name, where)}"
+        )
+
+    # ------------------------------------------------------------------ writing
+
+    def save(self, directory: Path, file_format: Literal["parquet", "csv"] = "parquet") -> HardwareProfile:
+        """Write the profile as a directory, whole or not at all, and return it as read back.
+
+        Raises:
+            InputError: the directory cannot be written.
+        """
+        with atomic_directory(directory) as target:
+            metas = {}
+            for name in self.table_names:
+                path = target / f"{name}.{file_format}"
+                table = self.table(name)
+                if file_format == "csv":
+                    plain = {c: table[c].cast(_ARROW[spec.kind]) for c, spec in columns_of(name).items()}
+                    pa_csv.write_csv(pa.table(plain), path)
+                else:
+                    pq.write_table(table, path, compression="zstd", compression_level=15, store_schema=False)
+                metas[name] = TableMeta(file=path.name, rows=table.num_rows, sha256=sha256_file(path))
+            meta = self.meta.model_copy(update={"tables": metas})
+            (target / "profile.json").write_text(meta.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return HardwareProfile.open(directory)
+
+
+def _shipped_root() -> Path:
+    return Path(__file__).parents[1] / "data" / "profiles"
+
+
+def shipped_profiles() -> list[str]:
+    """Names of the profiles that come with the package."""
+    root = _shipped_root()
+    return sorted(path.parent.name for path in root.glob("*/profile.json")) if root.is_dir() else []
+
+
+def load_profile(name_or_path: str | Path) -> HardwareProfile:
+    """Open a profile by directory, or by the name of a shipped one.
+
+    Raises:
+        ProfileError: the directory is no usable profile; UnknownNameError: neither directory nor shipped.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return HardwareProfile.open(path)
+    if str(name_or_path) in shipped_profiles():
+        return HardwareProfile.open(_shipped_root() / str(name_or_path))
+    raise UnknownNameError(
+        "profile (neither a directory nor a shipped one)", str(name_or_path), shipped_profiles()
+    )

@@ -1,0 +1,196 @@
+"""Columns of the tables of a hardware profile: names with units, types, meaning. The published schema.
+
+Every table also has the :data:`COMMON` columns. ``E`` experts, ``R`` ranks of the group. A column with a
+default may be missing from a file; the others may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["COMMON", "TABLES", "Column", "columns_of", "measure_command", "schema_document"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column. ``kind`` is ``str``, ``int`` or ``float``; ``default`` None: the column must be there."""
+
+    kind: str
+    meaning: str
+    default: str | int | float | None = None
+
+
+def _s(meaning: str, default: str | None = None) -> Column:
+    return Column("str", meaning, default)
+
+
+def _i(meaning: str, default: int | None = None) -> Column:
+    return Column("int", meaning, default)
+
+
+_NAN = float("nan")
+_DTYPE = "fp32, bf16, fp16, fp8, fp8_block, int8, int4, fp4, or a format's own name such as w4a8_mxfp4_mxfp8"
+
+COMMON: dict[str, Column] = {
+    "backend": _s("framework whose code ran: moeplan, sglang, trtllm, vllm, nccl, gloo, deepep"),
+    "kernel": _s("kernel or library call that was timed"),
+    "latency_us": Column("float", "median of the measured times"),
+    "spread": Column(
+        "float", "(90th - 10th percentile) / median of the measured times; nan: not published", _NAN
+    ),
+    "source": _s("key into sources of profile.json: where this number is from"),
+    "mark": _s(
+        "empty: usable; else why the sanity pass set it aside: non_monotone, skew_faster, outlier, copied",
+        "",
+    ),
+}
+
+TABLES: dict[str, dict[str, Column]] = {
+    "experts": {
+        "hidden": _i("H"),
+        "inter": _i("F of one expert before it is cut by tp"),
+        "num_experts": _i("logical experts E of the layer, over all ranks"),
+        "num_slots": _i("slots P over all ranks; 0: equal to num_experts", 0),
+        "top_k": _i("K"),
+        "ep": _i("ranks the experts are spread over"),
+        "tp": _i("ranks that share one expert"),
+        "dtype": _s(f"of the weights: {_DTYPE}"),
+        "distribution": _s(
+            "of choices: balanced, power_law_A, power_law_A_eplb, sampled_A, explicit (see vector)"
+        ),
+        "tokens": _i("entering the layer over all ranks of the ep group"),
+        "rank_pairs": _i("(token, expert) pairs on the measured rank; -1: not published", -1),
+        "active_experts": _i("distinct experts hit on the measured rank; -1: not published", -1),
+        "vector": _s(
+            "tokens per local expert of the measured rank, separated by spaces; empty: not published", ""
+        ),
+        "direction": _s("forward or backward", "forward"),
+        "scope": _s(
+            "experts (grouped FFN of one rank) or fused (dispatch and combine inside the kernel)", "experts"
+        ),
+    },
+    "alltoall": {
+        "mode": _s("low_latency, normal, nvlink_one_sided, nvlink_two_sided or flat"),
+        "phase": _s("dispatch, combine or prepare"),
+        "nodes": _i("N"),
+        "ranks": _i("R"),
+        "hidden": _i("H"),
+        "top_k": _i("K"),
+        "num_experts": _i("E"),
+        "dtype": _s("of tokens on the wire"),
+        "tokens_per_rank": _i("tokens that one rank sends (dispatch) or gets back (combine)"),
+        "sms": _i("streaming multiprocessors given to the exchange; 0: the library's choice", 0),
+        "distribution": _s("of choices over experts", "balanced"),
+    },
+    "collectives": {
+        "op": _s("all_reduce, all_gather, reduce_scatter, alltoall or p2p"),
+        "dtype": _s("of the elements"),
+        "ranks": _i("R"),
+        "nodes": _i("N", 1),
+        "message_size_bytes": _i(
+            "all_reduce and alltoall: buffer of one rank; all_gather: what a rank holds afterwards;"
+            " reduce_scatter: what it holds before; p2p: what is sent"
+        ),
+        "algorithm": _s("flat or two_level", "flat"),
+        "distribution": _s("of an alltoall's splits: even, or uneven", "even"),
+    },
+    "attention": {
+        "kind": _s("gqa or mla"),
+        "phase": _s("prefill or decode"),
+        "scope": _s("kernel (attention alone) or module (with its projections)", "kernel"),
+        "batch": _i("sequences"),
+        "query_tokens": _i("new tokens per sequence"),
+        "context_tokens": _i("tokens per sequence that keys and values cover, the new ones included"),
+        "heads": _i("query heads on this rank"),
+        "kv_heads": _i("key-value heads on this rank"),
+        "head_dim": _i("per head; mla: of the value heads"),
+        "window": _i("sliding window in tokens; 0: none", 0),
+        "dtype": _s("of the arithmetic"),
+        "kv_dtype": _s("of the KV cache"),
+        "gemm_dtype": _s("module: of the projections' weights", ""),
+        "direction": _s("forward or backward", "forward"),
+    },
+    "gemm": {
+        "m": _i("rows of the activations: tokens"),
+        "n": _i("columns of the weights"),
+        "k": _i("inner size"),
+        "batch": _i("independent products in one call", 1),
+        "dtype": _s(_DTYPE),
+        "direction": _s("forward or backward", "forward"),
+    },
+    "elementwise": {
+        "op": _s("router, permute, unpermute, norm, embedding, head, activation, optimizer or empty_launch"),
+        "tokens": _i("T on this rank"),
+        "hidden": _i("H"),
+        "num_experts": _i("E; 0: does not apply", 0),
+        "top_k": _i("K; 0: does not apply", 0),
+        "dtype": _s(_DTYPE),
+        "direction": _s("forward or backward", "forward"),
+    },
+    "memory": {
+        "op": _s("device_copy, host_to_device, device_to_host or allocate"),
+        "host_memory": _s("pinned, pageable, or empty for copies inside the device", ""),
+        "message_size_bytes": _i("bytes moved or allocated"),
+        "overlapped": _i("1: while compute ran beside it", 0),
+    },
+}
+
+
+def columns_of(table: str) -> dict[str, Column]:
+    """All columns of a table, its own first."""
+    return {**TABLES[table], **COMMON}
+
+
+_FLAGS: dict[str, tuple[str, dict[str, str]]] = {
+    "experts": (
+        "experts",
+        {
+            "hidden": "--hidden",
+            "inter": "--inter",
+            "num_experts": "--experts",
+            "top_k": "--top-k",
+            "ep": "--ep",
+            "tp": "--tp",
+            "dtype": "--dtype",
+        },
+    ),
+    "alltoall": ("collectives", {"hidden": "--hidden", "top_k": "--top-k", "num_experts": "--experts"}),
+    "collectives": ("collectives", {"op": "--op", "dtype": "--dtype"}),
+    "attention": (
+        "attention",
+        {"heads": "--heads", "kv_heads": "--kv-heads", "head_dim": "--head-dim", "dtype": "--dtype"},
+    ),
+    "gemm": ("dense", {"n": "--n", "k": "--k", "dtype": "--dtype"}),
+    "elementwise": ("dense", {"hidden": "--hidden", "num_experts": "--experts", "dtype": "--dtype"}),
+    "memory": ("memory", {}),
+}
+
+
+def measure_command(table: str, region: Mapping[str, Any]) -> str:
+    """The command that measures a region of a table on the machine at hand."""
+    subcommand, flags = _FLAGS[table]
+    options = [f"{flag} {region[column]}" for column, flag in flags.items() if column in region]
+    prefix = "torchrun --nproc-per-node RANKS -m moeplan" if subcommand == "collectives" else "moeplan"
+    return " ".join([prefix, "profile", subcommand, *options, "--out DIR"])
+
+
+def schema_document() -> dict[str, Any]:
+    """The table schemas as one JSON-able object: what ``docs/reference/profile-tables.json`` holds."""
+    return {
+        table: {
+            name: {
+                "type": {"str": "string", "int": "integer", "float": "number"}[column.kind],
+                "meaning": column.meaning,
+                "required": column.default is None,
+                **(
+                    {}
+                    if column.default is None or column.default != column.default
+                    else {"default": column.default}
+                ),
+            }
+            for name, column in columns_of(table).items()
+        }
+        for table in TABLES
+    }

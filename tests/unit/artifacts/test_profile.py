@@ -1,0 +1,151 @@
+"""Profiles: round trip, corrupt and older ones, and coverage that names the missing region."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source, load_profile, shipped_profiles
+from moeplan.artifacts.profile_tables import TABLES, measure_command, schema_document
+from moeplan.errors import ProfileError, UnknownNameError
+
+META = ProfileMeta(
+    name="toy",
+    accelerator="toy-gpu",
+    date="2026-11-22",
+    command="moeplan profile dense --out toy",
+    sources={"here": Source(kind="measured", title="a test")},
+)
+
+
+def gemm(**changes: list[object]) -> pa.Table:
+    rows: dict[str, list[object]] = {
+        "m": [1, 2, 4],
+        "n": [8, 8, 8],
+        "k": [16, 16, 16],
+        "dtype": ["bf16", "bf16", "fp8"],
+        "backend": ["moeplan"] * 3,
+        "kernel": ["matmul"] * 3,
+        "latency_us": [1.0, 1.5, 2.5],
+        "source": ["here"] * 3,
+    }
+    return pa.table({name: values for name, values in {**rows, **changes}.items() if values})
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "csv"])
+def test_what_is_saved_is_read_back(tmp_path: Path, file_format: str) -> None:
+    profile = HardwareProfile(META, {"gemm": gemm()})
+    profile.save(tmp_path / "p", file_format)  # type: ignore[arg-type]
+    again = load_profile(tmp_path / "p")
+    assert again.table_names == ("gemm",)
+    assert again.table("gemm")["latency_us"].to_pylist() == [1.0, 1.5, 2.5]
+    assert again.table("gemm")["batch"].to_pylist() == [1, 1, 1]
+    assert again.table("gemm")["dtype"].to_pylist() == ["bf16", "bf16", "fp8"]
+    assert again.meta.sources == META.sources
+    assert again.select("gemm", dtype="bf16", m=[1, 4]).num_rows == 1
+
+
+def test_marked_rows_are_kept_and_not_used() -> None:
+    profile = HardwareProfile(META, {"gemm": gemm(mark=["", "outlier", ""])})
+    assert profile.table("gemm").num_rows == 3
+    assert profile.select("gemm")["m"].to_pylist() == [1, 4]
+    assert profile.select("gemm", usable=False).num_rows == 3
+
+
+def test_a_missing_region_is_named_with_its_command() -> None:
+    profile = HardwareProfile(META, {"gemm": gemm()})
+    expected = (
+        r"dtype=int4 is not there \(there is: bf16, fp8\); measure it: moeplan profile dense --n 8 --k 16"
+    )
+    with pytest.raises(ProfileError, match=expected):
+        profile.require("gemm", n=8, k=16, dtype="int4")
+    with pytest.raises(
+        ProfileError, match="has no table experts; measure it: moeplan profile experts --hidden 64"
+    ):
+        profile.require("experts", hidden=64)
+
+
+def test_a_truncated_table_is_refused(tmp_path: Path) -> None:
+    HardwareProfile(META, {"gemm": gemm()}).save(tmp_path / "p", "csv")
+    path = tmp_path / "p" / "gemm.csv"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ProfileError, match=r"sha256 differs.*measure again: moeplan profile dense"):
+        load_profile(tmp_path / "p").table("gemm")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"schema_version": 0},
+            r"schema_version \(0\) is older than this moeplan's \(1\); measure again: moeplan profile",
+        ),
+        ({"schema_version": 2}, r"schema_version \(2\) is newer"),
+        ({"date": None}, r"profile.json: date"),
+        ({"surprise": 1}, r"surprise"),
+        ({"tables": {"magic": {"file": "x", "rows": 1, "sha256": ""}}}, r"tables \(magic\) are not known"),
+    ],
+)
+def test_other_versions_and_wrong_fields(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    HardwareProfile(META, {"gemm": gemm()}).save(tmp_path / "p")
+    path = tmp_path / "p" / "profile.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ProfileError, match=message):
+        load_profile(tmp_path / "p")
+
+
+def test_corrupt_json_says_so(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text('{"schema_version": 1,')
+    with pytest.raises(ProfileError, match="the profile is corrupt"):
+        load_profile(tmp_path)
+
+
+def test_a_table_file_stays_inside_its_profile(tmp_path: Path) -> None:
+    HardwareProfile(META, {"gemm": gemm()}).save(tmp_path / "p")
+    path = tmp_path / "p" / "profile.json"
+    document = json.loads(path.read_text())
+    document["tables"]["gemm"]["file"] = "../other.parquet"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match="must be a plain file name"):
+        load_profile(tmp_path / "p").table("gemm")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (gemm(k=[]), "lacks column k"),
+        (gemm(extra=[1, 2, 3]), "has unknown column extra"),
+        (gemm(latency_us=[1.0, 0.0, 2.0]), "latency_us of table gemm must be finite and above 0"),
+        (gemm(latency_us=[1.0, float("nan"), 2.0]), "must be finite"),
+        (gemm(m=["a", "b", "c"]), "column m of table gemm is not int"),
+        (gemm(m=[1, None, 2]), "has 1 empty cells"),
+    ],
+)
+def test_wrong_tables_are_refused(table: pa.Table, message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        HardwareProfile(META, {"gemm": table})
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UnknownNameError, match="profile"):
+        load_profile("no-such-profile")
+    with pytest.raises(UnknownNameError, match="did you mean 'gemm'"):
+        HardwareProfile(META, {"gem": gemm()})
+
+
+def test_the_published_schema_is_the_code() -> None:
+    published = Path(__file__).parents[3] / "docs" / "reference" / "profile-tables.json"
+    assert json.loads(published.read_text()) == schema_document()
+    assert all(measure_command(table, {}).startswith(("moeplan profile", "torchrun")) for table in TABLES)
+
+
+def test_shipped_profiles_open() -> None:
+    for name in shipped_profiles():
+        profile = load_profile(name)
+        assert profile.meta.licence
+        for table in profile.table_names:
+            sources = set(profile.table(table)["source"].to_pylist())
+            assert sources <= set(profile.meta.sources)
