@@ -27,6 +27,11 @@ class AcceleratorSpec(Spec):
     scale_up_bandwidth: BytesPerSecond = Field(description="per rank inside its NVLink-like domain, one way")
     scale_up_domain: int = Field(gt=0, description="ranks in one domain")
     nic_bandwidth: BytesPerSecond = Field(description="per rank between nodes, one way")
+    ranks_per_node: int = Field(8, gt=0, description="accelerators of one box as it is usually built")
+    pcie_bandwidth: BytesPerSecond | None = Field(
+        None,
+        description="per rank to its host, one way; joins the ranks of a node that share no scale-up domain",
+    )
     tdp: Watts | None = None
     source: str = ""
 
@@ -67,7 +72,9 @@ class ClusterSpec(Spec):
     def _consistent(self) -> ClusterSpec:
         for rank in self.ranks:
             if not 0 <= rank < self.num_ranks:
-                raise ValueError(f"ranks.{rank} is outside 0..{self.num_ranks - 1} (num_nodes x ranks_per_node)")
+                raise ValueError(
+                    f"ranks.{rank} is outside 0..{self.num_ranks - 1} (num_nodes x ranks_per_node)"
+                )
         if (self.topology == "explicit") != bool(self.links):
             raise ValueError("links and topology: explicit go together; give both or neither")
         if all(self.rank(r).failed for r in range(self.num_ranks)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,11 +12,19 @@ from moeplan.specs.base import Spec
 __all__ = ["DTYPE_BYTES", "AttentionSpec", "Dtype", "ModelSpec"]
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4", "fp4"]
-DTYPE_BYTES: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int4": 0.5, "fp4": 0.5}
+DTYPE_BYTES: dict[str, float] = {
+    "fp32": 4,
+    "bf16": 2,
+    "fp16": 2,
+    "fp8": 1,
+    "int8": 1,
+    "int4": 0.5,
+    "fp4": 0.5,
+}
 
 
 class AttentionSpec(Spec):
-    """Attention of one layer: GQA by heads, or MLA when ``kv_lora_rank`` is set (DeepSeek-V2, section 2.1)."""
+    """Attention of one layer: GQA by heads, or MLA when ``kv_lora_rank`` is set (DeepSeek-V2, sec. 2.1)."""
 
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
@@ -43,27 +52,39 @@ class ModelSpec(Spec):
 
     name: str
     num_layers: int = Field(gt=0, description="all decoder layers, dense and MoE")
-    moe_layer_ids: tuple[int, ...] = Field(min_length=1, description="absolute numbers of the MoE layers, rising")
+    moe_layer_ids: tuple[int, ...] = Field(
+        min_length=1, description="absolute numbers of the MoE layers, rising"
+    )
     hidden_size: int = Field(gt=0)
-    num_experts: int = Field(gt=0, description="routed experts of a MoE layer (the largest, where layers differ)")
+    num_experts: int = Field(
+        gt=0, description="routed experts of a MoE layer (the largest, where layers differ)"
+    )
     experts_per_layer: tuple[int, ...] | None = Field(None, description="per MoE layer, where layers differ")
     top_k: int = Field(gt=0)
     expert_intermediate_size: int = Field(gt=0)
+    expert_hidden_size: int | None = Field(
+        None, gt=0, description="latent MoE: what an expert reads and writes, if not hidden_size"
+    )
     gated_ffn: bool = True
     num_shared_experts: int = Field(0, ge=0)
     shared_intermediate_size: int = Field(0, ge=0, description="all shared experts of a layer together")
     dense_intermediate_size: int = Field(0, ge=0, description="FFN of the dense layers")
-    attention: AttentionSpec | None = Field(None, description="None: not known, its time and KV cache are not predicted")
+    attention: AttentionSpec | None = Field(
+        None, description="None: not known, its time and KV cache are not predicted"
+    )
     vocab_size: int = Field(gt=0)
     tie_word_embeddings: bool = False
     n_group: int | None = None
     topk_group: int | None = None
+    extra_parameters: int = Field(
+        0, ge=0, description="weights no other field describes: hybrid attention, residual FFN"
+    )
     source: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
         ids = self.moe_layer_ids
-        if any(b <= a for a, b in zip(ids, ids[1:], strict=False)) or ids[0] < 0 or ids[-1] >= self.num_layers:
+        if any(b <= a for a, b in pairwise(ids)) or ids[0] < 0 or ids[-1] >= self.num_layers:
             raise ValueError(f"moe_layer_ids must rise within 0..num_layers-1 ({self.num_layers - 1})")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) exceeds num_experts ({self.num_experts})")
@@ -73,7 +94,7 @@ class ModelSpec(Spec):
             or min(self.experts_per_layer) < self.top_k
         ):
             raise ValueError(
-                f"experts_per_layer needs one entry per MoE layer ({len(ids)}), at least top_k ({self.top_k}),"
+                f"experts_per_layer needs one entry per MoE layer ({len(ids)}), from top_k ({self.top_k}) up,"
                 f" the largest equal to num_experts ({self.num_experts})"
             )
         return self
@@ -86,7 +107,22 @@ class ModelSpec(Spec):
     @property
     def expert_parameters(self) -> int:
         """Weights of one routed expert."""
-        return (3 if self.gated_ffn else 2) * self.hidden_size * self.expert_intermediate_size
+        return (3 if self.gated_ffn else 2) * self.routed_hidden_size * self.expert_intermediate_size
+
+    @property
+    def routed_hidden_size(self) -> int:
+        """Numbers of a token that travel to an expert and back."""
+        return self.expert_hidden_size or self.hidden_size
+
+    @property
+    def experts_L(self) -> tuple[int, ...]:
+        """Routed experts of each MoE layer."""
+        return self.experts_per_layer or (self.num_experts,) * self.num_moe_layers
+
+    @property
+    def total_parameters(self) -> int:
+        """All weights but norms, biases and prediction heads; without the attention's where that is not known."""
+        return self.non_expert_parameters + sum(self.experts_L) * self.expert_parameters
 
     def expert_bytes(self, dtype: Dtype) -> float:
         """Bytes of one routed expert's weights."""
@@ -110,11 +146,22 @@ class ModelSpec(Spec):
                 )
             else:
                 per_layer = 2 * self.hidden_size * a.head_dim * (a.num_heads + a.num_kv_heads)
-        moe = matrices * self.hidden_size * self.shared_intermediate_size + self.hidden_size * self.num_experts
+        moe = (
+            matrices * self.hidden_size * self.shared_intermediate_size + self.hidden_size * self.num_experts
+        )
         dense = matrices * self.hidden_size * self.dense_intermediate_size
+        if self.expert_hidden_size is not None:
+            moe += 2 * self.hidden_size * self.expert_hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         num_moe = self.num_moe_layers
-        return self.num_layers * per_layer + num_moe * moe + (self.num_layers - num_moe) * dense + embeddings
+        dense_layers = self.num_layers - num_moe
+        return (
+            self.num_layers * per_layer
+            + num_moe * moe
+            + dense_layers * dense
+            + embeddings
+            + self.extra_parameters
+        )
 
     def kv_bytes_per_token(self, dtype: Dtype = "bf16") -> float | None:
         """KV-cache bytes per token over all layers; None where the attention is not known."""

@@ -1,0 +1,136 @@
+"""Scenarios: one planning job as a file; every option of ``moeplan optimize`` has a field here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+
+from moeplan.errors import SpecError, UnknownNameError
+from moeplan.specs.base import Spec, read_document
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.clusters import DEFAULT_CLUSTER, cluster_from_mapping, find_cluster
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.models import find_model
+from moeplan.specs.workload import Objective, Workload
+from moeplan.units import Bytes, Seconds
+
+__all__ = ["Scenario"]
+
+_FILES = ("trace", "current", "out")
+_NAMES_OR_FILES = ("model", "cluster")
+
+
+def _named_or_model(value: Any, info: ValidationInfo) -> Any:
+    return ModelSpec.parse(value, info.field_name or "model") if isinstance(value, dict) else value
+
+
+def _named_or_cluster(value: Any, info: ValidationInfo) -> Any:
+    return cluster_from_mapping(value, info.field_name or "cluster") if isinstance(value, dict) else value
+
+
+class Scenario(Spec):
+    """One planning job. Paths in a scenario file are relative to that file."""
+
+    schema_version: Literal[1] = 1
+    model: Annotated[str | ModelSpec, BeforeValidator(_named_or_model)] = Field(
+        description="a built-in name, a path, or the fields of a model"
+    )
+    trace: Path = Field(description="recorded routing or expert counts")
+    trace_format: str | None = Field(
+        None, description="name of a trace reader; left out: recognised from the file"
+    )
+    cluster: Annotated[str | ClusterSpec, BeforeValidator(_named_or_cluster)] = Field(
+        DEFAULT_CLUSTER, description="an accelerator's name, a path, or the fields of a cluster"
+    )
+    ranks: int | None = Field(
+        None, gt=0, description="expert-parallel size; left out: all ranks of the cluster"
+    )
+    nodes: int | None = Field(
+        None, gt=0, description="left out: those of the cluster, one where only ranks is given"
+    )
+    redundant: int | Literal["max"] = Field(
+        0, description="extra expert slots per layer, or as many as memory allows"
+    )
+    kv_reserve: Bytes | None = Field(
+        None,
+        description="per rank, kept for the KV cache by redundant: max; left out: what the workload needs",
+    )
+    planner: str = "joint"
+    seed: int = Field(0, ge=0)
+    time_limit: Seconds | None = None
+    objective: Objective = Objective()
+    workload: Workload = Workload()
+    current: Path | None = Field(
+        None, description="the placement in use: a plan or an engine's placement file"
+    )
+    migration_size: Bytes | None = Field(
+        None, description="of expert weights that may be moved from current, at most"
+    )
+    migration_time: Seconds | None = Field(None, description="that moving them may take, at most")
+    target: str | None = Field(
+        None, description="engine the plan is for: what it cannot express is not planned"
+    )
+    out: Path | None = Field(None, description="directory that is written")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if isinstance(self.redundant, int) and self.redundant < 0:
+            raise ValueError(f"redundant ({self.redundant}) is negative; write 0 or more, or max")
+        if self.ranks is not None and self.nodes is not None and self.ranks % self.nodes:
+            raise ValueError(
+                f"ranks ({self.ranks}) is not a multiple of nodes ({self.nodes}); every node holds as many"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> Self:
+        """Validate ``value``; ``where`` names its origin in the error.
+
+        Raises:
+            SpecError: any field is wrong.
+        """
+        try:
+            return super().parse(value, where)
+        except (SpecError, UnknownNameError) as error:
+            if str(error).startswith(where):
+                raise
+            raise SpecError(f"{where}: {error}") from error
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read a YAML or JSON file; relative paths in it are taken from its directory.
+
+        Raises:
+            InputError: unreadable; SpecError: any field is wrong.
+        """
+        document = read_document(path)
+        if isinstance(document, dict):
+            for key in (*_FILES, *_NAMES_OR_FILES):
+                if isinstance(value := document.get(key), str):
+                    place = path.parent / value
+                    if key in _FILES or place.exists() or place.suffix in {".json", ".yaml", ".yml"}:
+                        document[key] = str(place)
+        return cls.parse(document, str(path))
+
+    def model_spec(self) -> ModelSpec:
+        """The model, looked up.
+
+        Raises:
+            UnknownNameError, InputError, SpecError: as :func:`find_model`.
+        """
+        return self.model if isinstance(self.model, ModelSpec) else find_model(self.model)
+
+    def cluster_spec(self) -> ClusterSpec:
+        """The cluster, looked up and, where it is named by its accelerator, sized by ``ranks`` and ``nodes``.
+
+        Raises:
+            UnknownNameError, InputError, SpecError: as :func:`find_cluster`.
+        """
+        if isinstance(self.cluster, ClusterSpec):
+            return self.cluster
+        if self.ranks is None:
+            return find_cluster(self.cluster, self.nodes)
+        nodes = self.nodes or 1
+        return find_cluster(self.cluster, nodes, self.ranks // nodes)
