@@ -1,4 +1,4 @@
-"""Built-in lists of named specs, one JSON file each: objects with ``name``, ``aliases`` and the spec's fields."""
+"""Built-in lists of named specs, one JSON file each: ``name``, ``aliases`` and the spec's fields."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """Hugging Face ``config.json`` -> :class:`ModelSpec`, by key names.
 
-The families write the same quantity under different keys; each table below lists the keys in the order in which
-they are believed. Where MoE layers stand follows the families' own code in ``transformers`` (or the model's
-repository): ``mlp_layer_types``, ``moe_layer_freq`` as a list, ``moe_layers_enum`` (Step),
-``hybrid_override_pattern`` or ``layers_block_type`` (Nemotron-H), ``moe_layers`` and ``interleave_moe_layer_step``
-(Llama 4), ``expert_layer_period/offset`` (Jamba), ``moe_layer_interval`` within ``moe_layer_start/end_index``
-(ERNIE), ``decoder_sparse_step`` without ``mlp_only_layers`` (Qwen), ``first_k_dense_replace`` with
-``moe_layer_freq`` (DeepSeek, GLM, Kimi), ``moe_layer_num_skipped`` (Hunyuan).
+The families write the same quantity under different keys; each table below lists the keys in the order in
+which they are believed. Where MoE layers stand follows the families' own code in ``transformers`` (or the
+model's repository): ``mlp_layer_types``, ``moe_layer_freq`` as a list, ``moe_layers_enum`` (Step),
+``hybrid_override_pattern`` or ``layers_block_type`` (Nemotron-H), ``moe_layers`` and
+``interleave_moe_layer_step`` (Llama 4), ``expert_layer_period/offset`` (Jamba), ``moe_layer_interval``
+within ``moe_layer_start/end_index`` (ERNIE), ``decoder_sparse_step`` without ``mlp_only_layers`` (Qwen),
+``first_k_dense_replace`` with ``moe_layer_freq`` (DeepSeek, GLM, Kimi), ``moe_layer_num_skipped``
+(Hunyuan).
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class ModelSpec(Spec):
 
     @property
     def total_parameters(self) -> int:
-        """All weights but norms, biases and prediction heads; without the attention's where that is not known."""
+        """All weights but norms, biases and prediction heads; no attention where it is not known."""
         return self.non_expert_parameters + sum(self.experts_L) * self.expert_parameters
 
     def expert_bytes(self, dtype: Dtype) -> float:

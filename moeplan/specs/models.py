@@ -30,7 +30,8 @@ def find_model(name: str | Path) -> ModelSpec:
     """A model by slug, Hugging Face id, or path.
 
     A path names a ``config.json`` as Hugging Face writes it, a directory that holds one, or a file with the
-    fields of :class:`ModelSpec`. Built-in names win over files of the same name; write ``./name`` for the file.
+    fields of :class:`ModelSpec`. Built-in names win over files of the same name; write
+    ``./name`` for the file.
 
     Raises:
         UnknownNameError: neither a built-in model nor a path.
