@@ -166,7 +166,11 @@ def _walk_back(
 ) -> NDArray[np.int32]:
     """Links of each route from its end, [hops, R, R], -1 beyond its start; the first by name of equals."""
     num_ranks, num_vertices = cost_RV.shape
-    last_RV[on_path, v] = x
+    last_RV = np.full((num_ranks, num_vertices), -1, dtype=np.int32)
+    for x in range(len(cost_X) - 1, -1, -1):  # links stand in order of names: the first one is written last
+        u, v = tail_X[x], head_X[x]
+        on_path = np.isfinite(cost_RV[:, u]) & (cost_RV[:, u] + cost_X[x] == cost_RV[:, v])
+        last_RV[on_path, v] = x
     here_RR = np.broadcast_to(arrival, (num_ranks, num_ranks)).copy()
     np.fill_diagonal(here_RR, sources)
     rows = np.arange(num_ranks)[:, None]
