@@ -70,8 +70,8 @@ def read_trace(
 ) -> RoutingTrace | ExpertLoad:
     """Read a trace (token level) or a load (counts), whichever the file holds.
 
-    ``domain`` picks one of several domains; ``num_experts`` is the model's, used where the file is silent and
-    compared where it is not. ``origin`` of the result names the format, the file and its sha256.
+    ``domain`` picks one of several domains; ``num_experts`` is the model's, used where the file is silent
+    and compared where it is not. ``origin`` of the result names the format, the file and its sha256.
 
     Raises:
         TraceError: the file cannot be used; one message with the place and the remedy.

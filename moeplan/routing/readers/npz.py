@@ -1,13 +1,14 @@
 """The simple form: an ``.npz`` file with ``experts`` [tokens, layers, k], read and written.
 
 Arrays: ``experts`` (integer ids), and where known ``scores`` (or ``scores_x1e4``, ten-thousandths),
-``seq_lens``, ``moe_layers`` (absolute layer numbers), ``num_experts``, ``phase`` and ``domain`` (per token:
-an index into prefill, decode and into ``domains``; or one name for all), ``source_rank`` (per token),
-``domains`` (names).
-``padding`` = -1 declares that -1 ids are padding, ``dropped_padding`` how many were dropped before.
+``seq_lens``, ``moe_layers`` (absolute layer numbers), ``num_experts``, ``phase`` and ``domain`` (per
+token: an index into prefill, decode and into ``domains``; or one name for all), ``source_rank`` (per
+token), ``domains`` (names). ``padding`` = -1 declares that -1 ids are padding, ``dropped_padding`` how
+many were dropped before.
 
-A file may hold several tasks, ``<task>_experts`` with ``<task>_scores`` and so on: each is a domain; all are
-joined unless one is asked for. A task named ``prefill`` or ``decode`` (or starting so) also sets the phase.
+A file may hold several tasks, ``<task>_experts`` with ``<task>_scores`` and so on: each is a domain; all
+are joined unless one is asked for. A task named ``prefill`` or ``decode`` (or starting so) also sets the
+phase.
 """
 
 from __future__ import annotations

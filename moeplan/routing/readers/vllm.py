@@ -1,0 +1,100 @@
+"""vLLM's ``routed_experts`` (``--enable-return-routed-experts``), saved by whoever received the outputs.
+
+``CompletionOutput.routed_experts`` is one int array per request, [tokens, hidden layers, k]: one row per
+prompt and generated token but the last. Its layers are *all* hidden layers; the buffer starts as zeros,
+so a dense layer (and a token that was not captured) is all zeros, which no real top-k of two or more is:
+such rows are padding here. Read: an ``.npz`` with one array per request, an ``.npy`` of one request, or a
+directory or pattern of ``.npy`` files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.errors import TraceError
+from moeplan.routing.arrays import looks_like_ids, npz_names, read_npy, read_npz
+from moeplan.routing.readers.base import (
+    ReadOptions,
+    compact_ids,
+    count_experts,
+    drop_padding,
+    input_files,
+    is_glob,
+)
+
+__all__ = ["VllmReader", "reader"]
+
+
+class VllmReader:
+    """Reads routed-experts arrays of vLLM."""
+
+    name = "vllm"
+    description = "vLLM routed_experts, one [tokens, layers, k] array per request (.npz, .npy, a directory)"
+
+    def sniff(self, path: Path) -> bool:
+        """Whether ``.npy`` content reads as ids, or an ``.npz`` has other arrays than the simple form."""
+        try:
+            if path.suffix == ".npz" and path.is_file():
+                names = npz_names(path)
+                simple = any(n == "experts" or n.endswith("_experts") for n in names if n != "routed_experts")
+                return (
+                    bool(names)
+                    and not simple
+                    and looks_like_ids(next(iter(read_npz(path, names[:1]).values())))
+                )
+            if path.suffix == ".npy" or path.is_dir() or is_glob(path):
+                first = input_files(path, ".npy")[0]
+                return looks_like_ids(np.load(first, mmap_mode="r", allow_pickle=False))
+        except (TraceError, OSError, ValueError, EOFError):
+            pass
+        return False
+
+    def read(self, path: Path, options: ReadOptions) -> RoutingTrace:
+        """Requests one after the other, each a sequence.
+
+        Raises:
+            TraceError: damaged, empty, requests of different shape, ids out of range.
+        """
+        if path.suffix == ".npz":
+            requests = read_npz(path)
+        else:
+            requests = {file.name: read_npy(file) for file in input_files(path, ".npy")}
+        if not requests:
+            raise TraceError(f"{path} holds no request")
+        shape = next(iter(requests.values())).shape[1:]
+        for name, ids in requests.items():
+            if ids.ndim != 3 or 0 in ids.shape[1:] or ids.dtype.kind not in "iu":
+                raise TraceError(
+                    f"{path}: {name} is {ids.dtype} {ids.shape}; it must be integer [tokens, layers, k]"
+                )
+            if ids.shape[1:] != shape:
+                raise TraceError(
+                    f"{path}: {name} has [layers, k] {ids.shape[1:]}, other requests have {shape}"
+                )
+        experts_TLK: NDArray[Any] = np.concatenate(
+            [ids.astype(np.int64) for ids in requests.values() if len(ids)]
+            or [np.empty((0, *shape), np.int64)]
+        )
+        if experts_TLK.size == 0:
+            raise TraceError(f"{path} holds no tokens")
+        if shape[1] > 1:
+            experts_TLK[(experts_TLK == 0).all(axis=2)] = -1
+        num_experts, note = count_experts(str(path), None, options, int(experts_TLK.max()))
+        if int(experts_TLK.max()) < 0:
+            raise TraceError(f"{path} is all zeros; no routing was captured")
+        trace = RoutingTrace(
+            experts_TLK=compact_ids(experts_TLK, num_experts, str(path)),
+            num_experts=num_experts,
+            layer_ids=tuple(range(shape[0])),
+            seq_lens_S=np.array([len(ids) for ids in requests.values() if len(ids)], np.int64),
+            origin=note,
+        )
+        return drop_padding(trace)
+
+
+reader = VllmReader()
