@@ -7,9 +7,9 @@ With ``slots`` expert slots per MoE layer on the rank, ``L`` MoE layers and ``B`
   embeddings are whole on every rank under data-parallel attention (``shards = 1``) and split under tensor
   parallelism. ``B_other`` is that of the experts from 8 bits up and bf16 below: published 4-bit checkpoints
   (MXFP4, NVFP4) keep these weights in 16 bits;
-- workspace: the (token, expert) pairs that an evenly loaded rank works on, ``n = batch_per_rank * top_k``, each
-  with its token as it arrives, its result in bf16, and the expert's intermediate rows in bf16 (two where the FFN
-  is gated, one otherwise);
+- workspace: the (token, expert) pairs that an evenly loaded rank works on, ``n = batch_per_rank * top_k``,
+  each with its token as it arrives, its result in bf16, and the expert's intermediate rows in bf16 (two where
+  the FFN is gated, one otherwise);
 - what is left holds the KV cache, ``kv_bytes_per_token`` per token over all layers.
 
 Where the model's attention is not known, neither its weights (beyond ``extra_parameters``) nor its KV cache
@@ -60,6 +60,10 @@ class RankMemory:
     def free_bytes(self) -> float:
         """For the KV cache; negative where the rest does not fit."""
         return self.memory_bytes - self.used_bytes
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
 
 
 def slot_bytes(model: ModelSpec, dtype: Dtype) -> float:
@@ -148,20 +152,17 @@ def max_redundant_experts(
             )
         return total - model.num_experts
     smallest = min(free, key=cluster.rank_memory_bytes)
-    other, workspace = (
-        non_expert_bytes(model, workload.weight_dtype, shards),
-        workspace_bytes(model, workload),
-    )
-    room = cluster.rank_memory_bytes(smallest) - other - workspace - kv_reserve_bytes
-    per_slot = slot_bytes(model, workload.weight_dtype)
+    memory, per_slot = cluster.rank_memory_bytes(smallest), slot_bytes(model, workload.weight_dtype)
+    other = non_expert_bytes(model, workload.weight_dtype, shards)
+    workspace = workspace_bytes(model, workload)
+    room = memory - other - workspace - kv_reserve_bytes
     slots = max(0, min(int(room // per_slot), model.num_experts))
     needed = -(-(model.num_experts - total) // len(free))
     if slots < needed:
         raise InfeasibleError(
-            f"{model.num_experts} experts need {needed} slots on each rank, but memory leaves room for {slots}:"
-            f" rank {smallest} lacks {(needed * per_slot - room) / 2**30:.1f} GiB of"
-            f" {cluster.rank_memory_bytes(smallest) / 2**30:.1f} GiB beside other weights ({other / 2**30:.1f} GiB),"
-            f" workspace ({workspace / 2**30:.1f} GiB) and KV cache ({kv_reserve_bytes / 2**30:.1f} GiB);"
+            f"{model.num_experts} experts need {needed} slots on each rank, but memory has room for {slots}:"
+            f" rank {smallest} lacks {_gib(needed * per_slot - room)} of {_gib(memory)} beside other weights"
+            f" ({_gib(other)}), workspace ({_gib(workspace)}) and KV cache ({_gib(kv_reserve_bytes)});"
             " use more ranks, a smaller dtype, batch, context or kv_reserve"
         )
     return total + slots * len(free) - model.num_experts
