@@ -1,0 +1,205 @@
+"""A checkpoint with its experts permuted: one file, or a directory of shards with everything beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from moeplan.errors import ExportError, InputError
+from moeplan.exports import checkpoint_safetensors, checkpoint_torch
+from moeplan.exports.checkpoint_names import Permutations, expert_part
+from moeplan.exports.checkpoint_safetensors import SafetensorsFile, Tensor
+from moeplan.exports.checkpoint_torch import TorchFile
+from moeplan.files import atomic_directory, atomic_path, read_json
+
+__all__ = ["RECORD_NAME", "permute_checkpoint"]
+
+RECORD_NAME = "moeplan_expert_permutation.json"
+_TORCH = {".pt", ".pth", ".bin"}
+# Beside the weights in a trainer's folder: no expert in them, and not always plain tensors.
+_NOT_WEIGHTS = re.compile(
+    r"training_args\.bin|scheduler\.pt|rng_state.*\.pth|latest_checkpointed_iteration\.txt"
+)
+_SHARDED = re.compile(r".*optim_states\.pt|.*\.distcp|\.metadata")
+
+
+def permute_checkpoint(
+    source: Path,
+    out: Path,
+    permutations: Permutations,
+    num_experts: int,
+    record: str,
+    progress: Callable[[str, float], None],
+) -> list[Path]:
+    """Write ``source`` to ``out`` with the experts of each planned layer in their new order.
+
+    Expert weights, router rows and biases, and optimizer state of both move together; names, shapes, types and
+    shard boundaries stay. ``record`` is kept in an output directory, so that nobody permutes twice.
+
+    Raises:
+        InputError: unreadable, incomplete, or of another model. ExportError: a form that cannot be permuted exactly.
+    """
+    if not source.exists():
+        raise InputError(
+            f"cannot read {source}: no such file or directory; give a checkpoint with --checkpoint"
+        )
+    origin, target = source.resolve(), out.resolve()
+    if target == origin or origin in target.parents or target in origin.parents:
+        raise InputError(
+            f"--out ({out}) and --checkpoint ({source}) overlap; write to another place, the original stays"
+        )
+    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    for path in paths:
+        if _SHARDED.fullmatch(path.name):
+            raise ExportError(
+                f"checkpoint: {path.name} is one rank's flat or sharded state, in which experts have no names;"
+                " consolidate the checkpoint (weights and optimizer by parameter name) first"
+            )
+        if path.name == RECORD_NAME:
+            raise InputError(
+                f"{source} is permuted already ({RECORD_NAME}); start from the original checkpoint"
+            )
+    job = _Job(permutations, num_experts, progress)
+    for path in paths:
+        if path.suffix == ".safetensors":
+            job.safetensors[path] = SafetensorsFile.open(path)
+        elif path.suffix in _TORCH and not _NOT_WEIGHTS.fullmatch(path.name):
+            job.torch[path] = TorchFile(path)
+    job.check(source, [path for path in paths if path.name.endswith(".index.json")])
+    if not source.is_dir():
+        with atomic_path(out) as temporary:
+            job.write(source, temporary)
+        return [out]
+    with atomic_directory(out) as directory:
+        for path in paths:
+            copied = directory / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            job.write(path, copied)
+        (directory / RECORD_NAME).write_text(record, encoding="utf-8")
+    return [out / path.relative_to(source) for path in paths] + [out / RECORD_NAME]
+
+
+class _Job:
+    """The opened files of one checkpoint and where each expert's tensors are."""
+
+    def __init__(
+        self, permutations: Permutations, num_experts: int, progress: Callable[[str, float], None]
+    ) -> None:
+        self.permutations, self.num_experts, self.progress = permutations, num_experts, progress
+        self.safetensors: dict[Path, SafetensorsFile] = {}
+        self.torch: dict[Path, TorchFile] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.values: dict[str, list[Any]] = defaultdict(list)
+        self.done = 0
+
+    def check(self, source: Path, indices: Iterable[Path]) -> None:
+        """Index files name files and tensors that exist; each planned layer has all experts and a router."""
+        for index in indices:
+            document = read_json(index)
+            names = document.get("weight_map") if isinstance(document, dict) else None
+            if not isinstance(names, dict):
+                raise InputError(f"{index} has no weight_map; it is not the index of a sharded checkpoint")
+            for name, shard in names.items():
+                path = index.parent / str(shard)
+                if not path.is_file():
+                    raise InputError(
+                        f"checkpoint: {shard} is missing, but {index.name} names it; bring all shards"
+                    )
+                if path in self.safetensors and name not in self.safetensors[path].tensors:
+                    raise InputError(
+                        f"checkpoint: {index.name} places {name} in {shard}, which does not hold it"
+                    )
+        names_found: list[str] = []
+        for path, file in self.safetensors.items():
+            for name, tensor in file.tensors.items():
+                if name in self.tensors:
+                    raise InputError(
+                        f"checkpoint: {name} stands in {self.tensors[name].path.name} and {path.name}"
+                    )
+                self.tensors[name] = tensor
+                names_found.append(name)
+        for saved in self.torch.values():
+            for name, value in saved.numbered.items():
+                self.values[name].append(value)
+            names_found += [*saved.numbered, *saved.stacked]
+        experts: dict[int, set[int]] = defaultdict(set)
+        stacked: set[int] = set()
+        routers: set[int] = set()
+        for name in names_found:
+            part = expert_part(name)
+            if part is None:
+                continue
+            if part.router:
+                routers.add(part.layer)
+            elif part.expert is None:
+                stacked.add(part.layer)
+            else:
+                experts[part.layer].add(part.expert)
+        for layer in self.permutations:
+            missing = sorted(set(range(self.num_experts)) - experts[layer]) if layer in experts else []
+            if missing and (layer not in stacked or len(missing) < self.num_experts):
+                raise InputError(
+                    f"checkpoint {source}: layer {layer} has no expert {missing[0]} ({len(missing)} of {self.num_experts}"
+                    " are missing); a shard is missing, or the plan is of another model"
+                )
+            if layer not in experts and layer not in stacked:
+                raise InputError(
+                    f"checkpoint {source}: layer {layer} has no routed experts; is the plan of another model?"
+                )
+            if layer not in routers:
+                raise InputError(
+                    f"checkpoint {source}: layer {layer} has no router; without its rows the model would change"
+                )
+
+    def write(self, path: Path, copied: Path) -> None:
+        """One file: permuted if it holds tensors, else as it is."""
+        if path in self.safetensors:
+            checkpoint_safetensors.write_permuted(
+                self.safetensors[path], self.tensors, self.permutations, self.num_experts, copied, self._tick
+            )
+        elif path in self.torch:
+            with tempfile.TemporaryDirectory(prefix=".moeplan-scratch-", dir=copied.parent) as scratch:
+                checkpoint_torch.write_permuted(
+                    self.torch[path],
+                    self.values,
+                    self.permutations,
+                    self.num_experts,
+                    copied,
+                    Path(scratch),
+                    self._tick,
+                )
+        else:
+            shutil.copyfile(path, copied)
+
+    def _tick(self, size: int) -> None:
+        total = sum(path.stat().st_size for path in [*self.safetensors, *self.torch])
+        self.done += size
+        self.progress("permuting the checkpoint", min(1.0, self.done / max(total, 1)))
+
+
+def group_limits(checkpoint: Path) -> tuple[int, int | None] | None:
+    """``(n_group, topk_group)`` from the checkpoint's own ``config.json``; None where there is none."""
+    config = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
+    if not config.is_file():
+        return None
+    document = read_json(config)
+    document = document.get("text_config", document) if isinstance(document, dict) else {}
+    groups, top = document.get("n_group"), document.get("topk_group")
+    if not all(value is None or (type(value) is int and value > 0) for value in (groups, top)):
+        raise InputError(f"{config}: n_group ({groups!r}) and topk_group ({top!r}) must be positive integers")
+    return (groups or 1, top)
+
+
+def record_text(fields: dict[str, Any]) -> str:
+    """The permutation as JSON, one line per layer."""
+    rows = ",\n    ".join(json.dumps(row) for row in fields["new_to_old"])
+    head = "".join(
+        f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in fields.items() if key != "new_to_old"
+    )
+    return f'{{\n{head}  "new_to_old": [\n    {rows}\n  ]\n}}\n'
