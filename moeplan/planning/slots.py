@@ -6,14 +6,26 @@ slot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.artifacts.placement import EMPTY
-from moeplan.errors import InfeasibleError
+from moeplan.artifacts.placement import EMPTY, Placement
+from moeplan.costs.transitions import transition_counts
+from moeplan.errors import InfeasibleError, TraceError
 from moeplan.planning.problem import PlanningProblem
 
-__all__ = ["base_slots", "fill_spare_slots", "rank_loads", "require_room", "separate_copies", "used_slots"]
+__all__ = [
+    "base_slots",
+    "expert_transitions",
+    "fill_spare_slots",
+    "finish_rows",
+    "rank_loads",
+    "require_room",
+    "separate_copies",
+    "used_slots",
+]
 
 
 def require_room(problem: PlanningProblem) -> None:
@@ -161,3 +173,44 @@ def fill_spare_slots(
         rank = int(np.where(allowed_RE[:, expert], times_R, np.inf).argmin())
         row_P[np.nonzero((row_P == EMPTY) & (rank_of_slot_P == rank))[0][0]] = expert
         filled += 1
+
+
+def expert_transitions(problem: PlanningProblem, planner: str) -> NDArray[np.float64]:
+    """Layer-to-layer transitions ``[L-1, E, E]`` of the load, as given or counted from its tokens.
+
+    Raises:
+        TraceError: it has neither.
+    """
+    if problem.load.transitions_LEE is not None:
+        return problem.load.transitions_LEE
+    if problem.load.trace is not None:
+        return transition_counts(problem.load.trace)
+    raise TraceError(
+        f"{planner} plans by how tokens go from layer to layer, but the load has counts only; give a"
+        " token-level trace or transition counts, or use another planner"
+    )
+
+
+def finish_rows(
+    problem: PlanningProblem, rank_LE: Sequence[NDArray[np.int64]], *, fill: bool = True
+) -> tuple[Placement, tuple[str, ...]]:
+    """The placement with one copy of each expert on the rank given, spare slots filled, and notes on what
+    was added or not looked at.
+    """
+    rank_of_slot_P = problem.rank_of_slot_P
+    rows, copies = [], 0
+    for load_E, rank_E in zip(problem.load.load_LE, rank_LE, strict=True):
+        row_P = np.full(problem.num_slots, EMPTY, dtype=np.int64)
+        for rank in range(problem.num_ranks):
+            mine_E = np.nonzero(rank_E == rank)[0]
+            row_P[np.nonzero(rank_of_slot_P == rank)[0][: len(mine_E)]] = mine_E
+        if fill:
+            row_P, filled = fill_spare_slots(row_P, rank_of_slot_P, load_E[: len(rank_E)], problem.speed_R)
+            copies += filled
+        rows.append(row_P)
+    notes = []
+    if copies:
+        notes.append(f"{copies} spare slots filled afterwards with copies of the most loaded experts")
+    if len(set(problem.speed_R[problem.slots_R > 0].tolist())) > 1:
+        notes.append("ranks of unequal speed: this method does not look at speeds")
+    return problem.placement(np.stack(rows)), tuple(notes)
