@@ -53,13 +53,13 @@ def parse_quantity(text: Any, dimension: str) -> float:
 def format_quantity(value: float, dimension: str) -> str:
     """Shortest exact text of ``value`` that :func:`parse_quantity` reads back to the same float."""
     fitting = [
-        (len(text), -factor, text)
+        (value < factor, len(text), -factor, text)  # 900 GB/s rather than 0.9 TB/s
         for unit, factor in _UNITS[dimension].items()
         if float(text_number := repr(value / factor).removesuffix(".0")) * factor == value and "e" not in text_number
         for text in [f"{text_number} {unit}"]
     ]
     if fitting:
-        return min(fitting)[2]
+        return min(fitting)[3]
     unit, factor = min(_UNITS[dimension].items(), key=lambda item: abs(item[1] - 1.0))
     return f"{value / factor!r} {unit}"
 

@@ -103,7 +103,8 @@ def trace_layers(b: Bundle) -> Iterator[Finding]:
     elif foreign := sorted(set(ids) - set(model.moe_layer_ids)):
         yield error(
             f"trace layers {_some(foreign)} are not MoE layers of {model.name}, which are"
-            f" {_some(model.moe_layer_ids)}; it is a trace of another model, or moe_layers does not hold absolute layer numbers",
+            f" {_some(model.moe_layer_ids)}; it is a trace of another model, or moe_layers"
+            " does not hold absolute layer numbers",
             TraceError,
         )
     elif missing := sorted(set(model.moe_layer_ids) - set(ids)):
@@ -267,7 +268,8 @@ def target_slots(b: Bundle) -> Iterator[Finding]:
     else:
         yield error(
             f"{b.target} gives every rank as many slots, but they have {b.slots_R.min()} to"
-            f" {b.slots_R.max()}; plan without a target, or leave failed ranks and ranks.*.slots out of the cluster"
+            f" {b.slots_R.max()}; plan without a target, or leave failed ranks and"
+            " ranks.*.slots out of the cluster"
         )
 
 
