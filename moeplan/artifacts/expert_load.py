@@ -22,7 +22,7 @@ class ExpertLoad:
     ``load_WLE`` counts selections (a token counts once for each of its experts). ``windows`` names them
     (a domain, a phase, a stretch of time). ``trace`` keeps the token-level choices where the input had them:
     distinct ranks and nodes per token, and layer-to-layer transitions, cannot be had from counts alone.
-    ``source_SLE`` counts selections by the rank they came from, where recorded. ``transitions_LEE`` (``L-1``
+    ``window_T`` is the window of each token of ``trace``. ``source_SLE`` counts selections by the rank they came from, where recorded. ``transitions_LEE`` (``L-1``
     of them) is given where the input had transition counts but no tokens.
     """
 
@@ -31,6 +31,7 @@ class ExpertLoad:
     layer_ids: tuple[int, ...]
     top_k: int | None = None
     trace: RoutingTrace | None = None
+    window_T: NDArray[np.integer[Any]] | None = None
     source_SLE: NDArray[np.float64] | None = None
     transitions_LEE: NDArray[np.float64] | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)

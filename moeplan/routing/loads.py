@@ -77,6 +77,7 @@ def expert_load(trace: RoutingTrace | ExpertLoad, windows: str = "all") -> Exper
         layer_ids=trace.layer_ids,
         top_k=trace.top_k,
         trace=trace,
+        window_T=np.searchsorted(present, window_T),
         source_SLE=source_SLE,
         origin=trace.origin,
     )

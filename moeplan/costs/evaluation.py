@@ -1,0 +1,158 @@
+"""Seconds of a placement under a load: what planners minimise, what plans report.
+
+``W`` windows, ``L`` layers, ``E`` experts, ``R`` ranks. The one place where counts meet coefficients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.placement import EMPTY, Placement
+from moeplan.costs.counting import TraceCounts, count_loads, count_trace, hop_shares
+from moeplan.costs.layer import LayerCosts
+from moeplan.costs.transitions import transition_counts
+from moeplan.specs.workload import Objective
+
+__all__ = ["Evaluation", "aggregate", "copy_seconds", "evaluate", "transitions_of"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """What a placement does, per window and layer. Arrays that need tokens or transitions are None without them.
+
+    ``time_WL = expert_WL + exchange_WL`` in seconds. ``max_over_mean_WL`` is the busiest rank's token load over the
+    mean, each divided by the rank's speed. Hop shares are per layer ``[L]``; the last layer has none (0).
+    """
+
+    expert_WL: NDArray[np.float64]
+    exchange_WL: NDArray[np.float64]
+    max_over_mean_WL: NDArray[np.float64]
+    load_LR: NDArray[np.float64]
+    counts: TraceCounts | None
+    same_rank_L: NDArray[np.float64] | None
+    same_node_L: NDArray[np.float64] | None
+
+    @property
+    def time_WL(self) -> NDArray[np.float64]:
+        """Seconds of each layer in each window."""
+        return self.expert_WL + self.exchange_WL
+
+
+def aggregate(values_W: NDArray[np.float64], objective: Objective) -> float:
+    """One figure over windows: mean, worst, or the mean of the worst ``cvar_tail`` (CVaR, Rockafellar & Uryasev 2000)."""
+    if objective.aggregate == "mean":
+        return float(values_W.mean())
+    if objective.aggregate == "worst":
+        return float(values_W.max())
+    tail = max(1, int(np.ceil(objective.cvar_tail * len(values_W) - 1e-9)))
+    return float(np.sort(values_W)[-tail:].mean())
+
+
+def transitions_of(load: ExpertLoad) -> NDArray[np.float64] | None:
+    """Transitions between consecutive MoE layers ``[L - 1, E, E]``, given or counted; None where unknown."""
+    if load.transitions_LEE is not None:
+        return load.transitions_LEE
+    if load.trace is None or load.trace.num_layers < 2:
+        return None
+    return transition_counts(load.trace)
+
+
+def copy_seconds(load_WE: NDArray[np.float64], costs: LayerCosts, top_k: int, copies: int) -> NDArray[np.float64]:
+    """Seconds that one of ``copies`` copies of each expert costs its rank at speed 1, ``[W, E]``.
+
+    With ``p`` the chance that a token selects the copy, ``T p`` pairs are worked on, and the weights are read if
+    any of ``T`` tokens comes: ``1 - (1 - p)^T`` (tokens independent).
+    """
+    total = load_WE.sum(axis=1, keepdims=True)
+    p = np.minimum(load_WE * top_k / total / copies, 1.0)
+    hit = -np.expm1(costs.tokens_per_step * np.log1p(-np.minimum(p, 1 - 1e-12)))
+    seconds: NDArray[np.float64] = costs.per_active_expert_s * hit + costs.per_pair_s * costs.tokens_per_step * p
+    return seconds
+
+
+def _expert_seconds(
+    load: ExpertLoad, placement: Placement, costs: LayerCosts, speed_R: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Busiest rank's seconds ``[W, L]``."""
+    W, L = load.load_WLE.shape[:2]
+    out = np.zeros((W, L))
+    share_LP = placement.slot_share_LP
+    for layer in range(L):
+        used = placement.physical_to_logical_LP[layer] != EMPTY
+        experts = placement.physical_to_logical_LP[layer, used]
+        share = share_LP[layer, used]
+        rank_WR = np.zeros((W, placement.num_ranks))
+        shares, which = np.unique(share, return_inverse=True)
+        for i, part in enumerate(shares):
+            seconds_WE = copy_seconds(load.load_WLE[:, layer], costs, load.top_k or 1, 1.0 / part if part else 1)
+            chosen = which == i
+            if part:
+                np.add.at(rank_WR.T, placement.rank_of_slot_P[used][chosen], seconds_WE[:, experts[chosen]].T)
+        out[:, layer] = (rank_WR / speed_R).max(axis=1) + costs.expert_fixed_s
+    return out
+
+
+def evaluate(
+    load: ExpertLoad,
+    placement: Placement,
+    costs: LayerCosts,
+    objective: Objective,
+    speed_R: NDArray[np.float64] | None = None,
+) -> Evaluation:
+    """Seconds, loads and distinct nodes of a placement on a load.
+
+    Exchange in ``return_home``: the slower of the busiest node's arrivals and the busiest rank's, by dispatch kind
+    (``per_expert`` sends one copy per pair; ``allgather`` does not depend on the placement). In ``stay``: transitions
+    that leave the rank pay the scale-up price, those that leave the node the node price, spread over ranks and nodes.
+
+    Raises:
+        PlanError: load and placement are not of one model.
+    """
+    speed = np.ones(placement.num_ranks) if speed_R is None else speed_R
+    load_WLR = count_loads(load.load_WLE, placement)
+    counts = count_trace(load, placement, objective.replica_split) if load.trace is not None else None
+    relative = load_WLR / speed
+    capacity = speed[np.unique(placement.rank_of_slot_P)].sum()
+    max_over_mean = relative.max(axis=2) / (load_WLR.sum(axis=2) / capacity)
+    expert_WL = _expert_seconds(load, placement, costs, speed)
+
+    W, L = load.load_WLE.shape[:2]
+    T, top_k = costs.tokens_per_step, load.top_k or 1
+    same_rank = same_node = None
+    exchange = np.full((W, L), costs.exchange_fixed_s)
+    transitions = transitions_of(load)
+    if transitions is not None:
+        rank_share, node_share = hop_shares(transitions, placement)
+        same_rank, same_node = np.append(rank_share, 0.0), np.append(node_share, 0.0)
+    if objective.return_mode == "stay":
+        if same_rank is not None and same_node is not None:
+            copies = T * top_k
+            hops = (same_node - same_rank) * costs.per_rank_copy_s / placement.num_ranks
+            hops += (1 - same_node) * costs.per_node_copy_s / placement.num_nodes
+            hops[-1] = 0.0
+            exchange += copies * hops
+    elif objective.dispatch == "per_expert":
+        pairs_WLR = load_WLR / load_WLR.sum(axis=2, keepdims=True) * top_k
+        node = pairs_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3).max(axis=2) * (1 - 1 / placement.num_nodes)
+        exchange += T * np.maximum(node * costs.per_node_copy_s, pairs_WLR.max(axis=2) * costs.per_rank_copy_s)
+    elif objective.dispatch in ("per_rank", "per_node") and counts is not None:
+        if objective.dispatch == "per_node":
+            node = counts.node_arrivals_WLN.max(axis=2)
+        else:
+            by_node = counts.rank_arrivals_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3)
+            node = by_node.max(axis=2) * (1 - 1 / placement.num_nodes)
+        rank = counts.rank_arrivals_WLR.max(axis=2)
+        exchange += T * np.maximum(node * costs.per_node_copy_s, rank * costs.per_rank_copy_s)
+    return Evaluation(
+        expert_WL=expert_WL,
+        exchange_WL=exchange,
+        max_over_mean_WL=max_over_mean,
+        load_LR=load_WLR.sum(axis=0),
+        counts=counts,
+        same_rank_L=same_rank,
+        same_node_L=same_node,
+    )

@@ -1,0 +1,310 @@
+"""Compiled search for ``return_home``: where a token goes home after each layer, layers separate.
+
+Each layer is a balanced hypergraph partition: tokens are hyperedges over the copies of their experts, nodes and
+ranks are the parts, and what a token pays is the number of distinct parts it touches (the connectivity objective).
+Tokens are bits: the tokens that touch a group are one bit row, so that a proposed swap of two copies is priced,
+exactly, by a few word operations and population counts per 64 tokens.
+
+``P`` copies (one per slot), ``G`` groups (ranks or nodes), ``M`` words of 64 tokens, ``W`` windows, ``R`` ranks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+__all__ = ["anneal_home", "group_arrivals", "pack_tokens"]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _popcount(_typingctx, word):  # type: ignore[no-untyped-def]
+    def codegen(_context, builder, _signature, args):  # type: ignore[no-untyped-def]
+        function = builder.module.declare_intrinsic("llvm.ctpop", (ir.IntType(64),))
+        return builder.call(function, args)
+
+    return types.uint64(types.uint64), codegen
+
+
+def pack_tokens(copies_TK: NDArray[np.int32], window_T: NDArray[np.int64], num_copies: int) -> tuple[
+    NDArray[np.uint64], NDArray[np.int64]
+]:
+    """Bit rows of the tokens of each copy, windows starting on word boundaries.
+
+    Args:
+        copies_TK: copy that each selection of each token goes to; -1 for none.
+        window_T: window of each token, rising.
+        num_copies: ``P``.
+
+    Returns:
+        ``bits_PM`` and the word where each window starts, with the end appended (``[W + 1]``).
+    """
+    tokens_W = np.bincount(window_T)
+    words_W = (tokens_W + 63) // 64
+    start_W = np.concatenate([[0], np.cumsum(words_W)]).astype(np.int64)
+    offset_T = np.arange(len(window_T)) - np.concatenate([[0], np.cumsum(tokens_W)])[window_T]
+    position_T = start_W[window_T] * 64 + offset_T
+    bits = np.zeros((num_copies, int(start_W[-1])), dtype=np.uint64)
+    for column in copies_TK.T:
+        used = column >= 0
+        np.bitwise_or.at(
+            bits, (column[used], position_T[used] // 64), np.uint64(1) << (position_T[used] % 64).astype(np.uint64)
+        )
+    return bits, start_W
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _fill_group(bits_PM, copy_of_slot_P, first, last, occupied_M, once_M):  # type: ignore[no-untyped-def]
+    """Tokens that touch the slots ``first..last-1`` at all, and those that touch exactly one of them."""
+    words = bits_PM.shape[1]
+    for m in range(words):
+        occupied_M[m] = np.uint64(0)
+        once_M[m] = np.uint64(0)
+    for s in range(first, last):
+        c = copy_of_slot_P[s]
+        if c >= 0:
+            for m in range(words):
+                bit = bits_PM[c, m]
+                once_M[m] = (once_M[m] & ~bit) | (bit & ~occupied_M[m])
+                occupied_M[m] |= bit
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _arrivals(occupied_M, start_W, out_W):  # type: ignore[no-untyped-def]
+    for w in range(len(start_W) - 1):
+        n = np.uint64(0)
+        for m in range(start_W[w], start_W[w + 1]):
+            n += _popcount(occupied_M[m])
+        out_W[w] = np.float64(n)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _arrivals_after(occupied_M, once_M, leaving_M, coming_M, start_W, out_W):  # type: ignore[no-untyped-def]
+    """Distinct tokens of a group per window once one copy has left and another has come."""
+    for w in range(len(start_W) - 1):
+        n = np.uint64(0)
+        for m in range(start_W[w], start_W[w + 1]):
+            n += _popcount((occupied_M[m] & ~(once_M[m] & leaving_M[m])) | coming_M[m])
+        out_W[w] = np.float64(n)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, start_W):  # type: ignore[no-untyped-def]
+    """Distinct tokens that touch each group, per window: ``[W, G]``. ``group_first_G`` has the end appended."""
+    groups = len(group_first_G) - 1
+    windows = len(start_W) - 1
+    out_WG = np.zeros((windows, groups))
+    occupied_M = np.empty(bits_PM.shape[1], np.uint64)
+    once_M = np.empty(bits_PM.shape[1], np.uint64)
+    row_W = np.empty(windows)
+    for g in range(groups):
+        _fill_group(bits_PM, copy_of_slot_P, group_first_G[g], group_first_G[g + 1], occupied_M, once_M)
+        _arrivals(occupied_M, start_W, row_W)
+        out_WG[:, g] = row_W
+    return out_WG
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _peak_and_mean(arrivals_WG, weight_W):  # type: ignore[no-untyped-def]
+    """Half the busiest group plus half the mean: the peak is what is paid, the mean keeps the slope."""
+    total = 0.0
+    groups = arrivals_WG.shape[1]
+    for w in range(arrivals_WG.shape[0]):
+        peak = 0.0
+        mean = 0.0
+        for g in range(groups):
+            peak = max(peak, arrivals_WG[w, g])
+            mean += arrivals_WG[w, g]
+        total += weight_W[w] * 0.5 * (peak + mean / groups)
+    return total
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _load_price(load, base, slope, cap):  # type: ignore[no-untyped-def]
+    """Price of one rank's load above the balanced plan's: rises to ``slope`` at the cap, steep beyond it."""
+    over = load - base
+    if over <= 0.0:
+        return 0.0
+    price = 0.5 * slope * over * over / cap
+    if over > cap:
+        price += 20.0 * slope * (over - cap)
+    return price
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def anneal_home(  # type: ignore[no-untyped-def]
+    bits_PM,
+    start_W,
+    weight_W,
+    expert_of_copy_P,
+    load_WP,
+    copy_of_slot_P,
+    rank_of_slot_P,
+    rank_first_R,
+    node_first_N,
+    ranks_per_node,
+    speed_R,
+    base_W,
+    cap_W,
+    load_slope,
+    node_price,
+    rank_price,
+    proposals,
+    seed,
+):
+    """Simulated annealing over swaps of two slots' copies; returns the best arrangement found.
+
+    Args:
+        bits_PM, start_W: from :func:`pack_tokens`.
+        weight_W: price weight of each window (times 1 / its tokens).
+        load_WP: load of each copy per window, scaled so that the mean over ranks is 1.
+        copy_of_slot_P: start; the copy in each slot, -1 for an empty one.
+        rank_first_R, node_first_N: first slot of each rank / node, end appended.
+        base_W, cap_W: the balanced plan's busiest rank, and how far above it a rank may go.
+        load_slope, node_price, rank_price: seconds per unit of load, node arrival and rank arrival.
+        proposals: how many swaps to propose; the budget, so that the same seed gives the same answer.
+    """
+    np.random.seed(seed)
+    slots = len(copy_of_slot_P)
+    ranks = len(speed_R)
+    nodes = len(node_first_N) - 1
+    windows = len(start_W) - 1
+    words = bits_PM.shape[1]
+    use_nodes = node_price > 0.0 and nodes > 1
+    use_ranks = rank_price > 0.0 and ranks > 1
+
+    load_WR = np.zeros((windows, ranks))
+    holds_RE = np.zeros((ranks, expert_of_copy_P.max() + 1), np.bool_)
+    for s in range(slots):
+        c = copy_of_slot_P[s]
+        if c >= 0:
+            r = rank_of_slot_P[s]
+            holds_RE[r, expert_of_copy_P[c]] = True
+            for w in range(windows):
+                load_WR[w, r] += load_WP[w, c] / speed_R[r]
+
+    node_occ = np.zeros((nodes, words), np.uint64)
+    node_once = np.zeros((nodes, words), np.uint64)
+    node_WN = np.zeros((windows, nodes))
+    rank_occ = np.zeros((ranks, words), np.uint64)
+    rank_once = np.zeros((ranks, words), np.uint64)
+    rank_WR = np.zeros((windows, ranks))
+    a_W = np.empty(windows)
+    b_W = np.empty(windows)
+    c_W = np.empty(windows)
+    d_W = np.empty(windows)
+    if use_nodes:
+        for n in range(nodes):
+            _fill_group(bits_PM, copy_of_slot_P, node_first_N[n], node_first_N[n + 1], node_occ[n], node_once[n])
+            _arrivals(node_occ[n], start_W, a_W)
+            node_WN[:, n] = a_W
+    if use_ranks:
+        for r in range(ranks):
+            _fill_group(bits_PM, copy_of_slot_P, rank_first_R[r], rank_first_R[r + 1], rank_occ[r], rank_once[r])
+            _arrivals(rank_occ[r], start_W, a_W)
+            rank_WR[:, r] = a_W
+
+    energy = node_price * _peak_and_mean(node_WN, weight_W) + rank_price * _peak_and_mean(rank_WR, weight_W)
+    for w in range(windows):
+        for r in range(ranks):
+            energy += _load_price(load_WR[w, r], base_W[w], load_slope, cap_W[w]) / windows
+    best = copy_of_slot_P.copy()
+    best_energy = energy
+    current_node = _peak_and_mean(node_WN, weight_W)
+    current_rank = _peak_and_mean(rank_WR, weight_W)
+
+    warm = min(500, proposals // 10)
+    changes = 0.0
+    temperature = 1e30
+    cooling = 1.0
+    for step in range(proposals):
+        if step == warm:
+            temperature = 0.3 * changes / max(1, warm)
+            cooling = (2e-3) ** (1.0 / max(1, proposals - warm))
+        temperature *= cooling
+        s1 = np.random.randint(slots)
+        s2 = np.random.randint(slots)
+        r1 = rank_of_slot_P[s1]
+        r2 = rank_of_slot_P[s2]
+        c1 = copy_of_slot_P[s1]
+        c2 = copy_of_slot_P[s2]
+        if r1 == r2 or c1 < 0 or c2 < 0:
+            continue
+        e1 = expert_of_copy_P[c1]
+        e2 = expert_of_copy_P[c2]
+        if e1 == e2 or holds_RE[r1, e2] or holds_RE[r2, e1]:
+            continue
+        delta = 0.0
+        for w in range(windows):
+            q = load_WP[w, c2] - load_WP[w, c1]
+            x = load_WR[w, r1]
+            y = load_WR[w, r2]
+            delta += (
+                _load_price(x + q / speed_R[r1], base_W[w], load_slope, cap_W[w])
+                + _load_price(y - q / speed_R[r2], base_W[w], load_slope, cap_W[w])
+                - _load_price(x, base_W[w], load_slope, cap_W[w])
+                - _load_price(y, base_W[w], load_slope, cap_W[w])
+            )
+        delta /= windows
+        threshold = -temperature * np.log(np.random.random() + 1e-300)
+        n1 = r1 // ranks_per_node
+        n2 = r2 // ranks_per_node
+        crosses = use_nodes and n1 != n2
+        # A swap rarely saves more than a tenth of the traffic: skip what its load already rules out.
+        if step >= warm and delta > threshold + 0.1 * (node_price * current_node + rank_price * current_rank):
+            continue
+        new_node = current_node
+        new_rank = current_rank
+        if crosses:
+            _arrivals_after(node_occ[n1], node_once[n1], bits_PM[c1], bits_PM[c2], start_W, a_W)
+            _arrivals_after(node_occ[n2], node_once[n2], bits_PM[c2], bits_PM[c1], start_W, b_W)
+            for w in range(windows):
+                a_W[w], node_WN[w, n1] = node_WN[w, n1], a_W[w]
+                b_W[w], node_WN[w, n2] = node_WN[w, n2], b_W[w]
+            new_node = _peak_and_mean(node_WN, weight_W)
+            delta += node_price * (new_node - current_node)
+        if use_ranks:
+            _arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], start_W, c_W)
+            _arrivals_after(rank_occ[r2], rank_once[r2], bits_PM[c2], bits_PM[c1], start_W, d_W)
+            for w in range(windows):
+                c_W[w], rank_WR[w, r1] = rank_WR[w, r1], c_W[w]
+                d_W[w], rank_WR[w, r2] = rank_WR[w, r2], d_W[w]
+            new_rank = _peak_and_mean(rank_WR, weight_W)
+            delta += rank_price * (new_rank - current_rank)
+        if step < warm:
+            changes += abs(delta)
+        if delta > (0.0 if step < warm else threshold):
+            if crosses:
+                for w in range(windows):
+                    node_WN[w, n1] = a_W[w]
+                    node_WN[w, n2] = b_W[w]
+            if use_ranks:
+                for w in range(windows):
+                    rank_WR[w, r1] = c_W[w]
+                    rank_WR[w, r2] = d_W[w]
+            continue
+        for w in range(windows):
+            q = load_WP[w, c2] - load_WP[w, c1]
+            load_WR[w, r1] += q / speed_R[r1]
+            load_WR[w, r2] -= q / speed_R[r2]
+        copy_of_slot_P[s1] = c2
+        copy_of_slot_P[s2] = c1
+        holds_RE[r1, e1] = False
+        holds_RE[r1, e2] = True
+        holds_RE[r2, e2] = False
+        holds_RE[r2, e1] = True
+        current_node = new_node
+        current_rank = new_rank
+        energy += delta
+        if crosses:
+            _fill_group(bits_PM, copy_of_slot_P, node_first_N[n1], node_first_N[n1 + 1], node_occ[n1], node_once[n1])
+            _fill_group(bits_PM, copy_of_slot_P, node_first_N[n2], node_first_N[n2 + 1], node_occ[n2], node_once[n2])
+        if use_ranks:
+            _fill_group(bits_PM, copy_of_slot_P, rank_first_R[r1], rank_first_R[r1 + 1], rank_occ[r1], rank_once[r1])
+            _fill_group(bits_PM, copy_of_slot_P, rank_first_R[r2], rank_first_R[r2 + 1], rank_occ[r2], rank_once[r2])
+        if energy < best_energy - 1e-15:
+            best_energy = energy
+            best[:] = copy_of_slot_P
+    return best
