@@ -117,14 +117,23 @@ def _read_document(path: Path) -> str:
         size = path.stat().st_size
         if size > MAX_DOCUMENT_BYTES:
             raise InputError(
-                f"{path} has {size} bytes, more than the {MAX_DOCUMENT_BYTES} a JSON or YAML document may have;"
-                " store large traces as .npz or .parquet"
+                f"{path} has {size} bytes, more than the {MAX_DOCUMENT_BYTES} a JSON or YAML document may"
+                " have; store large traces as .npz or .parquet"
             )
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"cannot read {path}: it is not UTF-8 text (byte {error.start})") from error
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise InputError(f"{path}: key '{twice}' appears twice in one object; keep one of them")
+    return fields
 
 
 def read_json(path: Path) -> Any:
@@ -134,9 +143,11 @@ def read_json(path: Path) -> Any:
         InputError: unreadable, too large or malformed; the message gives line and column.
     """
     try:
-        return json.loads(_read_document(path))
+        return json.loads(_read_document(path), object_pairs_hook=lambda pairs: _once(path, pairs))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
+        raise InputError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        ) from error
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply to be a document of this project") from error
 
@@ -146,16 +157,24 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not accepted; write the value out", problem_mark=mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not accepted; write the value out", problem_mark=mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be a plain word", problem_mark=key_node.start_mark
+                )
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key '{key}' appears twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key}' appears twice", problem_mark=key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -189,7 +208,9 @@ def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
             while line := stream.readline(max_bytes + 1):
                 number += 1
                 if len(line) > max_bytes:
-                    raise InputError(f"{path} line {number} is longer than {max_bytes} bytes; is this a line-based file?")
+                    raise InputError(
+                        f"{path} line {number} is longer than {max_bytes} bytes; is this a line-based file?"
+                    )
                 yield line
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error

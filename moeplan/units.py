@@ -6,12 +6,23 @@ name carries it (``latency_s``, ``memory_bytes``).
 
 from __future__ import annotations
 
+import math
 import re
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-__all__ = ["Bytes", "BytesPerSecond", "FlopsPerSecond", "Fraction", "Seconds", "Watts", "format_quantity", "parse_quantity"]
+__all__ = [
+    "Bytes",
+    "BytesPerSecond",
+    "FlopsPerSecond",
+    "Fraction",
+    "Seconds",
+    "Watts",
+    "format_quantity",
+    "parse_quantity",
+]
 
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -20,7 +31,16 @@ _UNITS: dict[str, dict[str, float]] = {
     "bytes": {f"{p}B": f for p, f in {**_DECIMAL, **_BINARY}.items()},
     "bytes per second": {f"{p}B/s": f for p, f in {**_DECIMAL, **_BINARY}.items()}
     | {f"{p}bit/s": f / 8 for p, f in _DECIMAL.items()},
-    "seconds": {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0},
+    "seconds": {
+        "ns": 1e-9,
+        "us": 1e-6,
+        "µs": 1e-6,
+        "ms": 1e-3,
+        "s": 1.0,
+        "min": 60.0,
+        "h": 3600.0,
+        "d": 86400.0,
+    },
     "floating-point operations per second": {f"{p}FLOPS": f for p, f in _DECIMAL.items()}
     | {f"{p}FLOP/s": f for p, f in _DECIMAL.items()},
     "a fraction": {"%": 0.01},
@@ -46,29 +66,42 @@ def parse_quantity(text: Any, dimension: str) -> float:
     units = _UNITS[dimension]
     match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2] not in units:
-        raise ValueError(f"{text!r} is not a quantity in {dimension}; write it with its unit, as in '{_EXAMPLE[dimension]}'")
-    return float(match[1]) * units[match[2]]
+        raise ValueError(
+            f"{text!r} is not a quantity in {dimension}; write it with its unit,"
+            f" as in '{_EXAMPLE[dimension]}'"
+        )
+    value = _times(match[1], units[match[2]])
+    if math.isinf(value):
+        raise ValueError(f"{text!r} is too large")
+    return value
+
+
+def _times(number: str, factor: float) -> float:
+    """The float nearest to the product as written: 7 % is 0.07, which 7 * 0.01 is not."""
+    return float(Decimal(number) * Decimal(repr(factor)))
 
 
 def format_quantity(value: float, dimension: str) -> str:
     """Shortest exact text of ``value`` that :func:`parse_quantity` reads back to the same float."""
-    fitting = [
-        (value < factor, len(text), -factor, text)  # 900 GB/s rather than 0.9 TB/s
-        for unit, factor in _UNITS[dimension].items()
-        if float(text_number := repr(value / factor).removesuffix(".0")) * factor == value and "e" not in text_number
-        for text in [f"{text_number} {unit}"]
-    ]
+    fitting = []
+    for unit, factor in _UNITS[dimension].items():
+        number = repr(value / factor).removesuffix(".0")
+        if "e" not in number and _times(number, factor) == value:
+            text = f"{number} {unit}"
+            fitting.append((value < factor, len(text), -factor, text))  # 900 GB/s rather than 0.9 TB/s
     if fitting:
         return min(fitting)[3]
     unit, factor = min(_UNITS[dimension].items(), key=lambda item: abs(item[1] - 1.0))
-    return f"{value / factor!r} {unit}"
+    return f"{Decimal(repr(value)) / Decimal(repr(factor))} {unit}"
 
 
 def _quantity(dimension: str) -> Any:
     return (
         BeforeValidator(lambda text: parse_quantity(text, dimension)),
         PlainSerializer(lambda value: format_quantity(value, dimension), return_type=str),
-        WithJsonSchema({"type": "string", "description": f"a quantity in {dimension}", "examples": [_EXAMPLE[dimension]]}),
+        WithJsonSchema(
+            {"type": "string", "description": f"a quantity in {dimension}", "examples": [_EXAMPLE[dimension]]}
+        ),
     )
 
 

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import hashlib
+import stat
+
+import pytest
+
+from moeplan import files
+from moeplan.errors import InputError
+
+
+def test_a_path_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "deep" / "plan.json"
+    files.write_text(target, "old")
+
+    def fail_half_way():
+        with files.atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_half_way()
+    assert target.read_text() == "old"
+    assert [p.name for p in target.parent.iterdir()] == ["plan.json"]
+
+
+def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
+    files.write_text(tmp_path / "a", "x")
+    (tmp_path / "b").write_text("x")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+def test_a_directory_takes_the_place_of_the_old_one_whole(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stale").write_text("old")
+    with files.atomic_directory(out) as temporary:
+        (temporary / "plan.json").write_text("new")
+        assert (out / "stale").exists()
+    assert [p.name for p in out.iterdir()] == ["plan.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_directory_is_left_alone_when_the_block_fails(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "keep").write_text("old")
+
+    def interrupt():
+        with files.atomic_directory(out) as temporary:
+            (temporary / "plan.json").write_text("new")
+            raise KeyboardInterrupt("stop")
+
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        interrupt()
+    assert [p.name for p in out.iterdir()] == ["keep"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"cannot write .*below: .*choose another --out"):
+        files.write_text(tmp_path / "file" / "below", "x")
+    blocked = files.atomic_directory(tmp_path / "file")
+    with pytest.raises(InputError, match=r"cannot write .*file: it is a file, not a directory"):
+        blocked.__enter__()
+
+
+def test_lines_are_read_and_long_ones_refused(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(b"1234567\n12345678\nlast")
+    lines = files.read_lines(path, max_bytes=8)
+    assert next(lines) == b"1234567\n"
+    with pytest.raises(InputError, match=r"line 2 is longer than 8 bytes"):
+        next(lines)
+    assert list(files.read_lines(path, max_bytes=9)) == [b"1234567\n", b"12345678\n", b"last"]
+    with pytest.raises(InputError, match=r"cannot read .*absent: No such file"):
+        list(files.read_lines(tmp_path / "absent"))
+
+
+def test_documents_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 10)
+    (tmp_path / "a.json").write_text("[1, 2, 3, 4]")
+    with pytest.raises(InputError, match="has 12 bytes, more than the 10 a JSON or YAML document may have"):
+        files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "a: &a [1]\nb: *a\n",
+            r"aliases \(\*name\) are not accepted; write the value out at line 2 column 4",
+        ),
+        ("a: 1\nb: 2\na: 3\n", r"key 'a' appears twice at line 3 column 1"),
+        (
+            "a: !!python/object/apply:os.system [ls]\n",
+            r"is not usable YAML: could not determine a constructor",
+        ),
+        ("a: [1\n", r"is not usable YAML"),
+        ("[" * 5000, r"is not usable YAML: .*nested too deeply|is not usable YAML: .*recursion"),
+        ("? [1]\n: 2\n", r"is not usable YAML"),
+    ],
+    ids=["alias", "twice", "tag", "cut", "deep", "key"],
+)
+def test_yaml_that_is_not_plain_is_refused(tmp_path, text, message):
+    path = tmp_path / "scenario.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        files.read_yaml(path)
+
+
+def test_a_yaml_alias_bomb_stops_at_its_first_alias(tmp_path):
+    path = tmp_path / "bomb.yaml"
+    levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
+    path.write_text("\n".join(["l0: &l0 [x]", *levels]))
+    with pytest.raises(InputError, match=r"aliases .* are not accepted; write the value out at line 2"):
+        files.read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,}', r"is not valid JSON: .* at line 1 column"),
+        (b"[" * 100_000, r"nested too deeply"),
+        (b"\xff\xfe", r"it is not UTF-8 text \(byte 0\)"),
+        (b"", r"is not valid JSON"),
+        (b'{"a": 1, "a": 2}', r"key 'a' appears twice"),
+    ],
+    ids=["comma", "deep", "binary", "empty", "twice"],
+)
+def test_json_that_is_not_readable_is_refused(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        files.read_json(path)
+
+
+def test_hashes_are_of_the_bytes_and_json_has_one_form(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert (
+        files.sha256_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest() == files.sha256_bytes(b"abc")
+    )
+    assert files.canonical_json({"b": [1, 2.5], "a": None}) == '{"a":null,"b":[1,2.5]}'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.canonical_json(float("nan"))
