@@ -28,6 +28,7 @@ from moeplan.specs.base import validation_message
 
 __all__ = [
     "SCHEMA_VERSION",
+    "USABLE_MARKS",
     "HardwareProfile",
     "ProfileMeta",
     "Source",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+USABLE_MARKS = ("", "copied")  # a copied row is a measurement, of another machine: its source says so
 
 _ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 
@@ -124,7 +126,7 @@ def _conform(name: str, table: pa.Table, where: str) -> pa.Table:
         arrays.append(values)
     result = pa.table(dict(zip(schema, arrays, strict=True)))
     low = pc.min(result["latency_us"]).as_py() if result.num_rows else 1.0
-    if not low > 0 or not pc.all(pc.is_finite(result["latency_us"])).as_py():
+    if result.num_rows and not (low > 0 and pc.all(pc.is_finite(result["latency_us"])).as_py()):
         raise ProfileError(
             f"{where}: latency_us of table {name} must be finite and above 0 (smallest is {low})"
         )
@@ -244,13 +246,13 @@ class HardwareProfile:
     def select(self, name: str, usable: bool = True, **where: Any) -> pa.Table:
         """Rows of a table whose columns equal ``where`` (a value, or a collection of allowed ones).
 
-        An empty table where nothing matches or the profile lacks the table; marked rows are left out unless
-        ``usable`` is False.
+        An empty table where nothing matches or the profile lacks the table; rows set aside by the sanity pass
+        are left out unless ``usable`` is False.
         """
         if name not in self.table_names:
             return pa.table({c: pa.array([], _ARROW[spec.kind]) for c, spec in columns_of(name).items()})
         table = self.table(name)
-        mask: Any = pc.equal(table["mark"], "") if usable else None
+        mask: Any = pc.is_in(table["mark"], value_set=pa.array(USABLE_MARKS)) if usable else None
         for column, value in where.items():
             if column not in table.column_names:
                 raise UnknownNameError(f"column of table {name}", column, table.column_names)

@@ -63,6 +63,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "tokens": _i("entering the layer over all ranks of the ep group"),
         "rank_pairs": _i("(token, expert) pairs on the measured rank; -1: not published", -1),
         "active_experts": _i("distinct experts hit on the measured rank; -1: not published", -1),
+        "rank_tokens": _i("distinct tokens on the measured rank; -1: not published", -1),
         "vector": _s(
             "tokens per local expert of the measured rank, separated by spaces; empty: not published", ""
         ),

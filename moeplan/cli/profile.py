@@ -17,9 +17,16 @@ def command() -> None:
 
 
 @command.command("import-aic")
-@click.option("--systems", default="", metavar="NAMES", help="Comma-separated, as in h100,h200; all when left out.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="One profile per system here.")
-@click.option("--subset", is_flag=True, help="Only the main models and one version per table: what the package ships.")
+@click.option(
+    "--systems", default="", metavar="NAMES", help="Comma-separated, as in h100,h200; all when left out."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="One profile per system here.",
+)
+@click.option("--subset", is_flag=True, help="What the package ships: the main models, newest versions.")
 @output_options
 def import_aic(systems: str, out: Path, subset: bool, as_json: bool, quiet: bool) -> None:
     """Turn the measured tables of aiconfigurator-core into profiles (extra: aic).

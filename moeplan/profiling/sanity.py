@@ -1,0 +1,121 @@
+"""Does a measured table make sense? One mark per row; nothing is judged by how well a model fits it.
+
+- ``outlier``: lies more than :data:`OUTLIER` above or below the line (in logs) through its two neighbours on
+  the size axis; or an exchange whose bandwidth per copy falls below half of that on half as many nodes.
+- ``non_monotone``: some larger size of the same series takes less than :data:`FALL` of its time.
+- ``skew_faster``: at large batch a skewed row is faster than :data:`FALL_SKEW` of the balanced row beside it;
+  at small batch skew can really be faster, since fewer experts' weights are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from moeplan.artifacts.profile_tables import columns_of
+
+__all__ = ["SIZE_AXIS", "group_ids", "mark_rows"]
+
+OUTLIER = 2.0
+FALL = 0.8
+FALL_SKEW = 0.95
+LARGE_BATCH_TOKENS = 1024
+
+SIZE_AXIS = {
+    "experts": "tokens",
+    "alltoall": "tokens_per_rank",
+    "collectives": "message_size_bytes",
+    "attention": "context_tokens",
+    "gemm": "m",
+    "elementwise": "tokens",
+    "memory": "message_size_bytes",
+}
+_DEPENDENT = {
+    "experts": {"rank_pairs", "active_experts", "rank_tokens", "vector"},
+    "attention": {"query_tokens"},
+}
+
+
+def group_ids(table: pa.Table, columns: list[str]) -> NDArray[np.int64]:
+    """One number per distinct combination of ``columns``."""
+    ids: NDArray[np.int64] = np.zeros(table.num_rows, np.int64)
+    for column in columns:
+        values = table[column].combine_chunks()
+        if pa.types.is_dictionary(values.type):
+            codes = values.indices.to_numpy().astype(np.int64)
+        else:
+            codes = np.unique(values.to_numpy(zero_copy_only=False), return_inverse=True)[1]
+        ids = np.unique(ids * (codes.max(initial=0) + 1) + codes, return_inverse=True)[1]
+    return ids
+
+
+def _series(name: str, table: pa.Table, without: set[str]) -> NDArray[np.int64]:
+    skip = without | {SIZE_AXIS[name], "latency_us", "spread", "mark"} | _DEPENDENT.get(name, set())
+    return group_ids(table, [column for column in columns_of(name) if column not in skip])
+
+
+def _size_marks(size: NDArray[Any], log_us: NDArray[Any], ids: NDArray[Any]) -> tuple[Any, Any]:
+    """(outlier, falls) per row, from the order of sizes within each series."""
+    order = np.lexsort((size, ids))
+    x, y, g = np.log(size[order]), log_us[order], ids[order]
+    middle = np.flatnonzero((g[:-2] == g[2:]) & (x[:-2] < x[1:-1]) & (x[1:-1] < x[2:])) + 1
+    weight = (x[middle] - x[middle - 1]) / (x[middle + 1] - x[middle - 1])
+    line = (1 - weight) * y[middle - 1] + weight * y[middle + 1]
+    off = np.zeros(len(x) + 2)
+    off[middle + 1] = np.abs(y[middle] - line)
+    # A spike bends its neighbours' lines too, by less: only the worst of three is the outlier.
+    worst = (off[1:-1] >= off[:-2]) & (off[1:-1] >= off[2:])
+    outlier = worst & (off[1:-1] > np.log(OUTLIER))
+    # Smallest later time of the same series: offsetting each series far below the last makes one sweep do.
+    span = np.ptp(y) + 1 if len(y) else 1.0
+    floor = np.minimum.accumulate((y + g * span)[::-1])[::-1] - g * span
+    falls = floor < y + np.log(FALL)
+    back = np.empty(len(x), np.int64)
+    back[order] = np.arange(len(x))
+    return outlier[back], falls[back]
+
+
+def _skew_marks(table: pa.Table, log_us: NDArray[Any], tokens: NDArray[Any]) -> Any:
+    slots = _series("experts", table, {"distribution", "num_slots"})
+    ids = np.unique(slots * (tokens.max(initial=0) + 1) + tokens, return_inverse=True)[1]
+    even = np.array(table["distribution"].to_pylist()) == "balanced"
+    reference = np.full(ids.max(initial=0) + 1, np.nan)
+    reference[ids[even]] = log_us[even]
+    with np.errstate(invalid="ignore"):
+        faster = log_us < reference[ids] + np.log(FALL_SKEW)
+    return ~even & (tokens >= LARGE_BATCH_TOKENS) & faster
+
+
+def _node_marks(table: pa.Table, log_us: NDArray[Any]) -> NDArray[np.bool_]:
+    """Exchanges over several nodes whose bandwidth collapses against half as many nodes."""
+    nodes = table["nodes"].to_numpy()
+    # Copies a token sends to other nodes when its top-k falls evenly: (N - 1) (1 - (1 - 1/N)^K).
+    remote = (nodes - 1) * (1 - (1 - 1 / nodes) ** table["top_k"].to_numpy())
+    ids = _series("alltoall", table, {"nodes", "ranks", "tokens_per_rank"})
+    sizes = table["tokens_per_rank"].to_numpy()
+    at = {key: row for row, key in enumerate(zip(ids.tolist(), sizes.tolist(), nodes.tolist(), strict=True))}
+    bad = np.zeros(table.num_rows, bool)
+    largest = {key: max(s for i, s, n in at if (i, n) == key) for key in {(i, n) for i, _, n in at}}
+    for (group, size, count), row in at.items():
+        half = at.get((group, size, count // 2))
+        # Only where bytes rule: at least half the series' largest size.
+        if half is None or count < 4 or 2 * size < largest[group, count]:
+            continue
+        bad[row] = log_us[row] - log_us[half] > np.log(2 * remote[row] / remote[half])
+    return bad
+
+
+def mark_rows(name: str, table: pa.Table) -> NDArray[np.str_]:
+    """A mark per row, empty where it makes sense; the first of outlier, non_monotone, skew_faster holds."""
+    log_us = np.log(table["latency_us"].to_numpy())
+    size = table[SIZE_AXIS[name]].to_numpy()
+    outlier, falls = _size_marks(size, log_us, _series(name, table, set()))
+    if name == "alltoall":
+        outlier |= _node_marks(table, log_us)
+    marks = np.where(outlier, "outlier", np.where(falls, "non_monotone", ""))
+    if name == "experts":
+        marks = np.where((marks == "") & _skew_marks(table, log_us, size), "skew_faster", marks)
+    return marks

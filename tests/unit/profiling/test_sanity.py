@@ -1,0 +1,67 @@
+"""Each mark on a small table made to deserve it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
+from moeplan.profiling.sanity import mark_rows
+
+META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
+
+
+def marks(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    common = {"backend": "b", "kernel": "k", "source": "s"}
+    table = pa.Table.from_pylist([{**common, **row} for row in rows])
+    return [str(mark) for mark in mark_rows(name, HardwareProfile(META, {name: table}).table(name))]
+
+
+def gemm(times: dict[int, float], n: int = 8) -> list[dict[str, Any]]:
+    return [{"m": m, "n": n, "k": 8, "dtype": "bf16", "latency_us": t} for m, t in times.items()]
+
+
+def test_a_spike_is_an_outlier_and_a_lasting_fall_is_not_monotone() -> None:
+    assert marks("gemm", gemm({1: 10, 2: 11, 4: 50, 8: 13, 16: 14})) == ["", "", "outlier", "", ""]
+    assert marks("gemm", gemm({1: 10, 2: 10, 4: 7, 8: 7})) == ["non_monotone", "non_monotone", "", ""]
+    assert marks("gemm", gemm({1: 10, 2: 10, 4: 9, 8: 9})) == [""] * 4
+
+
+def test_series_do_not_mix() -> None:
+    rows = gemm({1: 100, 2: 200}, n=8) + gemm({1: 1, 2: 2}, n=16)
+    assert marks("gemm", rows) == [""] * 4
+
+
+def experts(distribution: str, tokens: int, latency: float) -> dict[str, Any]:
+    shape = {"hidden": 8, "inter": 8, "num_experts": 8, "top_k": 2, "ep": 4, "tp": 1, "dtype": "bf16"}
+    return {**shape, "distribution": distribution, "tokens": tokens, "latency_us": latency}
+
+
+def test_skewed_rows_faster_than_balanced_are_marked_at_large_batch_only() -> None:
+    rows = [
+        experts("balanced", 64, 10),
+        experts("power_law_1.2", 64, 5),
+        experts("balanced", 4096, 100),
+        experts("power_law_1.2", 4096, 90),
+        experts("power_law_1.01", 4096, 120),
+    ]
+    assert marks("experts", rows) == ["", "", "", "skew_faster", ""]
+
+
+def exchange(nodes: int, latency: float) -> dict[str, Any]:
+    shape = {
+        "mode": "normal",
+        "phase": "dispatch",
+        "hidden": 8,
+        "top_k": 8,
+        "num_experts": 64,
+        "dtype": "fp8",
+    }
+    return {**shape, "nodes": nodes, "ranks": 8 * nodes, "tokens_per_rank": 4096, "latency_us": latency}
+
+
+def test_a_collapse_of_bandwidth_between_node_counts_is_an_outlier() -> None:
+    # copies to other nodes per token: 1.0, 2.7, 4.6; twice their growth is allowed
+    assert marks("alltoall", [exchange(2, 805), exchange(4, 1853), exchange(8, 6680)]) == ["", "", "outlier"]
+    assert marks("alltoall", [exchange(2, 805), exchange(4, 1853), exchange(8, 3300)]) == ["", "", ""]
