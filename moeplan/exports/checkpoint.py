@@ -96,10 +96,11 @@ class _Job:
         self.torch: dict[Path, TorchFile] = {}
         self.tensors: dict[str, Tensor] = {}
         self.values: dict[str, list[Any]] = defaultdict(list)
-        self.done = 0
+        self.done = self.total = 0
 
     def check(self, source: Path, indices: Iterable[Path]) -> None:
         """Index files name files and tensors that exist; each planned layer has all experts and a router."""
+        self.total = sum(path.stat().st_size for path in [*self.safetensors, *self.torch])
         for index in indices:
             document = read_json(index)
             names = document.get("weight_map") if isinstance(document, dict) else None
@@ -178,9 +179,8 @@ class _Job:
             shutil.copyfile(path, copied)
 
     def _tick(self, size: int) -> None:
-        total = sum(path.stat().st_size for path in [*self.safetensors, *self.torch])
         self.done += size
-        self.progress("permuting the checkpoint", min(1.0, self.done / max(total, 1)))
+        self.progress("permuting the checkpoint", self.done / self.total)
 
 
 def group_limits(checkpoint: Path) -> tuple[int, int | None] | None:

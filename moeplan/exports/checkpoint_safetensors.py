@@ -18,7 +18,7 @@ from moeplan.exports.checkpoint_names import Permutations, expert_part, is_stack
 
 __all__ = ["SafetensorsFile", "Tensor", "write_permuted"]
 
-_CHUNK = 4 * 2**20
+_CHUNK = 2**20
 _MAX_HEADER = 100 * 10**6
 
 
@@ -99,6 +99,7 @@ def write_permuted(
     """
     with out.open("wb") as target:
         target.write(file.head)
+        tick(len(file.head))
         for name, tensor in file.tensors.items():
             part = expert_part(name)
             if part is None or part.layer not in permutations:

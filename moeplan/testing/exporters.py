@@ -82,7 +82,7 @@ def random_plan(rng: np.random.Generator, model: ModelSpec, num_ranks: int, num_
         held: list[list[int]] = [[] for _ in range(num_ranks)]
         # most copies first, onto the emptiest ranks: there is always a rank left that lacks the expert
         for expert in np.lexsort((rng.random(model.num_experts), -copies_E)):
-            order = np.lexsort((rng.random(num_ranks), [len(experts) for experts in held]))
+            order = np.lexsort((rng.random(num_ranks), np.array([len(experts) for experts in held])))
             for rank in order[: copies_E[expert]]:
                 held[rank].append(int(expert))
         assert all(len(experts) == width for experts in held)
