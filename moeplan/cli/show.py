@@ -1,0 +1,63 @@
+"""``moeplan show``: a plan in the terminal, as a page, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moeplan.cli.common import output_options, print_json
+
+__all__ = ["show"]
+
+
+@click.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option(
+    "--trace", type=click.Path(path_type=Path), help="Routing or expert counts, for the load of every rank."
+)
+@click.option(
+    "--trace-format", metavar="NAME", help="Name of a trace reader; recognised from the file when left out."
+)
+@click.option(
+    "--before",
+    type=click.Path(path_type=Path),
+    help="A plan to compare with; the contiguous placement when left out.",
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page here."
+)
+@click.option(
+    "--svg", type=click.Path(path_type=Path, dir_okay=False), help="Write a picture that stands alone here."
+)
+@output_options
+def show(
+    plan: Path,
+    trace: Path | None,
+    trace_format: str | None,
+    before: Path | None,
+    html: Path | None,
+    svg: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show PLAN, a plan.json or the directory that holds it: verdict, figures, layers, load.
+
+    \b
+    Example: moeplan show out/plan.json --trace routing.npz --html plan.html
+    """
+    from moeplan.pipeline.show import show_plan
+
+    shown = show_plan(
+        plan, trace_path=trace, trace_format=trace_format, before_path=before, html_path=html, svg_path=svg
+    )
+    if not quiet:
+        for message in (*shown.messages, *(f"wrote {path}" for path in shown.written)):
+            click.echo(message, err=True)
+    if as_json:
+        print_json(shown.summary())
+    elif not quiet:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        console.print(shown.view(console.width))

@@ -1,0 +1,257 @@
+"""Show a plan: in words, as a page, as a picture; with a trace also its load and traffic.
+
+``S`` source ranks, ``L`` layers, ``E`` experts, ``P`` slots, ``R`` ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.placement import EMPTY, Placement
+from moeplan.artifacts.plan import Plan
+from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
+from moeplan.costs.layer import LayerCosts
+from moeplan.costs.transitions import transition_counts
+from moeplan.errors import PlanError, TraceError
+from moeplan.files import write_text
+from moeplan.planning.problem import PlanningProblem
+from moeplan.planning.simple import contiguous
+from moeplan.reports.summary import Evidence, key_figures, layer_rows
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["Shown", "contiguous_like", "pair_traffic", "show_plan", "step_traffic"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A plan with what is known about it; ``messages`` are for people, ``written`` the files made."""
+
+    plan: Plan
+    evidence: Evidence
+    messages: tuple[str, ...]
+    written: tuple[Path, ...]
+
+    def view(self, width: int) -> RenderableType:
+        """What the terminal shows, for ``width`` columns."""
+        from moeplan.reports.terminal import plan_view
+
+        return plan_view(self.plan, self.evidence, width)
+
+    def summary(self) -> dict[str, Any]:
+        """The plan without its maps and moves, and its figures per layer, as JSON values."""
+        maps = {"physical_to_logical_map", "rank_of_slot", "share", "replicas", "evaluation", "migration"}
+        migration = self.plan.migration
+        moves = None if migration is None else migration.model_dump(mode="json", exclude={"moves"})
+        if moves is not None and migration is not None:
+            moves["num_moves"] = len(migration.moves)
+        return {
+            **self.plan.model_dump(mode="json", exclude=maps),
+            "sha256": self.plan.sha256,
+            "migration": moves,
+            "compared_with": self.evidence.before_name if self.evidence.before is not None else None,
+            "figures": [asdict(figure) for figure in key_figures(self.plan, self.evidence)],
+            "layers": [asdict(row) for row in layer_rows(self.plan, self.evidence)],
+            "messages": list(self.messages),
+            "written": [str(path) for path in self.written],
+        }
+
+
+def show_plan(
+    plan_path: Path,
+    *,
+    trace_path: Path | None = None,
+    trace_format: str | None = None,
+    before_path: Path | None = None,
+    html_path: Path | None = None,
+    svg_path: Path | None = None,
+) -> Shown:
+    """Read a plan (a file, or the directory that holds ``plan.json``); write its page and picture.
+
+    With a trace, the load of every rank is compared with that of ``before_path`` (another plan), or of the
+    contiguous placement on the same slots.
+
+    Raises:
+        InputError: a file cannot be read or written.
+        PlanError: a plan is not valid, or ``before_path`` is a plan of another model.
+        TraceError: the trace is not usable, or is of another model.
+    """
+    plan = Plan.load(_plan_file(plan_path))
+    before = None if before_path is None else _before(plan, Plan.load(_plan_file(before_path)))
+    evidence = Evidence(before=before, before_name="before" if before_path is None else before_path.name)
+    messages: list[str] = []
+    if trace_path is not None:
+        load = _load_of(plan, trace_path, trace_format, messages)
+        if before is None:
+            before = contiguous_like(plan, load)
+            evidence = replace(evidence, before_name="contiguous")
+        evidence = replace(evidence, before=before, load_LE=load.load_LE, **_traffic(plan, before, load))
+    written = []
+    if html_path is not None:
+        from moeplan.reports.plan_page import render_plan_page
+
+        parts = {name: getattr(evidence, name) for name in Evidence.__slots__}
+        write_text(html_path, render_plan_page(plan, **parts))
+        written.append(html_path)
+    if svg_path is not None:
+        from moeplan.reports.plan_page import plan_svg
+
+        write_text(svg_path, plan_svg(plan, evidence.load_LE, evidence.before))
+        written.append(svg_path)
+    return Shown(plan, evidence, tuple(messages), tuple(written))
+
+
+def _plan_file(path: Path) -> Path:
+    return path / "plan.json" if path.is_dir() else path
+
+
+def _before(plan: Plan, other: Plan) -> Placement:
+    for name in ("layer_ids", "num_experts", "num_ranks", "ranks_per_node"):
+        mine, theirs = getattr(plan, name), getattr(other, name)
+        if mine != theirs:
+            raise PlanError(
+                f"{name} of the plan before ({theirs}) differs from this plan's ({mine});"
+                " compare plans of one model on one cluster"
+            )
+    return other.placement
+
+
+def _load_of(plan: Plan, path: Path, trace_format: str | None, messages: list[str]) -> ExpertLoad:
+    """The load of the plan's layers and phase."""
+    from moeplan.routing.io import read_trace
+    from moeplan.routing.loads import expert_load, pick_tokens
+
+    trace = read_trace(path, format=trace_format, num_experts=plan.num_experts)
+    if isinstance(trace, RoutingTrace) and trace.phase_T is not None and plan.workload.phase in PHASES:
+        chosen_T = trace.phase_T == PHASES.index(plan.workload.phase)
+        if chosen_T.any():
+            trace = pick_tokens(trace, chosen_T)
+        else:
+            messages.append(f"{path.name} holds no {plan.workload.phase} tokens; all of its tokens are shown")
+    load = expert_load(trace)
+    if load.num_experts != plan.num_experts:
+        raise TraceError(
+            f"{path} has {load.num_experts} experts but the plan has num_experts ({plan.num_experts});"
+            " give the routing of the same model"
+        )
+    if set(plan.layer_ids) <= set(load.layer_ids):
+        rows = [load.layer_ids.index(layer_id) for layer_id in plan.layer_ids]
+    elif load.layer_ids == tuple(range(len(plan.layer_ids))):
+        messages.append(f"{path.name} numbers its layers from 0; they are taken as the plan's, in order")
+        rows = list(range(len(plan.layer_ids)))
+    else:
+        missing = next(layer_id for layer_id in plan.layer_ids if layer_id not in load.layer_ids)
+        raise TraceError(
+            f"{path} does not hold layer {missing} of the plan (it has {load.num_layers} layers, the plan"
+            f" {len(plan.layer_ids)}); give the routing of the same model"
+        )
+    return _pick_layers(load, rows, plan.layer_ids)
+
+
+def _pick_layers(load: ExpertLoad, rows: list[int], layer_ids: tuple[int, ...]) -> ExpertLoad:
+    trace, whole = load.trace, rows == list(range(load.num_layers))
+    if trace is not None:
+        trace = replace(trace, experts_TLK=trace.experts_TLK[:, rows], layer_ids=layer_ids, scores_TLK=None)
+    return replace(
+        load,
+        load_WLE=load.load_WLE[:, rows],
+        layer_ids=layer_ids,
+        trace=trace,
+        source_SLE=None if load.source_SLE is None else load.source_SLE[:, rows],
+        transitions_LEE=load.transitions_LEE if whole else None,
+    )
+
+
+def contiguous_like(plan: Plan, load: ExpertLoad) -> Placement:
+    """The contiguous placement on the plan's ranks and slots."""
+    experts = plan.experts_per_layer or (plan.num_experts,) * len(plan.layer_ids)
+    unused = LayerCosts(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # this planner looks at neither load nor costs
+    problem = PlanningProblem(
+        load=load,
+        experts_L=np.asarray(experts, dtype=np.int64),
+        slots_R=np.bincount(plan.rank_of_slot, minlength=plan.num_ranks).astype(np.int64),
+        speed_R=np.ones(plan.num_ranks),
+        ranks_per_node=plan.ranks_per_node,
+        costs=unused,
+        objective=plan.objective,
+    )
+    return contiguous(problem).placement
+
+
+def _traffic(plan: Plan, before: Placement, load: ExpertLoad) -> dict[str, Any]:
+    """Traffic before and after, as fields of :class:`Evidence`."""
+    if plan.objective.return_mode == "stay":
+        transitions_LEE = load.transitions_LEE
+        if transitions_LEE is None and load.trace is not None:
+            transitions_LEE = transition_counts(load.trace)
+        if transitions_LEE is None:
+            return {
+                "traffic_note": "No traffic matrix: stay mode needs the experts of each token, not counts."
+            }
+        before_RR, after_RR = (step_traffic(p, transitions_LEE) for p in (before, plan.placement))
+        note = "Tokens go from the rank of their expert to that of the next layer's."
+        return {
+            "traffic_before_RR": before_RR,
+            "traffic_after_RR": after_RR,
+            "traffic_unit": "tokens",
+            "traffic_note": note,
+        }
+    if plan.objective.dispatch == "allgather":
+        return {
+            "traffic_note": "No traffic matrix: allgather sends every token to every rank in any placement."
+        }
+    source_SLE, ranks = load.source_SLE, plan.num_ranks
+    if source_SLE is not None and len(source_SLE) <= ranks:
+        source_RLE = np.zeros((ranks, *source_SLE.shape[1:]))
+        source_RLE[: len(source_SLE)] = source_SLE
+        note = "Home ranks are those of the trace."
+    else:
+        live_R = np.bincount(plan.rank_of_slot, minlength=ranks) > 0
+        source_RLE = live_R[:, None, None] / live_R.sum() * load.load_LE[None]
+        note = "The trace does not say where tokens are at home: they are spread evenly over the live ranks."
+    if plan.objective.dispatch != "per_expert":
+        what = "node" if plan.objective.dispatch == "per_node" else "rank"
+        note += f" With {plan.objective.dispatch} dispatch, pairs of one token to one {what} travel once."
+    before_RR, after_RR = (pair_traffic(p, source_RLE) for p in (before, plan.placement))
+    return {
+        "traffic_before_RR": before_RR,
+        "traffic_after_RR": after_RR,
+        "traffic_unit": "token-expert pairs",
+        "traffic_note": note,
+    }
+
+
+def _rank_share(placement: Placement, layer: int) -> NDArray[np.float64]:
+    """Part of each expert's tokens that each rank takes."""
+    expert_P = placement.physical_to_logical_LP[layer]
+    used_P = expert_P != EMPTY
+    share_ER = np.zeros((placement.num_experts, placement.num_ranks))
+    places = (expert_P[used_P], placement.rank_of_slot_P[used_P])
+    np.add.at(share_ER, places, placement.slot_share_LP[layer, used_P])
+    return share_ER
+
+
+def pair_traffic(placement: Placement, source_RLE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(token, expert) pairs from home rank to expert's rank, all layers together (``per_expert`` dispatch).
+
+    ``source_RLE`` are the selections of each home rank.
+    """
+    traffic_RR = np.zeros((len(source_RLE), placement.num_ranks))
+    for layer in range(placement.num_layers):
+        traffic_RR += source_RLE[:, layer] @ _rank_share(placement, layer)
+    return traffic_RR
+
+
+def step_traffic(placement: Placement, transitions_LEE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Tokens from an expert's rank to that of the next layer's expert, all steps together: ``stay`` mode."""
+    traffic_RR = np.zeros((placement.num_ranks, placement.num_ranks))
+    for layer, transitions_EE in enumerate(transitions_LEE):
+        traffic_RR += _rank_share(placement, layer).T @ transitions_EE @ _rank_share(placement, layer + 1)
+    return traffic_RR

@@ -1,0 +1,253 @@
+"""What a plan comes to: the figures that the page and the terminal both show.
+
+``L`` layers, ``E`` experts, ``P`` slots, ``R`` ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.plan import LayerEvaluation, Plan
+from moeplan.errors import PlanError
+from moeplan.reports.wording import format_bytes, format_percent, format_seconds
+
+__all__ = [
+    "STATUS_TEXT",
+    "Evidence",
+    "KeyFigure",
+    "LayerRow",
+    "gain_text",
+    "headline",
+    "key_figures",
+    "layer_rows",
+    "rank_load",
+    "relative_load",
+]
+
+STATUS_TEXT = {
+    "optimal": "proven optimal for its objective",
+    "feasible": "best found within the search budget",
+    "time_limit": "stopped by the wall-clock limit: another run may give another plan",
+    "interrupted": "interrupted: the best plan found so far",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """What is known beyond the plan file; every part may be missing.
+
+    ``load_LE`` are tokens per layer and expert, ``before`` is the placement compared with and
+    ``evaluation_before`` what it does to each layer, ``traffic_*_RR`` (from home or source rank, to rank) are
+    in ``traffic_unit``, ``speed_R`` is the relative speed of each rank (None: equal).
+    """
+
+    load_LE: NDArray[np.float64] | None = None
+    before: Placement | None = None
+    before_name: str = "before"
+    evaluation_before: tuple[LayerEvaluation, ...] = ()
+    traffic_before_RR: NDArray[np.float64] | None = None
+    traffic_after_RR: NDArray[np.float64] | None = None
+    traffic_unit: str = "bytes"
+    traffic_note: str = ""
+    speed_R: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFigure:
+    """One figure of the first screen; ``before`` is None where there is nothing to compare with."""
+
+    label: str
+    before: str | None
+    after: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One layer, before and after; None where not known."""
+
+    layer_id: int
+    max_over_mean: float | None
+    max_over_mean_before: float | None
+    busiest_rank: int | None
+    nodes_per_token: float | None
+    nodes_per_token_before: float | None
+    ranks_per_token: float | None
+    ranks_per_token_before: float | None
+    same_node_share: float | None
+    same_node_share_before: float | None
+    time_s: float | None
+    time_before_s: float | None
+
+
+def rank_load(placement: Placement, load_LE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Tokens that each rank works on in each layer: every slot takes its share of its expert's tokens.
+
+    Raises:
+        PlanError: the load has other layers or experts than the placement.
+    """
+    if load_LE.shape != (placement.num_layers, placement.num_experts):
+        raise PlanError(
+            f"load has shape {load_LE.shape} but the placement has {placement.num_layers} layers of"
+            f" {placement.num_experts} experts; take the load of the same model"
+        )
+    slot_load_LP = placement.slot_share_LP * np.take_along_axis(
+        load_LE, np.maximum(placement.physical_to_logical_LP, 0), axis=1
+    )
+    load_RL = np.zeros((placement.num_ranks, placement.num_layers))
+    np.add.at(load_RL, placement.rank_of_slot_P, slot_load_LP.T)
+    return load_RL.T
+
+
+def relative_load(
+    placement: Placement, load_LE: NDArray[np.float64], speed_R: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """Load of each rank over the mean of its layer, speeds accounted for; NaN for ranks without slots."""
+    load_LR = rank_load(placement, load_LE)
+    speed_R = np.ones(placement.num_ranks) if speed_R is None else speed_R
+    live_R = np.bincount(placement.rank_of_slot_P, minlength=placement.num_ranks) > 0
+    mean_L = load_LR.sum(axis=1) / speed_R[live_R].sum()
+    relative_LR = np.full(load_LR.shape, np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative_LR[:, live_R] = load_LR[:, live_R] / speed_R[live_R] / mean_L[:, None]
+    return relative_LR
+
+
+def layer_rows(plan: Plan, evidence: Evidence) -> list[LayerRow]:
+    """One row per layer. Where the evidence has a load, both sides come from it and can be compared."""
+    after_L = {item.layer_id: item for item in plan.evaluation}
+    before_L = {item.layer_id: item for item in evidence.evaluation_before}
+    relative = relative_before = None
+    if evidence.load_LE is not None:
+        relative = relative_load(plan.placement, evidence.load_LE, evidence.speed_R)
+        if evidence.before is not None:
+            relative_before = relative_load(evidence.before, evidence.load_LE, evidence.speed_R)
+    rows = []
+    for index, layer_id in enumerate(plan.layer_ids):
+        after, before = after_L.get(layer_id), before_L.get(layer_id)
+        busiest = peak = peak_before = None
+        if relative is not None:
+            busiest = int(np.nanargmax(relative[index]))
+            peak = float(relative[index, busiest])
+        elif after is not None:
+            peak = after.max_over_mean_load
+        if relative_before is not None:
+            peak_before = float(np.nanmax(relative_before[index]))
+        elif before is not None:
+            peak_before = before.max_over_mean_load
+        rows.append(
+            LayerRow(
+                layer_id=layer_id,
+                max_over_mean=peak,
+                max_over_mean_before=peak_before,
+                busiest_rank=busiest,
+                nodes_per_token=after.nodes_per_token if after else None,
+                nodes_per_token_before=before.nodes_per_token if before else None,
+                ranks_per_token=after.ranks_per_token if after else None,
+                ranks_per_token_before=before.ranks_per_token if before else None,
+                same_node_share=after.same_node_share if after else None,
+                same_node_share_before=before.same_node_share if before else None,
+                time_s=after.time_s if after else None,
+                time_before_s=before.time_s if before else None,
+            )
+        )
+    return rows
+
+
+def headline(plan: Plan) -> tuple[str, str]:
+    """The verdict as ``(apply | refuse | open, sentence)``."""
+    if plan.verdict is None:
+        return "open", "No verdict in this plan"
+    return ("apply", "Apply this plan") if plan.verdict.apply else ("refuse", "Do not apply this plan")
+
+
+def key_figures(plan: Plan, evidence: Evidence) -> list[KeyFigure]:
+    """The figures of the first screen, those that are known."""
+    rows = layer_rows(plan, evidence)
+    figures = []
+    if (p := plan.prediction) is not None:
+        figures.append(
+            KeyFigure(
+                "Predicted step time",
+                format_seconds(p.baseline_time_s),
+                format_seconds(p.time_s),
+                f"routed experts of all layers, {p.tokens_per_step:,} tokens; interval"
+                f" {format_seconds(p.time_low_s)} to {format_seconds(p.time_high_s)}; before: {p.baseline}",
+            )
+        )
+    if (peak := _mean([row.max_over_mean for row in rows])) is not None:
+        before = _mean([row.max_over_mean_before for row in rows])
+        worst = max(rows, key=lambda row: row.max_over_mean or 0)
+        figures.append(
+            KeyFigure(
+                "Max/mean load",
+                None if before is None else f"{before:.3f}",
+                f"{peak:.3f}",
+                f"busiest rank over the mean, averaged over layers; worst is layer {worst.layer_id}"
+                f" with {worst.max_over_mean:.3f}",
+            )
+        )
+    if (nodes := _mean([row.nodes_per_token for row in rows])) is not None:
+        before = _mean([row.nodes_per_token_before for row in rows])
+        figures.append(
+            KeyFigure(
+                "Nodes per token",
+                None if before is None else f"{before:.2f}",
+                f"{nodes:.2f}",
+                f"distinct nodes that a token's experts touch, of {plan.placement.num_nodes}",
+            )
+        )
+    if (share := _mean([row.same_node_share for row in rows])) is not None:
+        before = _mean([row.same_node_share_before for row in rows])
+        figures.append(
+            KeyFigure(
+                "Same-node share",
+                None if before is None else format_percent(before),
+                format_percent(share),
+                "steps to the next layer that stay inside a node",
+            )
+        )
+    if plan.bounds:
+        bound = plan.bounds[0]
+        figures.append(
+            KeyFigure("Proven gap", None, format_percent(bound.gap), f"{bound.quantity}; {bound.argument}")
+        )
+    if (m := plan.migration) is not None:
+        copies = f"{len(m.moves):,} expert {'copy' if len(m.moves) == 1 else 'copies'}"
+        figures.append(
+            KeyFigure(
+                "Migration",
+                None,
+                format_bytes(m.bytes),
+                f"{copies} in {format_seconds(m.seconds)}; {m.source}",
+            )
+        )
+    if (v := plan.verdict) is not None and v.break_even_s is not None:
+        figures.append(
+            KeyFigure(
+                "Break-even",
+                None,
+                format_seconds(v.break_even_s),
+                "of running until the migration has paid for itself",
+            )
+        )
+    return figures
+
+
+def gain_text(plan: Plan) -> str | None:
+    """Expected gain with its interval, in words; None without a verdict."""
+    if (v := plan.verdict) is None:
+        return None
+    return (
+        f"{format_percent(v.expected_gain)} ({format_percent(v.expected_gain_low)} to"
+        f" {format_percent(v.expected_gain_high)}) of step time, on {v.held_out}"
+    )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,82 @@
+"""The generated reference is what the code says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+from pydantic import BaseModel, Field
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_committed_reference_is_current(generate: ModuleType) -> None:
+    if not (DOCS / "reference" / "cli.md").is_file():
+        pytest.skip("docs/reference is not generated yet: python docs/generate.py")
+    for name, text in generate.documents().items():
+        path = DOCS / "reference" / name
+        assert path.is_file(), f"{name} is missing; run python docs/generate.py"
+        assert path.read_text(encoding="utf-8") == text, f"{name} is out of date; run python docs/generate.py"
+
+
+def test_every_command_is_listed_once_with_its_help(generate: ModuleType) -> None:
+    @click.group()
+    def root() -> None:
+        """Root."""
+
+    @root.group()
+    def inner() -> None:
+        """Inner group."""
+
+    @inner.command()
+    @click.option("--size", help="How large.")
+    def leaf(size: str) -> None:
+        """Leaf command."""
+
+    found = dict(generate._commands(root, ("tool",), None))
+    assert list(found) == [("tool",), ("tool", "inner"), ("tool", "inner", "leaf")]
+    assert "Usage: tool inner leaf" in found["tool", "inner", "leaf"]
+    assert "How large." in found["tool", "inner", "leaf"]
+
+
+class _Part(BaseModel):
+    """A part."""
+
+    size: int = Field(description="how large | wide")
+
+
+class _Whole(BaseModel):
+    """A whole, of parts."""
+
+    parts: tuple[_Part, ...] = ()
+    kind: str | None = None
+
+
+def test_fields_table(generate: ModuleType) -> None:
+    text = generate.fields_text({"whole.json": _Whole})
+    assert "| `parts` | list of [_Part](#_part) | `[]` |  |" in text
+    assert "| `kind` | string or null | `null` |  |" in text
+    assert "| `size` | integer | required | how large \\| wide |" in text
+    assert text.count("### `_Part`") == 1
+
+
+def test_plan_schema_accepts_the_fields_of_a_plan(generate: ModuleType) -> None:
+    from moeplan.artifacts.plan import Plan
+
+    schema = json.loads(generate.schema_text(Plan))
+    assert set(schema["properties"]) == set(Plan.model_fields)
+    assert schema["additionalProperties"] is False
