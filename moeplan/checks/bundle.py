@@ -156,6 +156,17 @@ def ranks_and_nodes(b: Bundle) -> Iterator[Finding]:
         )
 
 
+def node_size(b: Bundle) -> Iterator[Finding]:
+    """A node holds no more ranks than its accelerators are built and linked for."""
+    cluster, device = b.cluster, b.cluster.accelerator
+    largest = max(device.scale_up_domain, device.ranks_per_node)
+    if cluster.topology in ("two-level", "rail-optimised", "nvl72") and cluster.ranks_per_node > largest:
+        yield warning(
+            f"ranks_per_node ({cluster.ranks_per_node}) is more than a node of {device.name} holds"
+            f" ({largest}); its ranks do not all share fast links: use more --nodes"
+        )
+
+
 def redundant_experts(b: Bundle) -> Iterator[Finding]:
     """Redundant experts are 0 or more."""
     if b.num_redundant is not None and b.num_redundant < 0:
@@ -279,6 +290,7 @@ CHECKS: tuple[Callable[[Bundle], Iterator[Finding]], ...] = (
     trace_experts_per_layer,
     trace_phase,
     ranks_and_nodes,
+    node_size,
     redundant_experts,
     slots_for_ranks,
     slots_for_experts,

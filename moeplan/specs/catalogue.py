@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from moeplan.errors import UnknownNameError
 from moeplan.specs.base import Spec
 
-__all__ = ["Catalogue", "slug"]
+__all__ = ["Catalogue", "names_a_file", "slug"]
 
 S = TypeVar("S", bound=Spec)
 
@@ -18,6 +19,15 @@ S = TypeVar("S", bound=Spec)
 def slug(name: str) -> str:
     """The form in which names are compared: lower case, words joined by hyphens."""
     return "-".join(name.lower().replace("_", " ").split())
+
+
+def names_a_file(name: str | Path) -> bool:
+    """Whether ``name`` is a path rather than a name: it is there, or ends as documents do."""
+    path = Path(name)
+    try:
+        return path.suffix.lower() in {".json", ".yaml", ".yml"} or path.exists()
+    except (OSError, ValueError):  # too long, or not a path at all
+        return False
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any
 
 from moeplan.errors import SpecError
 from moeplan.specs.base import read_document
-from moeplan.specs.catalogue import Catalogue, slug
+from moeplan.specs.catalogue import Catalogue, names_a_file, slug
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec, TopologyPreset
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "cluster_from_mapping",
     "find_accelerator",
     "find_cluster",
+    "sized_cluster",
 ]
 
 DEFAULT_CLUSTER = "h100-sxm"
@@ -98,12 +99,34 @@ def find_cluster(
         UnknownNameError: neither an accelerator nor a file.
         InputError: the file cannot be read; SpecError: any field is wrong.
     """
-    path = Path(name)
-    if _ACCELERATORS.knows(str(name)) or not (
-        path.suffix.lower() in {".json", ".yaml", ".yml"} or path.is_file()
-    ):
+    if _ACCELERATORS.knows(str(name)) or not names_a_file(name):
         return cluster_for(str(name), num_nodes, ranks_per_node)
+    path = Path(name)
     document = read_document(path)
     if not isinstance(document, dict):
         raise SpecError(f"{path} holds a {type(document).__name__}; a cluster is a mapping of fields")
     return cluster_from_mapping(document, str(path))
+
+
+def sized_cluster(
+    name: str | Path = DEFAULT_CLUSTER, ranks: int | None = None, nodes: int | None = None
+) -> ClusterSpec:
+    """As :func:`find_cluster`, where an accelerator's name is sized by all ranks together.
+
+    Without ``nodes`` the ranks go into as few as can be: a node then holds the ranks of one scale-up domain, or
+    of one box where that is larger. A file says its size itself.
+
+    Raises:
+        SpecError: the ranks do not divide over the nodes; otherwise as :func:`find_cluster`.
+    """
+    if ranks is None or (not _ACCELERATORS.knows(str(name)) and names_a_file(name)):
+        return find_cluster(name, nodes)
+    accelerator = find_accelerator(str(name))
+    largest = max(accelerator.scale_up_domain, accelerator.ranks_per_node)
+    count = nodes or -(-ranks // largest)
+    if ranks % count:
+        raise SpecError(
+            f"ranks ({ranks}) do not divide over {count} nodes"
+            + ("" if nodes else f" of up to {largest} {accelerator.name}; say how many with nodes")
+        )
+    return cluster_for(accelerator, count, ranks // count)

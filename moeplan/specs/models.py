@@ -6,14 +6,13 @@ from pathlib import Path
 
 from moeplan.errors import SpecError
 from moeplan.specs.base import read_document
-from moeplan.specs.catalogue import Catalogue
+from moeplan.specs.catalogue import Catalogue, names_a_file
 from moeplan.specs.hf_config import model_from_hf_config
 from moeplan.specs.model import ModelSpec
 
 __all__ = ["find_model", "model_aliases", "model_names"]
 
 _MODELS = Catalogue("model", "models.json", ModelSpec)
-_SUFFIXES = {".json", ".yaml", ".yml"}
 
 
 def model_names() -> list[str]:
@@ -37,9 +36,9 @@ def find_model(name: str | Path) -> ModelSpec:
         UnknownNameError: neither a built-in model nor a path.
         InputError: the file cannot be read; SpecError: it does not describe a Mixture-of-Experts model.
     """
-    path = Path(name)
-    if _MODELS.knows(str(name)) or not (path.suffix.lower() in _SUFFIXES or path.exists()):
+    if _MODELS.knows(str(name)) or not names_a_file(name):
         return _MODELS.find(str(name))
+    path = Path(name)
     if path.is_dir():
         path = path / "config.json"
     document = read_document(path)

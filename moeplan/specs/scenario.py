@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.specs.base import Spec, read_document
+from moeplan.specs.catalogue import names_a_file
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.clusters import DEFAULT_CLUSTER, cluster_from_mapping, find_cluster
+from moeplan.specs.clusters import DEFAULT_CLUSTER, cluster_from_mapping, sized_cluster
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
 from moeplan.specs.workload import Objective, Workload
@@ -48,7 +49,7 @@ class Scenario(Spec):
         None, gt=0, description="expert-parallel size; left out: all ranks of the cluster"
     )
     nodes: int | None = Field(
-        None, gt=0, description="left out: those of the cluster, one where only ranks is given"
+        None, gt=0, description="left out: those of the cluster, or as few as hold the ranks"
     )
     redundant: int | Literal["max"] = Field(
         0, description="extra expert slots per layer, or as many as memory allows"
@@ -74,10 +75,15 @@ class Scenario(Spec):
     )
     out: Path | None = Field(None, description="directory that is written")
 
+    @field_validator("redundant", mode="before")
+    @classmethod
+    def _count_or_max(cls, value: Any) -> Any:
+        if value != "max" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError("write 0 or more, or max")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if isinstance(self.redundant, int) and self.redundant < 0:
-            raise ValueError(f"redundant ({self.redundant}) is negative; write 0 or more, or max")
         if self.ranks is not None and self.nodes is not None and self.ranks % self.nodes:
             raise ValueError(
                 f"ranks ({self.ranks}) is not a multiple of nodes ({self.nodes}); every node holds as many"
@@ -110,7 +116,7 @@ class Scenario(Spec):
             for key in (*_FILES, *_NAMES_OR_FILES):
                 if isinstance(value := document.get(key), str):
                     place = path.parent / value
-                    if key in _FILES or place.exists() or place.suffix in {".json", ".yaml", ".yml"}:
+                    if key in _FILES or names_a_file(place):
                         document[key] = str(place)
         return cls.parse(document, str(path))
 
@@ -126,11 +132,8 @@ class Scenario(Spec):
         """The cluster, looked up and, where it is named by its accelerator, sized by ``ranks`` and ``nodes``.
 
         Raises:
-            UnknownNameError, InputError, SpecError: as :func:`find_cluster`.
+            UnknownNameError, InputError, SpecError: as :func:`sized_cluster`.
         """
         if isinstance(self.cluster, ClusterSpec):
             return self.cluster
-        if self.ranks is None:
-            return find_cluster(self.cluster, self.nodes)
-        nodes = self.nodes or 1
-        return find_cluster(self.cluster, nodes, self.ranks // nodes)
+        return sized_cluster(self.cluster, self.ranks, self.nodes)

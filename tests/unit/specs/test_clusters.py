@@ -13,6 +13,7 @@ from moeplan.specs.clusters import (
     cluster_for,
     find_accelerator,
     find_cluster,
+    sized_cluster,
 )
 
 
@@ -74,6 +75,32 @@ def test_a_cluster_named_by_its_accelerator():
     sized = find_cluster("h200", 4, 2)
     assert (sized.num_nodes, sized.ranks_per_node, sized.topology) == (4, 2, "two-level")
     assert cluster_for("h100", 2, 8, "rail-optimised").topology == "rail-optimised"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "nodes", "shape"),
+    [
+        ("h100", 4, None, (1, 4)),
+        ("h100", 32, None, (4, 8)),
+        ("h100", 8, 2, (2, 4)),
+        ("gb200", 32, None, (1, 32)),
+        ("gb200", 144, None, (2, 72)),
+        ("l40s", 16, None, (2, 8)),
+        ("h100", None, 3, (3, 8)),
+    ],
+)
+def test_ranks_go_into_as_few_nodes_as_hold_them(name, ranks, nodes, shape):
+    cluster = sized_cluster(name, ranks, nodes)
+    assert (cluster.num_nodes, cluster.ranks_per_node) == shape
+
+
+def test_ranks_that_do_not_divide_are_refused():
+    with pytest.raises(
+        SpecError, match=r"ranks \(9\) do not divide over 2 nodes of up to 8 H100-SXM-80GB; say how many"
+    ):
+        sized_cluster("h100", 9)
+    with pytest.raises(SpecError, match=r"ranks \(9\) do not divide over 2 nodes$"):
+        sized_cluster("h100", 9, 2)
 
 
 def test_a_cluster_file_names_or_spells_out_its_accelerator(tmp_path):
