@@ -10,7 +10,6 @@ layer. ``allowed_LCG[l, c, g]`` says where a cluster fits.
 from __future__ import annotations
 
 from itertools import permutations, product
-from typing import Any
 
 import numpy as np
 import pulp
@@ -20,7 +19,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from moeplan.errors import InfeasibleError
-from moeplan.planning.milp import Answer, solve
+from moeplan.planning.milp import Answer, solve, values, variables
 
 __all__ = ["by_dynamic_programming", "by_program", "by_sweeps", "slowest_pairs"]
 
@@ -35,13 +34,6 @@ def slowest_pairs(traffic_LGG: Floats, cost_GG: Floats, cluster_LG: NDArray[np.i
             for layer, traffic_GG in enumerate(traffic_LGG)
         )
     )
-
-
-def _variables(name: str, shape: tuple[int, ...], **options: Any) -> NDArray[np.object_]:
-    variables = np.empty(shape, dtype=object)
-    for index in np.ndindex(shape):
-        variables[index] = pulp.LpVariable("_".join(map(str, (name, *index))), **options)
-    return variables
 
 
 def by_program(
@@ -69,8 +61,8 @@ def by_program(
     scale = max(float((traffic_LGG * cost_GG.max()).sum()) / max(1, layers - 1), 1e-300)
     model = pulp.LpProblem("clusters_to_ranks")
     G = range(ranks)
-    y_LCG = [_variables(f"y_{layer}", (ranks, ranks), cat="Binary") for layer in range(layers)]
-    z_L = [pulp.LpVariable(f"z_{layer}", lowBound=0) for layer in range(layers - 1)]
+    y_LCG = [variables(model, f"y_{layer}", ranks, ranks, binary=True) for layer in range(layers)]
+    z_L = variables(model, "z", layers - 1)
     model.setObjective(pulp.lpSum(z_L))
     for y_CG, allowed_CG in zip(y_LCG, allowed_LCG, strict=True):
         for i in G:
@@ -79,7 +71,7 @@ def by_program(
         for variable in y_CG[~allowed_CG]:
             variable.upBound = 0
     for layer, traffic_CD in enumerate(traffic_LGG):
-        w_CGDH = _variables(f"w_{layer}", (ranks, ranks, ranks, ranks), lowBound=0)
+        w_CGDH = variables(model, f"w_{layer}", ranks, ranks, ranks, ranks)
         for g, h in product(G, G):
             for i in G:
                 model.addConstraint(pulp.lpSum(w_CGDH[i, g, :, h]) == y_LCG[layer][i, g])
@@ -108,8 +100,7 @@ def by_program(
         )
     if not answer.found:
         return np.tile(np.arange(ranks), (layers, 1)), answer
-    chosen_LCG = np.vectorize(pulp.value, otypes=[float])(np.stack(y_LCG))
-    return chosen_LCG.argmax(axis=1), answer
+    return values(np.stack(y_LCG)).argmax(axis=1), answer
 
 
 def by_dynamic_programming(
@@ -118,7 +109,7 @@ def by_dynamic_programming(
     """The proven optimum of the same program, over all permutations: ``O(L (G!)^2)``, for ``G <= 6``."""
     ranks = len(cost_GG)
     perms_XG = np.array(list(permutations(range(ranks))))
-    fits_LX = allowed_LCG[:, perms_XG, np.arange(ranks)].all(axis=2)
+    fits_LX = np.logical_and.reduce(allowed_LCG[:, perms_XG, np.arange(ranks)], axis=2)
     best_X = np.where(fits_LX[0], 0.0, np.inf)
     came_from = []
     for layer, traffic_GG in enumerate(traffic_LGG):

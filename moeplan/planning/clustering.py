@@ -12,7 +12,7 @@ import pulp
 from numpy.typing import NDArray
 
 from moeplan.errors import InfeasibleError
-from moeplan.planning.milp import Answer, solve
+from moeplan.planning.milp import Answer, solve, values, variables
 
 __all__ = ["Balance", "cluster_experts"]
 
@@ -50,14 +50,14 @@ def cluster_experts(
     scaled_E = weight_E / mean if mean > 0 else weight_E
     order_E = np.argsort(-scaled_E, kind="stable")
     model = pulp.LpProblem("clusters")
-    x_CE = [[pulp.LpVariable(f"x_{c}_{e}", cat="Binary") for e in range(experts)] for c in range(clusters)]
-    cost_C = [pulp.LpVariable(f"d_{c}", lowBound=0) for c in range(clusters if balance == "deviation" else 1)]
+    x_CE = variables(model, "x", clusters, experts, binary=True)
+    cost_C = variables(model, "d", clusters if balance == "deviation" else 1)
     model.setObjective(pulp.lpSum(cost_C))
     for e in range(experts):
-        model.addConstraint(pulp.lpSum(x_CE[c][e] for c in range(clusters)) == 1)
+        model.addConstraint(pulp.lpSum(x_CE[:, e]) == 1)
     for c in range(clusters):
         size = pulp.lpSum(x_CE[c])
-        load = pulp.LpAffineExpression((x_CE[c][e], float(scaled_E[e])) for e in range(experts))
+        load = pulp.LpAffineExpression(zip(x_CE[c], scaled_E.tolist(), strict=True))
         if equal_sizes:
             model.addConstraint(size == int(size_G[c]))
         else:
@@ -72,17 +72,16 @@ def cluster_experts(
         len(set(size_G.tolist())) == 1
     ):  # clusters are alike: the i-th heaviest expert is in one of the first i
         for i, e in enumerate(order_E[: clusters - 1]):
-            for c in range(i + 1, clusters):
-                x_CE[c][e].upBound = 0
+            for variable in x_CE[i + 1 :, e]:
+                variable.upBound = 0
     start_E = _heaviest_first(scaled_E, order_E, size_G, reserve=smallest)
     load_C = np.bincount(start_E, weights=scaled_E, minlength=clusters)
-    start = {x_CE[c][e]: 1.0 for e, c in enumerate(start_E)}
+    start = {x_CE[c, e]: 1.0 for e, c in enumerate(start_E)}
     start |= dict(zip(cost_C, np.abs(load_C - 1) if balance == "deviation" else [load_C.max()], strict=True))
     answer = solve(model, tolerance=tolerance, max_nodes=max_nodes, time_limit_s=time_limit_s, start=start)
     if not answer.found:
         return start_E, answer
-    chosen_CE = np.array([[variable.value() for variable in row] for row in x_CE])
-    return chosen_CE.argmax(axis=0), answer
+    return values(x_CE).argmax(axis=0), answer
 
 
 def _heaviest_first(

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import highspy
+import numpy as np
 import pulp
+from numpy.typing import NDArray
 
-__all__ = ["Answer", "solve"]
+__all__ = ["Answer", "solve", "values", "variables"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,22 @@ class Answer:
         if not self.found:
             return float("inf")
         return max(0.0, self.objective - self.bound) / max(abs(self.objective), 1e-12)
+
+
+def variables(model: pulp.LpProblem, name: str, *shape: int, binary: bool = False) -> NDArray[np.object_]:
+    """An array of new variables, 0 or more."""
+    array = np.empty(shape, dtype=object)
+    for index in np.ndindex(shape):
+        full_name = "_".join(map(str, (name, *index)))
+        array[index] = model.add_variable(full_name, 0, None, "Binary" if binary else "Continuous")
+    return array
+
+
+def values(array: NDArray[np.object_]) -> NDArray[np.float64]:
+    """The values of an array of variables after a solve."""
+    return np.array([pulp.value(variable) for variable in array.ravel()], dtype=np.float64).reshape(
+        array.shape
+    )
 
 
 class _Highs(pulp.HiGHS):  # type: ignore[misc]
