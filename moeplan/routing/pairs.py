@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 __all__ = ["coactivation_pairs", "lag_overlap", "transition_pairs"]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def transition_pairs(first_TK: NDArray[Any], next_TK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
-    """How often a token's experts of one layer [row] meet its experts of the next [column]: all K x K pairs."""
+    """How often a token's experts of a layer [row] meet those of the next [column]: all K x K pairs."""
     counts_EE = np.zeros((num_experts, num_experts), np.int64)
     for t in range(first_TK.shape[0]):
         for i in range(first_TK.shape[1]):
@@ -26,7 +26,7 @@ def transition_pairs(first_TK: NDArray[Any], next_TK: NDArray[Any], num_experts:
     return counts_EE
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def coactivation_pairs(experts_TK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
     """How often two different experts serve the same token in one layer; symmetric, zero diagonal."""
     counts_EE = np.zeros((num_experts, num_experts), np.int64)
@@ -41,14 +41,14 @@ def coactivation_pairs(experts_TK: NDArray[Any], num_experts: int) -> NDArray[np
     return counts_EE
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def lag_overlap(
     experts_TLK: NDArray[Any], sequence_T: NDArray[np.int64], max_lag: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Sum and sum of squares of the share of experts that tokens ``t`` and ``t + lag`` of a sequence have in common.
+    """Sum and sum of squares of the share of experts that tokens ``t`` and ``t + lag`` of a sequence share.
 
-    Entry ``lag`` of each result belongs to that lag (entry 0 is unused); the third is the number of pairs. A pair's
-    share is its mean over layers.
+    Entry ``lag`` of each result belongs to that lag (entry 0 is unused); the third is the number of
+    pairs. A pair's share is its mean over layers.
     """
     total = np.zeros(max_lag + 1)
     squares = np.zeros(max_lag + 1)
@@ -62,7 +62,8 @@ def lag_overlap(
             for layer in range(L):
                 for i in range(K):
                     for j in range(K):
-                        if experts_TLK[t, layer, i] == experts_TLK[t + lag, layer, j] and experts_TLK[t, layer, i] >= 0:
+                        e = experts_TLK[t, layer, i]
+                        if e >= 0 and e == experts_TLK[t + lag, layer, j]:
                             common += 1
             share = common / (L * K)
             total[lag] += share

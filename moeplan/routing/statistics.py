@@ -2,16 +2,18 @@
 
 ``W`` windows, ``T`` tokens, ``L`` layers, ``E`` experts, ``R`` ranks, ``K`` top-k. Information is in bits.
 
-Pairs are *all* pairs: a token with experts {a, b} in one layer and {c, d} in the next adds ac, ad, bc and bd. The
-mutual information and the top-share are those of a random pair of a random token; they are lower than for the top-1
-expert alone, and unlike that depend on all traffic. The shuffled control pairs each token's experts with another
-token's: what is left there is skew (top-share) and sampling (mutual information), not dependency.
+Pairs are *all* pairs: a token with experts {a, b} in one layer and {c, d} in the next adds ac, ad, bc and
+bd. The mutual information and the top-share are those of a random pair of a random token; they are lower
+than for the top-1 expert alone, and unlike that depend on all traffic. The shuffled control pairs each
+token's experts with another token's: what is left there is skew (top-share) and sampling (mutual
+information), not dependency.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,7 +69,7 @@ def entropy(load_LE: NDArray[Any]) -> Floats:
 
 
 def contiguous_imbalance(load_LE: NDArray[Any], num_ranks: int) -> Floats:
-    """Max over mean load of ranks that hold equal contiguous blocks of experts (the last ones one fewer if need be)."""
+    """Max over mean load of ranks that hold contiguous blocks of experts, equal to within one expert."""
     blocks = np.array_split(np.arange(load_LE.shape[-1]), num_ranks)
     load_LR = np.stack([load_LE[..., block].sum(axis=-1) for block in blocks], axis=-1)
     return max_over_mean(load_LR)
@@ -81,7 +83,7 @@ def cosine_drift(load_WLE: NDArray[Any]) -> Floats:
 
 
 def variation_drift(load_WLE: NDArray[Any]) -> Floats:
-    """Total variation between two windows' load shares (half the sum of differences), mean over layers, [W, W]."""
+    """Total variation of two windows' load shares (half the summed differences), mean over layers, [W, W]."""
     share = load_WLE / np.maximum(load_WLE.sum(axis=-1, keepdims=True), 1e-300)
     return np.stack([np.abs(share - row).sum(axis=-1).mean(axis=-1) / 2 for row in share])
 
@@ -90,7 +92,7 @@ def transitions(trace: RoutingTrace) -> NDArray[np.int64]:
     """Pair counts of neighbouring layers, [L-1, E, E]."""
     E = trace.num_experts
     layers = [np.ascontiguousarray(trace.experts_TLK[:, layer]) for layer in range(trace.num_layers)]
-    pairs = [transition_pairs(a, b, E) for a, b in zip(layers, layers[1:], strict=False)]
+    pairs = [transition_pairs(a, b, E) for a, b in pairwise(layers)]
     return np.stack(pairs) if pairs else np.zeros((0, E, E), np.int64)
 
 
@@ -112,8 +114,8 @@ def quasi_independent(margin_E: NDArray[Any]) -> Floats:
     """Pair shares [E, E] of experts that are drawn together by chance only, with ``margin_E`` as row sums.
 
     An expert cannot be paired with itself, so the plain product of margins does not fit; this is the
-    quasi-independence model for tables with an empty diagonal (L. A. Goodman, J. Am. Stat. Assoc. 63, 1968),
-    w_e * w_f for e != f, fitted by iterative scaling.
+    quasi-independence model for tables with an empty diagonal (L. A. Goodman, J. Am. Stat. Assoc. 63,
+    1968), w_e * w_f for e != f, fitted by iterative scaling.
     """
     share_E = margin_E / margin_E.sum()
     w_E = np.sqrt(share_E)
@@ -134,7 +136,7 @@ def _against_chance(pairs_EE: NDArray[Any]) -> tuple[Floats, Floats]:
 
 
 def coactivation_bits(pairs_EE: NDArray[Any]) -> float:
-    """How much more two experts of one token tell of each other than their loads do, in bits (0 at top-1)."""
+    """How much two experts of one token tell of each other beyond their loads, in bits (0 at top-1)."""
     if not pairs_EE.any():
         return 0.0
     share, chance = _against_chance(pairs_EE)
@@ -152,7 +154,7 @@ def coactivation_lift(pairs_EE: NDArray[Any]) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """All of it for one trace or load. ``*_L`` per layer, ``*_M`` per pair of neighbouring layers (``L - 1``).
+    """All of it for one trace or load. ``*_L`` per layer, ``*_M`` per pair of neighbouring layers.
 
     What needs tokens is None where only counts are known.
     """
@@ -209,8 +211,10 @@ def describe(
     seed: int = 0,
     progress: Callable[[str, float], None] = lambda _what, _done: None,
 ) -> Statistics:
-    """Measure everything. ``windows`` as in :func:`moeplan.routing.loads.expert_load`; domains (else quarters of time)
-    where not given. ``seed`` draws the shuffled control.
+    """Measure everything.
+
+    ``windows`` as in :func:`moeplan.routing.loads.expert_load`, by default domains, else quarters of time.
+    ``seed`` draws the shuffled control.
 
     Raises:
         TraceError: ``windows`` does not fit the trace.
@@ -246,7 +250,9 @@ def _pair_statistics(
     E, L = trace.num_experts, trace.num_layers
     rng = np.random.default_rng(seed)
     names = ("mutual_information_M", "control_information_M", "top_share_M", "control_share_M")
-    found: dict[str, list[float]] = {name: [] for name in ("coactivation_bits_L", "coactivation_lift_L", *names)}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("coactivation_bits_L", "coactivation_lift_L", *names)
+    }
     previous_TK: NDArray[Any] | None = None
     for layer in range(L):
         experts_TK = np.ascontiguousarray(trace.experts_TLK[:, layer])

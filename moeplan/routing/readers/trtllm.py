@@ -68,7 +68,7 @@ class TrtllmReader:
         iterations, layers = sorted({i for i, _ in keys}), sorted({layer for _, layer in keys})
         if len(keys) != len(iterations) * len(layers):
             raise TraceError(
-                f"{path}: {len(keys)} records for {len(iterations)} iterations x {len(layers)} layers; some miss"
+                f"{path}: {len(keys)} records for {len(iterations)} iterations x {len(layers)} layers"
             )
         shape = (len(iterations), len(layers), num_experts)
         total_WLE = np.zeros(shape, np.int64)
