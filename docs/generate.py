@@ -107,7 +107,10 @@ def _table(section: dict[str, Any]) -> str:
             if "default" in field
             else ""
         )
-        cells = (f"`{name}`", _type(field), default, field.get("description", ""))
+        meaning = field.get("description", "")
+        if meaning.startswith("a quantity in "):  # said by the type already
+            meaning = ""
+        cells = (f"`{name}`", _type(field), default, meaning)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
     return "".join(rows)
 

@@ -334,6 +334,7 @@ def plan_picture(
     ranks_per_node: int,
     bar_label: str,
     x_label: str,
+    ranges: bool = True,
 ) -> str:
     """A picture that stands alone (a README, a slide), with its own colours: panels on one scale."""
     limits = colour_limits(*(values for _, values in panels))
@@ -349,7 +350,8 @@ def plan_picture(
             _rank_ticks(axes.xaxis, columns, ranks_per_node)
             _node_lines(axes, columns, ranks_per_node)
             axes.set(title=name, xlabel=x_label)
-            _range(axes, values)
+            if ranges:
+                _range(axes, values)
         _layer_ticks(axes_list[0].yaxis, layer_ids)
         axes_list[0].set_ylabel("layer")
         figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=14, fontweight="bold")

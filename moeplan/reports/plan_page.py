@@ -149,13 +149,17 @@ def _has_replicas(plan: Plan) -> bool:
     return bool((plan.placement.replicas_LE > 1).any())
 
 
+def _before_title(evidence: Evidence) -> str:
+    return "Before" if evidence.before_name == "before" else f"Before: {evidence.before_name}"
+
+
 def _load_maps(plan: Plan, evidence: Evidence) -> list[str]:
     if evidence.load_LE is None:
         return []
     sides = [("After: this plan", relative_load(plan.placement, evidence.load_LE, evidence.speed_R))]
     if evidence.before is not None:
         relative = relative_load(evidence.before, evidence.load_LE, evidence.speed_R)
-        sides.insert(0, (f"Before: {evidence.before_name}", relative))
+        sides.insert(0, (_before_title(evidence), relative))
     limits = figures.colour_limits(*(values for _, values in sides))
     ranks_per_node = plan.ranks_per_node
     return [
@@ -165,7 +169,7 @@ def _load_maps(plan: Plan, evidence: Evidence) -> list[str]:
 
 def _traffic_maps(plan: Plan, evidence: Evidence) -> list[str]:
     sides = [
-        (f"Before: {evidence.before_name}", evidence.traffic_before_RR),
+        (_before_title(evidence), evidence.traffic_before_RR),
         ("After: this plan", evidence.traffic_after_RR),
     ]
     known = [(name, matrix) for name, matrix in sides if matrix is not None]
@@ -319,4 +323,5 @@ def plan_svg(plan: Plan, load_LE: NDArray[np.float64] | None = None, before: Pla
         per_node,
         "logical expert",
         "slot, in rank order",
+        ranges=False,
     )

@@ -219,3 +219,20 @@ def test_a_rank_without_slots_is_drawn_empty() -> None:
     plan = bare_plan(num_ranks=6, rank_of_slot=(0, 0, 0, 1, 1, 2, 2, 3, 3, 3), ranks_per_node=3)
     assert "12 layers by 6 ranks" in render_plan_page(plan, None, load_LE())
     assert len(plan.layer_ids) == LAYERS
+
+
+def test_the_smallest_plan() -> None:
+    plan = bare_plan(
+        num_experts=1,
+        num_ranks=1,
+        ranks_per_node=1,
+        num_redundant_experts=0,
+        layer_ids=(0,),
+        physical_to_logical_map=((0,),),
+        rank_of_slot=(0,),
+        replicas=((1,),),
+    )
+    page = render_plan_page(plan, plan.placement, np.array([[5.0]]), traffic_after_RR=np.array([[5.0]]))
+    assert "Every expert has one copy." in page
+    assert page.count("<svg") == 4  # load before and after, max/mean by layer, traffic
+    assert ElementTree.fromstring(plan_svg(plan)).tag.endswith("svg")
