@@ -25,7 +25,7 @@ def names_a_file(name: str | Path) -> bool:
     """Whether ``name`` is a path rather than a name: it is there, or ends as documents do."""
     path = Path(name)
     try:
-        return path.suffix.lower() in {".json", ".yaml", ".yml"} or path.exists()
+        return bool(str(name)) and (path.suffix.lower() in {".json", ".yaml", ".yml"} or path.exists())
     except (OSError, ValueError):  # too long, or not a path at all
         return False
 

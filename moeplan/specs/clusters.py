@@ -113,8 +113,8 @@ def sized_cluster(
 ) -> ClusterSpec:
     """As :func:`find_cluster`, where an accelerator's name is sized by all ranks together.
 
-    Without ``nodes`` the ranks go into as few as can be: a node then holds the ranks of one scale-up domain, or
-    of one box where that is larger. A file says its size itself.
+    Without ``nodes`` the ranks go into as few as can be: a node then holds the ranks of one scale-up domain,
+    or of one box where that is larger. A file says its size itself.
 
     Raises:
         SpecError: the ranks do not divide over the nodes; otherwise as :func:`find_cluster`.

@@ -45,6 +45,7 @@ _SHARED_FFN = (
 _LATENT = ("moe_latent_size", "routed_expert_hidden_size")
 _HEADS = ("num_attention_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "kv_n_heads", "num_attention_groups")
+_MAX_LAYERS = 10_000  # before a list of them is made
 # Any of these: attention that differs from layer to layer or that plain GQA/MLA arithmetic does not describe.
 _SPECIAL_ATTENTION = (
     "attn_layer_period",
@@ -108,9 +109,9 @@ class _Config:
         marks = self.marks(*keys)
         try:
             return [int(item) for item in (marks.split(",") if isinstance(marks, str) else marks)]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise SpecError(
-                f"{self.where}: {' or '.join(keys)} ({marks!r}) is not a list of layer numbers"
+                f"{self.where}: {' or '.join(keys)} ({marks!r}) is not a list of whole numbers"
             ) from error
 
 
@@ -141,7 +142,7 @@ def _moe_layers(c: _Config, num_layers: int) -> list[int]:
 
 
 def _attention(c: _Config, hidden: int) -> dict[str, int | None] | None:
-    mixed = "linear_attention" in c.marks("layer_types") or 0 in c.marks("attn_type_list")
+    mixed = "linear_attention" in c.marks("layer_types") or 0 in list(c.marks("attn_type_list"))
     if mixed or any(c.get(key) for key in _SPECIAL_ATTENTION):
         return None
     heads = c.need("number of attention heads", *_HEADS)
@@ -181,12 +182,16 @@ def model_from_hf_config(config: Mapping[str, Any], where: str, name: str | None
         "hybrid_override_pattern", "layers_block_type"
     )  # each block is one mixer: no dense FFN beside the MoE
     num_layers = c.whole(*_LAYERS) or len(blocks) or c.need("number of layers", *_LAYERS)
+    if num_layers > _MAX_LAYERS:
+        raise SpecError(f"{where}: {num_layers} layers are more than any model has ({_MAX_LAYERS} at most)")
     moe_layers = _moe_layers(c, num_layers)
     if not moe_layers:
         raise SpecError(f"{where}: the layer keys leave no MoE layer among {num_layers} layers")
-    per_layer = experts if isinstance(experts, list) and len(set(experts)) > 1 else None
-    if per_layer is not None and len(per_layer) == num_layers:
-        per_layer = [per_layer[i] for i in moe_layers]
+    per_layer = None
+    if isinstance(experts, list) and any(item != experts[0] for item in experts):
+        per_layer = c.layer_numbers(*_EXPERTS)
+        if len(per_layer) == num_layers:
+            per_layer = [per_layer[i] for i in moe_layers if i < num_layers]
 
     expert_ffn = c.whole(*_EXPERT_FFN) or c.need("expert FFN size", "ffn_hidden_size", "intermediate_size")
     shared_count = c.whole(*_SHARED)

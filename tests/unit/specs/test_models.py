@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moeplan.errors import InputError, SpecError, UnknownNameError
 from moeplan.specs.hf_config import model_from_hf_config
@@ -239,15 +241,50 @@ def test_attention_by_heads_or_latent_or_not_known():
             {"num_experts": 8, "mlp_layer_types": 3},
             r"cfg: mlp_layer_types \(3\) is not a list with one entry per layer",
         ),
-        ({"num_experts": 8, "moe_layers_enum": "1,x"}, r"is not a list of layer numbers"),
+        ({"num_experts": 8, "moe_layers_enum": "1,x"}, r"is not a list of whole numbers"),
         ({"num_experts": 8, "first_k_dense_replace": 6}, r"leave no MoE layer among 6 layers"),
         ({"num_experts": 8, "is_encoder_decoder": True}, r"encoder-decoder configs \(test\) are not read"),
+        ({"num_experts": [8, "x"]}, r"num_experts .* is not a list of whole numbers"),
+        ({"num_experts": 8, "num_hidden_layers": 10**9}, r"1000000000 layers are more than any model has"),
         ({"num_experts": 8, "moe_layers": [2, 9]}, r"moe_layer_ids must rise within"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named(change, message):
     with pytest.raises(SpecError, match=message):
         model_from_hf_config({**BASE, **change}, "cfg")
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 200) | st.floats(allow_nan=True) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = sorted(
+    set(BASE)
+    | {"num_experts", "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "moe_latent_size"}
+    | {"moe_layer_freq", "mlp_layer_types", "hybrid_override_pattern", "moe_layers", "mlp_only_layers"}
+    | {"expert_layer_period", "expert_layer_offset", "moe_layer_interval", "moe_layer_end_index"}
+    | {"decoder_sparse_step", "first_k_dense_replace", "kv_lora_rank", "layer_types", "attn_type_list"}
+    | {"head_dim", "num_key_value_heads", "text_config", "tie_word_embeddings", "n_group", "topk_group"}
+    | {"mlp_hidden_act", "is_encoder_decoder"}
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), JUNK, max_size=4))
+def test_any_config_is_read_or_refused_in_one_message(change):
+    try:
+        model = model_from_hf_config({**BASE, "num_experts": 8, **change}, "cfg")
+    except SpecError as error:
+        assert str(error).startswith("cfg")  # noqa: PT017
+    else:
+        assert model.num_experts >= model.top_k >= 1
+
+
+def test_names_that_cannot_be_paths_are_unknown():
+    for name in ("x" * 5000, "a\0b", ""):
+        with pytest.raises(UnknownNameError, match="is not known"):
+            find_model(name)
 
 
 def test_a_directory_a_config_and_a_spec_file_are_read(tmp_path):
