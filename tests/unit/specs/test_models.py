@@ -323,3 +323,16 @@ def test_published_configs_give_the_registered_models():
         assert read.model_dump(exclude=hand_summed) == known.model_dump(exclude=hand_summed), name
         same += 1
     assert same >= 20
+
+
+def test_weights_outside_the_experts_by_hand():
+    v3 = find_model("deepseek-v3")
+    query = 7168 * 1536 + 1536 * 128 * (128 + 64)
+    latent = 7168 * (512 + 64) + 512 * 128 * (128 + 128)
+    attention = query + latent + 128 * 128 * 7168
+    moe = 58 * (3 * 7168 * 2048 + 7168 * 256)  # shared expert and router
+    assert v3.non_expert_parameters == 61 * attention + moe + 3 * 3 * 7168 * 18432 + 2 * 129280 * 7168
+    mixtral = find_model("mixtral-8x7b")
+    attention = 2 * 4096 * 128 * (32 + 8)
+    assert mixtral.non_expert_parameters == 32 * (attention + 4096 * 8) + 2 * 32000 * 4096
+    assert mixtral.expert_bytes("bf16") == 2 * 3 * 4096 * 14336
