@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ from moeplan.registry import load_plugin, plugin_names
 from moeplan.routing.loads import expert_load, stream_load
 from moeplan.routing.readers.base import ReadOptions, TraceReader, is_glob
 
-__all__ = ["find_reader", "read_load", "read_trace", "save_trace"]
+__all__ = ["convert_trace", "find_reader", "read_load", "read_trace", "save_trace"]
 
 
 @runtime_checkable
@@ -129,3 +129,38 @@ def save_trace(trace: RoutingTrace, path: Path) -> None:
         save_parquet(trace, path)
     else:
         raise TraceError(f"cannot write {path}: suffix '{path.suffix}' must be .npz or .parquet")
+
+
+def convert_trace(
+    path: Path,
+    out: Path,
+    *,
+    format: str | None = None,
+    domain: str | None = None,
+    num_experts: int | None = None,
+    progress: Callable[[str, float], None] = lambda _what, _done: None,
+) -> dict[str, Any]:
+    """Read any trace and write it as ``.npz`` or ``.parquet``; what was written, as JSON values.
+
+    Raises:
+        TraceError: unreadable, counts only (they have no tokens to write), or another suffix.
+        InputError: ``out`` cannot be written.
+    """
+    if out.suffix not in (".npz", ".parquet"):
+        raise TraceError(f"cannot write {out}: suffix '{out.suffix}' must be .npz or .parquet")
+    progress("reading", 0.0)
+    trace = read_trace(path, format=format, domain=domain, num_experts=num_experts)
+    if not isinstance(trace, RoutingTrace):
+        raise TraceError(f"{path} holds counts only; a trace file needs the choice of each token")
+    progress("reading", 1.0)
+    save_trace(trace, out)
+    progress("writing", 1.0)
+    return {
+        "out": str(out),
+        "tokens": trace.num_tokens,
+        "layers": trace.num_layers,
+        "top_k": trace.top_k,
+        "num_experts": trace.num_experts,
+        "dropped_padding": trace.dropped_padding,
+        "origin": dict(trace.origin),
+    }

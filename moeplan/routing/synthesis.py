@@ -102,8 +102,9 @@ class SynthSpec(Spec):
             self.hot <= 0.98 * self.experts / self.top_k and self.hot_layer < self.layers
         ):
             raise ValueError(
-                f"hot ({self.hot}) must be at most 0.98 experts / top_k ({self.experts / self.top_k:.3g}), since"
-                f" an expert serves a token once, and hot_layer ({self.hot_layer}) below layers ({self.layers})"
+                f"hot ({self.hot}) must be at most 0.98 * experts / top_k"
+                f" ({self.experts / self.top_k:.3g}), since an expert serves a token once, and hot_layer"
+                f" ({self.hot_layer}) below layers ({self.layers})"
             )
         if self.tokens < max(1, len(self.domains)) * self.windows:
             raise ValueError(f"tokens ({self.tokens}) are fewer than domains x windows")
@@ -112,7 +113,7 @@ class SynthSpec(Spec):
 
 @dataclass(frozen=True, slots=True)
 class SynthTargets:
-    """The statistics to reproduce. ``load_DWLE`` is relative; ``reference_tokens`` is the sample behind the bits.
+    """The statistics to reproduce. ``load_DWLE`` is relative; ``reference_tokens`` were the bits' sample.
 
     ``tokens_D`` are the domains' shares of tokens.
     """
@@ -319,7 +320,7 @@ class _LayerDrawer:
         The plug-in estimate is high by (E-1)^2 / (2 N ln 2) for N pairs (G. Miller, 1955).
         """
         bias = (self.spec.experts - 1) ** 2 / (2 * np.log(2) * pairs_per_token)
-        return bits - bias / self.targets.reference_tokens + bias / len(self.fit_T)
+        return float(bits - bias / self.targets.reference_tokens + bias / len(self.fit_T))
 
     def layer(
         self, layer: int, share_SE: Floats, topic_T: NDArray[np.int64], rng: np.random.Generator

@@ -1,0 +1,205 @@
+"""Jobs on routing traces: inspect, convert, validate, synthesise. ``L`` layers, ``E`` experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.errors import SpecError, TraceError
+from moeplan.files import atomic_directory
+from moeplan.registry import load_plugin, plugin_names
+from moeplan.reports.trace_figures import (
+    coactivation_picture,
+    dependency_picture,
+    drift_picture,
+    skew_picture,
+)
+from moeplan.routing.io import convert_trace, read_trace, save_trace
+from moeplan.routing.pairs import coactivation_pairs
+from moeplan.routing.statistics import Statistics, coactivation_lift, describe
+from moeplan.routing.synthesis import SynthSpec, synthesise, targets_like
+from moeplan.routing.validation import Finding, validate
+from moeplan.specs.models import find_model
+
+__all__ = [
+    "Inspection",
+    "convert",
+    "inspect_trace",
+    "synthesise_trace",
+    "trace_formats",
+    "validate_trace",
+]
+
+Progress = Callable[[str, float], None]
+
+
+def _silent(_what: str, _done: float) -> None:
+    """Report nothing."""
+
+
+def trace_formats() -> dict[str, str]:
+    """Description of each registered reader."""
+    return {name: load_plugin("trace_readers", name).description for name in plugin_names("trace_readers")}
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What ``inspect`` found; ``written`` are the pictures."""
+
+    statistics: Statistics
+    origin: dict[str, Any]
+    dropped_padding: int
+    written: tuple[Path, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "origin": self.origin,
+            "dropped_padding": self.dropped_padding,
+            **self.statistics.to_json(),
+            "pictures": [str(path) for path in self.written],
+        }
+
+
+def inspect_trace(
+    path: Path,
+    *,
+    format_name: str | None = None,
+    domain: str | None = None,
+    windows: str | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> Inspection:
+    """Measure a trace or a load; with ``out``, a directory of pictures takes its place.
+
+    Raises:
+        TraceError: the file cannot be used, or ``windows`` does not fit it; InputError: ``out`` cannot be
+        written.
+    """
+    source = read_trace(path, format=format_name, domain=domain)
+    statistics = describe(source, windows, seed, progress)
+    written: tuple[Path, ...] = ()
+    if out is not None:
+        with atomic_directory(out) as folder:
+            pictures = _pictures(source, statistics)
+            for name, svg in pictures.items():
+                (folder / name).write_text(svg, encoding="utf-8")
+        written = tuple(out / name for name in pictures)
+    dropped = source.dropped_padding if isinstance(source, RoutingTrace) else 0
+    return Inspection(statistics, dict(source.origin), dropped, written)
+
+
+def _pictures(source: RoutingTrace | ExpertLoad, found: Statistics) -> dict[str, str]:
+    pictures = {
+        "skew.svg": skew_picture(found.layer_ids, found.max_over_mean_L, found.contiguous_ep8_L),
+        "drift.svg": drift_picture(found.windows, found.cosine_WW),
+    }
+    if isinstance(source, RoutingTrace) and found.coactivation_bits_L is not None and source.top_k > 1:
+        layer = int(found.coactivation_bits_L.argmax())
+        pairs_EE = coactivation_pairs(np.ascontiguousarray(source.experts_TLK[:, layer]), source.num_experts)
+        pictures["coactivation.svg"] = coactivation_picture(
+            found.layer_ids[layer], coactivation_lift(pairs_EE)
+        )
+    bits = (found.mutual_information_M, found.control_information_M)
+    share = (found.top_share_M, found.control_share_M)
+    if (
+        bits[0] is not None
+        and bits[1] is not None
+        and share[0] is not None
+        and share[1] is not None
+        and len(bits[0])
+    ):
+        pictures["dependency.svg"] = dependency_picture(
+            found.layer_ids, (bits[0], bits[1]), (share[0], share[1])
+        )
+    return pictures
+
+
+def convert(
+    path: Path,
+    out: Path,
+    *,
+    format_name: str | None = None,
+    domain: str | None = None,
+    num_experts: int | None = None,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Write any readable trace as ``.npz`` or ``.parquet``, by suffix.
+
+    Raises:
+        TraceError: unreadable, counts only, or another suffix; InputError: ``out`` cannot be written.
+    """
+    return convert_trace(
+        path, out, format=format_name, domain=domain, num_experts=num_experts, progress=progress
+    )
+
+
+def validate_trace(
+    path: Path, *, format_name: str | None = None, domain: str | None = None, progress: Progress = _silent
+) -> list[Finding]:
+    """What is wrong or doubtful about a trace or load, errors first.
+
+    Raises:
+        TraceError: the file cannot be read at all.
+    """
+    return validate(read_trace(path, format=format_name, domain=domain), progress)
+
+
+def synthesise_trace(
+    out: Path,
+    *,
+    model: str | None = None,
+    like: Path | None = None,
+    options: dict[str, Any],
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Make a trace and write it; a summary of what it came out as.
+
+    The shape is ``options``', else the model's, else that of ``like``. With ``like``, loads,
+    co-activation and dependency are those of that trace; options that ask for other ones are refused.
+
+    Raises:
+        SpecError: options contradict each other or cannot be had; TraceError: ``like`` is unusable;
+        InputError: ``out`` cannot be written.
+    """
+    fields = dict(options)
+    targets = None
+    if like is not None:
+        asked = sorted(
+            {"skew", "max_over_mean", "hot", "coactivation", "dependency", "domain_cosine"} & set(fields)
+        )
+        if asked or "windows" in fields:
+            raise SpecError(
+                f"--like and {asked[0] if asked else 'windows'} both say what loads to make; give one"
+            )
+        source = read_trace(like)
+        if not isinstance(source, RoutingTrace):
+            raise TraceError(f"{like} holds counts only; --like needs a trace with tokens")
+        targets = targets_like(source)
+        shape = {"layers": source.num_layers, "experts": source.num_experts, "top_k": source.top_k}
+        fields = {"tokens": source.num_tokens, "layer_ids": source.layer_ids, **fields, **shape}
+        if source.domain_T is not None:
+            fields["domains"] = source.domains
+    elif model is not None:
+        spec = find_model(model)
+        fields = {
+            "layers": len(spec.moe_layer_ids),
+            "layer_ids": spec.moe_layer_ids,
+            "experts": spec.num_experts,
+            "top_k": spec.top_k,
+            "n_group": spec.n_group or 1,
+            "topk_group": spec.topk_group or spec.n_group or 1,
+            **fields,
+        }
+        if fields["layers"] != len(fields["layer_ids"]):
+            del fields["layer_ids"]
+    trace = synthesise(SynthSpec.parse(fields, "synth"), targets, progress)
+    save_trace(trace, out)
+    return {"out": str(out), "spec": trace.origin["spec"], **describe(trace).to_json()}
