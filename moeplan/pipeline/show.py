@@ -22,7 +22,7 @@ from moeplan.errors import PlanError, TraceError
 from moeplan.files import write_text
 from moeplan.planning.problem import PlanningProblem
 from moeplan.planning.simple import contiguous
-from moeplan.reports.summary import Evidence, key_figures, layer_rows
+from moeplan.reports.summary import Evidence, Locality, key_figures, layer_rows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -92,7 +92,14 @@ def show_plan(
         if before is None:
             before = contiguous_like(plan, load)
             evidence = replace(evidence, before_name="contiguous")
-        evidence = replace(evidence, before=before, load_LE=load.load_LE, **_traffic(plan, before, load))
+        evidence = replace(
+            evidence,
+            before=before,
+            load_LE=load.load_LE,
+            locality_before=_locality(plan, before, load),
+            locality_after=_locality(plan, plan.placement, load),
+            **_traffic(plan, before, load),
+        )
     written = []
     if html_path is not None:
         from moeplan.reports.plan_page import render_plan_page
@@ -103,7 +110,7 @@ def show_plan(
     if svg_path is not None:
         from moeplan.reports.plan_page import plan_svg
 
-        write_text(svg_path, plan_svg(plan, evidence.load_LE, evidence.before))
+        write_text(svg_path, plan_svg(plan, evidence.load_LE, evidence.before, evidence.before_name))
         written.append(svg_path)
     return Shown(plan, evidence, tuple(messages), tuple(written))
 
@@ -152,7 +159,41 @@ def _load_of(plan: Plan, path: Path, trace_format: str | None, messages: list[st
             f"{path} does not hold layer {missing} of the plan (it has {load.num_layers} layers, the plan"
             f" {len(plan.layer_ids)}); give the routing of the same model"
         )
-    return _pick_layers(load, rows, plan.layer_ids)
+    return _pick_layers(_with_homes_of(plan, load, path, messages), rows, plan.layer_ids)
+
+
+def _with_homes_of(plan: Plan, load: ExpertLoad, path: Path, messages: list[str]) -> ExpertLoad:
+    """The load without its home ranks where they are not live ranks of the plan."""
+    if load.source_SLE is None:
+        return load
+    homes = np.flatnonzero(load.source_SLE.sum(axis=(1, 2)))
+    foreign = np.setdiff1d(homes, plan.rank_of_slot)
+    if len(foreign) == 0:
+        return load
+    messages.append(
+        f"{path.name} was recorded with tokens at home on rank {foreign[0]}, which holds no slot of the plan;"
+        " homes are spread evenly"
+    )
+    trace = None if load.trace is None else replace(load.trace, source_rank_T=None)
+    return replace(load, source_SLE=None, trace=trace)
+
+
+def _locality(plan: Plan, placement: Placement, load: ExpertLoad) -> Locality:
+    """Nodes and ranks per token, and in ``stay`` mode the share of steps inside a node, on this load."""
+    if load.trace is None:
+        return Locality()
+    from moeplan.costs.counting import count_trace, hop_shares
+
+    counts = count_trace(load, placement, plan.objective.replica_split)
+    same_node_L: tuple[float | None, ...] | None = None
+    if plan.objective.return_mode == "stay" and placement.num_layers > 1:
+        shares = hop_shares(transition_counts(load.trace), placement)[1].tolist()
+        same_node_L = (*shares, None)  # the last layer has no next one
+    return Locality(
+        nodes_per_token_L=tuple(counts.nodes_per_token_WL.mean(axis=0).tolist()),
+        ranks_per_token_L=tuple(counts.ranks_per_token_WL.mean(axis=0).tolist()),
+        same_node_share_L=same_node_L,
+    )
 
 
 def _pick_layers(load: ExpertLoad, rows: list[int], layer_ids: tuple[int, ...]) -> ExpertLoad:
@@ -208,9 +249,9 @@ def _traffic(plan: Plan, before: Placement, load: ExpertLoad) -> dict[str, Any]:
             "traffic_note": "No traffic matrix: allgather sends every token to every rank in any placement."
         }
     source_SLE, ranks = load.source_SLE, plan.num_ranks
-    if source_SLE is not None and len(source_SLE) <= ranks:
+    if source_SLE is not None:
         source_RLE = np.zeros((ranks, *source_SLE.shape[1:]))
-        source_RLE[: len(source_SLE)] = source_SLE
+        source_RLE[: len(source_SLE)] = source_SLE[:ranks]  # rows beyond are empty, or homes were dropped
         note = "Home ranks are those of the trace."
     else:
         live_R = np.bincount(plan.rank_of_slot, minlength=ranks) > 0

@@ -123,7 +123,7 @@ def _node_lines(axes: Any, num_ranks: int, ranks_per_node: int, both: bool = Fal
 
 def _rank_ticks(axis: Any, num_ranks: int, ranks_per_node: int) -> None:
     step = ranks_per_node if 2 <= num_ranks // ranks_per_node <= 12 else max(1, num_ranks // 8)
-    axis.set_ticks(list(range(0, num_ranks, step)))
+    axis.set_ticks(list(range(0, num_ranks, step if num_ranks > 16 else 1)))
 
 
 def _layer_ticks(axis: Any, layer_ids: Sequence[int]) -> None:
@@ -342,7 +342,8 @@ def plan_picture(
     label = f"{title}. {subtitle}. " + "; ".join(
         f"{n}: {np.nanmin(v):.3f} to {np.nanmax(v):.3f}" for n, v in panels
     )
-    with _figure(min(6.0, 2.5 + 0.06 * layers), 4.6 * len(panels) + 0.6) as figure:
+    height_inch = min(6.0, 2.5 + 0.06 * layers)
+    with _figure(height_inch, 4.6 * len(panels) + 0.6) as figure:
         axes_list = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (name, values) in zip(axes_list, panels, strict=True):
             _image(figure, axes, values, limits, bar_label)
@@ -355,7 +356,7 @@ def plan_picture(
         _layer_ticks(axes_list[0].yaxis, layer_ids)
         axes_list[0].set_ylabel("layer")
         figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=14, fontweight="bold")
-        figure.text(0.012, 0.925, subtitle, ha="left", fontsize=10.5, color=_MUTED)
+        figure.text(0.012, 1 - 0.45 / height_inch, subtitle, ha="left", fontsize=10.5, color=_MUTED)
         inline = _svg(figure, label)
     style = (
         "<style>svg{color:#1b1f24;--muted:#59636e;--empty:#e6e8eb;"

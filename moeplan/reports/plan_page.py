@@ -17,9 +17,11 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import LayerEvaluation, Plan, Verdict
 from moeplan.reports import figures
 from moeplan.reports.summary import (
+    NO_LOCALITY,
     STATUS_TEXT,
     Evidence,
     LayerRow,
+    Locality,
     headline,
     key_figures,
     layer_rows,
@@ -43,6 +45,8 @@ def render_plan_page(
     traffic_after_RR: NDArray[np.float64] | None = None,
     traffic_unit: str = "bytes",
     traffic_note: str = "",
+    locality_before: Locality = NO_LOCALITY,
+    locality_after: Locality = NO_LOCALITY,
     speed_R: NDArray[np.float64] | None = None,
 ) -> str:
     """One self-contained HTML page; what is not given is missing on the page with the reason.
@@ -57,6 +61,8 @@ def render_plan_page(
         traffic_after_RR: The same for the plan.
         traffic_unit: ``bytes``, or what else the matrices count.
         traffic_note: How the matrices were made.
+        locality_before: Nodes and ranks per token of ``before``, where counted on the tokens of the load.
+        locality_after: The same for the plan; left out: as evaluated in the plan.
         speed_R: Relative speed of each rank; None: equal.
 
     Raises:
@@ -73,6 +79,8 @@ def render_plan_page(
         traffic_after_RR=traffic_after_RR,
         traffic_unit=traffic_unit,
         traffic_note=traffic_note,
+        locality_before=locality_before,
+        locality_after=locality_after,
         speed_R=speed_R,
     )
     environment = Environment(
@@ -286,7 +294,12 @@ def _fields(values: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def plan_svg(plan: Plan, load_LE: NDArray[np.float64] | None = None, before: Placement | None = None) -> str:
+def plan_svg(
+    plan: Plan,
+    load_LE: NDArray[np.float64] | None = None,
+    before: Placement | None = None,
+    before_name: str = "before",
+) -> str:
     """One picture that stands alone: load of ranks by layer where it is known, else the expert in every slot.
 
     Raises:
@@ -302,7 +315,7 @@ def plan_svg(plan: Plan, load_LE: NDArray[np.float64] | None = None, before: Pla
     if load_LE is not None:
         panels = [("this plan", relative_load(placement, load_LE))]
         if before is not None:
-            panels.insert(0, ("before", relative_load(before, load_LE)))
+            panels.insert(0, (before_name, relative_load(before, load_LE)))
         return figures.plan_picture(
             title,
             subtitle,

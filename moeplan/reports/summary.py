@@ -20,6 +20,7 @@ __all__ = [
     "Evidence",
     "KeyFigure",
     "LayerRow",
+    "Locality",
     "gain_text",
     "headline",
     "key_figures",
@@ -36,13 +37,26 @@ STATUS_TEXT = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """How far tokens travel in each layer, counted token by token; None where not counted."""
+
+    nodes_per_token_L: tuple[float, ...] | None = None
+    ranks_per_token_L: tuple[float, ...] | None = None
+    same_node_share_L: tuple[float | None, ...] | None = None
+
+
+NO_LOCALITY = Locality()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
     """What is known beyond the plan file; every part may be missing.
 
     ``load_LE`` are tokens per layer and expert, ``before`` is the placement compared with and
     ``evaluation_before`` what it does to each layer, ``traffic_*_RR`` (from home or source rank, to rank) are
-    in ``traffic_unit``, ``speed_R`` is the relative speed of each rank (None: equal).
+    in ``traffic_unit``, ``locality_*`` are counted on the tokens of the load, ``speed_R`` is the relative
+    speed of each rank (None: equal).
     """
 
     load_LE: NDArray[np.float64] | None = None
@@ -53,6 +67,8 @@ class Evidence:
     traffic_after_RR: NDArray[np.float64] | None = None
     traffic_unit: str = "bytes"
     traffic_note: str = ""
+    locality_before: Locality = NO_LOCALITY
+    locality_after: Locality = NO_LOCALITY
     speed_R: NDArray[np.float64] | None = None
 
 
@@ -95,12 +111,12 @@ def rank_load(placement: Placement, load_LE: NDArray[np.float64]) -> NDArray[np.
             f"load has shape {load_LE.shape} but the placement has {placement.num_layers} layers of"
             f" {placement.num_experts} experts; take the load of the same model"
         )
-    slot_load_LP = placement.slot_share_LP * np.take_along_axis(
-        load_LE, np.maximum(placement.physical_to_logical_LP, 0), axis=1
-    )
-    load_RL = np.zeros((placement.num_ranks, placement.num_layers))
-    np.add.at(load_RL, placement.rank_of_slot_P, slot_load_LP.T)
-    return load_RL.T
+    from moeplan.costs.counting import (
+        count_loads,
+    )  # here, because it brings a compiler that a bare plan does not need
+
+    load_LR: NDArray[np.float64] = count_loads(load_LE[None], placement)[0]
+    return load_LR
 
 
 def relative_load(
@@ -139,23 +155,35 @@ def layer_rows(plan: Plan, evidence: Evidence) -> list[LayerRow]:
             peak_before = float(np.nanmax(relative_before[index]))
         elif before is not None:
             peak_before = before.max_over_mean_load
+        far = _locality(evidence.locality_after, index, after)
+        far_before = _locality(evidence.locality_before, index, before)
         rows.append(
             LayerRow(
                 layer_id=layer_id,
                 max_over_mean=peak,
                 max_over_mean_before=peak_before,
                 busiest_rank=busiest,
-                nodes_per_token=after.nodes_per_token if after else None,
-                nodes_per_token_before=before.nodes_per_token if before else None,
-                ranks_per_token=after.ranks_per_token if after else None,
-                ranks_per_token_before=before.ranks_per_token if before else None,
-                same_node_share=after.same_node_share if after else None,
-                same_node_share_before=before.same_node_share if before else None,
+                nodes_per_token=far[0],
+                nodes_per_token_before=far_before[0],
+                ranks_per_token=far[1],
+                ranks_per_token_before=far_before[1],
+                same_node_share=far[2],
+                same_node_share_before=far_before[2],
                 time_s=after.time_s if after else None,
                 time_before_s=before.time_s if before else None,
             )
         )
     return rows
+
+
+def _locality(counted: Locality, index: int, item: LayerEvaluation | None) -> tuple[float | None, ...]:
+    """Nodes and ranks per token and same-node share of a layer: as counted, else as evaluated."""
+    names = ("nodes_per_token", "ranks_per_token", "same_node_share")
+    known = [getattr(counted, f"{name}_L") for name in names]
+    return tuple(
+        values[index] if values is not None else getattr(item, name, None)
+        for name, values in zip(names, known, strict=True)
+    )
 
 
 def headline(plan: Plan) -> tuple[str, str]:

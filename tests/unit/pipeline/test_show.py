@@ -101,6 +101,51 @@ def test_unknown_homes_are_spread_evenly(files: tuple[Path, Path]) -> None:
     assert "spread evenly" in shown.evidence.traffic_note
 
 
+def test_nodes_and_ranks_per_token_against_counting(files: tuple[Path, Path]) -> None:
+    single = ((0, 1, 2, 3, 4, 5),) * LAYERS  # no copies, so that there is nothing to choose
+    plan = plan_of(
+        physical_to_logical_map=single,
+        rank_of_slot=(0, 0, 1, 2, 3, 3),
+        replicas=((1,) * EXPERTS,) * LAYERS,
+        num_redundant_experts=0,
+    )
+    plan.save(files[0])
+    rank_E = np.array([0, 0, 1, 2, 3, 3])
+    rank_TLK = rank_E[trace_of().experts_TLK]
+    rows = show_plan(files[0], trace_path=files[1]).summary()["layers"]
+    for layer, row in enumerate(rows):
+        ranks = [len(set(token)) for token in rank_TLK[:, layer].tolist()]
+        nodes = [len(set(token)) for token in (rank_TLK[:, layer] // 2).tolist()]
+        assert row["ranks_per_token"] == pytest.approx(np.mean(ranks))
+        assert row["nodes_per_token"] == pytest.approx(np.mean(nodes))
+        assert row["nodes_per_token_before"] is not None
+        assert row["same_node_share"] is None
+
+
+def test_same_node_share_in_stay_mode(files: tuple[Path, Path]) -> None:
+    plan_of(objective=Objective(return_mode="stay")).save(files[0])
+    shown = show_plan(files[0], trace_path=files[1])
+    shares = [row["same_node_share"] for row in shown.summary()["layers"]]
+    assert shares[-1] is None
+    traffic = shown.evidence.traffic_after_RR
+    assert traffic is not None
+    inside = traffic[:2, :2].sum() + traffic[2:, 2:].sum()
+    assert np.mean(shares[:-1]) == pytest.approx(inside / traffic.sum())
+
+
+def test_homes_on_ranks_that_the_plan_lacks_are_spread_and_said(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    save_trace(trace_of(source_rank_T=np.full(TOKENS, 7, np.int32)), tmp_path / "wide.npz")
+    shown = show_plan(files[0], trace_path=tmp_path / "wide.npz")
+    assert "at home on rank 7, which holds no slot of the plan" in shown.messages[0]
+    assert "spread evenly" in shown.evidence.traffic_note
+    save_trace(trace_of(source_rank_T=np.full(TOKENS, 2, np.int32)), tmp_path / "fits.npz")
+    traffic = show_plan(files[0], trace_path=tmp_path / "fits.npz").evidence.traffic_after_RR
+    assert traffic is not None
+    assert np.flatnonzero(traffic.sum(axis=1)).tolist() == [2]
+
+
 def test_allgather_has_no_traffic_to_show(files: tuple[Path, Path]) -> None:
     plan_of(objective=Objective(dispatch="allgather")).save(files[0])
     evidence = show_plan(files[0], trace_path=files[1]).evidence
