@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +12,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.plan import Plan
-from moeplan.errors import ExportError, InputError, MissingExtraError, PlanError
-from moeplan.files import read_json, read_yaml
+from moeplan.errors import ExportError, PlanError
 from moeplan.specs.model import ModelSpec
 
 __all__ = [
@@ -29,10 +25,8 @@ __all__ = [
     "moe_rows",
     "moe_rows_refusals",
     "placement_of",
-    "read_placement_document",
     "replica_refusals",
     "require_expressible",
-    "torch_load",
     "uniform_refusals",
 ]
 
@@ -97,7 +91,7 @@ class Exporter(Protocol):
         ...
 
     def recognises(self, document: Any) -> bool:
-        """Whether a document of :func:`read_placement_document` is of this format."""
+        """Whether what ``documents.read_placement_document`` gave is of this format."""
         ...
 
     def load(self, document: Any, where: str, context: ImportContext) -> ImportedPlacement:
@@ -120,7 +114,8 @@ def uniform_refusals(plan: Plan) -> list[str]:
     sizes = np.bincount(placement.rank_of_slot_P, minlength=plan.num_ranks)
     if sizes.min() != sizes.max():
         reasons.append(
-            f"ranks have different numbers of slots ({sizes.min()} to {sizes.max()}); the target gives each rank the same"
+            f"ranks have different numbers of slots ({sizes.min()} to {sizes.max()}); the target gives each"
+            " rank the same"
         )
     if (placement.physical_to_logical_LP == EMPTY).any():
         reasons.append("some slots are empty; the target needs an expert in every slot")
@@ -155,7 +150,8 @@ def replica_refusals(plan: Plan) -> list[str]:
     if len(plan.rank_of_slot) == plan.num_experts:
         return []
     return [
-        f"the plan has {len(plan.rank_of_slot)} slots for {plan.num_experts} experts; the target holds every expert"
+        f"the plan has {len(plan.rank_of_slot)} slots for {plan.num_experts} experts; the target holds every"
+        " expert"
         " exactly once (plan with --redundant 0)"
     ]
 
@@ -200,7 +196,8 @@ def expert_map(value: Any, where: str, num_experts: int) -> NDArray[np.int32]:
     if rows.min() < 0 or rows.max() >= num_experts:
         layer, slot = (int(i[0]) for i in np.nonzero((rows < 0) | (rows >= num_experts)))
         raise PlanError(
-            f"{where}[{layer}][{slot}] ({rows[layer, slot]}) is outside 0..{num_experts - 1} (the model's experts)"
+            f"{where}[{layer}][{slot}] ({rows[layer, slot]}) is outside 0..{num_experts - 1} (the model's"
+            " experts)"
         )
     return rows.astype(np.int32)
 
@@ -211,7 +208,8 @@ def placement_of(
     """The placement of a map whose ranks own equal, contiguous runs of slots.
 
     Raises:
-        PlanError: the width does not divide over the ranks, a layer is not of the model, or an expert has no slot.
+        PlanError: the width does not divide over the ranks, a layer is not of the model, or an expert has no
+            slot.
     """
     model, ranks = context.model, context.num_ranks
     slots = map_LP.shape[1]
@@ -256,108 +254,8 @@ def moe_rows_refusals(plan: Plan, context: ExportContext) -> list[str]:
     """Why a plan does not fit a format that counts MoE layers by position: it must have all of them."""
     if context.model is not None and plan.layer_ids != context.model.moe_layer_ids:
         return [
-            f"the plan has {len(plan.layer_ids)} layers but {context.model.name} has {context.model.num_moe_layers} MoE"
+            f"the plan has {len(plan.layer_ids)} layers but {context.model.name} has"
+            f" {context.model.num_moe_layers} MoE"
             " layers; the target counts MoE layers by position and needs every one"
         ]
     return []
-
-
-def read_placement_document(path: Path) -> Any:
-    """The content of a placement file as plain values and numpy arrays, whatever the format.
-
-    JSON and YAML give what is written; ``.npz`` and torch files give arrays inside dicts and lists; a Python
-    module gives ``{"python": {name: literal}}`` of its top-level constants and is never run.
-
-    Raises:
-        InputError: unreadable, damaged, or holds more than plain data.
-    """
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(4)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    if path.suffix == ".py":
-        return {"python": _constants(path)}
-    if path.suffix in (".yaml", ".yml"):
-        return read_yaml(path)
-    if head == b"PK\x03\x04" and _is_npz(path):
-        return _read_npz(path)
-    if head == b"PK\x03\x04" or path.suffix in (".pt", ".pth", ".bin"):
-        return _read_torch(path)
-    return read_json(path)
-
-
-def _constants(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path} as a Python module: {error}") from error
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            try:
-                found[node.targets[0].id] = ast.literal_eval(node.value)
-            except (ValueError, RecursionError):
-                continue
-    return found
-
-
-def _is_npz(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return all(name.endswith(".npy") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return path.suffix == ".npz"
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}; is the file complete?") from error
-
-
-def torch_load(path: Path, *, mmap: bool = False) -> Any:
-    """``torch.load`` of tensors and plain values only, on the CPU.
-
-    Raises:
-        MissingExtraError: torch is not installed. InputError: damaged, or holds other objects.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtraError(f"reading {path}", "torch") from error
-    import pickle
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about its own legacy formats
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path)
-            )
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"cannot read {path}: it is damaged or holds objects other than tensors and plain values, which are never"
-            " loaded; save it again as plain tensors"
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file makes torch raise almost anything
-        raise InputError(
-            f"cannot read {path}: not a complete torch file ({str(error).partition('.')[0]})"
-        ) from error
-
-
-def _read_torch(path: Path) -> Any:
-    def plain(value: Any) -> Any:
-        if hasattr(value, "detach"):
-            return value.detach().numpy()
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    try:
-        return plain(torch_load(path))
-    except (TypeError, RecursionError) as error:  # e.g. bfloat16, which no placement uses
-        raise InputError(f"cannot read {path} as a placement: {error}") from error

@@ -39,11 +39,12 @@ def permute_checkpoint(
 ) -> list[Path]:
     """Write ``source`` to ``out`` with the experts of each planned layer in their new order.
 
-    Expert weights, router rows and biases, and optimizer state of both move together; names, shapes, types and
-    shard boundaries stay. ``record`` is kept in an output directory, so that nobody permutes twice.
+    Expert weights, router rows and biases, and optimizer state of both move together; names, shapes, types
+    and shard boundaries stay. ``record`` is kept in an output directory, so that nobody permutes twice.
 
     Raises:
-        InputError: unreadable, incomplete, or of another model. ExportError: a form that cannot be permuted exactly.
+        InputError: unreadable, incomplete, or of another model. ExportError: a form that cannot be permuted
+            exactly.
     """
     if not source.exists():
         raise InputError(
@@ -58,7 +59,8 @@ def permute_checkpoint(
     for path in paths:
         if _SHARDED.fullmatch(path.name):
             raise ExportError(
-                f"checkpoint: {path.name} is one rank's flat or sharded state, in which experts have no names;"
+                f"checkpoint: {path.name} is one rank's flat or sharded state, in which experts have no"
+                " names;"
                 " consolidate the checkpoint (weights and optimizer by parameter name) first"
             )
         if path.name == RECORD_NAME:
@@ -144,9 +146,10 @@ class _Job:
                 experts[part.layer].add(part.expert)
         for layer in self.permutations:
             missing = sorted(set(range(self.num_experts)) - experts[layer]) if layer in experts else []
-            if missing and (layer not in stacked or len(missing) < self.num_experts):
+            if missing:
                 raise InputError(
-                    f"checkpoint {source}: layer {layer} has no expert {missing[0]} ({len(missing)} of {self.num_experts}"
+                    f"checkpoint {source}: layer {layer} has no expert {missing[0]} ({len(missing)} of"
+                    f" {self.num_experts}"
                     " are missing); a shard is missing, or the plan is of another model"
                 )
             if layer not in experts and layer not in stacked:
@@ -155,7 +158,8 @@ class _Job:
                 )
             if layer not in routers:
                 raise InputError(
-                    f"checkpoint {source}: layer {layer} has no router; without its rows the model would change"
+                    f"checkpoint {source}: layer {layer} has no router; without its rows the model would"
+                    " change"
                 )
 
     def write(self, path: Path, copied: Path) -> None:

@@ -2,10 +2,10 @@
 
 Names of Hugging Face families (``mlp.experts.N.gate_proj``, ``block_sparse_moe.experts.N.w1``, fused
 ``experts.gate_up_proj``, ``mlp.gate.weight``, ``e_score_correction_bias``), Megatron-Core
-(``experts.local_experts.N``, grouped ``experts.linear_fc1.weightN``, ``router.weight``, ``router.expert_bias``) and
-DeepSpeed (``deepspeed_moe.experts.deepspeed_experts.N``, ``gate.wg.weight``); optimizer state carries the same
-names with a prefix or suffix. A tensor among a planned layer's experts or in its router that fits none of the rules
-is refused: left alone, it would change the model without a word.
+(``experts.local_experts.N``, grouped ``experts.linear_fc1.weightN``, ``router.weight``,
+``router.expert_bias``) and DeepSpeed (``deepspeed_moe.experts.deepspeed_experts.N``, ``gate.wg.weight``);
+optimizer state carries the same names with a prefix or suffix. A tensor among a planned layer's experts or in
+its router that fits none of the rules is refused: left alone, it would change the model without a word.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Permutations = Mapping[int, NDArray[np.int32]]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\.")
 _NUMBERED = re.compile(r"\.experts\.(?:local_experts\.|deepspeed_experts\.)?(\d+)(?=\.|$)")
-_GROUPED = re.compile(r"\.experts\.linear_fc[12]\.(?:weight|bias)(\d+)(?=\.|$)")
+_GROUPED = re.compile(r"\.experts\.linear_fc[12]\.(?:weight|bias|_extra_state)(\d+)(?=\.|$)")
 _STACKED = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")
 _ROUTER = re.compile(r"\.(?:gate|router|moe_statics)\.")
 _ELSEWHERE = re.compile(r"(?:^|\.)mtp\.|attn|attention|\.shared_expert")
-# GroupedMLP of older Megatron-Core: [H, E * F] and [E * F, H], both viewed as [E, ...] before use.
-_EXPERT_MAJOR = re.compile(r"\.experts\.weight[12](?=\.|$)")
+# Viewed as [E, ...] before use: GroupedMLP of older Megatron-Core ([H, E * F], [E * F, H]), DBRX ([E * F, H]).
+_EXPERT_MAJOR = re.compile(r"\.experts\.(?:weight[12]|mlp\.[wv][12])(?=\.|$)")
 
 
 class Part(NamedTuple):
-    """A tensor's place in the routed experts: one expert (``expert``, at ``span`` of the name) or all, stacked."""
+    """What a tensor holds: one expert (``expert``, at ``span`` of the name) or all of them, stacked."""
 
     layer: int
     router: bool
@@ -69,7 +69,8 @@ def source_name(name: str, part: Part, permutations: Permutations) -> str:
         return name
     if part.expert >= len(order_E):
         raise ExportError(
-            f"checkpoint: {name} is expert {part.expert} but the plan has {len(order_E)} experts; is it another model's plan?"
+            f"checkpoint: {name} is expert {part.expert} but the plan has {len(order_E)} experts; is it"
+            " another model's plan?"
         )
     return f"{name[: part.span[0]]}{order_E[part.expert]}{name[part.span[1] :]}"
 
@@ -89,6 +90,7 @@ def is_stacked(name: str, shape: Sequence[int], num_experts: int) -> bool:
         return True
     raise ExportError(
         f"checkpoint: {name} {list(shape)} belongs to routed experts but its first axis is not num_experts"
-        f" ({num_experts}); it cannot be permuted (a plan of another model, a part of a sharded checkpoint, or a form"
+        f" ({num_experts}); it cannot be permuted (a plan of another model, a part of a sharded checkpoint,"
+        " or a form"
         " that is not known)"
     )

@@ -1,8 +1,8 @@
 """Safetensors files, permuted byte by byte: no tensor is ever held, whatever its type.
 
 Layout (public format description): 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape,
-data_offsets}}``, then the data. A permuted file has the same names, types and shapes as its original, so the same
-header; only where the bytes come from changes.
+data_offsets}}``, then the data. A permuted file has the same names, types and shapes as its original, so the
+same header; only where the bytes come from changes.
 """
 
 from __future__ import annotations
@@ -112,8 +112,10 @@ def write_permuted(
                     )
                 if (source.dtype, source.shape) != (tensor.dtype, tensor.shape):
                     raise ExportError(
-                        f"checkpoint: {wanted} ({source.dtype} {list(source.shape)}) cannot take the place of {name}"
-                        f" ({tensor.dtype} {list(tensor.shape)}); experts of one layer must have one type and shape"
+                        f"checkpoint: {wanted} ({source.dtype} {list(source.shape)}) cannot take the place"
+                        f" of {name}"
+                        f" ({tensor.dtype} {list(tensor.shape)}); experts of one layer must have one type"
+                        " and shape"
                     )
                 _copy(source.path, [(source.begin, source.end)], target)
             elif is_stacked(name, tensor.shape, num_experts):

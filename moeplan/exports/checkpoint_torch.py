@@ -1,8 +1,8 @@
 """Torch checkpoint files (``.pt``, ``.pth``, ``.bin``), permuted through memory maps.
 
 Files are mapped, not read, and only as plain tensors (``weights_only``). Numbered experts change places by
-reference; stacked tensors are permuted block by block into a mapped scratch file. So the process holds no more than
-a block at a time, and ``torch.save`` writes from the maps.
+reference; stacked tensors are permuted block by block into a mapped scratch file. So the process holds no
+more than a block at a time, and ``torch.save`` writes from the maps.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.errors import ExportError, InputError
-from moeplan.exports.base import torch_load
 from moeplan.exports.checkpoint_names import Part, Permutations, expert_part, is_stacked, source_name
+from moeplan.exports.documents import torch_load, torch_save
 
 __all__ = ["TorchFile", "write_permuted"]
 
@@ -49,7 +49,8 @@ def _labels(node: dict[Any, Any], path: Path) -> Mapping[Any, str]:
             group.get("params", (None,))
         ):
             raise ExportError(
-                f"{path}: the optimizer state is keyed by number, not by parameter name, so its experts cannot be found;"
+                f"{path}: the optimizer state is keyed by number, not by parameter name, so its experts"
+                " cannot be found;"
                 " save it with names (an optimizer made from named_parameters()) or leave it out"
             )
         names.update(zip(group["params"], group["param_names"], strict=True))
@@ -137,7 +138,8 @@ def write_permuted(
                 source = find(source_name(name, part, permutations))
                 if _form(source) != _form(value):
                     raise ExportError(
-                        f"checkpoint: experts of layer {part.layer} differ in type or shape ({name.lstrip('.')});"
+                        f"checkpoint: experts of layer {part.layer} differ in type or shape"
+                        f" ({name.lstrip('.')});"
                         " they cannot change places"
                     )
                 changed[key] = source
@@ -154,7 +156,7 @@ def write_permuted(
         return type(node)(changed.values()) if type(node) in (list, tuple) else node
 
     content = rebuild(file.content, "", {}) if isinstance(file.content, (dict, list, tuple)) else file.content
-    torch.save(content, out)
+    torch_save(content, out)
     tick(file.path.stat().st_size)
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed: rank r owns the experts ``r * E / R`` onwards (``expert // num_local_experts``); the plan is a permutation."""
+"""DeepSpeed: rank r owns experts ``r * E / R`` onwards (``expert // num_local_experts``): a permutation."""
 
 from moeplan.exports.permutation import PermutationExporter
 

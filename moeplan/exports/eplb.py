@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.artifacts.plan import Plan
-from moeplan.errors import MissingExtraError, PlanError, SpecError
+from moeplan.errors import PlanError, SpecError
 from moeplan.exports.base import (
     ExportContext,
     ImportContext,
@@ -20,7 +20,7 @@ from moeplan.exports.base import (
     require_expressible,
     uniform_refusals,
 )
-from moeplan.files import atomic_path
+from moeplan.exports.documents import write_npz, write_torch
 
 __all__ = ["exporter", "inverse_map"]
 
@@ -61,10 +61,9 @@ class EplbExporter:
         map_LP = np.asarray(plan.physical_to_logical_map, dtype=np.int64)
         triple = dict(zip(_KEYS, (map_LP, *inverse_map(map_LP, plan.num_experts)), strict=True))
         if out.suffix == ".npz":
-            with atomic_path(out) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, **triple)  # type: ignore[arg-type]
+            write_npz(out, triple)
         elif out.suffix in (".pt", ".pth"):
-            save_torch(triple, out)
+            write_torch(out, triple)
         else:
             raise SpecError(
                 f"--out ({out}) must end in .npz or .pt: the suffix chooses the form of the EPLB triple"
@@ -104,25 +103,6 @@ def _sorted(slots_LEC: NDArray[np.int64]) -> NDArray[np.int64]:
     """Copies in rising order without the padding that all experts share."""
     ordered = -np.sort(-slots_LEC, axis=2)
     return ordered[:, :, : int((ordered >= 0).any(axis=(0, 1)).sum())]
-
-
-def save_torch(value: dict[str, NDArray[np.int64]] | NDArray[np.int64], out: Path) -> None:
-    """Write arrays as a torch file, atomically.
-
-    Raises:
-        MissingExtraError: torch is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtraError(f"writing {out}", "torch") from error
-    tensors = (
-        {key: torch.from_numpy(item) for key, item in value.items()}
-        if isinstance(value, dict)
-        else torch.from_numpy(value)
-    )
-    with atomic_path(out) as temporary:
-        torch.save(tensors, temporary)
 
 
 exporter = EplbExporter()

@@ -1,4 +1,4 @@
-"""Megatron-Core: rank r owns the experts ``r * E / R`` onwards (``moe_layer.py``); the plan is a permutation."""
+"""Megatron-Core: rank r owns experts ``r * E / R`` onwards (``moe_layer.py``): a permutation."""
 
 from moeplan.exports.permutation import PermutationExporter
 

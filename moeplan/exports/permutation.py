@@ -1,8 +1,8 @@
 """Training frameworks whose ranks own contiguous experts: the plan is applied by relabelling the experts.
 
 Megatron-Core and DeepSpeed give rank r the experts ``r * E / R`` onwards. New expert s is old expert
-``physical_to_logical[s]``; with weights, router rows, biases and optimizer state permuted alike, every token gets
-the same output (ties between equal router scores aside).
+``physical_to_logical[s]``; with weights, router rows, biases and optimizer state permuted alike, every token
+gets the same output (ties between equal router scores aside).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from moeplan.exports.base import (
     uniform_refusals,
 )
 from moeplan.exports.checkpoint import group_limits, permute_checkpoint, record_text
-from moeplan.files import atomic_path, write_text
+from moeplan.exports.documents import write_npz
+from moeplan.files import write_text
 
 __all__ = ["PermutationExporter"]
 
@@ -56,8 +57,10 @@ class PermutationExporter:
             group_GS = (np.asarray(row) // size).reshape(groups, size)
             if (group_GS != group_GS[:, :1]).any():
                 return [
-                    f"routing is limited to groups of {size} experts, and layer {layer} of the plan mixes experts of"
-                    " different groups, which would change the model; a permutation must keep each group together"
+                    f"routing is limited to groups of {size} experts, and layer {layer} of the plan mixes"
+                    " experts of"
+                    " different groups, which would change the model; a permutation must keep each group"
+                    " together"
                 ]
         return []
 
@@ -65,12 +68,14 @@ class PermutationExporter:
         """Write the permutation, or the permuted checkpoint when ``context.checkpoint`` is given.
 
         Raises:
-            ExportError: the plan or a part of the checkpoint cannot be expressed, or the routing groups are not known.
+            ExportError: the plan or a part of the checkpoint cannot be expressed, or the routing groups are
+                not known.
             InputError: the checkpoint is unreadable, incomplete or of another model.
         """
         if _groups(context) is None:
             raise ExportError(
-                f"the model '{plan.model}' is not known and there is no config.json beside the checkpoint, so group-limited"
+                f"the model '{plan.model}' is not known and there is no config.json beside the checkpoint,"
+                " so group-limited"
                 " routing cannot be ruled out; give --model, or --num-groups (1: no groups)"
             )
         require_expressible(self.name, self.refusals(plan, context))
@@ -91,13 +96,13 @@ class PermutationExporter:
                 context.checkpoint, out, permutations, plan.num_experts, record_text(fields), context.progress
             )
         if out.suffix == ".npz":
-            with atomic_path(out) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, **{key: np.asarray(value) for key, value in fields.items()})  # type: ignore[arg-type]
+            write_npz(out, {key: np.asarray(value) for key, value in fields.items()})
         elif out.suffix == ".json":
             write_text(out, record_text(fields))
         else:
             raise SpecError(
-                f"--out ({out}) must end in .json or .npz for a permutation; for weights give --checkpoint too"
+                f"--out ({out}) must end in .json or .npz for a permutation; for weights give --checkpoint"
+                " too"
             )
         return [out]
 

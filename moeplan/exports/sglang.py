@@ -1,7 +1,7 @@
 """SGLang: the JSON of ``--init-expert-location`` (0.5.23, ``sglang/srt/eplb/expert_location.py``).
 
-The file is passed as keyword arguments to ``init_by_mapping``: any key besides ``physical_to_logical_map`` is an
-error there. Rows are all decoder layers, dense ones included; slots of rank r are contiguous.
+The file is passed as keyword arguments to ``init_by_mapping``: any key besides ``physical_to_logical_map`` is
+an error there. Rows are all decoder layers, dense ones included; slots of rank r are contiguous.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class SglangExporter:
         map_LP = expert_map(document[_KEY], f"{where}: {_KEY}", model.num_experts)
         if len(map_LP) != model.num_layers:
             raise PlanError(
-                f"{where}: {_KEY} has {len(map_LP)} rows but {model.name} has {model.num_layers} decoder layers"
+                f"{where}: {_KEY} has {len(map_LP)} rows but {model.name} has {model.num_layers} decoder"
+                " layers"
                 " (SGLang files have one row for each, dense layers too); is it a file of another model?"
             )
         return placement_of(map_LP[np.asarray(model.moe_layer_ids)], where, context, model.moe_layer_ids)

@@ -28,7 +28,7 @@ _KEYS = {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
 
 
 class TrtllmExporter:
-    """``num_slots``, ``initial_global_assignments: {layer: [expert per slot]}``, ``layer_updates_per_iter: 0``."""
+    """``initial_global_assignments: {layer: [expert per slot]}`` and two counts."""
 
     name = "trtllm"
     description = "TensorRT-LLM moe_load_balancer.yaml (static)"

@@ -1,9 +1,10 @@
-"""vLLM has no static map in its main branch; these are the forms in circulation, and a policy module for today.
+"""vLLM has no static map in its main branch; these are the forms in circulation, and a policy module for
+today.
 
 - ``policy``: a Python module with an ``AbstractEplbPolicy`` that always answers the plan.
-- ``offline``: JSON version 2, ``vllm_offline_eplb_physical_to_logical_by_model`` (out-of-tree plug-ins; version 1
-  is read too), one map per model class.
-- ``rank-map``: ``{"expert_to_ep_rank": [...]}``: one map for all layers, no copies, order inside a rank is lost.
+- ``offline``: JSON version 2, ``vllm_offline_eplb_physical_to_logical_by_model`` (out-of-tree plug-ins;
+  version 1 is read too), one map per model class.
+- ``rank-map``: ``{"expert_to_ep_rank": [...]}``: one map for all layers, no copies, no order in a rank.
 - ``expert-map``: torch file [layers, ranks, experts]: the expert's place inside the rank, -1 where it is not.
 """
 
@@ -30,7 +31,7 @@ from moeplan.exports.base import (
     require_expressible,
     uniform_refusals,
 )
-from moeplan.exports.eplb import save_torch
+from moeplan.exports.documents import write_torch
 from moeplan.exports.vllm_policy import MAP_NAME, policy_module
 from moeplan.files import write_text
 
@@ -65,8 +66,8 @@ _BY_SUFFIX = {".json": "offline", ".pth": "expert-map", ".pt": "expert-map"}
 class VllmExporter:
     """One exporter, four variants.
 
-    Without ``variant`` the suffix of ``out`` chooses: ``.json`` offline, ``.pt`` and ``.pth`` expert-map, any other
-    policy.
+    Without ``variant`` the suffix of ``out`` chooses: ``.json`` offline, ``.pt`` and ``.pth`` expert-map, any
+    other policy.
     """
 
     name = "vllm"
@@ -76,7 +77,7 @@ class VllmExporter:
     options = frozenset({"model", "variant", "model_class"})
 
     def refusals(self, plan: Plan, context: ExportContext) -> list[str]:
-        """Equal, full slots, even shares, every MoE layer; ``rank-map`` also one map for all layers, no copies."""
+        """Equal, full slots, even shares, every MoE layer; ``rank-map``: also one map, no copies."""
         reasons = uniform_refusals(plan) + moe_rows_refusals(plan, context)
         if context.variant == "rank-map":
             reasons += replica_refusals(plan)
@@ -108,7 +109,7 @@ class VllmExporter:
         elif variant == "rank-map":
             write_text(out, json.dumps({"expert_to_ep_rank": _rank_map(plan)[0].tolist()}) + "\n")
         else:
-            save_torch(_expert_places(plan), out)
+            write_torch(out, _expert_places(plan))
         return [out]
 
     def recognises(self, document: Any) -> bool:
@@ -194,7 +195,8 @@ def _offline(plan: Plan, model_class: str | None) -> dict[str, Any]:
         model_class = _CLASSES[max(starts, key=len)] if starts else None
     if model_class is None:
         raise ExportError(
-            "vllm (offline) files a map under the model's class; give it as --model-class, e.g. DeepseekV2ForCausalLM"
+            "vllm (offline) files a map under the model's class; give it as --model-class, e.g."
+            " DeepseekV2ForCausalLM"
             " ('architectures' in the model's config.json)"
         )
     slots = len(plan.rank_of_slot)
@@ -224,7 +226,8 @@ def _from_expert_map(places_LRE: NDArray[Any], where: str, context: ImportContex
     layers, ranks, experts = places_LRE.shape
     if (ranks, experts) != (context.num_ranks, context.model.num_experts) or places_LRE.dtype.kind != "i":
         raise PlanError(
-            f"{where} is [layers, ranks, experts] {places_LRE.shape} of {places_LRE.dtype}; expected integers for"
+            f"{where} is [layers, ranks, experts] {places_LRE.shape} of {places_LRE.dtype}; expected"
+            " integers for"
             f" {context.num_ranks} ranks and {context.model.num_experts} experts"
         )
     width = int(places_LRE.max()) + 1

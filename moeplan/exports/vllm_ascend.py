@@ -1,7 +1,7 @@
 """vLLM-Ascend: the expert map of ``eplb_config.expert_map_path`` (``vllm_ascend/eplb/core/eplb_utils.py``).
 
-Layers are read by position in ``layer_list``; all devices hold the same number of experts and none of them twice
-(a device indexes its experts by id).
+Layers are read by position in ``layer_list``; all devices hold the same number of experts and none of them
+twice (a device indexes its experts by id).
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class VllmAscendExporter:
             PlanError: not this format, or not this model's layers, ranks or width.
         """
         if not self.recognises(document):
-            raise PlanError(f"{where} is not a vLLM-Ascend expert map; it needs moe_layer_count and layer_list")
+            raise PlanError(
+                f"{where} is not a vLLM-Ascend expert map; it needs moe_layer_count and layer_list"
+            )
         try:
             layers = document["layer_list"]
             count = document["moe_layer_count"]
@@ -90,7 +92,8 @@ class VllmAscendExporter:
         for position, devices in enumerate(rows):
             if len(devices) != context.num_ranks:
                 raise PlanError(
-                    f"{where}: layer_list[{position}] has {len(devices)} devices but num_ranks is {context.num_ranks};"
+                    f"{where}: layer_list[{position}] has {len(devices)} devices but num_ranks is"
+                    f" {context.num_ranks};"
                     " give the --ranks the file was made for"
                 )
             if not all(isinstance(experts, list) and len(experts) == len(devices[0]) for experts in devices):

@@ -11,9 +11,10 @@ MAP_NAME = "PHYSICAL_TO_LOGICAL_MAP"
 _TEMPLATE = '''\
 """Fixed expert placement for vLLM, written by moeplan (model {model}, plan {digest}).
 
-vLLM has no input for a static map; this policy answers every rebalance with the planned one. Put this file where
-Python finds it and call ``register()`` in every process before the engine starts, e.g. as an entry point of the
-group ``vllm.general_plugins``. Then start vLLM with expert parallelism over {num_ranks} ranks and
+vLLM has no input for a static map; this policy answers every rebalance with the planned one. Put this file
+where Python finds it and call ``register()`` in every process before the engine starts, e.g. as an entry
+point of the group ``vllm.general_plugins``. Then start vLLM with expert parallelism over {num_ranks} ranks
+and
 
     --enable-expert-parallel --enable-eplb
     --eplb-config '{{"policy": "default", "num_redundant_experts": {redundant}, "step_interval": 100}}'

@@ -10,18 +10,19 @@ from typing import Any
 
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import IMPORTED, Plan
-from moeplan.errors import InputError, PlanError, SpecError, UnknownNameError
+from moeplan.errors import InputError, PlanError, SpecError
 from moeplan.exports.base import (
     ExportContext,
     Exporter,
     ImportContext,
     ImportedPlacement,
-    read_placement_document,
 )
+from moeplan.exports.documents import read_placement_document
 from moeplan.files import sha256_file
 from moeplan.registry import load_plugin, plugin_names
+from moeplan.specs.catalogue import slug
 from moeplan.specs.model import ModelSpec
-from moeplan.specs.models import find_model
+from moeplan.specs.models import find_model, model_names
 from moeplan.specs.workload import Objective, Workload
 
 __all__ = ["LoadedPlacement", "export_formats", "export_plan", "import_plan", "load_placement"]
@@ -77,10 +78,8 @@ def export_plan(
         raise SpecError(
             f"--{unused[0].replace('_', '-')} says nothing to format '{format_name}'; its options: {usable}"
         )
-    if model is None:
-        spec = _known_model(plan.model)
-    else:
-        spec = find_model(model)
+    spec = find_model(model) if model is not None else _built_in(plan.model)
+    if spec is not None:
         _require_model(plan, plan_path, spec)
     if progress is not None:
         given["progress"] = progress
@@ -90,10 +89,12 @@ def export_plan(
 def import_plan(
     path: Path, *, model: str | ModelSpec, num_ranks: int, num_nodes: int = 1, format_name: str | None = None
 ) -> Plan:
-    """A plan (status ``feasible``, no prediction) from a foreign file; without ``format_name`` it is recognised.
+    """A plan (status ``feasible``, no prediction) from a foreign file; without ``format_name`` it is
+    recognised.
 
     Raises:
-        UnknownNameError: no such format or model. InputError: unreadable. PlanError: it does not fit the model or ranks.
+        UnknownNameError: no such format or model. InputError: unreadable. PlanError: it does not fit the
+            model or ranks.
     """
     if num_ranks < 1 or num_nodes < 1 or num_ranks % num_nodes:
         raise SpecError(f"--ranks ({num_ranks}) is not a positive multiple of --nodes ({num_nodes})")
@@ -130,7 +131,8 @@ def load_placement(
 ) -> LoadedPlacement:
     """A placement from ``plan.json`` or any foreign file, recognised by its content.
 
-    ``num_ranks`` is needed for foreign files, which do not say it; where a plan says another number, that is an error.
+    ``num_ranks`` is needed for foreign files, which do not say it; where a plan says another number, that is
+    an error.
 
     Raises:
         InputError: unreadable or of no known format. PlanError: it does not fit the model or ranks.
@@ -166,22 +168,21 @@ def _recognise(document: Any, path: Path) -> Exporter:
     return found[0]
 
 
-def _known_model(name: str) -> ModelSpec | None:
-    try:
-        return find_model(name)
-    except (UnknownNameError, InputError):
-        return None  # a plan made from a config.json: formats that need the model say so
+def _built_in(name: str) -> ModelSpec | None:
+    """The built-in model of that name; None for one from a ``config.json``: formats that need it say so."""
+    return find_model(name) if slug(name) in model_names() else None
 
 
 def _require_model(plan: Plan, path: Path, model: ModelSpec) -> None:
     if plan.num_experts != model.num_experts:
         raise PlanError(
             f"{path}: num_experts ({plan.num_experts}) is not that of {model.name} ({model.num_experts});"
-            f" it is a plan of '{plan.model}'"
+            f" it is a placement for '{plan.model}'; give the right --model"
         )
     if foreign := sorted(set(plan.layer_ids) - set(model.moe_layer_ids)):
         raise PlanError(
-            f"{path}: layer {foreign[0]} is not a MoE layer of {model.name}; it is a plan of '{plan.model}'"
+            f"{path}: layer {foreign[0]} is not a MoE layer of {model.name}; it is a placement for"
+            f" '{plan.model}'; give the right --model"
         )
 
 

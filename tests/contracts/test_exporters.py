@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from moeplan.exports.base import Exporter, read_placement_document
+from moeplan.exports.base import Exporter
+from moeplan.exports.documents import read_placement_document
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.testing.exporters import ExporterContract, random_plan
 
@@ -23,8 +26,15 @@ class TestRegistered(ExporterContract):
             out = tmp_path / f"placement{suffix}"
             exporter.export(plan, out, self._context(exporter))
             document = read_placement_document(out)
-            assert [name for name in NAMES if load_plugin("exporters", name).recognises(document)] == [exporter.name]
+            assert [name for name in NAMES if load_plugin("exporters", name).recognises(document)] == [
+                exporter.name
+            ]
 
 
 def test_the_built_in_formats_are_registered():
     assert {"sglang", "trtllm", "vllm", "vllm-ascend", "eplb", "megatron", "deepspeed"} <= set(NAMES)
+
+
+def test_every_format_is_on_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "exporters.md").read_text()
+    assert [name for name in NAMES if f"`{name}`" not in page] == []

@@ -30,7 +30,18 @@ def test_there_and_back(run, tmp_path):
     code, out, err = run("export", "plan.json", "--format", "sglang", "--out", "a/map.json", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == {"format": "sglang", "written": ["a/map.json"]}
-    words = ("import", "a/map.json", "--format", "sglang", "--model", "mixtral-8x7b", "--ranks", "4", "--out", "b.json")
+    words = (
+        "import",
+        "a/map.json",
+        "--format",
+        "sglang",
+        "--model",
+        "mixtral-8x7b",
+        "--ranks",
+        "4",
+        "--out",
+        "b.json",
+    )
     code, out, err = run(*words, "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["planner"] == "imported:sglang"
@@ -47,7 +58,10 @@ def test_there_and_back(run, tmp_path):
         (("export", "none.json", "--format", "sglang", "--out", "a"), "cannot read none.json"),
         (("export", "plan.json", "--format", "sglang", "--out", "plan.json/a"), "cannot write"),
         (("export", "plan.json", "--format", "sglang"), "Missing option '--out'"),
-        (("import", "plan.json", "--model", "mixtral-8x7b", "--ranks", "4", "--out", "a"), "cannot tell the format"),
+        (
+            ("import", "plan.json", "--model", "mixtral-8x7b", "--ranks", "4", "--out", "a"),
+            "cannot tell the format",
+        ),
         (("import", "plan.json", "--model", "mixtral-8x7b", "--ranks", "0", "--out", "a"), "--ranks"),
         (
             ("export", "plan.json", "--format", "megatron", "--checkpoint", "none", "--out", "a"),

@@ -33,7 +33,7 @@ class Expert(nn.Module):
 
 
 class Moe(nn.Module):
-    """Top-k softmax, or sigmoid with a selection bias over the two best of four groups (DeepSeek-V3's rule)."""
+    """Top-k softmax, or sigmoid with a selection bias over two of four groups (DeepSeek-V3's rule)."""
 
     def __init__(self, limited):
         super().__init__()
@@ -50,7 +50,9 @@ class Moe(nn.Module):
             biased = scores + self.gate.e_score_correction_bias
             best = biased.view(len(x), GROUPS, -1).topk(2, dim=2).values.sum(2).topk(2, dim=1).indices
             allowed = torch.zeros(len(x), GROUPS, dtype=torch.bool).scatter(1, best, True)
-            chosen = biased.masked_fill(~allowed.repeat_interleave(E // GROUPS, 1), -torch.inf).topk(K).indices
+            chosen = (
+                biased.masked_fill(~allowed.repeat_interleave(E // GROUPS, 1), -torch.inf).topk(K).indices
+            )
             weight = scores.gather(1, chosen)
         else:
             weight, chosen = logits.softmax(-1).topk(K)
@@ -107,7 +109,8 @@ def outputs(state, x, limited=False):
         return model(x)
 
 
-# One layer's canonical parts (router [E, H], experts {name: [E, out, in]}) in the names of each family, and back.
+# One layer's canonical parts (router [E, H], experts {name: [E, out, in]}) in the names of each family, and
+# back.
 def numbered(router, expert):
     def to(layer, gate, parts):
         found = {router.format(layer): gate}
@@ -142,7 +145,8 @@ def fused(router, first, second, major=False):
 
 FAMILIES = {
     "mixtral": numbered(
-        "model.layers.{}.block_sparse_moe.gate.weight", "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+        "model.layers.{}.block_sparse_moe.gate.weight",
+        "model.layers.{}.block_sparse_moe.experts.{}.{}.weight",
     ),
     "qwen": numbered("model.layers.{}.mlp.gate.weight", "model.layers.{}.mlp.experts.{}.{}_proj.weight"),
     "fused": fused(
@@ -197,7 +201,9 @@ def test_outputs_do_not_change_in_any_family(family, suffix, net, plan, x, tmp_p
     assert permute(plan, source, out, "deepspeed" if family == "deepspeed" else "megatron") == [out]
     permuted = load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True)
     assert set(permuted) == set(state)
-    assert torch.equal(permuted["model.layers.0.mlp.gate_proj.weight"], state["model.layers.0.mlp.gate_proj.weight"])
+    assert torch.equal(
+        permuted["model.layers.0.mlp.gate_proj.weight"], state["model.layers.0.mlp.gate_proj.weight"]
+    )
     whole = net.state_dict()
     for layer, row in zip(LAYERS, plan.physical_to_logical_map, strict=True):
         gate, parts = back(layer, permuted)
@@ -215,7 +221,9 @@ def test_te_grouped_names_and_a_sharded_scale_move_with_their_expert(plan, tmp_p
         state[f"decoder.layers.{layer}.mlp.router.expert_bias"] = torch.randn(E)
         for e in range(E):
             for name in ("linear_fc1", "linear_fc2"):
-                state[f"decoder.layers.{layer}.mlp.experts.{name}.weight{e}"] = torch.full((2,), 100.0 * layer + e)
+                state[f"decoder.layers.{layer}.mlp.experts.{name}.weight{e}"] = torch.full(
+                    (2,), 100.0 * layer + e
+                )
     save_file(state, tmp_path / "in.safetensors")
     permute(plan, tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     permuted = load_file(tmp_path / "out.safetensors")
@@ -231,7 +239,10 @@ def group_plan(rng):
     """Groups change places and order inside, but stay whole."""
     size = E // GROUPS
     return plan_of(
-        [[int(g) * size + int(i) for g in rng.permutation(GROUPS) for i in rng.permutation(size)] for _ in LAYERS],
+        [
+            [int(g) * size + int(i) for g in rng.permutation(GROUPS) for i in rng.permutation(size)]
+            for _ in LAYERS
+        ],
         MODEL,
         4,
     )
@@ -340,7 +351,9 @@ def test_sharded_directories(save, suffix, net, plan, x, tmp_path):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     state = {}
     for name in names:
-        shard = load_file(out / name) if suffix == ".safetensors" else torch.load(out / name, weights_only=True)
+        shard = (
+            load_file(out / name) if suffix == ".safetensors" else torch.load(out / name, weights_only=True)
+        )
         state |= shard
     assert not torch.equal(state["layers.1.mlp.gate.weight"], net.state_dict()["layers.1.mlp.gate.weight"])
     torch.testing.assert_close(outputs(state, x), net(x).detach(), rtol=1e-6, atol=1e-6)
@@ -392,9 +405,24 @@ def without(state, *parts):
 def damage_cases():
     router = "layers.1.mlp.gate"
     yield "no router", lambda s: without(s, router), InputError, "layer 1 has no router"
-    yield "no expert 5", lambda s: without(s, "layers.2.mlp.experts.5."), InputError, r"layer 2 has no expert 5 \(1 of 8"
-    yield "no w1 of 5", lambda s: without(s, "layers.2.mlp.experts.5.w1"), InputError, r"experts\.5\.w1\.weight is missing"
-    yield "no experts", lambda s: without(s, "layers.2.mlp.experts"), InputError, "layer 2 has no routed experts"
+    yield (
+        "no expert 5",
+        lambda s: without(s, "layers.2.mlp.experts.5."),
+        InputError,
+        r"layer 2 has no expert 5 \(1 of 8",
+    )
+    yield (
+        "no w1 of 5",
+        lambda s: without(s, "layers.2.mlp.experts.5.w1"),
+        InputError,
+        r"experts\.5\.w1\.weight is missing",
+    )
+    yield (
+        "no experts",
+        lambda s: without(s, "layers.2.mlp.experts"),
+        InputError,
+        "layer 2 has no routed experts",
+    )
     yield (
         "another width",
         lambda s: s | {f"{router}.weight": torch.zeros(16, H)},
@@ -422,9 +450,13 @@ def damage_cases():
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-@pytest.mark.parametrize(("change", "error", "match"), [case[1:] for case in damage_cases()], ids=[c[0] for c in damage_cases()])
+@pytest.mark.parametrize(
+    ("change", "error", "match"), [case[1:] for case in damage_cases()], ids=[c[0] for c in damage_cases()]
+)
 def test_what_would_change_the_model_is_refused(change, error, match, suffix, net, plan, tmp_path):
-    (save_file if suffix == ".safetensors" else torch.save)(change(net.state_dict()), tmp_path / f"in{suffix}")
+    (save_file if suffix == ".safetensors" else torch.save)(
+        change(net.state_dict()), tmp_path / f"in{suffix}"
+    )
     with pytest.raises(error, match=match):
         permute(plan, tmp_path / f"in{suffix}", tmp_path / f"out{suffix}")
     assert [path.name for path in tmp_path.iterdir()] == [f"in{suffix}"]
@@ -449,7 +481,11 @@ def test_damaged_files(net, plan, tmp_path, capsys):
     save_file(net.state_dict(), good)
     data = good.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    shifted = data[:8] + data[8 : 8 + length].replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1) + data[8 + length :]
+    shifted = (
+        data[:8]
+        + data[8 : 8 + length].replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1)
+        + data[8 + length :]
+    )
     cases = {
         "cut.safetensors": (data[:-10], "truncated"),
         "header.safetensors": (data[:100], "not a complete safetensors file"),

@@ -65,4 +65,7 @@ def test_memory_stays_below_one_layer(suffix, tmp_path):
     growth = json.loads(done.stdout)["growth"]
     print(f"private memory grew by {growth} bytes on a file of {total}")
     assert growth < LAYER_BYTES, f"private memory grew by {growth} bytes on a file of {total}"
-    assert (np.bincount(np.fromfile(out, dtype=np.uint8), minlength=EXPERTS)[1:EXPERTS] >= 2 * LAYERS * EXPERT_BYTES).all()
+    assert (
+        np.bincount(np.fromfile(out, dtype=np.uint8), minlength=EXPERTS)[1:EXPERTS]
+        >= 2 * LAYERS * EXPERT_BYTES
+    ).all()

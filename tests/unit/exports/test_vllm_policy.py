@@ -48,7 +48,9 @@ def test_it_answers_the_plan_whatever_the_load(policy):
         assert logcnt.tolist() == [[1, 1, 2, 2], [2, 2, 1, 1]]
         assert phy2log.dtype == log2phy.dtype == logcnt.dtype == torch.int64
     # newer engines also hand over the current map
-    assert policy.rebalance_experts(torch.zeros(2, 4), 6, 1, 1, 2, old_global_expert_indices=None)[0].shape == (2, 6)
+    assert policy.rebalance_experts(torch.zeros(2, 4), 6, 1, 1, 2, old_global_expert_indices=None)[
+        0
+    ].shape == (2, 6)
 
 
 @pytest.mark.parametrize("engine", [((3, 4), 6, 2), ((2, 5), 6, 2), ((2, 4), 8, 2), ((2, 4), 6, 3)])

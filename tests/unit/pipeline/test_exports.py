@@ -57,10 +57,14 @@ def test_two_copies_on_a_rank_are_accepted_with_a_note(tmp_path):
     model = tiny_model(4, num_layers=3, moe_layer_ids=(1, 2))
     rows = [[0, 0, 1, 2, 3, 1], [0, 1, 2, 3, 0, 1]]
     (tmp_path / "map.yaml").write_text(
-        f"num_slots: 6\ninitial_global_assignments:\n  1: {rows[0]}\n  2: {rows[1]}\nlayer_updates_per_iter: 0\n"
+        f"num_slots: 6\ninitial_global_assignments:\n  1: {rows[0]}\n  2: {rows[1]}\nlayer_updates_per_iter:"
+        " 0\n"
     )
     loaded = load_placement(tmp_path / "map.yaml", model=model, num_ranks=2)
-    note = "1 times a rank holds two copies of one expert, of which one is wasted (first: layer 1, rank 0, expert 0)"
+    note = (
+        "1 times a rank holds two copies of one expert, of which one is wasted"
+        " (first: layer 1, rank 0, expert 0)"
+    )
     assert loaded.notes == (note,)
     import_plan(tmp_path / "map.yaml", model=model, num_ranks=2).save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").notes == (note,)
@@ -75,13 +79,15 @@ def test_unknown_names_and_idle_options(plan_path, tmp_path):
         export_plan(plan_path, "eplb", tmp_path / "a", num_layers=3)
     with pytest.raises(UnknownNameError, match="model 'deepseek-v2-light'"):
         import_plan(plan_path, model="deepseek-v2-light", num_ranks=8)
-    with pytest.raises(PlanError, match="it is a plan of 'DeepSeek-V2-Lite'"):
+    with pytest.raises(PlanError, match="it is a placement for 'DeepSeek-V2-Lite'"):
         export_plan(plan_path, "sglang", tmp_path / "a", model="mixtral-8x7b")
 
 
 def test_files_that_are_no_placement(plan_path, tmp_path):
     (tmp_path / "a.json").write_text('{"hello": 1}')
-    with pytest.raises(InputError, match="cannot tell the format of .*none of deepspeed, eplb.* fits; name it with --format"):
+    with pytest.raises(
+        InputError, match=r"cannot tell the format of .*none of deepspeed, eplb.* fits; name it with --format"
+    ):
         import_plan(tmp_path / "a.json", model=MODEL, num_ranks=8)
     with pytest.raises(SpecError, match="does not say the number of ranks; give --ranks"):
         load_placement(tmp_path / "a.json", model=MODEL)
