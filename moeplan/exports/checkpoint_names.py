@@ -31,7 +31,7 @@ _GROUPED = re.compile(r"\.experts\.linear_fc[12]\.(?:weight|bias|_extra_state)(\
 _STACKED = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")
 _ROUTER = re.compile(r"\.(?:gate|router|moe_statics)\.")
 _ELSEWHERE = re.compile(r"(?:^|\.)mtp\.|attn|attention|\.shared_expert")
-# Viewed as [E, ...] before use: GroupedMLP of older Megatron-Core ([H, E * F], [E * F, H]), DBRX ([E * F, H]).
+# Viewed as [E, ...] before use: older Megatron-Core ([H, E * F], [E * F, H]), DBRX ([E * F, H]).
 _EXPERT_MAJOR = re.compile(r"\.experts\.(?:weight[12]|mlp\.[wv][12])(?=\.|$)")
 
 
