@@ -74,7 +74,15 @@ def cluster_experts(
         for i, e in enumerate(order_E[: clusters - 1]):
             for variable in x_CE[i + 1 :, e]:
                 variable.upBound = 0
-    start_E = _heaviest_first(scaled_E, order_E, size_G, reserve=smallest)
+    start_E = _swapped(_heaviest_first(scaled_E, order_E, size_G, reserve=smallest), scaled_E, clusters)
+    if (
+        len(set(size_G.tolist())) == 1
+    ):  # clusters are alike: the i-th heaviest expert is in one of the first i
+        for i, e in enumerate(order_E[: clusters - 1]):
+            for variable in x_CE[i + 1 :, e]:
+                variable.upBound = 0
+        _, first_I, cluster_E = np.unique(start_E[order_E], return_index=True, return_inverse=True)
+        start_E[order_E] = first_I.argsort().argsort()[cluster_E]
     load_C = np.bincount(start_E, weights=scaled_E, minlength=clusters)
     start = {x_CE[c, e]: 1.0 for e, c in enumerate(start_E)}
     start |= dict(zip(cost_C, np.abs(load_C - 1) if balance == "deviation" else [load_C.max()], strict=True))
@@ -100,3 +108,21 @@ def _heaviest_first(
         load_G[cluster] += weight_E[expert]
         count_G[cluster] += 1
     return cluster_E
+
+
+def _swapped(cluster_E: NDArray[np.int64], weight_E: NDArray[np.float64], clusters: int) -> NDArray[np.int64]:
+    """Swap an expert of the busiest cluster with another as long as that makes the busier of the two less
+    busy.
+    """
+    cluster_E = cluster_E.copy()
+    while True:
+        load_G = np.bincount(cluster_E, weights=weight_E, minlength=clusters)
+        busiest = int(load_G.argmax())
+        mine_I = np.nonzero(cluster_E == busiest)[0]
+        given_IE = weight_E[mine_I][:, None] - weight_E
+        after_IE = np.maximum(load_G[busiest] - given_IE, load_G[cluster_E] + given_IE)
+        after_IE[:, mine_I] = np.inf
+        i, other = np.unravel_index(int(after_IE.argmin()), after_IE.shape)
+        if after_IE[i, other] >= load_G[busiest] * (1 - 1e-9):
+            return cluster_E
+        cluster_E[mine_I[i]], cluster_E[other] = cluster_E[other], busiest

@@ -29,9 +29,10 @@ __all__ = ["moetuner"]
 
 Assign = Literal["auto", "program", "exact", "sweeps"]
 
-_DEVIATION_LIMIT = 1024
-"""Experts times clusters up to which the printed first objective is used: its root node alone takes over 20 s
-at 256 x 32, where the largest load as objective takes 1 s."""
+_DEVIATION_LIMIT = 512
+"""Experts times clusters up to which the printed first objective is used: it takes 1 to 2 s a layer at 64
+x 8 and over 20 s at 256 x 32, most of it before the first branch.
+"""
 
 _EXACT_LIMIT = 6
 """Ranks up to which all permutations are compared."""
