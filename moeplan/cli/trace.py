@@ -82,16 +82,18 @@ def _show(found: dict[str, Any]) -> None:
         f" {len(found['layer_ids'])} MoE layers x {found['num_experts']} experts, top-{found['top_k'] or '?'}"
     )
     columns = (
-        ("load\nmax/mean", "max_over_mean", None),
-        ("EP8\nmax/mean", "contiguous_ep8_max_over_mean", None),
+        ("load\nmax/m.", "max_over_mean", None),
+        ("EP8\nmax/m.", "contiguous_ep8_max_over_mean", None),
         ("gini", "gini", None),
         ("entropy\nbits", "entropy_bits", None),
-        ("co-activation\nbits (lift)", "coactivation_bits", "coactivation_mean_lift"),
-        ("MI to next, bits\n(shuffled)", "mutual_information_bits", "mutual_information_bits_shuffled"),
-        ("on best 12.5 %\n(shuffled)", "top_share", "top_share_shuffled"),
+        ("co-act.\nbits (lift)", "coactivation_bits", "coactivation_mean_lift"),
+        ("to next, MI\n(shuffled)", "mutual_information_bits", "mutual_information_bits_shuffled"),
+        ("best 12.5 %\n(shuffled)", "top_share", "top_share_shuffled"),
     )
     shown = [column for column in columns if found[column[1]] is not None]
-    table = Table("layer", *(name for name, _, _ in shown), box=None, header_style="bold")
+    table = Table(
+        "layer", *(name for name, _, _ in shown), box=None, header_style="bold", padding=(0, 1, 0, 0)
+    )
     for row, layer in enumerate(found["layer_ids"]):
         cells = []
         for _, key, beside in shown:

@@ -23,7 +23,8 @@ from moeplan.reports.trace_figures import (
 from moeplan.routing.io import convert_trace, read_trace, save_trace
 from moeplan.routing.pairs import coactivation_pairs
 from moeplan.routing.statistics import Statistics, coactivation_lift, describe
-from moeplan.routing.synthesis import SynthSpec, synthesise, targets_like
+from moeplan.routing.synthesis import synthesise
+from moeplan.routing.targets import SynthSpec, targets_like
 from moeplan.routing.validation import Finding, validate
 from moeplan.specs.models import find_model
 

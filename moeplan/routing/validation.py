@@ -258,7 +258,8 @@ def _loads(load_LE: NDArray[Any], layer_ids: tuple[int, ...], inferred: Any) -> 
             "unequal-layers",
             "warning",
             f"layer {layer_ids[high]} has {totals_L[high]:.0f} selections, layer {layer_ids[low]} has"
-            f" {totals_L[low]:.0f}; layers of one model see the same tokens: some were not recorded all the time",
+            f" {totals_L[low]:.0f}; layers of one model see the same tokens:"
+            " some were not recorded all the time",
             {
                 "layers": [layer_ids[high], layer_ids[low]],
                 "selections": [float(totals_L[high]), float(totals_L[low])],
