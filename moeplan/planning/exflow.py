@@ -3,13 +3,13 @@ together.
 
 The integer program has ``x_le,g = 1`` where expert ``e`` of layer ``l`` is in group ``g``, as many experts
 in every group, and pays for each token that goes from an expert of one layer to one of the next in another
-group: ``hop_lef >= x_le,g - x_(l+1)f,g`` for every group. Groups are nodes first, then the ranks inside
-each node. Load is not looked at. ``L`` layers, ``E`` experts of a layer, ``G`` groups.
+group. Groups are nodes first, then the ranks inside each node. Load is not looked at. ``L`` layers, ``E``
+experts of a layer and ``F`` of the next, ``G`` groups.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pulp
@@ -26,10 +26,8 @@ __all__ = ["Level", "by_program", "by_sweeps", "exflow", "hops"]
 Groups = list[NDArray[np.int64]]
 """The group of each expert, layer by layer."""
 
-_PROGRAM_LIMIT = 256
-"""Hop constraints up to which HiGHS is asked: its bound starts at 0 (all ``x = 1/G``), and 3 layers of 8
-experts on 4 ranks already end 200 nodes with a gap of 76 %.
-"""
+_PROGRAM_LIMIT = 4096
+"""Products (see :func:`by_program`) up to which HiGHS is asked."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,9 +41,10 @@ class Level:
     open_L: list[NDArray[np.bool_]]
 
     @property
-    def hop_constraints(self) -> int:
+    def products(self) -> int:
         """How large the integer program is."""
-        return int(np.count_nonzero(self.transitions_LEE)) * int(self.size_LG.shape[1])
+        experts_L = self.size_LG.sum(axis=1)
+        return int((experts_L[:-1] * experts_L[1:]).sum()) * int(self.size_LG.shape[1])
 
 
 def hops(transitions_LEE: NDArray[np.float64], group_LE: Groups) -> float:
@@ -92,7 +91,13 @@ def by_sweeps(level: Level, *, sweeps: int = 10) -> Groups:
 def by_program(
     level: Level, start_LE: Groups, *, max_nodes: int | None = None, time_limit_s: float | None = None
 ) -> tuple[Groups, Answer]:
-    """The integer program, from a start; for small problems."""
+    """The integer program, from a start; for small problems.
+
+    The paper's ``hop_ef >= x_eg - y_fg`` bounds nothing (all ``x = 1/G`` hop nowhere), so products stand
+    in its place: ``stay_efg <= x_eg, y_fg``, of which an expert in group ``g`` has as many as the next
+    layer has experts there, ``sum_f stay_efg = size_g x_eg`` and likewise ``sum_e stay_efg = size_g
+    y_fg``. The optimum is the same.
+    """
     layers, groups = level.size_LG.shape
     model = pulp.LpProblem("exflow")
     x_L = [variables(model, f"x_{layer}", *level.open_L[layer].shape, binary=True) for layer in range(layers)]
@@ -107,14 +112,27 @@ def by_program(
         start |= {x_G[group]: 1.0 for x_G, group in zip(x_EG, start_E, strict=True)}
     cost = []
     for layer, transitions_EE in enumerate(level.transitions_LEE):
-        for e, f in zip(*np.nonzero(transitions_EE), strict=True):
-            hop = variables(model, f"hop_{layer}_{e}_{f}")[()]
-            cost.append((hop, float(transitions_EE[e, f])))
-            start[hop] = float(start_LE[layer][e] != start_LE[layer + 1][f])
-            for x, y in zip(x_L[layer][e], x_L[layer + 1][f], strict=True):
-                model.addConstraint(hop >= x - y)
+        x_EG, y_FG = x_L[layer], x_L[layer + 1]
+        stay_EFG = variables(model, f"stay_{layer}", len(x_EG), len(y_FG), groups)
+        for g in range(groups):
+            for e, x_G in enumerate(x_EG):
+                model.addConstraint(
+                    pulp.lpSum(stay_EFG[e, :, g]) == int(level.size_LG[layer + 1, g]) * x_G[g]
+                )
+            for f, y_G in enumerate(y_FG):
+                model.addConstraint(pulp.lpSum(stay_EFG[:, f, g]) == int(level.size_LG[layer, g]) * y_G[g])
+        for (e, f, g), stay in np.ndenumerate(stay_EFG):
+            model.addConstraint(stay <= x_EG[e, g])
+            model.addConstraint(stay <= y_FG[f, g])
+            start[stay] = float(start_LE[layer][e] == g and start_LE[layer + 1][f] == g)
+            cost.append((stay, -float(transitions_EE[e, f])))
     model.setObjective(pulp.LpAffineExpression(cost))
     answer = solve(model, max_nodes=max_nodes, time_limit_s=time_limit_s, start=start)
+    tokens = sum(
+        float(transitions_EE[: len(now_E), : len(next_E)].sum())
+        for transitions_EE, now_E, next_E in zip(level.transitions_LEE, start_LE, start_LE[1:], strict=False)
+    )
+    answer = replace(answer, objective=answer.objective + tokens, bound=answer.bound + tokens)
     return ([values(x_EG).argmax(axis=1) for x_EG in x_L] if answer.found else start_LE), answer
 
 
@@ -142,7 +160,7 @@ def exflow(problem: PlanningProblem, *, max_nodes: int = 200) -> PlanningResult:
     for name, size_LG, parent_G in levels:
         level = Level(transitions_LEE, size_LG, [parent_E[:, None] == parent_G for parent_E in group_LE])
         group_LE = by_sweeps(level)
-        if level.hop_constraints <= _PROGRAM_LIMIT:
+        if level.products <= _PROGRAM_LIMIT:
             group_LE, answer = by_program(
                 level, group_LE, max_nodes=max_nodes, time_limit_s=problem.time_limit_s
             )
@@ -150,7 +168,7 @@ def exflow(problem: PlanningProblem, *, max_nodes: int = 200) -> PlanningResult:
             notes.append(f"{name}: integer program by HiGHS, gap {answer.gap:.1%}")
         else:
             notes.append(
-                f"{name}: integer program of {level.hop_constraints} hop constraints is out of reach; layers"
+                f"{name}: integer program of {level.products} products is out of reach; layers"
                 " assigned one after the other, each exactly given its neighbours"
             )
     placement, more = finish_rows(problem, group_LE)
