@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from moeplan.errors import TraceError
 
-__all__ = ["MAX_ARRAY_BYTES", "looks_like_ids", "npz_names", "read_npy", "read_npz", "write_npz"]
+__all__ = [
+    "MAX_ARRAY_BYTES",
+    "looks_like_ids",
+    "npy_of_ids",
+    "npz_names",
+    "read_npy",
+    "read_npz",
+    "write_npz",
+]
 
 MAX_ARRAY_BYTES = 16 * 2**30
 _MAX_MEMBERS = 100_000
@@ -35,22 +43,31 @@ def _as_trace_error(path: Path) -> Iterator[None]:
         raise TraceError(f"{path} needs more memory than there is; {_REMEDY}") from error
 
 
-def _read_array(path: Path, name: str, stream: IO[bytes], size: int) -> NDArray[Any]:
-    """One array from a stream of ``size`` bytes, after its header was held against ``size``."""
-    version = np.lib.format.read_magic(stream)
-    reader = _HEADERS.get(version)
-    if reader is None:
-        raise TraceError(f"{path}: {name} is .npy version {version}; save it as version 1.0")
-    shape, fortran, dtype = reader(stream)
+def _header(
+    path: Path, name: str, stream: IO[bytes], size: int
+) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, Fortran order and type of an array in a stream of ``size`` bytes, held against ``size``."""
+    try:
+        shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+    except OSError:
+        raise
+    except Exception as error:  # the header is Python text, and parsing it fails in many ways
+        raise TraceError(f"{path}: {name} has no readable .npy header; the file is damaged") from error
     if dtype.hasobject or dtype.kind not in "biufUS":
         raise TraceError(f"{path}: {name} holds {dtype}; only numbers and text are read, never objects")
-    expected = math.prod(shape) * dtype.itemsize
-    held = size - stream.tell()
+    expected, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
     if expected != held:
         raise TraceError(
             f"{path}: {name} says {list(shape)} {dtype} ({expected} bytes) but holds {held} bytes;"
             " the file is damaged or cut off"
         )
+    return shape, fortran, dtype
+
+
+def _read_array(path: Path, name: str, stream: IO[bytes], size: int) -> NDArray[Any]:
+    """One array from a stream of ``size`` bytes."""
+    shape, fortran, dtype = _header(path, name, stream, size)
+    expected = math.prod(shape) * dtype.itemsize
     if expected > MAX_ARRAY_BYTES:
         raise TraceError(f"{path}: {name} has {expected} bytes, more than {MAX_ARRAY_BYTES}; {_REMEDY}")
     array = np.empty(math.prod(shape), dtype=dtype)
@@ -135,6 +152,21 @@ def looks_like_ids(array: NDArray[Any]) -> bool:
     if int(head.max()) >= 4096:
         return False
     ordered = np.sort(head, axis=2)
-    distinct = ((ordered[..., 1:] != ordered[..., :-1]) | (ordered[..., 1:] < 0)).all()
-    sums = head.sum(axis=2, dtype=np.int64)
-    return bool(distinct) and not (array.shape[1] > 1 and (sums == sums[:, :1]).all())
+    blank = (head == 0).all(axis=2)  # a dense layer in a buffer that started as zeros
+    distinct = (((ordered[..., 1:] != ordered[..., :-1]) | (ordered[..., 1:] < 0)).all(axis=2) | blank).all()
+    sums = head.sum(axis=2, dtype=np.int64)[:, ~blank.all(axis=0)]
+    return bool(distinct) and sums.size > 0 and not (sums.shape[1] > 1 and (sums == sums[:, :1]).all())
+
+
+def npy_of_ids(path: Path) -> bool:
+    """Whether a ``.npy`` file reads as ids [tokens, layers, k]; looks at its beginning only and never raises."""
+    try:
+        with _as_trace_error(path), path.open("rb") as stream:
+            shape, fortran, dtype = _header(path, path.name, stream, path.stat().st_size)
+            if len(shape) != 3 or 0 in shape:
+                return False
+            return looks_like_ids(
+                np.memmap(path, dtype, "r", stream.tell(), shape, order="F" if fortran else "C")
+            )
+    except TraceError:
+        return False

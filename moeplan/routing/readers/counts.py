@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.errors import TraceError
 from moeplan.files import read_json, read_lines
-from moeplan.routing.arrays import looks_like_ids, read_npy
+from moeplan.routing.arrays import npy_of_ids, read_npy
 from moeplan.routing.readers.base import ReadOptions, count_experts, strict_int
 from moeplan.routing.readers.shared import load_torch, numbers, tensor_array
 
@@ -37,7 +37,7 @@ class CountsReader:
         if not path.is_file() or path.suffix not in (".npy", ".csv", ".json", ".pt"):
             return False
         if path.suffix == ".npy":
-            return not _npy_of_ids(path)
+            return not npy_of_ids(path)
         if path.suffix == ".pt":
             from moeplan.routing.readers.sglang import reader as sglang
 
@@ -81,13 +81,6 @@ def _depth(value: Any) -> int:
     while isinstance(value, list) and value and depth < 4:
         depth, value = depth + 1, value[0]
     return depth
-
-
-def _npy_of_ids(path: Path) -> bool:
-    try:
-        return looks_like_ids(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError):
-        return False
 
 
 def _load(where: str, counts: NDArray[Any], fields: dict[str, Any], options: ReadOptions) -> ExpertLoad:

@@ -62,6 +62,7 @@ class MegatronReader:
         other_blocks = 0
         for file in input_files(path, ".jsonl"):
             seen: dict[tuple[int, int, int], int] = {}
+            where = ""
             for where, record in json_lines(file):
                 if record.get("block", "decoder") != "decoder":
                     other_blocks += 1
@@ -83,6 +84,10 @@ class MegatronReader:
                 high = int(ids_TK.max())
                 layers[layer] = ids_TK.astype(
                     np.int16 if high < 2**15 and int(ids_TK.min()) >= -1 else np.int64
+                )
+            if not where:
+                raise TraceError(
+                    f"{file} is empty; its rank recorded nothing (leave it out if that is right)"
                 )
         if not batches:
             raise TraceError(f"{path} holds no records of the decoder; was tracing on?")

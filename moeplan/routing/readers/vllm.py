@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import TraceError
-from moeplan.routing.arrays import looks_like_ids, npz_names, read_npy, read_npz
+from moeplan.routing.arrays import looks_like_ids, npy_of_ids, npz_names, read_npy, read_npz
 from moeplan.routing.readers.base import (
     ReadOptions,
     compact_ids,
@@ -48,9 +48,8 @@ class VllmReader:
                     and looks_like_ids(next(iter(read_npz(path, names[:1]).values())))
                 )
             if path.suffix == ".npy" or path.is_dir() or is_glob(path):
-                first = input_files(path, ".npy")[0]
-                return looks_like_ids(np.load(first, mmap_mode="r", allow_pickle=False))
-        except (TraceError, OSError, ValueError, EOFError):
+                return npy_of_ids(input_files(path, ".npy")[0])
+        except (TraceError, OSError):
             pass
         return False
 
