@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-__all__ = ["anneal_home", "group_arrivals", "pack_tokens"]
+__all__ = ["anneal_home", "group_arrivals", "load_price", "pack_tokens"]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -122,7 +122,7 @@ def _peak_and_mean(arrivals_WG, weight_W):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _load_price(load, base, slope, cap):  # type: ignore[no-untyped-def]
+def load_price(load, base, slope, cap):  # type: ignore[no-untyped-def]
     """Price of one rank's load above the balanced plan's: rises to ``slope`` at the cap, steep beyond it."""
     over = load - base
     if over <= 0.0:
@@ -151,6 +151,9 @@ def anneal_home(  # type: ignore[no-untyped-def]
     load_slope,
     node_price,
     rank_price,
+    held_RE,
+    move_price,
+    heat,
     proposals,
     seed,
 ):
@@ -164,6 +167,8 @@ def anneal_home(  # type: ignore[no-untyped-def]
         rank_first_R, node_first_N: first slot of each rank / node, end appended.
         base_W, cap_W: the balanced plan's busiest rank, and how far above it a rank may go.
         load_slope, node_price, rank_price: seconds per unit of load, node arrival and rank arrival.
+        held_RE, move_price: what each rank holds today, and the price of a copy it would have to be sent.
+        heat: start temperature over the mean change of a proposal.
         proposals: how many swaps to propose; the budget, so that the same seed gives the same answer.
     """
     np.random.seed(seed)
@@ -209,7 +214,7 @@ def anneal_home(  # type: ignore[no-untyped-def]
     energy = node_price * _peak_and_mean(node_WN, weight_W) + rank_price * _peak_and_mean(rank_WR, weight_W)
     for w in range(windows):
         for r in range(ranks):
-            energy += _load_price(load_WR[w, r], base_W[w], load_slope, cap_W[w]) / windows
+            energy += load_price(load_WR[w, r], base_W[w], load_slope, cap_W[w]) / windows
     best = copy_of_slot_P.copy()
     best_energy = energy
     current_node = _peak_and_mean(node_WN, weight_W)
@@ -221,7 +226,7 @@ def anneal_home(  # type: ignore[no-untyped-def]
     cooling = 1.0
     for step in range(proposals):
         if step == warm:
-            temperature = 0.3 * changes / max(1, warm)
+            temperature = heat * changes / max(1, warm)
             cooling = (2e-3) ** (1.0 / max(1, proposals - warm))
         temperature *= cooling
         s1 = np.random.randint(slots)
@@ -242,12 +247,19 @@ def anneal_home(  # type: ignore[no-untyped-def]
             x = load_WR[w, r1]
             y = load_WR[w, r2]
             delta += (
-                _load_price(x + q / speed_R[r1], base_W[w], load_slope, cap_W[w])
-                + _load_price(y - q / speed_R[r2], base_W[w], load_slope, cap_W[w])
-                - _load_price(x, base_W[w], load_slope, cap_W[w])
-                - _load_price(y, base_W[w], load_slope, cap_W[w])
+                load_price(x + q / speed_R[r1], base_W[w], load_slope, cap_W[w])
+                + load_price(y - q / speed_R[r2], base_W[w], load_slope, cap_W[w])
+                - load_price(x, base_W[w], load_slope, cap_W[w])
+                - load_price(y, base_W[w], load_slope, cap_W[w])
             )
         delta /= windows
+        if move_price > 0.0:
+            delta += move_price * (
+                np.float64(held_RE[r1, e1])
+                + np.float64(held_RE[r2, e2])
+                - np.float64(held_RE[r1, e2])
+                - np.float64(held_RE[r2, e1])
+            )
         threshold = -temperature * np.log(np.random.random() + 1e-300)
         n1 = r1 // ranks_per_node
         n2 = r2 // ranks_per_node

@@ -1,7 +1,8 @@
 """Compiled search for balanced load: which experts get copies, and which rank holds which copy.
 
 One layer at a time. ``P`` slots, ``E`` experts, ``R`` ranks, ``W`` windows, ``X`` exclusive groups (no two copies of
-an expert in one: ranks, or nodes where replicas are chosen by nearness).
+an expert in one: ranks, or nodes where replicas are chosen by nearness), ``C`` most copies of one expert.
+``copy_WEC[w, e, c - 1]`` is what one of ``c`` copies of an expert costs its rank, scaled so that ranks average 1.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ __all__ = ["anneal_load", "rank_loads"]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def rank_loads(load_WE, expert_of_slot_P, rank_of_slot_P, speed_R):  # type: ignore[no-untyped-def]
-    """Load of each rank per window over its speed, copies sharing evenly: ``[W, R]``."""
-    windows, experts = load_WE.shape
+def rank_loads(copy_WEC, expert_of_slot_P, rank_of_slot_P, speed_R):  # type: ignore[no-untyped-def]
+    """Load of each rank per window over its speed: ``[W, R]``."""
+    windows, experts, _most = copy_WEC.shape
     copies_E = np.zeros(experts, np.int64)
     for e in expert_of_slot_P:
         if e >= 0:
@@ -26,7 +27,7 @@ def rank_loads(load_WE, expert_of_slot_P, rank_of_slot_P, speed_R):  # type: ign
         if e >= 0:
             r = rank_of_slot_P[s]
             for w in range(windows):
-                out_WR[w, r] += load_WE[w, e] / copies_E[e] / speed_R[r]
+                out_WR[w, r] += copy_WEC[w, e, copies_E[e] - 1] / speed_R[r]
     return out_WR
 
 
@@ -38,12 +39,12 @@ def _excess(load, target):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def anneal_load(  # type: ignore[no-untyped-def]
-    load_WE, expert_of_slot_P, rank_of_slot_P, group_of_rank_R, speed_R, target_W, replicate, proposals, seed
+    copy_WEC, expert_of_slot_P, rank_of_slot_P, group_of_rank_R, speed_R, target_W, replicate, proposals, seed
 ):
     """Simulated annealing on the squared excess of rank loads over ``target_W``.
 
     Proposals swap two slots' experts or, with ``replicate``, give a slot of an expert with several copies to another
-    expert. Loads are scaled so that the mean over ranks is 1.
+    expert.
 
     Args:
         expert_of_slot_P: start, valid; -1 for an empty slot.
@@ -54,7 +55,7 @@ def anneal_load(  # type: ignore[no-untyped-def]
         The arrangement whose busiest rank, averaged over windows, is the least seen.
     """
     np.random.seed(seed)
-    windows, experts = load_WE.shape
+    windows, experts, most = copy_WEC.shape
     slots = len(expert_of_slot_P)
     ranks = len(speed_R)
     copies_E = np.zeros(experts, np.int64)
@@ -64,7 +65,7 @@ def anneal_load(  # type: ignore[no-untyped-def]
         if e >= 0:
             copies_E[e] += 1
             holds_XE[group_of_rank_R[rank_of_slot_P[s]], e] += 1
-    load_WR = rank_loads(load_WE, expert_of_slot_P, rank_of_slot_P, speed_R)
+    load_WR = rank_loads(copy_WEC, expert_of_slot_P, rank_of_slot_P, speed_R)
     change_WR = np.zeros((windows, ranks))
     touched = np.zeros(ranks, np.bool_)
 
@@ -87,7 +88,7 @@ def anneal_load(  # type: ignore[no-untyped-def]
         delta = 0.0
         if replicate and np.random.random() < 0.15:
             e2 = np.random.randint(experts)
-            if copies_E[e1] < 2 or e2 == e1 or copies_E[e2] == 0 or holds_XE[g1, e2] > 0:
+            if copies_E[e1] < 2 or e2 == e1 or copies_E[e2] == 0 or holds_XE[g1, e2] > 0 or copies_E[e2] >= most:
                 continue
             for s in range(slots):
                 e = expert_of_slot_P[s]
@@ -99,11 +100,11 @@ def anneal_load(  # type: ignore[no-untyped-def]
                     change_WR[:, r] = 0.0
                 for w in range(windows):
                     if s == s1:
-                        q = load_WE[w, e2] / (copies_E[e2] + 1) - load_WE[w, e1] / copies_E[e1]
+                        q = copy_WEC[w, e2, copies_E[e2]] - copy_WEC[w, e1, copies_E[e1] - 1]
                     elif e == e1:
-                        q = load_WE[w, e1] / (copies_E[e1] - 1) - load_WE[w, e1] / copies_E[e1]
+                        q = copy_WEC[w, e1, copies_E[e1] - 2] - copy_WEC[w, e1, copies_E[e1] - 1]
                     else:
-                        q = load_WE[w, e2] / (copies_E[e2] + 1) - load_WE[w, e2] / copies_E[e2]
+                        q = copy_WEC[w, e2, copies_E[e2]] - copy_WEC[w, e2, copies_E[e2] - 1]
                     change_WR[w, r] += q / speed_R[r]
             for r in range(ranks):
                 if touched[r]:
@@ -134,7 +135,7 @@ def anneal_load(  # type: ignore[no-untyped-def]
             if g1 != g2 and (holds_XE[g1, e2] > 0 or holds_XE[g2, e1] > 0):
                 continue
             for w in range(windows):
-                q = load_WE[w, e2] / copies_E[e2] - load_WE[w, e1] / copies_E[e1]
+                q = copy_WEC[w, e2, copies_E[e2] - 1] - copy_WEC[w, e1, copies_E[e1] - 1]
                 x = load_WR[w, r1]
                 y = load_WR[w, r2]
                 delta += (
@@ -146,7 +147,7 @@ def anneal_load(  # type: ignore[no-untyped-def]
             if delta > 0.0 and np.random.random() >= np.exp(-delta / temperature):
                 continue
             for w in range(windows):
-                q = load_WE[w, e2] / copies_E[e2] - load_WE[w, e1] / copies_E[e1]
+                q = copy_WEC[w, e2, copies_E[e2] - 1] - copy_WEC[w, e1, copies_E[e1] - 1]
                 load_WR[w, r1] += q / speed_R[r1]
                 load_WR[w, r2] -= q / speed_R[r2]
             expert_of_slot_P[s1] = e2

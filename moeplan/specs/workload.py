@@ -39,4 +39,6 @@ class Objective(Spec):
     replica_split: ReplicaSplit = "even"
     aggregate: Aggregate = Field("mean", description="over windows or domains")
     cvar_tail: Fraction = Field("20 %", description="worst share of windows that cvar averages")  # type: ignore[assignment]
-    max_imbalance: Fraction = Field("5 %", description="load above the best balanced plan's")  # type: ignore[assignment]
+    max_imbalance: Fraction | None = Field(
+        None, description="load above the best balanced plan's; by default 5 % on several nodes, none on one"
+    )
