@@ -159,7 +159,7 @@ def looks_like_ids(array: NDArray[Any]) -> bool:
 
 
 def npy_of_ids(path: Path) -> bool:
-    """Whether a ``.npy`` file reads as ids [tokens, layers, k]; looks at its beginning only and never raises."""
+    """Whether a ``.npy`` file reads as ids [tokens, layers, k]; looks at its beginning only, never raises."""
     try:
         with _as_trace_error(path), path.open("rb") as stream:
             shape, fortran, dtype = _header(path, path.name, stream, path.stat().st_size)
