@@ -47,6 +47,15 @@ def find_reader(path: Path, format: str | None = None) -> TraceReader:
     return claims[0]
 
 
+def _reader_for(path: Path, format: str | None, domain: str | None) -> TraceReader:
+    reader = find_reader(path, format)
+    if domain is not None and not reader.has_domains:
+        raise TraceError(
+            f"{path} ({reader.name}) has no domains to choose '{domain}' from; leave the domain out"
+        )
+    return reader
+
+
 def _fingerprint(path: Path) -> str:
     if path.is_file():
         return sha256_file(path)
@@ -55,10 +64,6 @@ def _fingerprint(path: Path) -> str:
     for file in sorted(p for p in files if p.is_file()):
         digest.update(f"{file.name} {sha256_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _picked(trace: RoutingTrace) -> bool:
-    return bool(trace.domains) or trace.phase_T is not None
 
 
 def _origin(path: Path, reader: TraceReader, inner: Any) -> dict[str, Any]:
@@ -78,15 +83,13 @@ def read_trace(
         UnknownNameError: no reader is called ``format``.
     """
     path = Path(path)
-    reader = find_reader(path, format)
+    reader = _reader_for(path, format, domain)
     try:
         result = reader.read(path, ReadOptions(domain=domain, num_experts=num_experts))
     except TraceError as error:
         raise error if path.name in str(error) else TraceError(f"{path}: {error}") from error
     except InputError as error:  # a file-level message is about the trace here
         raise TraceError(str(error)) from error
-    if domain is not None and not (isinstance(result, RoutingTrace) and _picked(result)):
-        raise TraceError(f"{path} has no domains to choose '{domain}' from; leave the domain out")
     return replace(result, origin=_origin(path, reader, result.origin))
 
 
@@ -105,7 +108,7 @@ def read_load(
         TraceError, UnknownNameError: as :func:`read_trace` and :func:`moeplan.routing.loads.expert_load`.
     """
     path = Path(path)
-    reader = find_reader(path, format)
+    reader = _reader_for(path, format, domain)
     if not keep_tokens and isinstance(reader, _BatchReader):
         load = stream_load(reader.batches(path, ReadOptions(domain=domain, num_experts=num_experts)))
         return replace(load, origin=_origin(path, reader, load.origin))

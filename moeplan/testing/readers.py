@@ -63,6 +63,7 @@ class TraceReaderContract:
         assert isinstance(self.reader, TraceReader)
         assert self.reader.name
         assert self.reader.description
+        assert isinstance(self.reader.has_domains, bool)
 
     def test_recognises_its_own_layout(self, tmp_path: Path) -> None:
         """Sniffing finds it."""

@@ -39,10 +39,14 @@ class ReadOptions:
 
 @runtime_checkable
 class TraceReader(Protocol):
-    """A reader plugin (entry-point group ``moeplan.trace_readers``)."""
+    """A reader plugin (entry-point group ``moeplan.trace_readers``).
+
+    ``has_domains`` says whether ``options.domain`` means anything to this format.
+    """
 
     name: str
     description: str
+    has_domains: bool
 
     def sniff(self, path: Path) -> bool:
         """Whether ``path`` looks like this format; looks at names and first bytes only and never raises."""

@@ -31,6 +31,7 @@ class CountsReader:
 
     name = "counts"
     description = "[layers, experts] or [windows, layers, experts] counts (.npy .csv .json .pt)"
+    has_domains = False
 
     def sniff(self, path: Path) -> bool:
         """Whether the suffix is one of counts and the content is not known to be another format's."""

@@ -38,6 +38,7 @@ class MegatronReader:
 
     name = "megatron"
     description = "Megatron-Core router trace (router_trace_rank<r>.jsonl, a directory of them, or a pattern)"
+    has_domains = False
 
     def sniff(self, path: Path) -> bool:
         """Whether the first JSONL line there has ``top_indices``."""

@@ -37,6 +37,7 @@ class NpzReader:
 
     name = "npz"
     description = "experts [tokens, layers, k] in an .npz file, one or several tasks"
+    has_domains = True
 
     def sniff(self, path: Path) -> bool:
         """Whether ``path`` is an ``.npz`` file with an ``experts`` array."""

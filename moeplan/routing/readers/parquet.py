@@ -108,6 +108,7 @@ class ParquetReader:
 
     name = "parquet"
     description = "one row per token in a .parquet file, for traces of 10^8 selections"
+    has_domains = True
 
     def sniff(self, path: Path) -> bool:
         """Whether ``path`` is called ``.parquet``."""

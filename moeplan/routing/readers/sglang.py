@@ -52,6 +52,7 @@ class SglangReader:
 
     name = "sglang"
     description = "SGLang expert distribution recorder dump (stat, stat_approx, per_pass, per_token)"
+    has_domains = False
 
     def sniff(self, path: Path) -> bool:
         """Whether the first ``.pt`` file there names the recorder's keys; needs no torch."""

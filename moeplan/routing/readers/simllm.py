@@ -35,6 +35,7 @@ class SimllmReader:
 
     name = "simllm"
     description = "simllm pre-play trace (.jsonl with request ids and prefill/decode phases)"
+    has_domains = False
 
     def sniff(self, path: Path) -> bool:
         """Whether the first line names the schema."""

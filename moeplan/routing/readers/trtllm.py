@@ -31,6 +31,7 @@ class TrtllmReader:
 
     name = "trtllm"
     description = "TensorRT-LLM expert statistics directory (meta_info.json, rank<r>.safetensors)"
+    has_domains = False
 
     def sniff(self, path: Path) -> bool:
         """Whether ``path`` is a directory with ``meta_info.json``."""

@@ -35,6 +35,7 @@ class VllmReader:
 
     name = "vllm"
     description = "vLLM routed_experts, one [tokens, layers, k] array per request (.npz, .npy, a directory)"
+    has_domains = False
 
     def sniff(self, path: Path) -> bool:
         """Whether ``.npy`` content reads as ids, or an ``.npz`` has other arrays than the simple form."""

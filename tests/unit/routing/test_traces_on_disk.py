@@ -179,6 +179,12 @@ def test_a_domain_of_a_file_without_any_is_refused(tmp_path):
         read_trace(npz(tmp_path, experts=IDS), domain="law")
 
 
+def test_a_domain_of_a_format_without_domains_is_refused(tmp_path):
+    (tmp_path / "t.json").write_text("[[1, 2], [3, 4]]")
+    with pytest.raises(TraceError, match=r"\(counts\) has no domains to choose 'law' from"):
+        read_trace(tmp_path / "t.json", domain="law")
+
+
 def test_the_number_of_experts_comes_from_the_caller_where_the_file_is_silent(tmp_path):
     path = npz(tmp_path, experts=IDS)
     assert read_trace(path).num_experts == 8
