@@ -15,6 +15,7 @@ from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
 
 __all__ = [
     "MEMORY_EFFICIENCY",
+    "RELATIVE_ERROR",
     "expected_active",
     "expert_pair_s",
     "expert_weight_s",
@@ -25,6 +26,7 @@ __all__ = [
 
 # Streaming kernels reach about this share of the data sheet's memory bandwidth.
 MEMORY_EFFICIENCY = 0.8
+RELATIVE_ERROR = 0.5  # a bound that real kernels miss by up to about 2x
 
 
 def matmul_flops(accelerator: AcceleratorSpec, dtype: Dtype) -> float:

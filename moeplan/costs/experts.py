@@ -1,0 +1,237 @@
+"""Seconds of the routed experts of one layer on one rank, from its vector of tokens per local expert.
+
+A grouped FFN over local experts with ``n_e`` tokens each takes
+
+    t(n) = g(T) + sum_e w(n_e),    w(0) = 0
+
+where ``w`` is what one expert adds (weight read, tiles, arithmetic) and ``g`` what is paid for the ``T``
+tokens of the group whatever the experts: sorting, launches, passes over all rows. Both are read off balanced
+measurements: at one number of tokens per expert, ``m = T K / E``, the time is a straight line in the number
+of experts on the rank, ``t = g + A w(m)``; rows of several expert-parallel sizes give both. Skewed vectors
+follow.
+
+Shapes: ``e`` local experts, any leading axes before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs import roofline
+from moeplan.costs.interpolation import line
+from moeplan.specs.cluster import AcceleratorSpec
+from moeplan.specs.model import Dtype, ModelSpec
+
+__all__ = ["ExpertCosts", "expert_costs", "fit_experts"]
+
+Floats = NDArray[np.float64]
+
+# Names under which a weight type appears in measured tables, most specific first.
+TABLE_DTYPES: dict[str, tuple[str, ...]] = {
+    "fp8": ("fp8_block", "fp8"),
+    "fp4": ("nvfp4", "w4a8_mxfp4_mxfp8", "w4a16_mxfp4"),
+    "int4": ("int4",),
+}
+_POISSON_MAX = 64  # expected tokens from which the count's scatter no longer matters
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertCosts:
+    """``g`` and ``w`` of one model on one device; see the module.
+
+    ``pairs_m`` are tokens per expert, rising; ``weight_m`` seconds that one expert with so many adds;
+    ``shared_m`` seconds of ``g`` at that mean number per expert.
+    """
+
+    pairs_m: Floats
+    weight_m: Floats
+    shared_m: Floats
+    relative_error: float
+    source: str
+    extrapolated: bool = False
+
+    def one_expert_s(self, pairs: ArrayLike) -> Floats:
+        """``w``: linear in tokens beyond the largest measured number, constant below one."""
+        n = np.asarray(pairs, float)
+        inner = line(self.pairs_m, self.weight_m, np.clip(n, self.pairs_m[0], self.pairs_m[-1]))
+        beyond = np.maximum(n / self.pairs_m[-1], 1.0)
+        return np.where(n > 0, inner * beyond, 0.0)
+
+    def expected_s(self, mean_pairs: ArrayLike) -> Floats:
+        """``w`` averaged over Poisson arrivals with this mean: an expert with few tokens is often not hit."""
+        mean = np.asarray(mean_pairs, float)
+        grid, table = _poisson_table(self)
+        return np.where(mean < _POISSON_MAX, np.interp(mean, grid, table), self.one_expert_s(mean))
+
+    def shared_s(self, mean_pairs: float) -> float:
+        """``g`` where the group's mean number of tokens per expert is ``mean_pairs``."""
+        x = float(np.clip(mean_pairs, self.pairs_m[0], self.pairs_m[-1]))
+        return float(np.interp(x, self.pairs_m, self.shared_m)) * max(1.0, mean_pairs / float(self.pairs_m[-1]))
+
+    def rank_s(self, pairs_e: ArrayLike, mean_pairs: float, expected: bool = False) -> Floats:
+        """Seconds of ranks whose experts get ``pairs_e`` [..., e] tokens; ``expected``: these are means."""
+        each = self.expected_s(pairs_e) if expected else self.one_expert_s(pairs_e)
+        total: Floats = self.shared_s(mean_pairs) + each.sum(-1)
+        return total
+
+    def linear(self, mean_pairs: float) -> tuple[float, float, float]:
+        """(fixed, per active expert, per pair) seconds around ``mean_pairs`` tokens per expert.
+
+        The secant of ``w`` over half to twice the mean, taken over counts of at least one; none negative.
+        """
+        low, high = max(1.0, mean_pairs / 2), max(2.0, mean_pairs * 2)
+        w_low, w_high = self.one_expert_s([low, high])
+        slope = max(0.0, float(w_high - w_low) / (high - low))
+        start = float(w_low) - slope * low
+        if start < 0:
+            slope, start = float(w_low + w_high) / (low + high), 0.0
+        return self.shared_s(mean_pairs), start, slope
+
+
+@lru_cache(maxsize=64)
+def _poisson_table(costs: ExpertCosts) -> tuple[Floats, Floats]:
+    mean = np.concatenate([np.linspace(0, 4, 65)[:-1], np.linspace(4, _POISSON_MAX, 121)])
+    counts = np.arange(1, 4 * _POISSON_MAX)
+    log_factorial = np.cumsum(np.log(counts))
+    with np.errstate(divide="ignore"):
+        log_p = counts * np.log(mean)[:, None] - mean[:, None] - log_factorial
+    return mean, np.exp(log_p) @ costs.one_expert_s(counts)
+
+
+def _line_through(active: Floats, seconds: Floats) -> tuple[float, float]:
+    """(intercept, slope), neither negative, least relative squares; intercept nan where one A cannot tell."""
+    if np.ptp(active) == 0:
+        return float("nan"), float(np.median(seconds / active))
+    weight = 1 / seconds
+    design = np.stack([weight, active * weight], 1)
+    intercept, slope = np.linalg.lstsq(design, np.ones(len(active)), rcond=None)[0]
+    if slope <= 0:
+        return float(seconds.mean()), 0.0
+    if intercept < 0:
+        return 0.0, float((active * weight).sum() / ((active * weight) ** 2).sum())
+    return float(intercept), float(slope)
+
+
+def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: str) -> ExpertCosts | None:
+    """``g`` and ``w`` from balanced rows: pairs and active experts of the measured rank, and its seconds.
+
+    None where the rows do not tell: fewer than three sizes.
+    """
+    per_expert = np.round(pairs_n / active_n, 6)
+    sizes = np.unique(per_expert)
+    fits = []
+    for size in sizes:
+        rows = per_expert == size
+        fits.append(_line_through(active_n[rows], seconds_n[rows]))
+    shared, weight = np.array([f[0] for f in fits]), np.array([f[1] for f in fits])
+    if np.isnan(shared).all():  # one number of experts only: no less than the fastest launch is shared
+        shared = np.full(len(sizes), seconds_n.min() / 2)
+        weight = np.array(
+            [(seconds_n[per_expert == s] - shared[0]).mean() / active_n[per_expert == s].mean() for s in sizes]
+        )
+    known = np.isfinite(shared)
+    shared = np.interp(sizes, sizes[known], shared[known])
+    good = weight > 0
+    if good.sum() < 3:
+        return None
+    sizes, shared, weight = (
+        sizes[good],
+        np.maximum.accumulate(shared[good]),
+        np.maximum.accumulate(weight[good]),
+    )
+    draft = ExpertCosts(sizes, weight, shared, 0.0, source)
+    mean = pairs_n / active_n
+    predicted = np.array([draft.shared_s(m) for m in mean]) + active_n * draft.one_expert_s(mean)
+    error = float(np.quantile(np.abs(predicted / seconds_n - 1), 0.9))
+    return ExpertCosts(sizes, weight, shared, error, source)
+
+
+def _families(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """(source and kernel, rows) of each kernel measured."""
+    names = [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
+    for name in sorted(set(names)):
+        yield name, rows.filter(pa.array([n == name for n in names]))
+
+
+def _fit_rows(name: str, rows: pa.Table) -> ExpertCosts | None:
+    # Without expert parallelism kernels take another path (no masked rows): only when there is no other.
+    ep, active = rows["ep"].to_numpy(), rows["active_experts"].to_numpy().astype(float)
+    use = (active > 0) & ((ep > 1) if (ep > 1).sum() >= 6 else (ep > 0))
+    if use.sum() < 6:
+        return None
+    pairs, seconds = rows["rank_pairs"].to_numpy().astype(float), rows["latency_us"].to_numpy() * 1e-6
+    return fit_experts(pairs[use], active[use], seconds[use], name)
+
+
+def _roofline(model: ModelSpec, accelerator: AcceleratorSpec, dtype: Dtype, tp: int) -> ExpertCosts:
+    n = np.geomspace(1, 2.0**20, 61)
+    read = roofline.expert_weight_s(model, accelerator, dtype) / tp
+    pair = roofline.expert_pair_s(model, accelerator, dtype) / tp
+    moved = 2 * (2 * model.hidden_size + 3 * model.expert_intermediate_size / tp)
+    stream = moved / (roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth)
+    seconds = np.hypot(read, pair * n) + stream * n
+    source = f"roofline of {accelerator.name}"
+    return ExpertCosts(n, seconds, np.zeros(len(n)), roofline.RELATIVE_ERROR, source, extrapolated=True)
+
+
+def expert_costs(
+    model: ModelSpec,
+    accelerator: AcceleratorSpec,
+    dtype: Dtype,
+    profile: HardwareProfile | None = None,
+    tp: int = 1,
+    backend: str | None = None,
+    mean_pairs: float = 64.0,
+    local_experts: float = 8.0,
+    arriving: float = 1.0,
+) -> ExpertCosts:
+    """Costs of ``model``'s experts: measured where the profile has the shape, else scaled from the nearest
+    measured shape (weights and arithmetic both grow with ``H F``), else by the roofline.
+
+    Of several kernels the fastest serves, for a rank of ``local_experts`` with ``mean_pairs`` tokens each that
+    gets the part ``arriving`` of the group's tokens, among those of ``backend`` where it is named.
+    """
+    hidden, inter = model.hidden_size, model.expert_intermediate_size
+    where: dict[str, Any] = {"distribution": "balanced", "direction": "forward", "scope": "experts"}
+    where["dtype"] = TABLE_DTYPES.get(dtype, (dtype,))
+    if backend:
+        where["backend"] = backend
+    rows = profile.select("experts", **where) if profile else None
+    if profile is None or rows is None or not rows.num_rows:
+        return _roofline(model, accelerator, dtype, tp)
+    shapes = np.stack([rows[c].to_numpy() for c in ("hidden", "inter", "tp")], 1)
+    exact = (shapes == (hidden, inter, tp)).all(1)
+    factor, note = 1.0, ""
+    if not exact.any():
+        cut = shapes[:, 1] / shapes[:, 2]
+        distance = np.abs(np.log(shapes[:, 0] / hidden)) + np.abs(np.log(cut * tp / inter))
+        exact = distance == distance.min()
+        nearest = shapes[int(distance.argmin())]
+        factor = hidden * (inter / tp) / float(nearest[0] * nearest[1] / nearest[2])
+        note = f", scaled from {nearest[0]} x {nearest[1]} (tp {nearest[2]})"
+    fits = [fit for name, part in _families(rows.filter(pa.array(exact))) if (fit := _fit_rows(name, part))]
+    if not fits:
+        return _roofline(model, accelerator, dtype, tp)
+
+    def rank_s(fit: ExpertCosts) -> float:
+        return fit.shared_s(mean_pairs * arriving) + local_experts * float(fit.expected_s(mean_pairs))
+
+    best = min(fits, key=rank_s)
+    error = best.relative_error if not note else max(best.relative_error, roofline.RELATIVE_ERROR / 2)
+    kind = "measured" if not note else "modelled"
+    return ExpertCosts(
+        best.pairs_m,
+        best.weight_m * factor,
+        best.shared_m * (factor if note else 1.0),
+        error,
+        f"{kind}: {best.source}{note}",
+        extrapolated=bool(note),
+    )
