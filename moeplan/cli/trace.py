@@ -25,8 +25,10 @@ _format = click.option(
     metavar="NAME",
     help="Name of the reader; recognised from the file when left out.",
 )
-_domain = click.option(
-    "--domain", metavar="NAME", help="One of the file's domains; all of them when left out."
+_domain = click.option("--domain", metavar="NAME", help="One of the file's domains; all of them when left out.")
+
+_num_experts = click.option(
+    "--num-experts", type=click.IntRange(min=1), help="The model's experts per layer, where FILE does not say."
 )
 
 
@@ -34,6 +36,7 @@ _domain = click.option(
 @click.argument("file", type=_PATH)
 @_format
 @_domain
+@_num_experts
 @click.option("--windows", metavar="W", help="all, domain, phase or time:N; domains, else quarters of time.")
 @click.option("--out", type=_PATH, help="Write pictures (SVG) to this directory, replacing it whole.")
 @click.option("--seed", default=0, show_default=True, help="Draws the shuffled control.")
@@ -42,6 +45,7 @@ def inspect(
     file: Path,
     format_name: str | None,
     domain: str | None,
+    num_experts: int | None,
     windows: str | None,
     out: Path | None,
     seed: int,
@@ -60,6 +64,7 @@ def inspect(
             file,
             format_name=format_name,
             domain=domain,
+            num_experts=num_experts,
             windows=windows,
             out=out,
             seed=seed,
@@ -91,16 +96,12 @@ def _show(found: dict[str, Any]) -> None:
         ("best 12.5 %\n(shuffled)", "top_share", "top_share_shuffled"),
     )
     shown = [column for column in columns if found[column[1]] is not None]
-    table = Table(
-        "layer", *(name for name, _, _ in shown), box=None, header_style="bold", padding=(0, 1, 0, 0)
-    )
+    table = Table("layer", *(name for name, _, _ in shown), box=None, header_style="bold", padding=(0, 1, 0, 0))
     for row, layer in enumerate(found["layer_ids"]):
         cells = []
         for _, key, beside in shown:
             values = [found[k][row] for k in (key, beside) if k and row < len(found[k])]
-            cells.append(
-                "".join((f"{values[0]:.2f}", *(f" ({v:.2f})" for v in values[1:])) if values else "")
-            )
+            cells.append("".join((f"{values[0]:.2f}", *(f" ({v:.2f})" for v in values[1:])) if values else ""))
         table.add_row(str(layer), *cells)
     console.print(table)
     if len(found["windows"]) > 1:
@@ -119,9 +120,7 @@ def _show(found: dict[str, Any]) -> None:
 @click.argument("out", type=_PATH)
 @_format
 @_domain
-@click.option(
-    "--num-experts", type=click.IntRange(min=1), help="The model's experts, where FILE does not say."
-)
+@_num_experts
 @output_options
 def convert(
     file: Path,
@@ -140,9 +139,7 @@ def convert(
     from moeplan.pipeline.traces import convert as run
 
     with progress_bar(quiet) as progress:
-        done = run(
-            file, out, format_name=format_name, domain=domain, num_experts=num_experts, progress=progress
-        )
+        done = run(file, out, format_name=format_name, domain=domain, num_experts=num_experts, progress=progress)
     if as_json:
         print_json(done)
     elif not quiet:
@@ -153,10 +150,17 @@ def convert(
 @click.argument("file", type=_PATH)
 @_format
 @_domain
+@_num_experts
 @output_options
 @click.pass_context
 def validate(
-    ctx: click.Context, file: Path, format_name: str | None, domain: str | None, as_json: bool, quiet: bool
+    ctx: click.Context,
+    file: Path,
+    format_name: str | None,
+    domain: str | None,
+    num_experts: int | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Look for what is wrong with FILE: duplicates, repeated or misaligned layers, interleaved sequences.
 
@@ -168,7 +172,9 @@ def validate(
     from moeplan.pipeline.traces import validate_trace
 
     with progress_bar(quiet) as progress:
-        findings = validate_trace(file, format_name=format_name, domain=domain, progress=progress)
+        findings = validate_trace(
+            file, format_name=format_name, domain=domain, num_experts=num_experts, progress=progress
+        )
     errors = [finding for finding in findings if finding.severity == "error"]
     if as_json:
         fields = ("code", "severity", "message", "evidence")

@@ -73,6 +73,7 @@ def inspect_trace(
     *,
     format_name: str | None = None,
     domain: str | None = None,
+    num_experts: int | None = None,
     windows: str | None = None,
     out: Path | None = None,
     seed: int = 0,
@@ -84,7 +85,7 @@ def inspect_trace(
         TraceError: the file cannot be used, or ``windows`` does not fit it; InputError: ``out`` cannot be
         written.
     """
-    source = read_trace(path, format=format_name, domain=domain)
+    source = read_trace(path, format=format_name, domain=domain, num_experts=num_experts)
     statistics = describe(source, windows, seed, progress)
     written: tuple[Path, ...] = ()
     if out is not None:
@@ -105,21 +106,11 @@ def _pictures(source: RoutingTrace | ExpertLoad, found: Statistics) -> dict[str,
     if isinstance(source, RoutingTrace) and found.coactivation_bits_L is not None and source.top_k > 1:
         layer = int(found.coactivation_bits_L.argmax())
         pairs_EE = coactivation_pairs(np.ascontiguousarray(source.experts_TLK[:, layer]), source.num_experts)
-        pictures["coactivation.svg"] = coactivation_picture(
-            found.layer_ids[layer], coactivation_lift(pairs_EE)
-        )
+        pictures["coactivation.svg"] = coactivation_picture(found.layer_ids[layer], coactivation_lift(pairs_EE))
     bits = (found.mutual_information_M, found.control_information_M)
     share = (found.top_share_M, found.control_share_M)
-    if (
-        bits[0] is not None
-        and bits[1] is not None
-        and share[0] is not None
-        and share[1] is not None
-        and len(bits[0])
-    ):
-        pictures["dependency.svg"] = dependency_picture(
-            found.layer_ids, (bits[0], bits[1]), (share[0], share[1])
-        )
+    if bits[0] is not None and bits[1] is not None and share[0] is not None and share[1] is not None and len(bits[0]):
+        pictures["dependency.svg"] = dependency_picture(found.layer_ids, (bits[0], bits[1]), (share[0], share[1]))
     return pictures
 
 
@@ -137,20 +128,23 @@ def convert(
     Raises:
         TraceError: unreadable, counts only, or another suffix; InputError: ``out`` cannot be written.
     """
-    return convert_trace(
-        path, out, format=format_name, domain=domain, num_experts=num_experts, progress=progress
-    )
+    return convert_trace(path, out, format=format_name, domain=domain, num_experts=num_experts, progress=progress)
 
 
 def validate_trace(
-    path: Path, *, format_name: str | None = None, domain: str | None = None, progress: Progress = _silent
+    path: Path,
+    *,
+    format_name: str | None = None,
+    domain: str | None = None,
+    num_experts: int | None = None,
+    progress: Progress = _silent,
 ) -> list[Finding]:
     """What is wrong or doubtful about a trace or load, errors first.
 
     Raises:
         TraceError: the file cannot be read at all.
     """
-    return validate(read_trace(path, format=format_name, domain=domain), progress)
+    return validate(read_trace(path, format=format_name, domain=domain, num_experts=num_experts), progress)
 
 
 def synthesise_trace(
@@ -173,13 +167,9 @@ def synthesise_trace(
     fields = dict(options)
     targets = None
     if like is not None:
-        asked = sorted(
-            {"skew", "max_over_mean", "hot", "coactivation", "dependency", "domain_cosine"} & set(fields)
-        )
+        asked = sorted({"skew", "max_over_mean", "hot", "coactivation", "dependency", "domain_cosine"} & set(fields))
         if asked or "windows" in fields:
-            raise SpecError(
-                f"--like and {asked[0] if asked else 'windows'} both say what loads to make; give one"
-            )
+            raise SpecError(f"--like and {asked[0] if asked else 'windows'} both say what loads to make; give one")
         source = read_trace(like)
         if not isinstance(source, RoutingTrace):
             raise TraceError(f"{like} holds counts only; --like needs a trace with tokens")

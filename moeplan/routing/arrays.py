@@ -43,9 +43,7 @@ def _as_trace_error(path: Path) -> Iterator[None]:
         raise TraceError(f"{path} needs more memory than there is; {_REMEDY}") from error
 
 
-def _header(
-    path: Path, name: str, stream: IO[bytes], size: int
-) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _header(path: Path, name: str, stream: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, Fortran order and type of an array in a stream of ``size`` bytes, held against ``size``."""
     try:
         shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
@@ -165,8 +163,6 @@ def npy_of_ids(path: Path) -> bool:
             shape, fortran, dtype = _header(path, path.name, stream, path.stat().st_size)
             if len(shape) != 3 or 0 in shape:
                 return False
-            return looks_like_ids(
-                np.memmap(path, dtype, "r", stream.tell(), shape, order="F" if fortran else "C")
-            )
+            return looks_like_ids(np.memmap(path, dtype, "r", stream.tell(), shape, order="F" if fortran else "C"))
     except TraceError:
         return False

@@ -35,9 +35,7 @@ def choose(
     topics_Z = np.arange(int(topic_T.max()) + 1)
     boost_ZE = np.where(topic_of_expert_E == topics_Z[:, None], boost, 1.0)
     inverse_SZE = (1.0 / (weight_SE[:, None] * boost_ZE)).astype(np.float32)
-    chosen_TK: NDArray[np.int32] = _choose(
-        noise_TE, inverse_SZE, segment_T, topic_T, n_group, topk_group, top_k
-    )
+    chosen_TK: NDArray[np.int32] = _choose(noise_TE, inverse_SZE, segment_T, topic_T, n_group, topk_group, top_k)
     return chosen_TK
 
 

@@ -32,9 +32,7 @@ def find_reader(path: Path, format: str | None = None) -> TraceReader:
         TraceError: ``path`` does not exist, no reader claims it, or more than one does.
     """
     if not path.exists() and not is_glob(path):
-        raise TraceError(
-            f"trace {path} does not exist; give a file, a directory or a pattern ('dir/*.jsonl')"
-        )
+        raise TraceError(f"trace {path} does not exist; give a file, a directory or a pattern ('dir/*.jsonl')")
     if format is not None:
         named: TraceReader = load_plugin("trace_readers", format)
         return named
@@ -50,9 +48,7 @@ def find_reader(path: Path, format: str | None = None) -> TraceReader:
 def _reader_for(path: Path, format: str | None, domain: str | None) -> TraceReader:
     reader = find_reader(path, format)
     if domain is not None and not reader.has_domains:
-        raise TraceError(
-            f"{path} ({reader.name}) has no domains to choose '{domain}' from; leave the domain out"
-        )
+        raise TraceError(f"{path} ({reader.name}) has no domains to choose '{domain}' from; leave the domain out")
     return reader
 
 

@@ -27,9 +27,7 @@ def join_traces(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         for what in ("layer_ids", "top_k", "num_experts"):
             mine, other = getattr(first, what), getattr(trace, what)
             if mine != other:
-                raise TraceError(
-                    f"cannot join traces: {what} of part {number} ({other}) is not part 0's ({mine})"
-                )
+                raise TraceError(f"cannot join traces: {what} of part {number} ({other}) is not part 0's ({mine})")
 
     def join(name: str) -> NDArray[Any] | None:
         arrays = [getattr(trace, name) for trace in traces]

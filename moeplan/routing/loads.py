@@ -15,6 +15,8 @@ from moeplan.errors import TraceError
 
 __all__ = ["count_selections", "expert_load", "pick_tokens", "split_trace", "stream_load"]
 
+MAX_RANKS = 2**16
+
 
 def count_selections(experts_TLK: NDArray[np.integer[Any]], num_experts: int) -> NDArray[np.int64]:
     """Selections of each expert in each layer; ``-1`` is not counted."""
@@ -56,19 +58,20 @@ def expert_load(trace: RoutingTrace | ExpertLoad, windows: str = "all") -> Exper
     in the order recorded). Domains and phases without tokens are left out.
 
     Raises:
-        TraceError: the trace has no domains or phases, or ``windows`` is none of these.
+        TraceError: the trace has no domains or phases, ``windows`` is none of these, or a source rank is absurd.
     """
     if isinstance(trace, ExpertLoad):
         return trace
     window_T, names = _window_of_tokens(trace, windows)
     present = np.flatnonzero(np.bincount(window_T, minlength=len(names)))
     E = trace.num_experts
-    load_WLE = np.stack([count_selections(trace.experts_TLK[window_T == w], E) for w in present]).astype(
-        np.float64
-    )
+    load_WLE = np.stack([count_selections(trace.experts_TLK[window_T == w], E) for w in present]).astype(np.float64)
     source_SLE = None
     if trace.source_rank_T is not None:
-        ranks = range(int(trace.source_rank_T.max()) + 1)
+        highest = int(trace.source_rank_T.max())
+        if highest >= MAX_RANKS or int(trace.source_rank_T.min()) < 0:
+            raise TraceError(f"source_rank goes up to {highest}; ranks must lie within 0..{MAX_RANKS - 1}")
+        ranks = range(highest + 1)
         parts = [count_selections(trace.experts_TLK[trace.source_rank_T == rank], E) for rank in ranks]
         source_SLE = np.stack(parts).astype(np.float64)
     return ExpertLoad(

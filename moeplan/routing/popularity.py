@@ -96,9 +96,7 @@ def profile_for(
     """
     make = {"lognormal": lognormal_profile, "zipf": zipf_profile}[kind]
     if max_over_mean is not None:
-        parameter = solve(
-            lambda x: float(make(num_experts, x)[0]), 0.0, 8.0, max_over_mean, 1e-4 * max_over_mean
-        )
+        parameter = solve(lambda x: float(make(num_experts, x)[0]), 0.0, 8.0, max_over_mean, 1e-4 * max_over_mean)
     profile = make(num_experts, parameter or 0.0)
     most = num_experts / top_k
     if profile[0] > most:
@@ -175,9 +173,7 @@ def block_transitions(
         raise SpecError(f"kind ({kind}) must be 'lognormal' or 'zipf'")
     load_LE *= tokens / load_LE.sum(axis=1, keepdims=True)
     topics = num_experts // 8 if num_experts > 8 else min(4, num_experts)
-    topic_LE = np.stack(
-        [rng.permutation(np.arange(num_experts) * topics // num_experts) for _ in range(num_layers)]
-    )
+    topic_LE = np.stack([rng.permutation(np.arange(num_experts) * topics // num_experts) for _ in range(num_layers)])
     tables = np.empty((num_layers - 1, num_experts, num_experts))
     for layer in range(num_layers - 1):
         same = topic_LE[layer][:, None] == topic_LE[layer + 1][None, :]

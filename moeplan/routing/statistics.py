@@ -250,9 +250,7 @@ def _pair_statistics(
     E, L = trace.num_experts, trace.num_layers
     rng = np.random.default_rng(seed)
     names = ("mutual_information_M", "control_information_M", "top_share_M", "control_share_M")
-    found: dict[str, list[float]] = {
-        name: [] for name in ("coactivation_bits_L", "coactivation_lift_L", *names)
-    }
+    found: dict[str, list[float]] = {name: [] for name in ("coactivation_bits_L", "coactivation_lift_L", *names)}
     previous_TK: NDArray[Any] | None = None
     for layer in range(L):
         experts_TK = np.ascontiguousarray(trace.experts_TLK[:, layer])

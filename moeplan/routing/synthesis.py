@@ -34,9 +34,7 @@ __all__ = ["synthesise"]
 
 Floats = NDArray[np.float64]
 Progress = Callable[[str, float], None]
-_FIT_SELECTIONS = (
-    2**20
-)  # tokens x experts that weights are fitted on; more tokens are drawn with the fitted weights
+_FIT_SELECTIONS = 2**20  # tokens x experts that weights are fitted on; more tokens are drawn with the fitted weights
 _MAX_LOG_BOOST = 9.0
 
 
@@ -77,9 +75,7 @@ def _lay_out(spec: SynthSpec, targets: SynthTargets, rng: np.random.Generator) -
     return _Tokens(seq_lens_S, segment_T, (segment_T // W).astype(np.int32), rank_T, starts_T)
 
 
-def _draw_topics(
-    spec: SynthSpec, tokens: _Tokens, topics: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
+def _draw_topics(spec: SynthSpec, tokens: _Tokens, topics: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """A topic for each token: with probability ``source_affinity`` one of its source rank's own."""
     topic_T = rng.integers(topics, size=spec.tokens)
     if spec.source_ranks is not None and spec.source_affinity > 0:
@@ -122,16 +118,11 @@ def synthesise(
     if share_SLE.max() > 1.0 + 1e-9:
         s, layer, e = (int(i[0]) for i in np.nonzero(share_SLE == share_SLE.max()))
         raise SpecError(
-            f"layer {layer} expert {e} would serve a token {share_SLE[s, layer, e]:.2f} times; ask for less"
-            " skew"
+            f"layer {layer} expert {e} would serve a token {share_SLE[s, layer, e]:.2f} times; ask for less skew"
         )
     topics = min(spec.topics or max(2, E // 8), E)
     fitted = min(spec.tokens, max(2048, _FIT_SELECTIONS // E))
-    fit_T = (
-        np.sort(rng.choice(spec.tokens, size=fitted, replace=False))
-        if fitted < spec.tokens
-        else np.arange(fitted)
-    )
+    fit_T = np.sort(rng.choice(spec.tokens, size=fitted, replace=False)) if fitted < spec.tokens else np.arange(fitted)
     drawer = _LayerDrawer(spec, targets, tokens, topics, fit_T)
     topic_T = _draw_topics(spec, tokens, topics, rng)
     keep_T = ~tokens.starts_T & (rng.random(spec.tokens) < spec.persistence)
@@ -192,9 +183,7 @@ class _LayerDrawer:
         }
 
         def topics_for(stickiness: float) -> NDArray[np.int64]:
-            return (
-                np.where(luck_T < stickiness, topic_T, fresh_T) if self.previous_FK is not None else topic_T
-            )
+            return np.where(luck_T < stickiness, topic_T, fresh_T) if self.previous_FK is not None else topic_T
 
         def fit(boost: float, stickiness: float, rounds: int) -> NDArray[np.int32]:
             nonlocal weight_SE
@@ -219,9 +208,7 @@ class _LayerDrawer:
             goal = self._unbiased(float(self.targets.information_M[layer - 1]), K * K)
 
             def information(x: float, stickiness: float) -> float:
-                return float(
-                    mutual_information(transition_pairs(previous_FK, fit(np.exp(x), stickiness, 2), E))
-                )
+                return float(mutual_information(transition_pairs(previous_FK, fit(np.exp(x), stickiness, 2), E)))
 
             reached = information(log_boost, 1.0)
             if reached < 0.98 * goal:
@@ -234,9 +221,7 @@ class _LayerDrawer:
                     log_boost + 0.25,
                 )
             elif reached > 1.02 * goal:
-                stickiness = solve(
-                    lambda x: information(log_boost, x), 0.0, 1.0, goal, 0.02 * goal, self.stickiness
-                )
+                stickiness = solve(lambda x: information(log_boost, x), 0.0, 1.0, goal, 0.02 * goal, self.stickiness)
         self.log_boost, self.stickiness = log_boost, stickiness
         boost = float(np.exp(log_boost))
         chosen_FK = fit(boost, stickiness, 12)

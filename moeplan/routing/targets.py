@@ -34,30 +34,22 @@ class SynthSpec(Spec):
     layer_ids: tuple[int, ...] | None = None
     profile: Literal["lognormal", "zipf"] = "lognormal"
     skew: float | None = Field(None, ge=0, description="sigma of the lognormal or exponent of Zipf's law")
-    max_over_mean: float | tuple[float, ...] | None = Field(
-        None, description="load max/mean, for all layers or each"
-    )
+    max_over_mean: float | tuple[float, ...] | None = Field(None, description="load max/mean, for all layers or each")
     hot: float | None = Field(None, gt=1, description="one expert of one layer with this load over mean")
     hot_layer: int = Field(0, ge=0, description="index of the layer with the hot expert")
     coactivation: float | None = Field(
         None, ge=0, description="co-activation in bits; as dependency where only that is given"
     )
-    dependency: float | None = Field(
-        None, ge=0, description="mutual information of neighbouring layers in bits"
-    )
+    dependency: float | None = Field(None, ge=0, description="mutual information of neighbouring layers in bits")
     topics: int | None = Field(None, gt=1, description="topics; experts / 8 (at least 2) if not given")
     domains: tuple[str, ...] = ()
     domain_cosine: float | None = Field(None, gt=0, le=1, description="cosine between loads of domains")
     windows: int = Field(1, gt=0, description="stretches of time between which loads drift")
-    drift_cosine: float | None = Field(
-        None, gt=0, le=1, description="cosine between loads of first and last window"
-    )
+    drift_cosine: float | None = Field(None, gt=0, le=1, description="cosine between loads of first and last window")
     n_group: int = Field(1, gt=0)
     topk_group: int = Field(1, gt=0)
     source_ranks: int | None = Field(None, gt=0)
-    source_affinity: float = Field(
-        0.0, ge=0, le=1, description="share of topics that belong to the source rank"
-    )
+    source_affinity: float = Field(0.0, ge=0, le=1, description="share of topics that belong to the source rank")
     sequence_length: int = Field(128, gt=0, description="mean tokens per sequence")
     persistence: float = Field(0.5, ge=0, lt=1, description="how often the next token keeps the topic")
     phase: Literal["prefill", "decode"] = "prefill"
@@ -79,12 +71,8 @@ class SynthSpec(Spec):
                 f" ({self.topk_group}) must lie within 1..n_group"
             )
         if self.topk_group * (self.experts // self.n_group) < self.top_k:
-            raise ValueError(
-                f"topk_group ({self.topk_group}) groups hold fewer experts than top_k ({self.top_k})"
-            )
-        if self.hot is not None and not (
-            self.hot <= 0.98 * self.experts / self.top_k and self.hot_layer < self.layers
-        ):
+            raise ValueError(f"topk_group ({self.topk_group}) groups hold fewer experts than top_k ({self.top_k})")
+        if self.hot is not None and not (self.hot <= 0.98 * self.experts / self.top_k and self.hot_layer < self.layers):
             raise ValueError(
                 f"hot ({self.hot}) must be at most 0.98 * experts / top_k"
                 f" ({self.experts / self.top_k:.3g}), since an expert serves a token once, and hot_layer"
@@ -124,9 +112,7 @@ def targets_of(spec: SynthSpec) -> SynthTargets:
         row[1:] *= (E - spec.hot) / row[1:].sum()
         row[0] = spec.hot
         if row[1] >= row[0]:
-            raise SpecError(
-                f"hot ({spec.hot}) is below the next expert's load ({row[1]:.3g}); ask for less skew"
-            )
+            raise SpecError(f"hot ({spec.hot}) is below the next expert's load ({row[1]:.3g}); ask for less skew")
     pinned = (spec.hot_layer, int(rng.integers(E))) if spec.hot is not None else None
 
     def draw() -> Floats:

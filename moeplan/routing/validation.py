@@ -143,9 +143,7 @@ def _misaligned_layers(trace: RoutingTrace) -> Iterator[Finding]:
         return
     shifts = [0, *(s for n in range(1, MAX_SHIFT + 1) for s in (n, -n))]
     core = slice(MAX_SHIFT, T - MAX_SHIFT)
-    noise = (E - 1) ** 2 / (
-        2 * np.log(2) * (T - 2 * MAX_SHIFT) * trace.top_k**2
-    )  # bias of the plug-in estimate
+    noise = (E - 1) ** 2 / (2 * np.log(2) * (T - 2 * MAX_SHIFT) * trace.top_k**2)  # bias of the plug-in estimate
     for layer in range(trace.num_layers - 1):
         first_TK = np.ascontiguousarray(experts_TLK[core, layer])
         bits = []

@@ -15,6 +15,7 @@ from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import TraceError
 
 __all__ = [
+    "MAX_EXPERTS",
     "ReadOptions",
     "TraceReader",
     "compact_ids",
@@ -23,6 +24,9 @@ __all__ = [
     "input_files",
     "is_glob",
 ]
+
+MAX_EXPERTS = 2**16
+"""More experts in a layer than any model has: a damaged id must not decide how much memory counts take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,26 +103,26 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return parts
 
 
-def count_experts(
-    where: str, stated: int | None, options: ReadOptions, highest_id: int
-) -> tuple[int, dict[str, Any]]:
+def count_experts(where: str, stated: int | None, options: ReadOptions, highest_id: int) -> tuple[int, dict[str, Any]]:
     """``E`` and a note of where it came from: the file, else the caller, else the highest id seen plus one.
 
     Raises:
-        TraceError: file and caller disagree (a trace of another model).
+        TraceError: file and caller disagree (a trace of another model), or there cannot be so many.
     """
+    if stated is not None and options.num_experts not in (None, stated):
+        raise TraceError(
+            f"{where}: num_experts ({stated}) differs from the model's ({options.num_experts});"
+            " this is a trace of another model"
+        )
     if stated is not None:
-        if options.num_experts is not None and options.num_experts != stated:
-            raise TraceError(
-                f"{where}: num_experts ({stated}) differs from the model's ({options.num_experts});"
-                " this is a trace of another model"
-            )
-        if stated < 1:
-            raise TraceError(f"{where}: num_experts ({stated}) must be at least 1")
-        return stated, {}
-    if options.num_experts is not None:
-        return options.num_experts, {"num_experts_from": "caller"}
-    return highest_id + 1, {"num_experts_from": "highest id"}
+        number, note = stated, {}
+    elif options.num_experts is not None:
+        number, note = options.num_experts, {"num_experts_from": "caller"}
+    else:
+        number, note = highest_id + 1, {"num_experts_from": "highest id"}
+    if not 1 <= number <= MAX_EXPERTS:
+        raise TraceError(f"{where}: num_experts ({number}) must lie within 1..{MAX_EXPERTS}; is the file damaged?")
+    return number, note
 
 
 def compact_ids(experts: NDArray[Any], num_experts: int, where: str = "trace") -> NDArray[Any]:

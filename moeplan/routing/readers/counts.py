@@ -94,9 +94,7 @@ def _load(where: str, counts: NDArray[Any], fields: dict[str, Any], options: Rea
             f"{where} has shape {counts.shape}; counts are [layers, experts] or [windows, layers, experts]"
         )
     count_experts(where, int(counts.shape[2]), options, 0)
-    windows = fields.get(
-        "windows", [f"window {i}" for i in range(len(counts))] if len(counts) > 1 else ["all"]
-    )
+    windows = fields.get("windows", [f"window {i}" for i in range(len(counts))] if len(counts) > 1 else ["all"])
     layers = fields.get("moe_layers", list(range(counts.shape[1])))
     if not (isinstance(windows, list) and isinstance(layers, list)):
         raise TraceError(f"{where}: windows and moe_layers must be lists")
@@ -123,9 +121,7 @@ def _csv(path: Path) -> dict[str, Any]:
             rows.append([float(word) for word in words])
         except ValueError as error:
             if rows or heading:
-                raise TraceError(
-                    f"{path} line {number} is not a row of numbers: {','.join(words)[:60]!r}"
-                ) from error
+                raise TraceError(f"{path} line {number} is not a row of numbers: {','.join(words)[:60]!r}") from error
             heading = words
     table = numbers(str(path), rows, 2, integer=False)
     if heading[:1] != ["layer"]:

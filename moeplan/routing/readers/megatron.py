@@ -43,11 +43,7 @@ class MegatronReader:
     def sniff(self, path: Path) -> bool:
         """Whether the first JSONL line there has ``top_indices``."""
         try:
-            files = (
-                input_files(path, ".jsonl")
-                if path.is_dir() or is_glob(path) or path.suffix == ".jsonl"
-                else []
-            )
+            files = input_files(path, ".jsonl") if path.is_dir() or is_glob(path) or path.suffix == ".jsonl" else []
         except (TraceError, OSError):
             return False
         return bool(files) and "top_indices" in first_json_line(files[0])
@@ -74,22 +70,16 @@ class MegatronReader:
                 ids_TK = numbers(f"{where}: top_indices", strict_get(where, record, "top_indices"), 2)
                 stated = (record.get("num_tokens", len(ids_TK)), record.get("topk", ids_TK.shape[1]))
                 if stated != ids_TK.shape:
-                    raise TraceError(
-                        f"{where}: top_indices has shape {ids_TK.shape}, num_tokens and topk say {stated}"
-                    )
+                    raise TraceError(f"{where}: top_indices has shape {ids_TK.shape}, num_tokens and topk say {stated}")
                 microbatch = seen.get((rank, step, layer), 0)
                 seen[rank, step, layer] = microbatch + 1
                 layers = batches.setdefault((rank, step, microbatch), {})
                 if layer in layers:
                     raise TraceError(f"{where}: rank {rank} step {step} is in two files; name one recording")
                 high = int(ids_TK.max())
-                layers[layer] = ids_TK.astype(
-                    np.int16 if high < 2**15 and int(ids_TK.min()) >= -1 else np.int64
-                )
+                layers[layer] = ids_TK.astype(np.int16 if high < 2**15 and int(ids_TK.min()) >= -1 else np.int64)
             if not where:
-                raise TraceError(
-                    f"{file} is empty; its rank recorded nothing (leave it out if that is right)"
-                )
+                raise TraceError(f"{file} is empty; its rank recorded nothing (leave it out if that is right)")
         if not batches:
             raise TraceError(f"{path} holds no records of the decoder; was tracing on?")
         return _assemble(path, batches, options, other_blocks)
@@ -111,9 +101,7 @@ def _assemble(path: Path, batches: _Batches, options: ReadOptions, other_blocks:
             )
         shapes = {ids_TK.shape for ids_TK in layers.values()}
         if len(shapes) > 1 or next(iter(shapes))[1] != top_k:
-            raise TraceError(
-                f"{place}: layers differ in shape {sorted(shapes)}; each must be [tokens, {top_k}]"
-            )
+            raise TraceError(f"{place}: layers differ in shape {sorted(shapes)}; each must be [tokens, {top_k}]")
         parts.append(np.stack([layers[layer] for layer in layer_ids], axis=1))
         ranks.append(np.full(len(parts[-1]), rank, np.int32))
     experts_TLK = np.concatenate(parts)

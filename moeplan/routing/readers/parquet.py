@@ -41,10 +41,8 @@ _PER_TOKEN = {"phase": pa.uint8(), "source_rank": pa.int32(), "domain": pa.int32
 def _as_trace_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise TraceError(
-            f"{path} is not a readable Parquet file: {str(error).splitlines()[0][:200]}"
-        ) from error
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise TraceError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0][:200]}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +75,11 @@ def _header(path: Path, schema: Any, options: ReadOptions) -> _Header:
     column = schema.field("experts").type if "experts" in schema.names else None
     width = len(header.layer_ids) * header.top_k
     if column is None or not pa.types.is_fixed_size_list(column) or column.list_size != width:
-        raise TraceError(
-            f"{path}: column 'experts' ({column}) must be a fixed-size list of layers * k ({width})"
-        )
+        raise TraceError(f"{path}: column 'experts' ({column}) must be a fixed-size list of layers * k ({width})")
     if not pa.types.is_integer(column.value_type):
         raise TraceError(f"{path}: column 'experts' holds {column.value_type}; it must hold integers")
     if options.domain is not None and options.domain not in header.domains:
-        raise TraceError(
-            f"{path} has no domain '{options.domain}'; it has {', '.join(header.domains) or 'none'}"
-        )
+        raise TraceError(f"{path} has no domain '{options.domain}'; it has {', '.join(header.domains) or 'none'}")
     return header
 
 
@@ -96,9 +90,7 @@ def _flat(path: Path, batch: Any, name: str) -> NDArray[Any] | None:
     column = batch.column(name)
     values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
     if column.null_count or values.null_count:
-        raise TraceError(
-            f"{path}: column '{name}' has nulls; every token must have a value (-1 marks padding)"
-        )
+        raise TraceError(f"{path}: column '{name}' has nulls; every token must have a value (-1 marks padding)")
     array: NDArray[Any] = values.to_numpy(zero_copy_only=True)
     return array
 
@@ -144,28 +136,20 @@ class ParquetReader:
             sequence_T = np.concatenate([s for _, s in parts if s is not None])
             if (np.diff(sequence_T) < 0).any():
                 raise TraceError(f"{path}: column 'sequence' falls; tokens of a sequence must stand together")
-            seq_lens_S = np.diff(np.flatnonzero(np.diff(sequence_T, prepend=-1, append=2**62))).astype(
-                np.int64
-            )
+            seq_lens_S = np.diff(np.flatnonzero(np.diff(sequence_T, prepend=-1, append=2**62))).astype(np.int64)
         return replace(trace, seq_lens_S=seq_lens_S, dropped_padding=header.dropped_padding)
 
-    def _parts(
-        self, path: Path, options: ReadOptions
-    ) -> Iterator[tuple[RoutingTrace, NDArray[np.int64] | None]]:
+    def _parts(self, path: Path, options: ReadOptions) -> Iterator[tuple[RoutingTrace, NDArray[np.int64] | None]]:
         with _as_trace_error(path), pq.ParquetFile(path) as file:
             header = _header(path, file.schema_arrow, options)
             shape = (-1, len(header.layer_ids), header.top_k)
-            known = [
-                n for n in ("experts", "scores", "sequence", *_PER_TOKEN) if n in file.schema_arrow.names
-            ]
+            known = [n for n in ("experts", "scores", "sequence", *_PER_TOKEN) if n in file.schema_arrow.names]
             for batch in file.iter_batches(BATCH_TOKENS, columns=known):
                 columns = {name: _flat(path, batch, name) for name in known}
                 experts, scores, sequence_T = (columns.get(n) for n in ("experts", "scores", "sequence"))
                 if experts is None or experts.size == 0:
                     continue
-                if sequence_T is not None and (
-                    sequence_T.dtype.kind not in "iu" or int(sequence_T.min()) < 0
-                ):
+                if sequence_T is not None and (sequence_T.dtype.kind not in "iu" or int(sequence_T.min()) < 0):
                     raise TraceError(f"{path}: column 'sequence' must hold integers from 0")
                 if scores is not None and scores.size != experts.size:
                     raise TraceError(f"{path}: column 'scores' must be as long as 'experts'")

@@ -91,11 +91,7 @@ class SglangReader:
             packs.append((str(file), pack))
         if "logical_count" in packs[0][1]:
             return _stat(packs, options)
-        records = [
-            (f"{file} record {i}", pack, r)
-            for file, pack in packs
-            for i, r in enumerate(_records(file, pack))
-        ]
+        records = [(f"{file} record {i}", pack, r) for file, pack in packs for i, r in enumerate(_records(file, pack))]
         if not records:
             raise TraceError(f"{path}: records is empty; did the recorder run while requests were served?")
         per_token = "topk_ids_of_layer" in records[0][2]
@@ -114,28 +110,20 @@ def _records(file: str, pack: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _stat(packs: list[tuple[str, dict[str, Any]]], options: ReadOptions) -> ExpertLoad:
     if len(packs) > 1:
-        raise TraceError(
-            f"{packs[0][0]} and {len(packs) - 1} more are 'stat' dumps, each complete; name one file"
-        )
+        raise TraceError(f"{packs[0][0]} and {len(packs) - 1} more are 'stat' dumps, each complete; name one file")
     file, pack = packs[0]
     counts = tensor_array(f"{file}: logical_count", pack["logical_count"])
-    return recorded_load(
-        f"{file}: logical_count", counts if counts.ndim == 3 else counts[None], options, window="step"
-    )
+    return recorded_load(f"{file}: logical_count", counts if counts.ndim == 3 else counts[None], options, window="step")
 
 
-def _physical_to_logical(
-    where: str, pack: dict[str, Any], options: ReadOptions
-) -> tuple[NDArray[np.int64], int]:
+def _physical_to_logical(where: str, pack: dict[str, Any], options: ReadOptions) -> tuple[NDArray[np.int64], int]:
     name = "last_physical_to_logical_map"
     map_LP = tensor_array(f"{where}: {name}", strict_get(where, pack, name), 2)
     if map_LP.dtype.kind not in "iu" or map_LP.size == 0 or int(map_LP.min()) < 0:
         raise TraceError(f"{where}: {name} must hold expert ids from 0")
     num_experts, _ = count_experts(where, int(map_LP.max()) + 1, options, 0)
     if num_experts > map_LP.shape[1]:
-        raise TraceError(
-            f"{where}: {name} names expert {num_experts - 1} but has only {map_LP.shape[1]} slots"
-        )
+        raise TraceError(f"{where}: {name} names expert {num_experts - 1} but has only {map_LP.shape[1]} slots")
     return map_LP.astype(np.int64), num_experts
 
 
@@ -147,24 +135,18 @@ def _per_pass(path: Path, records: _Records, options: ReadOptions) -> ExpertLoad
         map_LP, num_experts = _physical_to_logical(where, pack, options)
         count_LP = tensor_array(where, strict_get(where, record, "global_physical_count"), 2)
         if count_LP.shape != map_LP.shape:
-            raise TraceError(
-                f"{where}: global_physical_count {count_LP.shape} and the map {map_LP.shape} must agree"
-            )
+            raise TraceError(f"{where}: global_physical_count {count_LP.shape} and the map {map_LP.shape} must agree")
         if count_LP.dtype.kind not in "iu" or (count_LP < 0).any():
             raise TraceError(f"{where}: global_physical_count must hold counts of 0 or more")
         number = strict_int(where, "forward_pass_id", strict_get(where, record, "forward_pass_id"))
         rank = strict_int(where, "rank", strict_get(where, record, "rank"))
         if (number, rank) in seen:
-            raise TraceError(
-                f"{where}: forward pass {number} of rank {rank} appears twice; name one recording"
-            )
+            raise TraceError(f"{where}: forward pass {number} of rank {rank} appears twice; name one recording")
         seen.add((number, rank))
         logical_LE = np.zeros((len(map_LP), num_experts), np.int64)
         np.add.at(logical_LE, (np.arange(len(map_LP))[:, None], map_LP), count_LP)
         if number in per_pass and per_pass[number].shape != logical_LE.shape:
-            raise TraceError(
-                f"{where}: shape {logical_LE.shape} differs from other ranks' {per_pass[number].shape}"
-            )
+            raise TraceError(f"{where}: shape {logical_LE.shape} differs from other ranks' {per_pass[number].shape}")
         per_pass[number] = per_pass[number] + logical_LE if number in per_pass else logical_LE
     if len({count.shape for count in per_pass.values()}) > 1:
         raise TraceError(f"{path}: forward passes differ in shape; name one recording")
@@ -181,9 +163,7 @@ def _per_token(path: Path, records: _Records, options: ReadOptions) -> RoutingTr
         map_LP, num_experts = _physical_to_logical(where, pack, options)
         ids_LTK = tensor_array(where, strict_get(where, record, "topk_ids_of_layer"), 3)
         if ids_LTK.dtype.kind not in "iu" or len(ids_LTK) != len(map_LP):
-            raise TraceError(
-                f"{where}: topk_ids_of_layer {ids_LTK.shape} must be integer [{len(map_LP)}, tokens, k]"
-            )
+            raise TraceError(f"{where}: topk_ids_of_layer {ids_LTK.shape} must be integer [{len(map_LP)}, tokens, k]")
         if 0 in ids_LTK.shape:
             continue  # an idle rank's pass
         if int(ids_LTK.min()) < -1 or int(ids_LTK.max()) >= map_LP.shape[1]:
@@ -205,9 +185,7 @@ def _per_token(path: Path, records: _Records, options: ReadOptions) -> RoutingTr
     return replace(trace, origin={"repeated_records": repeated}) if repeated else trace
 
 
-def _record_trace(
-    where: str, record: dict[str, Any], experts_TLK: NDArray[Any], num_experts: int
-) -> RoutingTrace:
+def _record_trace(where: str, record: dict[str, Any], experts_TLK: NDArray[Any], num_experts: int) -> RoutingTrace:
     tokens = len(experts_TLK)
     phase = _FORWARD_MODES.get(record.get("forward_mode", 0))
     seq_lens = record.get("extend_seq_lens")

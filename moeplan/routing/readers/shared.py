@@ -40,9 +40,7 @@ def numbers(where: str, value: Any, ndim: int, *, integer: bool = True) -> NDArr
     try:
         array = np.array(value)
     except (ValueError, OverflowError) as error:
-        raise TraceError(
-            f"{where} is ragged (rows of different length); every row must be as long"
-        ) from error
+        raise TraceError(f"{where} is ragged (rows of different length); every row must be as long") from error
     if array.ndim != ndim or array.size == 0:
         raise TraceError(f"{where} has shape {array.shape}; it must have {ndim} axes and not be empty")
     if array.dtype.kind not in ("iu" if integer else "iuf"):
@@ -140,9 +138,7 @@ def recorded_load(
         TraceError: all zero, or the number of experts is another model's.
     """
     if counts_WLE.ndim != 3 or 0 in counts_WLE.shape:
-        raise TraceError(
-            f"{where} has shape {counts_WLE.shape}; it must be [steps, layers, experts] and not empty"
-        )
+        raise TraceError(f"{where} has shape {counts_WLE.shape}; it must be [steps, layers, experts] and not empty")
     count_experts(where, int(counts_WLE.shape[2]), options, 0)
     ids = np.arange(counts_WLE.shape[1]) if layer_ids is None else np.array(layer_ids)
     used_L = (counts_WLE != 0).any(axis=(0, 2))
@@ -152,9 +148,7 @@ def recorded_load(
     steps = len(counts_WLE)
     starts = np.unique(np.arange(min(steps, MAX_WINDOWS)) * steps // min(steps, MAX_WINDOWS))
     ends = [*starts[1:], steps]
-    names = (
-        f"{window} {a}" if b == a + 1 else f"{window}s {a}-{b - 1}" for a, b in zip(starts, ends, strict=True)
-    )
+    names = (f"{window} {a}" if b == a + 1 else f"{window}s {a}-{b - 1}" for a, b in zip(starts, ends, strict=True))
     return ExpertLoad(
         load_WLE=np.add.reduceat(counts_WLE.astype(np.float64), starts, axis=0),
         windows=tuple(names),

@@ -58,8 +58,7 @@ class SimllmReader:
                 if not isinstance(header, dict):
                     raise TraceError(f"{where}: provenance must be an object")
                 layer_ids = [
-                    strict_int(where, "moe_layer_indices", i)
-                    for i in strict_get(where, header, "moe_layer_indices")
+                    strict_int(where, "moe_layer_indices", i) for i in strict_get(where, header, "moe_layer_indices")
                 ]
                 top_k = strict_int(where, "top_k", strict_get(where, header, "top_k"), 1)
                 stated = strict_int(where, "expert_count", strict_get(where, header, "expert_count"), 1)
@@ -87,9 +86,7 @@ class SimllmReader:
         for number, phase in enumerate(PHASES):
             said = footer.get(f"{phase}_dispatch_count", phases.count(number))
             if said != phases.count(number):
-                raise TraceError(
-                    f"{path}: the footer counts {said} {phase} rows but there are {phases.count(number)}"
-                )
+                raise TraceError(f"{path}: the footer counts {said} {phase} rows but there are {phases.count(number)}")
         num_experts, _ = count_experts(str(path), stated, options, 0)
         experts_TLK = np.stack([request[key] for request in tokens.values() for key in sorted(request)])
         return drop_padding(

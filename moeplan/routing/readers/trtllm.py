@@ -63,14 +63,10 @@ class TrtllmReader:
         for rank, counts in ranks.items():
             if sorted(counts) != keys:
                 odd = sorted(set(keys) ^ set(counts))[0]
-                raise TraceError(
-                    f"{path}: rank {rank} and rank 0 differ: only one of them has {odd[0]}_{odd[1]}"
-                )
+                raise TraceError(f"{path}: rank {rank} and rank 0 differ: only one of them has {odd[0]}_{odd[1]}")
         iterations, layers = sorted({i for i, _ in keys}), sorted({layer for _, layer in keys})
         if len(keys) != len(iterations) * len(layers):
-            raise TraceError(
-                f"{path}: {len(keys)} records for {len(iterations)} iterations x {len(layers)} layers"
-            )
+            raise TraceError(f"{path}: {len(keys)} records for {len(iterations)} iterations x {len(layers)} layers")
         shape = (len(iterations), len(layers), num_experts)
         total_WLE = np.zeros(shape, np.int64)
         source_SLE = np.zeros((len(ranks), *shape[1:]), np.int64)
@@ -92,9 +88,7 @@ class TrtllmReader:
 def _rank(file: Path) -> int:
     match = _RANK.fullmatch(file.name)
     if match is None:
-        raise TraceError(
-            f"{file} is not called rank<r>.safetensors; leave only the statistics in the directory"
-        )
+        raise TraceError(f"{file} is not called rank<r>.safetensors; leave only the statistics in the directory")
     return int(match.group(1))
 
 
@@ -119,9 +113,7 @@ def _counts(file: Path, num_experts: int) -> dict[tuple[int, int], NDArray[Any]]
     except (SafetensorError, OSError) as error:
         raise TraceError(f"{file} is damaged or cut off: {str(error)[:200]}") from error
     if not counts:
-        raise TraceError(
-            f"{file} holds no statistics; was an iteration of EXPERT_STATISTIC_ITER_RANGE reached?"
-        )
+        raise TraceError(f"{file} holds no statistics; was an iteration of EXPERT_STATISTIC_ITER_RANGE reached?")
     return counts
 
 

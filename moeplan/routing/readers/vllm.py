@@ -43,11 +43,7 @@ class VllmReader:
             if path.suffix == ".npz" and path.is_file():
                 names = npz_names(path)
                 simple = any(n == "experts" or n.endswith("_experts") for n in names if n != "routed_experts")
-                return (
-                    bool(names)
-                    and not simple
-                    and looks_like_ids(next(iter(read_npz(path, names[:1]).values())))
-                )
+                return bool(names) and not simple and looks_like_ids(next(iter(read_npz(path, names[:1]).values())))
             if path.suffix == ".npy" or path.is_dir() or is_glob(path):
                 return npy_of_ids(input_files(path, ".npy")[0])
         except (TraceError, OSError):
@@ -69,16 +65,11 @@ class VllmReader:
         shape = next(iter(requests.values())).shape[1:]
         for name, ids in requests.items():
             if ids.ndim != 3 or 0 in ids.shape[1:] or ids.dtype.kind not in "iu":
-                raise TraceError(
-                    f"{path}: {name} is {ids.dtype} {ids.shape}; it must be integer [tokens, layers, k]"
-                )
+                raise TraceError(f"{path}: {name} is {ids.dtype} {ids.shape}; it must be integer [tokens, layers, k]")
             if ids.shape[1:] != shape:
-                raise TraceError(
-                    f"{path}: {name} has [layers, k] {ids.shape[1:]}, other requests have {shape}"
-                )
+                raise TraceError(f"{path}: {name} has [layers, k] {ids.shape[1:]}, other requests have {shape}")
         experts_TLK: NDArray[Any] = np.concatenate(
-            [ids.astype(np.int64) for ids in requests.values() if len(ids)]
-            or [np.empty((0, *shape), np.int64)]
+            [ids.astype(np.int64) for ids in requests.values() if len(ids)] or [np.empty((0, *shape), np.int64)]
         )
         if experts_TLK.size == 0:
             raise TraceError(f"{path} holds no tokens")

@@ -33,9 +33,7 @@ def test_windows_of_time_domain_and_phase():
     trace = trace_of(domain_T=domain_T, domains=("a", "empty", "b"), phase_T=np.array([1] * 12, np.uint8))
     by_domain = expert_load(trace, "domain")
     assert by_domain.windows == ("a", "b")
-    np.testing.assert_array_equal(
-        by_domain.load_WLE, [by_hand(trace, range(5)), by_hand(trace, range(5, 12))]
-    )
+    np.testing.assert_array_equal(by_domain.load_WLE, [by_hand(trace, range(5)), by_hand(trace, range(5, 12))])
     assert expert_load(trace, "phase").windows == ("decode",)
     by_time = expert_load(trace, "time:5")
     ends = [0, *(next(t for t in range(13) if t == 12 or t * 5 // 12 > w) for w in range(5))]
@@ -50,6 +48,11 @@ def test_source_ranks_are_counted():
     load = expert_load(trace_of(source_rank_T=source_T))
     expected = [by_hand(load.trace, range(0, 12, 2)), np.zeros((2, 8)), by_hand(load.trace, range(1, 12, 2))]
     np.testing.assert_array_equal(load.source_SLE, expected)
+
+
+def test_an_absurd_source_rank_is_refused():
+    with pytest.raises(TraceError, match="source_rank goes up to 2000000000; ranks must lie within"):
+        expert_load(trace_of(source_rank_T=np.full(12, 2_000_000_000, np.int32)))
 
 
 @pytest.mark.parametrize(

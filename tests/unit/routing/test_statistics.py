@@ -173,9 +173,7 @@ class TestRealRouting:
 
     def test_olmoe_and_mixtral_counts(self, data_dir):
         with np.load(data_dir / "routing/olmoe_mixtral_expert_counts.npz") as counts:
-            assert spread(max_over_mean(counts["olmoe__expert_counts__c4"])) == pytest.approx(
-                (2.5, 3.0), abs=0.05
-            )
+            assert spread(max_over_mean(counts["olmoe__expert_counts__c4"])) == pytest.approx((2.5, 3.0), abs=0.05)
             arxiv = max_over_mean(counts["olmoe__expert_counts__arxiv"])
             assert spread(arxiv) == pytest.approx((6.3, 7.8), abs=0.05)
             names = [n for n in counts.files if n.startswith("mistral__expert_counts__")]

@@ -192,6 +192,13 @@ def test_the_number_of_experts_comes_from_the_caller_where_the_file_is_silent(tm
     assert read_trace(path, num_experts=64).num_experts == 64
 
 
+def test_a_damaged_id_does_not_decide_how_much_memory_is_taken(tmp_path):
+    ids = IDS.astype(np.int64)
+    ids[2, 1, 0] = 2**40
+    with pytest.raises(TraceError, match=r"num_experts \(1099511627777\) must lie within 1..65536"):
+        read_trace(npz(tmp_path, experts=ids))
+
+
 def test_an_unknown_format_and_a_missing_file(tmp_path):
     with pytest.raises(UnknownNameError, match="did you mean 'npz'"):
         read_trace(npz(tmp_path, experts=IDS), format="npy")
@@ -319,9 +326,7 @@ def test_wrong_counts(tmp_path, text, message):
 
 def test_wrong_parquet(tmp_path):
     pq.write_table(pa.table({"experts": [1, 2]}), tmp_path / "t.parquet")
-    with pytest.raises(
-        TraceError, match=r"no 'moeplan.trace' metadata; write it with 'moeplan trace convert'"
-    ):
+    with pytest.raises(TraceError, match=r"no 'moeplan.trace' metadata; write it with 'moeplan trace convert'"):
         read_trace(tmp_path / "t.parquet")
     save_trace(small(), tmp_path / "t.parquet")
     table = pq.read_table(tmp_path / "t.parquet")
