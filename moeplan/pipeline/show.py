@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import EMPTY, Placement
-from moeplan.artifacts.plan import Plan
+from moeplan.artifacts.plan import LayerEvaluation, Plan
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.costs.layer import LayerCosts
 from moeplan.costs.transitions import transition_counts
@@ -27,7 +27,16 @@ from moeplan.reports.summary import Evidence, Locality, key_figures, layer_rows
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Shown", "contiguous_like", "pair_traffic", "show_plan", "step_traffic"]
+__all__ = [
+    "Shown",
+    "contiguous_like",
+    "evidence_of",
+    "page_of",
+    "pair_traffic",
+    "show_plan",
+    "step_traffic",
+    "view_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +50,7 @@ class Shown:
 
     def view(self, width: int) -> RenderableType:
         """What the terminal shows, for ``width`` columns."""
-        from moeplan.reports.terminal import plan_view
-
-        return plan_view(self.plan, self.evidence, width)
+        return view_of(self.plan, self.evidence, width)
 
     def summary(self) -> dict[str, Any]:
         """The plan without its maps and moves, and its figures per layer, as JSON values."""
@@ -92,20 +99,10 @@ def show_plan(
         if before is None:
             before = contiguous_like(plan, load)
             evidence = replace(evidence, before_name="contiguous")
-        evidence = replace(
-            evidence,
-            before=before,
-            load_LE=load.load_LE,
-            locality_before=_locality(plan, before, load),
-            locality_after=_locality(plan, plan.placement, load),
-            **_traffic(plan, before, load),
-        )
+        evidence = evidence_of(plan, load, before, evidence.before_name)
     written = []
     if html_path is not None:
-        from moeplan.reports.plan_page import render_plan_page
-
-        parts = {name: getattr(evidence, name) for name in Evidence.__slots__}
-        write_text(html_path, render_plan_page(plan, **parts))
+        write_text(html_path, page_of(plan, evidence))
         written.append(html_path)
     if svg_path is not None:
         from moeplan.reports.plan_page import plan_svg
@@ -113,6 +110,41 @@ def show_plan(
         write_text(svg_path, plan_svg(plan, evidence.load_LE, evidence.before, evidence.before_name))
         written.append(svg_path)
     return Shown(plan, evidence, tuple(messages), tuple(written))
+
+
+def evidence_of(
+    plan: Plan,
+    load: ExpertLoad,
+    before: Placement,
+    before_name: str,
+    evaluation_before: tuple[LayerEvaluation, ...] = (),
+    speed_R: NDArray[np.float64] | None = None,
+) -> Evidence:
+    """What a load and a placement to compare with add to a plan: distinct nodes and traffic, before and after."""
+    return Evidence(
+        load_LE=load.load_LE,
+        before=before,
+        before_name=before_name,
+        evaluation_before=evaluation_before,
+        locality_before=_locality(plan, before, load),
+        locality_after=_locality(plan, plan.placement, load),
+        speed_R=speed_R,
+        **_traffic(plan, before, load),
+    )
+
+
+def page_of(plan: Plan, evidence: Evidence) -> str:
+    """The self-contained HTML page."""
+    from moeplan.reports.plan_page import render_plan_page
+
+    return render_plan_page(plan, **{name: getattr(evidence, name) for name in Evidence.__slots__})
+
+
+def view_of(plan: Plan, evidence: Evidence, width: int) -> RenderableType:
+    """What the terminal shows, for ``width`` columns."""
+    from moeplan.reports.terminal import plan_view
+
+    return plan_view(plan, evidence, width)
 
 
 def _plan_file(path: Path) -> Path:

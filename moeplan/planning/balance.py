@@ -91,7 +91,9 @@ def _pack(layer: LayerLoad, copies_E: NDArray[np.int64]) -> NDArray[np.int64]:
                 put(e, min(open_R, key=lambda r: (finish[r], r)))
                 continue
             # Every free slot is beside a copy of e: some other expert f moves there, e takes its place.
-            for r, q in ((r, q) for r in range(ranks) if free_R[r] > 0 for q in range(ranks) if e not in held[group[q]]):
+            for r, q in (
+                (r, q) for r in range(ranks) if free_R[r] > 0 for q in range(ranks) if e not in held[group[q]]
+            ):
                 f = next((f for f in content[q] if f not in held[group[r]]), None)
                 if f is not None:
                     content[q].remove(f)

@@ -148,7 +148,9 @@ def _touched(ready: Prepared, layer: int) -> NDArray[np.float64]:
     if trace is None:
         return np.zeros((len(load.windows), 1))
     E = load.num_experts
-    window_T = np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
+    window_T = (
+        np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
+    )
     chosen_TK = trace.experts_TLK[:, layer].astype(np.int64)
     set_T = np.bitwise_or.reduce(np.where(chosen_TK < 0, 0, np.int64(1) << np.maximum(chosen_TK, 0)), axis=1)
     inside = np.zeros((len(load.windows), 1 << E))
@@ -170,7 +172,9 @@ def _layer_costs(ready: Prepared, rank_AE: NDArray[np.int64]) -> NDArray[np.floa
     on_rank = (rank_AE[:, :, None] == np.arange(ranks)).astype(np.float64)
     on_node = on_rank.reshape(*rank_AE.shape, nodes, -1).sum(axis=3)
     power_E = 1 << np.arange(rank_AE.shape[1])
-    rank_set, node_set = (np.einsum("aeg,e->ag", where, power_E).astype(np.int64) for where in (on_rank, on_node))
+    rank_set, node_set = (
+        np.einsum("aeg,e->ag", where, power_E).astype(np.int64) for where in (on_rank, on_node)
+    )
     top_k = load.top_k or 1
     for l in range(len(cost)):
         load_WE = load.load_WLE[:, l]

@@ -144,9 +144,12 @@ def _feasible(load_E: NDArray[np.float64], ranks: int, limit: float, thresholds:
     if len(levels) > thresholds:
         levels = levels[np.linspace(0, len(levels) - 1, thresholds).astype(np.int64)]
     rows = copies_C * (
-        (size_C[None, :] > limit - levels[:, None] + 1e-12).astype(np.float64) - (size_C[None, :] <= levels[:, None])
+        (size_C[None, :] > limit - levels[:, None] + 1e-12).astype(np.float64)
+        - (size_C[None, :] <= levels[:, None])
     )
-    equal = csr_array((np.ones(len(expert_C)), (expert_C, np.arange(len(expert_C)))), shape=(experts, len(expert_C)))
+    equal = csr_array(
+        (np.ones(len(expert_C)), (expert_C, np.arange(len(expert_C)))), shape=(experts, len(expert_C))
+    )
     answer = linprog(
         np.zeros(len(expert_C)),
         A_ub=rows,

@@ -26,8 +26,10 @@ from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.plan import Status
 from moeplan.costs.counting import choose_slots, home_ranks
 from moeplan.costs.evaluation import aggregate, evaluate, transitions_of
+from moeplan.errors import InfeasibleError
 from moeplan.planning.balance import LayerLoad, balance_layer
 from moeplan.planning.exact import exact_placement
+from moeplan.planning.migration import held_experts, moves_needed
 from moeplan.planning.prepare import Prepared, prepare
 from moeplan.planning.problem import PlanningProblem, PlanningResult
 from moeplan.planning.search_home import anneal_home, group_arrivals, pack_tokens
@@ -40,6 +42,7 @@ __all__ = ["joint", "objective_value"]
 BALANCE_PROPOSALS = 40_000
 HOME_PROPOSALS = 200_000
 STAY_SWEEPS, STAY_PROPOSALS = 60, 5_000
+BUDGET_STEPS, BUDGET_PROPOSALS = 10, 60_000
 
 Rows = NDArray[np.int64]
 
@@ -91,7 +94,11 @@ def _each_layer(
             if fallback is None:
                 raise
             clock.status = "interrupted"
-    filled = [row if row is not None else fallback[i] for i, row in enumerate(rows) if row is not None or fallback is not None]
+    filled = [
+        row if row is not None else fallback[i]
+        for i, row in enumerate(rows)
+        if row is not None or fallback is not None
+    ]
     return np.stack(filled)
 
 
@@ -112,6 +119,9 @@ def joint(problem: PlanningProblem) -> PlanningResult:
     )
     base = problem.placement(base_LP)
     notes: list[str] = []
+    if problem.current is not None and problem.max_moves is not None:
+        budgeted = _within_budget(ready, problem.current, problem.max_moves, clock, notes)
+        return PlanningResult(budgeted, clock.status, notes=tuple(notes))
     if problem.objective.kind == "load":
         return PlanningResult(base, clock.status, notes=tuple(notes))
     exact = exact_placement(ready)
@@ -124,7 +134,9 @@ def joint(problem: PlanningProblem) -> PlanningResult:
     found = problem.placement(found_LP)
     if objective_value(problem, found) > objective_value(problem, base):
         found = base
-        notes.append("the balanced plan was not beaten: traffic traded for load would cost more than it saves")
+        notes.append(
+            "the balanced plan was not beaten: traffic traded for load would cost more than it saves"
+        )
     return PlanningResult(found, clock.status, notes=tuple(notes))
 
 
@@ -137,7 +149,9 @@ def _copy_costs(layer: LayerLoad, row_P: Rows) -> NDArray[np.float64]:
     return cost
 
 
-def _limits(ready: Prepared, layer: int, row_P: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+def _limits(
+    ready: Prepared, layer: int, row_P: Rows
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
     """Busiest rank of the balanced plan per window, how far above it ranks may go, seconds per load above it.
 
     Several ranks share the excess, while the step pays for the busiest alone: each is charged its part.
@@ -150,54 +164,130 @@ def _limits(ready: Prepared, layer: int, row_P: Rows) -> tuple[NDArray[np.float6
     return base_W, cap_W, max(slope, 1e-3 * float(ready.seconds_L[layer]))
 
 
-def _first_slots(problem: PlanningProblem) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First slot of each rank and of each node, ends appended."""
-    first_R = np.concatenate([[0], np.cumsum(problem.slots_R)])
-    return first_R.astype(np.int64), first_R[:: problem.ranks_per_node].astype(np.int64)
-
-
 def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Rows:
     """``return_home``: trade load for fewer nodes per token, layer by layer."""
     problem = ready.problem
-    trace, token_T, window_T = problem.load.trace, ready.token_T, ready.window_T
+    trace = problem.load.trace
     if problem.objective.dispatch in ("per_expert", "allgather"):
-        notes.append(f"dispatch {problem.objective.dispatch}: placement changes load only, traffic is not searched")
+        notes.append(
+            f"dispatch {problem.objective.dispatch}: placement changes load only, traffic is not searched"
+        )
         return base_LP
-    if trace is None or token_T is None or window_T is None:
-        notes.append("the input holds counts only: distinct nodes per token are unknown, load alone is planned")
+    if trace is None or ready.token_T is None:
+        notes.append(
+            "the input holds counts only: distinct nodes per token are unknown, load alone is planned"
+        )
         return base_LP
-    if len(token_T) < trace.num_tokens:
-        notes.append(f"the search looks at {len(token_T)} of {trace.num_tokens} tokens, evenly spaced")
-    first_R, first_N = _first_slots(problem)
-    home_T = home_ranks(problem.load, np.flatnonzero(problem.slots_R > 0))[token_T]
-    tokens_W = np.bincount(window_T)
-    weight_W = 1.0 / tokens_W / len(tokens_W)
-    nothing_held = np.zeros((1, 1), np.bool_)
+    if len(ready.token_T) < trace.num_tokens:
+        notes.append(f"the search looks at {len(ready.token_T)} of {trace.num_tokens} tokens, evenly spaced")
 
     def search(layer: int) -> Rows:
-        row_P = base_LP[layer]
-        single = problem.placement(row_P[None])
-        slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, single, 0, "even")
+        return _search_layer(
+            ready, layer, base_LP[layer], _limits(ready, layer, base_LP[layer]), HOME_PROPOSALS
+        )
+
+    return _each_layer(clock, "search traffic", len(base_LP), search, base_LP)
+
+
+def _search_layer(
+    ready: Prepared,
+    layer: int,
+    row_P: Rows,
+    limits: tuple[NDArray[np.float64], NDArray[np.float64], float],
+    proposals: int,
+    held_RE: NDArray[np.bool_] | None = None,
+    move_price: float = 0.0,
+) -> Rows:
+    """One layer's annealing from ``row_P``; without tokens its load alone."""
+    problem = ready.problem
+    trace, token_T, window_T = problem.load.trace, ready.token_T, ready.window_T
+    cost_WP = _copy_costs(ready.layers[layer], row_P)
+    first_R = np.concatenate([[0], np.cumsum(problem.slots_R)]).astype(np.int64)
+    first_N = first_R[:: problem.ranks_per_node].copy()
+    slots = np.where(row_P == EMPTY, -1, np.arange(len(row_P)))
+    node_price, rank_price = ready.node_price_s, ready.rank_price_s
+    if (
+        trace is None
+        or token_T is None
+        or window_T is None
+        or problem.objective.dispatch in ("per_expert", "allgather")
+    ):
+        bits_PM, start_W = np.zeros((len(row_P), 0), np.uint64), np.zeros(len(cost_WP) + 1, np.int64)
+        weight_W = np.full(len(cost_WP), 1.0 / len(cost_WP))
+        node_price = rank_price = 0.0
+    else:
+        home_T = home_ranks(problem.load, np.flatnonzero(problem.slots_R > 0))[token_T]
+        slot_TK = choose_slots(
+            trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even"
+        )
         bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
-        base_W, cap_W, slope = _limits(ready, layer, row_P)
-        node_price, rank_price = ready.node_price_s, ready.rank_price_s
-        # Dispatch takes the slower of the two paths; the other is searched only where it may come to count.
-        slots = np.where(row_P == EMPTY, -1, np.arange(len(row_P)))
-        on_node = float((group_arrivals(bits_PM, slots, first_N, start_W) * weight_W[:, None]).sum(axis=0).max()) * node_price
-        on_rank = float((group_arrivals(bits_PM, slots, first_R, start_W) * weight_W[:, None]).sum(axis=0).max()) * rank_price
+        weight_W = 1.0 / np.bincount(window_T) / len(cost_WP)
+
+        def busiest(first_G: NDArray[np.int64]) -> float:
+            return float(
+                (group_arrivals(bits_PM, slots, first_G, start_W) * weight_W[:, None]).sum(axis=0).max()
+            )
+
+        # Dispatch takes the slower of two paths: search the other only where it may come to count.
+        on_node, on_rank = busiest(first_N) * node_price, busiest(first_R) * rank_price
         if on_node >= 1.3 * on_rank:
             rank_price = 0.0
         elif on_rank >= 1.3 * on_node:
             node_price *= 0.1
-        best = anneal_home(
-            bits_PM, start_W, weight_W, row_P, _copy_costs(ready.layers[layer], row_P), slots,
-            problem.rank_of_slot_P, first_R, first_N, problem.ranks_per_node, problem.speed_R,
-            base_W, cap_W, slope, node_price, rank_price, nothing_held, 0.0, 0.3,
-            HOME_PROPOSALS, problem.seed * 2003 + layer,
-        )  # fmt: skip
-        return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
+    base_W, cap_W, slope = limits
+    held = np.zeros((1, 1), np.bool_) if held_RE is None else held_RE
+    best = anneal_home(
+        bits_PM, start_W, weight_W, row_P, cost_WP, slots, problem.rank_of_slot_P, first_R, first_N,
+        problem.ranks_per_node, problem.speed_R, base_W, cap_W, slope, node_price, rank_price,
+        held, move_price, 0.3 if held_RE is None else 0.1, proposals, problem.seed * 2003 + layer,
+    )  # fmt: skip
+    return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
 
-    return _each_layer(clock, "search traffic", len(base_LP), search, base_LP)
+
+def _within_budget(
+    ready: Prepared, current: Placement, max_moves: int, clock: _Clock, notes: list[str]
+) -> Placement:
+    """The best plan found within ``max_moves`` of ``current``: a price per move, bisected until the budget is met.
+
+    Copies per expert stay as they are.
+    """
+    problem = ready.problem
+    if problem.objective.return_mode == "stay":
+        raise InfeasibleError(
+            "a migration budget is planned for return mode return_home only; leave the budget out"
+        )
+    if current.num_slots != problem.num_slots or (current.rank_of_slot_P != problem.rank_of_slot_P).any():
+        raise InfeasibleError(
+            f"the current placement has {current.num_slots} slots, the plan {problem.num_slots}: a migration budget"
+            " needs the same slots on every rank; leave the budget out to plan anew"
+        )
+    start_LP = current.physical_to_logical_LP.astype(np.int64)
+    held = held_experts(current)
+    best, best_value = current, objective_value(problem, current)
+    spread = [_limits(ready, l, row) for l, row in enumerate(start_LP)]
+    low, high = 0.0, 2.0 * best_value
+    price = 1e-3 * best_value
+    for step in range(BUDGET_STEPS):
+
+        def search(layer: int, price: float = price) -> Rows:
+            base_W = np.ones_like(spread[layer][0])
+            cap_W = np.maximum(spread[layer][0] - 1.0, 0.05)
+            limits = (base_W, cap_W, spread[layer][2])
+            return _search_layer(ready, layer, start_LP[layer], limits, BUDGET_PROPOSALS, held[layer], price)
+
+        found = problem.placement(
+            _each_layer(clock, f"fit the budget {step + 1}", len(start_LP), search, start_LP)
+        )
+        moved = int(moves_needed(current, found).sum())
+        value = objective_value(problem, found)
+        if moved <= max_moves and value < best_value:
+            best, best_value = found, value
+        low, high = (price, high) if moved > max_moves else (low, price)
+        price = (max(low, 1e-9 * best_value) * high) ** 0.5
+        if clock.over():
+            break
+    notes.append(f"{int(moves_needed(current, best).sum())} of {max_moves} moves allowed are made")
+    return best
 
 
 def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Rows:
@@ -205,7 +295,9 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
     problem = ready.problem
     transitions = transitions_of(problem.load)
     if transitions is None:
-        notes.append("the input holds counts only: transitions between layers are unknown, load alone is planned")
+        notes.append(
+            "the input holds counts only: transitions between layers are unknown, load alone is planned"
+        )
         return base_LP
     flow = transitions / transitions.sum(axis=(1, 2), keepdims=True)
     back = np.ascontiguousarray(flow.transpose(0, 2, 1))
@@ -234,7 +326,9 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
             STAY_SWEEPS, STAY_PROPOSALS, nothing_held, 0.0, 0.4, False, problem.seed,
         )  # fmt: skip
         problem.progress("search traffic", 0.4)
-        row_LP = _each_layer(clock, "spread over ranks", len(row_LP), lambda l: _inside_nodes(ready, l, row_LP[l]), row_LP)
+        row_LP = _each_layer(
+            clock, "spread over ranks", len(row_LP), lambda l: _inside_nodes(ready, l, row_LP[l]), row_LP
+        )
     if not clock.over():
         share_LP, cost_LWP = shares(row_LP)
         anneal_stay(

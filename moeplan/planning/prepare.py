@@ -16,7 +16,9 @@ from moeplan.planning.problem import PlanningProblem
 
 __all__ = ["Prepared", "live_speed", "prepare"]
 
-TIME_WINDOWS = 4  # a plan made for several stretches of time holds better on the next one than one for their sum
+TIME_WINDOWS = (
+    4  # a plan made for several stretches of time holds better on the next one than one for their sum
+)
 MIN_WINDOW_TOKENS = 256
 MAX_SEARCH_TOKENS = 32768
 
@@ -52,13 +54,17 @@ def live_speed(problem: PlanningProblem) -> float:
     return float(problem.speed_R[problem.slots_R > 0].sum())
 
 
-def _windows(problem: PlanningProblem) -> tuple[NDArray[np.float64], NDArray[np.int64] | None, NDArray[np.int64] | None]:
+def _windows(
+    problem: PlanningProblem,
+) -> tuple[NDArray[np.float64], NDArray[np.int64] | None, NDArray[np.int64] | None]:
     """Loads per window, and the tokens to look at with their windows."""
     load = problem.load
     trace = load.trace
     if trace is None:
         return load.load_WLE, None, None
-    window_T = np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
+    window_T = (
+        np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
+    )
     load_WLE = load.load_WLE
     if len(load.windows) == 1 and trace.num_tokens >= 2 * MIN_WINDOW_TOKENS:
         count = min(TIME_WINDOWS, trace.num_tokens // MIN_WINDOW_TOKENS)
@@ -95,7 +101,9 @@ def prepare(problem: PlanningProblem) -> Prepared:
         experts = int(problem.experts_L[layer])
         load_WE = load_WLE[:, layer, :experts]
         table = [
-            load_WE / load_WE.sum(axis=1, keepdims=True) / c if by_load else copy_seconds(load_WE, costs, top_k, c)
+            load_WE / load_WE.sum(axis=1, keepdims=True) / c
+            if by_load
+            else copy_seconds(load_WE, costs, top_k, c)
             for c in range(1, most + 1)
         ]
         copy_WEC = np.stack(table, axis=2)

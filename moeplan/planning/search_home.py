@@ -28,9 +28,9 @@ def _popcount(_typingctx, word):  # type: ignore[no-untyped-def]
     return types.uint64(types.uint64), codegen
 
 
-def pack_tokens(copies_TK: NDArray[np.int32], window_T: NDArray[np.int64], num_copies: int) -> tuple[
-    NDArray[np.uint64], NDArray[np.int64]
-]:
+def pack_tokens(
+    copies_TK: NDArray[np.int32], window_T: NDArray[np.int64], num_copies: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Bit rows of the tokens of each copy, windows starting on word boundaries.
 
     Args:
@@ -50,7 +50,9 @@ def pack_tokens(copies_TK: NDArray[np.int32], window_T: NDArray[np.int64], num_c
     for column in copies_TK.T:
         used = column >= 0
         np.bitwise_or.at(
-            bits, (column[used], position_T[used] // 64), np.uint64(1) << (position_T[used] % 64).astype(np.uint64)
+            bits,
+            (column[used], position_T[used] // 64),
+            np.uint64(1) << (position_T[used] % 64).astype(np.uint64),
         )
     return bits, start_W
 
@@ -202,12 +204,16 @@ def anneal_home(  # type: ignore[no-untyped-def]
     d_W = np.empty(windows)
     if use_nodes:
         for n in range(nodes):
-            _fill_group(bits_PM, copy_of_slot_P, node_first_N[n], node_first_N[n + 1], node_occ[n], node_once[n])
+            _fill_group(
+                bits_PM, copy_of_slot_P, node_first_N[n], node_first_N[n + 1], node_occ[n], node_once[n]
+            )
             _arrivals(node_occ[n], start_W, a_W)
             node_WN[:, n] = a_W
     if use_ranks:
         for r in range(ranks):
-            _fill_group(bits_PM, copy_of_slot_P, rank_first_R[r], rank_first_R[r + 1], rank_occ[r], rank_once[r])
+            _fill_group(
+                bits_PM, copy_of_slot_P, rank_first_R[r], rank_first_R[r + 1], rank_occ[r], rank_once[r]
+            )
             _arrivals(rank_occ[r], start_W, a_W)
             rank_WR[:, r] = a_W
 
@@ -311,11 +317,19 @@ def anneal_home(  # type: ignore[no-untyped-def]
         current_rank = new_rank
         energy += delta
         if crosses:
-            _fill_group(bits_PM, copy_of_slot_P, node_first_N[n1], node_first_N[n1 + 1], node_occ[n1], node_once[n1])
-            _fill_group(bits_PM, copy_of_slot_P, node_first_N[n2], node_first_N[n2 + 1], node_occ[n2], node_once[n2])
+            _fill_group(
+                bits_PM, copy_of_slot_P, node_first_N[n1], node_first_N[n1 + 1], node_occ[n1], node_once[n1]
+            )
+            _fill_group(
+                bits_PM, copy_of_slot_P, node_first_N[n2], node_first_N[n2 + 1], node_occ[n2], node_once[n2]
+            )
         if use_ranks:
-            _fill_group(bits_PM, copy_of_slot_P, rank_first_R[r1], rank_first_R[r1 + 1], rank_occ[r1], rank_once[r1])
-            _fill_group(bits_PM, copy_of_slot_P, rank_first_R[r2], rank_first_R[r2 + 1], rank_occ[r2], rank_once[r2])
+            _fill_group(
+                bits_PM, copy_of_slot_P, rank_first_R[r1], rank_first_R[r1 + 1], rank_occ[r1], rank_once[r1]
+            )
+            _fill_group(
+                bits_PM, copy_of_slot_P, rank_first_R[r2], rank_first_R[r2 + 1], rank_occ[r2], rank_once[r2]
+            )
         if energy < best_energy - 1e-15:
             best_energy = energy
             best[:] = copy_of_slot_P

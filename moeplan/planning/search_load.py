@@ -88,7 +88,13 @@ def anneal_load(  # type: ignore[no-untyped-def]
         delta = 0.0
         if replicate and np.random.random() < 0.15:
             e2 = np.random.randint(experts)
-            if copies_E[e1] < 2 or e2 == e1 or copies_E[e2] == 0 or holds_XE[g1, e2] > 0 or copies_E[e2] >= most:
+            if (
+                copies_E[e1] < 2
+                or e2 == e1
+                or copies_E[e2] == 0
+                or holds_XE[g1, e2] > 0
+                or copies_E[e2] >= most
+            ):
                 continue
             for s in range(slots):
                 e = expert_of_slot_P[s]

@@ -149,11 +149,13 @@ def anneal_stay(  # type: ignore[no-untyped-def]
                 a = share_LP[l, s1]
                 b = share_LP[l, s2]
                 delta = rank_value * (
-                    a * (at_rank[l, e1, r2] - at_rank[l, e1, r1]) + b * (at_rank[l, e2, r1] - at_rank[l, e2, r2])
+                    a * (at_rank[l, e1, r2] - at_rank[l, e1, r1])
+                    + b * (at_rank[l, e2, r1] - at_rank[l, e2, r2])
                 )
                 if n1 != n2:
                     delta += node_value * (
-                        a * (at_node[l, e1, n2] - at_node[l, e1, n1]) + b * (at_node[l, e2, n1] - at_node[l, e2, n2])
+                        a * (at_node[l, e1, n2] - at_node[l, e1, n1])
+                        + b * (at_node[l, e2, n1] - at_node[l, e2, n2])
                     )
                 price = 0.0
                 for w in range(windows):

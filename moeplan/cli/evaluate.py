@@ -1,0 +1,70 @@
+"""``moeplan evaluate``: score any plan or placement file on any trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moeplan.cli.common import output_options, print_json
+
+__all__ = ["evaluate"]
+
+
+@click.command()
+@click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path), help="plan.json or an engine's file.")
+@click.option("--trace", "trace_path", required=True, type=click.Path(path_type=Path), help="Routing or expert counts.")
+@click.option("--model", "model_name", metavar="NAME|PATH", help="Needed for files that do not name their model.")
+@click.option("--ranks", type=int, metavar="N", help="Needed for files that do not say their ranks.")
+@click.option("--nodes", type=int, metavar="M", help="Nodes the ranks are in. [the plan's, else 1]")
+@click.option("--cluster", "cluster_name", default="h100-sxm", show_default=True, metavar="NAME|FILE",
+              help="What the costs are of.")
+@click.option("--phase", type=click.Choice(["prefill", "decode", "mix"]), help="Default: the plan's, else the trace's.")
+@click.option("--batch-per-rank", type=int, metavar="N", help="Tokens entering a layer per rank.")
+@click.option("--trace-format", metavar="NAME", help="Name of the reader; recognised when left out.")
+@click.option("--domain", metavar="NAME", help="Score on one domain of the trace only.")
+@click.option("--windows", default="all", show_default=True, metavar="KIND", help="all, domain, phase or time:N.")
+@output_options
+def evaluate(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Score a placement on a trace: load, nodes and ranks per token, predicted time, layer by layer.
+
+    \b
+    Example: moeplan evaluate --plan moe_load_balancer.yaml --trace routing.npz --model deepseek-v2-lite --ranks 16
+    """
+    from moeplan.pipeline.evaluate import evaluate_plan
+
+    score = evaluate_plan(**options)
+    if not quiet:
+        for message in score.messages:
+            click.echo(message, err=True)
+    answer = score.to_json()
+    if as_json:
+        print_json(answer)
+        return
+    if quiet:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{score.model}: {options['plan_path']} on {options['trace_path'].name}", title_justify="left")
+    columns = {
+        "layer_id": "layer", "max_over_mean_load": "max/mean load", "nodes_per_token": "nodes/token",
+        "ranks_per_token": "ranks/token", "same_node_share": "stays in node", "time_s": "time, us",
+    }  # fmt: skip
+    for title in columns.values():
+        table.add_column(title, justify="right")
+
+    def cell(name: str, value: Any) -> str:
+        if value is None:
+            return "-"
+        return str(value) if name == "layer_id" else f"{value * 1e6:.1f}" if name == "time_s" else f"{value:.3f}"
+
+    for row in answer["layers"]:
+        table.add_row(*(cell(name, row[name]) for name in columns))
+    table.add_section()
+    table.add_row("all", *(cell(name, answer[name]) for name in list(columns)[1:]))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"{answer['workload']['phase']}, {answer['workload']['batch_per_rank']} tokens per rank; "
+                  + "; ".join(f"{part}: {source}" for part, source in score.source.items()))

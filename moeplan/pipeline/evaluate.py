@@ -1,0 +1,125 @@
+"""Score any plan or placement file, ours or a foreign one, on any trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeplan.artifacts.plan import LayerEvaluation
+from moeplan.checks import Bundle, require, run_checks
+from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
+from moeplan.costs.operating_point import layer_costs
+from moeplan.pipeline.exports import load_placement
+from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, read_routing, windows_of
+from moeplan.pipeline.optimize import layer_evaluations, speeds
+from moeplan.specs.clusters import DEFAULT_CLUSTER, sized_cluster
+from moeplan.specs.models import find_model
+from moeplan.specs.workload import Objective, Phase, Workload
+
+__all__ = ["Score", "evaluate_plan"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Score:
+    """A placement's figures on a trace."""
+
+    model: str
+    format: str
+    evaluation: Evaluation
+    objective: Objective
+    workload: Workload
+    layers: tuple[LayerEvaluation, ...]
+    source: dict[str, str]
+    messages: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object: totals, then layers."""
+
+        def mean(name: str) -> float | None:
+            values = [value for row in self.layers if (value := getattr(row, name)) is not None]
+            return float(np.mean(values)) if values else None
+
+        return {
+            "model": self.model,
+            "format": self.format,
+            "time_s": aggregate(self.evaluation.time_WL.sum(axis=1), self.objective),
+            "expert_time_s": aggregate(self.evaluation.expert_WL.sum(axis=1), self.objective),
+            "dispatch_combine_time_s": aggregate(self.evaluation.exchange_WL.sum(axis=1), self.objective),
+            "max_over_mean_load": mean("max_over_mean_load"),
+            "nodes_per_token": mean("nodes_per_token"),
+            "ranks_per_token": mean("ranks_per_token"),
+            "same_node_share": mean("same_node_share"),
+            "same_rank_share": mean("same_rank_share"),
+            "windows": len(self.evaluation.time_WL),
+            "objective": self.objective.model_dump(mode="json"),
+            "workload": self.workload.model_dump(mode="json"),
+            "source": self.source,
+            "messages": list(self.messages),
+            "layers": [row.model_dump(mode="json") for row in self.layers],
+        }
+
+
+def evaluate_plan(
+    plan_path: Path,
+    trace_path: Path,
+    *,
+    model_name: str | None = None,
+    cluster_name: str = DEFAULT_CLUSTER,
+    ranks: int | None = None,
+    nodes: int | None = None,
+    phase: Phase | None = None,
+    batch_per_rank: int | None = None,
+    objective: Objective | None = None,
+    trace_format: str | None = None,
+    domain: str | None = None,
+    windows: str = "all",
+) -> Score:
+    """Evaluate a placement on a trace; what is not given is taken from the plan.
+
+    Raises:
+        InputError: a file is wrong, or plan and trace are of different models.
+    """
+    from moeplan.artifacts.plan import Plan
+    from moeplan.errors import SpecError
+    from moeplan.files import read_json
+
+    path = plan_path / "plan.json" if plan_path.is_dir() else plan_path
+    own: Plan | None = None
+    if path.suffix == ".json":
+        document = read_json(path)
+        if isinstance(document, dict) and {"schema_version", "planner"} <= set(document):
+            own = Plan.parse(document, str(path))
+    if model_name is None and own is None:
+        raise SpecError(f"{path} is not a plan of ours and does not name its model; give --model")
+    model = find_model(model_name or (own.model if own else ""))
+    num_ranks = ranks or (own.num_ranks if own else None)
+    num_nodes = nodes or (own.num_ranks // own.ranks_per_node if own else 1)
+    loaded = load_placement(path, model=model, num_ranks=num_ranks, num_nodes=num_nodes)
+    placement = loaded.placement
+    cluster = sized_cluster(cluster_name, placement.num_ranks, num_nodes)
+    routing, actual = in_phase(
+        read_routing(trace_path, model, format=trace_format, domain=domain), phase or (own.workload.phase if own else None)
+    )
+    workload = own.workload if own else Workload(batch_per_rank=DECODE_BATCH if actual == "decode" else 4096)
+    workload = workload.model_copy(update={"phase": actual} | ({"batch_per_rank": batch_per_rank} if batch_per_rank else {}))
+    objective = objective or (own.objective if own else Objective())
+    load = windows_of(routing, windows)
+    bundle = Bundle(
+        model=model, cluster=cluster, workload=workload, load=load, current=placement, current_layer_ids=loaded.layer_ids
+    )
+    messages = [*loaded.notes, *require(run_checks(bundle))]
+    costs = layer_costs(model, cluster, workload, objective)
+    found = evaluate(load, placement, costs, objective, speeds(cluster))
+    return Score(
+        model=model.name,
+        format=loaded.format,
+        evaluation=found,
+        objective=objective,
+        workload=workload,
+        layers=layer_evaluations(loaded.layer_ids, found),
+        source=dict(costs.source),
+        messages=tuple(messages),
+    )

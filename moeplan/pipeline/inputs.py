@@ -1,0 +1,102 @@
+"""What a planning job is given, read and made to fit together: model, cluster, routing, slots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
+from moeplan.checks import layers_by_position
+from moeplan.costs.memory import max_redundant_experts
+from moeplan.errors import TraceError
+from moeplan.routing.io import read_trace
+from moeplan.routing.loads import expert_load, pick_tokens
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.workload import Phase, Workload
+
+__all__ = ["DECODE_BATCH", "in_phase", "on_model_layers", "read_routing", "slots_of_ranks", "windows_of"]
+
+DECODE_BATCH = 128
+
+
+def read_routing(
+    path: Path, model: ModelSpec, *, format: str | None = None, domain: str | None = None
+) -> RoutingTrace | ExpertLoad:
+    """Routing from any file a reader knows, its layers numbered as the model's.
+
+    Raises:
+        TraceError: unreadable, or not of this model.
+    """
+    routing = read_trace(path, format=format, domain=domain, num_experts=model.num_experts)
+    return on_model_layers(routing, model)
+
+
+def on_model_layers(routing: RoutingTrace | ExpertLoad, model: ModelSpec) -> RoutingTrace | ExpertLoad:
+    """Layers counted 0, 1, 2, ... in the file are the model's MoE layers in order."""
+    if not layers_by_position(routing.layer_ids, model):
+        return routing
+    if isinstance(routing, RoutingTrace):
+        return replace(routing, layer_ids=model.moe_layer_ids)
+    trace = None if routing.trace is None else replace(routing.trace, layer_ids=model.moe_layer_ids)
+    return replace(routing, layer_ids=model.moe_layer_ids, trace=trace)
+
+
+def in_phase(routing: RoutingTrace | ExpertLoad, asked: Phase | None) -> tuple[RoutingTrace | ExpertLoad, Phase]:
+    """The tokens of the phase asked for, and the phase: by default the trace's, else prefill.
+
+    Raises:
+        TraceError: the trace holds none of that phase.
+    """
+    if not isinstance(routing, RoutingTrace) or routing.phase_T is None:
+        return routing, asked or "prefill"
+    present = [PHASES[p] for p in np.unique(routing.phase_T)]
+    if asked is None:
+        return routing, "mix" if len(present) > 1 else ("prefill" if present == ["prefill"] else "decode")
+    if asked == "mix":
+        return routing, "mix"
+    if asked not in present:
+        raise TraceError(f"phase ({asked}) has no tokens in the trace, which holds {present[0]} only; choose that")
+    return pick_tokens(routing, routing.phase_T == PHASES.index(asked)), asked
+
+
+def windows_of(routing: RoutingTrace | ExpertLoad, windows: str) -> ExpertLoad:
+    """Loads per window (``all``, ``domain``, ``phase`` or ``time:N``).
+
+    Raises:
+        TraceError: the trace has no such windows.
+    """
+    return expert_load(routing, windows)
+
+
+def slots_of_ranks(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    workload: Workload,
+    redundant: int | str,
+    kv_reserve_bytes: float | None,
+) -> tuple[NDArray[np.int64], int]:
+    """Slots per rank and layer, 0 for failed ranks, and the redundant slots: all slots less the model's experts.
+
+    Slots that do not divide evenly go one more to the first ranks. Ranks with ``slots`` of their own keep them.
+
+    Raises:
+        SpecError, InfeasibleError: ``max`` cannot be worked out.
+    """
+    if isinstance(redundant, str):
+        redundant = max_redundant_experts(model, cluster, workload, kv_reserve_bytes)
+    total = model.num_experts + redundant
+    live = [r for r in range(cluster.num_ranks) if not cluster.rank(r).failed]
+    slots_R = np.zeros(cluster.num_ranks, dtype=np.int64)
+    own = {r: slots for r in live if (slots := cluster.rank(r).slots) is not None}
+    for r, slots in own.items():
+        slots_R[r] = slots
+    rest = [r for r in live if r not in own]
+    left = max(0, total - sum(own.values()))
+    for i, r in enumerate(rest):
+        slots_R[r] = left // len(rest) + (i < left % len(rest))
+    return slots_R, int(slots_R.sum()) - model.num_experts

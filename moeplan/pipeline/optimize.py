@@ -1,0 +1,350 @@
+"""From a scenario to a plan: read, check, cost, plan, bound, judge, write.
+
+``W`` windows, ``L`` layers, ``R`` ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.plan import LayerEvaluation, Migration, Plan, Prediction
+from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.checks import Bundle, require, run_checks
+from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
+from moeplan.costs.memory import memory_report
+from moeplan.costs.operating_point import layer_costs
+from moeplan.errors import InfeasibleError, SpecError
+from moeplan.files import atomic_directory, canonical_json, sha256_bytes, sha256_file, write_text
+from moeplan.pipeline.exports import load_placement
+from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, read_routing, slots_of_ranks, windows_of
+from moeplan.pipeline.show import evidence_of, page_of
+from moeplan.planning.bounds import bounds_of
+from moeplan.planning.migration import align, migration_of
+from moeplan.planning.problem import PlanningProblem, PlanningResult, no_progress
+from moeplan.planning.simple import contiguous
+from moeplan.planning.verdict import judge
+from moeplan.registry import load_plugin, plugin_names
+from moeplan.reports.summary import Evidence
+from moeplan.routing.loads import split_trace
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.scenario import Scenario
+from moeplan.specs.workload import Objective, ReplicaSplit, Workload
+
+__all__ = ["Optimized", "layer_evaluations", "optimize", "speeds", "write_plan"]
+
+HELD_OUT_WINDOWS = 4
+MIN_HELD_OUT_TOKENS = 512
+# How each engine's dispatch finds a copy, see docs/guides/exporters.md.
+_SPLIT_OF_TARGET: dict[str, ReplicaSplit] = {"sglang": "nearest", "vllm": "even", "vllm-ascend": "even", "trtllm": "even"}
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Optimized:
+    """A plan and what was seen on the way: for pages and for people."""
+
+    plan: Plan
+    load: ExpertLoad
+    baseline: Placement
+    evaluation: Evaluation
+    baseline_evaluation: Evaluation
+    messages: tuple[str, ...]
+    interrupted: bool
+    speed_R: NDArray[np.float64]
+
+    @property
+    def evidence(self) -> Evidence:
+        """Load and traffic before and after, for pages and the terminal."""
+        name = self.plan.prediction.baseline if self.plan.prediction else "before"
+        rows = layer_evaluations(self.plan.layer_ids, self.baseline_evaluation)
+        return evidence_of(self.plan, self.load, self.baseline, name, rows, self.speed_R)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """A scenario with everything looked up."""
+
+    scenario: Scenario
+    model: ModelSpec
+    cluster: ClusterSpec
+    workload: Workload
+    objective: Objective
+    load: ExpertLoad
+    routing: RoutingTrace | ExpertLoad
+    slots_R: NDArray[np.int64]
+    num_redundant: int
+    current: Placement | None
+    messages: tuple[str, ...]
+
+    def problem(self, load: ExpertLoad, progress: Progress) -> PlanningProblem:
+        """The planning problem of a load; of all of it, or of the part planned on when some is held out."""
+        scenario = self.scenario
+        return PlanningProblem(
+            load=load,
+            experts_L=np.asarray(self.model.experts_L, dtype=np.int64),
+            slots_R=self.slots_R,
+            speed_R=speeds(self.cluster),
+            ranks_per_node=self.cluster.ranks_per_node,
+            costs=layer_costs(self.model, self.cluster, self.workload, self.objective),
+            objective=self.objective,
+            seed=scenario.seed,
+            num_groups=self.model.n_group or 1,
+            time_limit_s=scenario.time_limit,
+            current=self.current,
+            max_moves=self.max_moves,
+            progress=progress,
+        )
+
+    @property
+    def max_moves(self) -> int | None:
+        """Expert copies that the migration budget allows to bring to another rank."""
+        scenario = self.scenario
+        if self.current is None or (scenario.migration_size is None and scenario.migration_time is None):
+            return None
+        expert = self.model.expert_bytes(self.workload.weight_dtype)
+        limits = []
+        if scenario.migration_size is not None:
+            limits.append(scenario.migration_size / expert)
+        if scenario.migration_time is not None:
+            link = self.cluster.accelerator.nic_bandwidth if self.cluster.num_nodes > 1 else self.scale_up
+            # Every rank receives at once; half of them at the pace of the busiest.
+            limits.append(0.5 * scenario.migration_time * link / expert * self.cluster.num_ranks)
+        return int(min(limits))
+
+    @property
+    def scale_up(self) -> float:
+        """Bytes per second between ranks of a node."""
+        return self.cluster.accelerator.scale_up_bandwidth or self.cluster.accelerator.nic_bandwidth
+
+
+def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
+    """Relative speed of each rank."""
+    return np.asarray([cluster.rank(r).speed for r in range(cluster.num_ranks)], dtype=np.float64)
+
+
+def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
+    if scenario.planner not in plugin_names("planners"):
+        load_plugin("planners", scenario.planner)  # raises, with the names there are
+    model, cluster = scenario.model_spec(), scenario.cluster_spec()
+    messages: list[str] = []
+    routing = read_routing(scenario.trace, model, format=scenario.trace_format, domain=domain)
+    given = scenario.workload.model_fields_set
+    routing, phase = in_phase(routing, scenario.workload.phase if "phase" in given else None)
+    workload = scenario.workload.model_copy(update={"phase": phase})
+    if "batch_per_rank" not in given and phase == "decode":
+        workload = workload.model_copy(update={"batch_per_rank": DECODE_BATCH})
+    objective = scenario.objective
+    if scenario.target is not None and "replica_split" not in objective.model_fields_set:
+        objective = objective.model_copy(update={"replica_split": _SPLIT_OF_TARGET.get(scenario.target, "even")})
+    load = windows_of(routing, windows)
+    if load.top_k is None:
+        load = replace(load, top_k=model.top_k)
+    slots_R, num_redundant = slots_of_ranks(model, cluster, workload, scenario.redundant, scenario.kv_reserve)
+    current = current_ids = None
+    if scenario.current is not None:
+        loaded = load_placement(
+            scenario.current, model=model, num_ranks=cluster.num_ranks, num_nodes=cluster.num_nodes
+        )
+        current, current_ids = loaded.placement, loaded.layer_ids
+        messages += loaded.notes
+    bundle = Bundle(
+        model=model,
+        cluster=cluster,
+        workload=workload,
+        load=load,
+        num_ranks=scenario.ranks,
+        num_nodes=scenario.nodes,
+        num_redundant=num_redundant if isinstance(scenario.redundant, str) else scenario.redundant,
+        slots_R=slots_R,
+        memory=memory_report(model, cluster, workload, slots_R),
+        current=current,
+        current_layer_ids=current_ids,
+        target=scenario.target,
+        equal_slots=scenario.target is not None,
+    )
+    messages += require(run_checks(bundle))
+    return _Job(
+        scenario, model, cluster, workload, objective, load, routing, slots_R, num_redundant, current, tuple(messages)
+    )
+
+
+def optimize(
+    scenario: Scenario, *, windows: str = "all", domain: str | None = None, progress: Progress = no_progress
+) -> Optimized:
+    """Plan what a scenario asks for.
+
+    The plan is made on all of the routing given. What it is expected to gain is measured apart: the planner also plans
+    on the first half (tokens, or windows of counts), and that plan is scored on the rest.
+
+    Raises:
+        InputError: an input is wrong. InfeasibleError: no placement satisfies the limits.
+    """
+    job = _prepare(scenario, windows, domain)
+    planner = load_plugin("planners", scenario.planner)
+    problem = job.problem(job.load, progress)
+    result: PlanningResult = planner(problem)
+    placement = result.placement
+    if job.current is not None and job.max_moves is None:
+        placement = align(job.current, placement, problem)
+        result = replace(result, placement=placement)
+    interrupted = result.status == "interrupted"
+    baseline_name = "current" if job.current is not None else "contiguous"
+    baseline = job.current if job.current is not None else contiguous(problem).placement
+    after = evaluate(job.load, placement, problem.costs, job.objective, problem.speed_R)
+    before = evaluate(job.load, baseline, problem.costs, job.objective, problem.speed_R)
+    progress("prove", 0.0)
+    bounds = bounds_of(problem, result, after)
+    progress("prove", 1.0)
+    migration = None
+    if job.current is not None:
+        gain_L = (before.time_WL - after.time_WL).mean(axis=0)
+        migration = migration_of(
+            job.current,
+            placement,
+            job.load.layer_ids,
+            gain_L,
+            job.model.expert_bytes(job.workload.weight_dtype),
+            job.scale_up,
+            job.cluster.accelerator.nic_bandwidth,
+        )
+        limit = scenario.migration_time
+        if limit is not None and migration.seconds > limit * 1.001:
+            raise InfeasibleError(
+                f"migration_time ({limit:g} s) is too short: the least plan found takes {migration.seconds:.3g} s;"
+                " allow more, or give migration_size"
+            )
+    base_s = aggregate(before.time_WL.sum(axis=1), job.objective)
+    time_s = aggregate(after.time_WL.sum(axis=1), job.objective)
+    error = problem.costs.relative_error
+    prediction = Prediction(
+        time_s=time_s,
+        time_low_s=time_s * (1 - error),
+        time_high_s=time_s * (1 + error),
+        expert_time_s=aggregate(after.expert_WL.sum(axis=1), job.objective),
+        dispatch_combine_time_s=aggregate(after.exchange_WL.sum(axis=1), job.objective),
+        baseline=baseline_name,
+        baseline_time_s=base_s,
+        tokens_per_step=problem.costs.tokens_per_step,
+        source=dict(problem.costs.source),
+    )
+    progress("hold out", 0.0)
+    best_possible = 1.0 - bounds[0].bound / base_s
+    held = _held_out(job, planner, placement, baseline, interrupted)
+    verdict = judge(baseline_name, held.before_W, held.after_W, best_possible, held.words, held.is_held_out, migration)
+    progress("hold out", 1.0)
+    plan = Plan(
+        model=job.model.name,
+        planner=scenario.planner,
+        status=result.status,
+        seed=scenario.seed,
+        num_experts=job.model.num_experts,
+        experts_per_layer=job.model.experts_per_layer,
+        num_ranks=job.cluster.num_ranks,
+        ranks_per_node=job.cluster.ranks_per_node,
+        num_redundant_experts=job.num_redundant,
+        layer_ids=job.load.layer_ids,
+        physical_to_logical_map=tuple(tuple(row) for row in placement.physical_to_logical_LP.tolist()),
+        rank_of_slot=tuple(placement.rank_of_slot_P.tolist()),
+        replicas=tuple(tuple(row) for row in placement.replicas_LE.tolist()),
+        objective=job.objective,
+        workload=job.workload,
+        bounds=bounds,
+        prediction=prediction,
+        evaluation=layer_evaluations(job.load.layer_ids, after),
+        verdict=verdict,
+        migration=migration,
+        notes=result.notes,
+        provenance={
+            "moeplan": version("moeplan"),
+            "trace_sha256": sha256_file(scenario.trace) if scenario.trace.is_file() else "directory",
+            "model_sha256": sha256_bytes(canonical_json(job.model.model_dump(mode="json")).encode()),
+            "cluster_sha256": sha256_bytes(canonical_json(job.cluster.model_dump(mode="json")).encode()),
+            "cluster": job.cluster.name,
+            "accelerator": job.cluster.accelerator.name,
+            "windows": windows,
+        },
+    )
+    return Optimized(plan, job.load, baseline, after, before, job.messages, interrupted, problem.speed_R)
+
+
+def layer_evaluations(layer_ids: tuple[int, ...], found: Evaluation) -> tuple[LayerEvaluation, ...]:
+    """Per-layer figures, averaged over windows."""
+    counts = found.counts
+    rows = []
+    for l, layer_id in enumerate(layer_ids):
+        hop = l < len(layer_ids) - 1
+        rows.append(
+            LayerEvaluation(
+                layer_id=layer_id,
+                max_over_mean_load=float(found.max_over_mean_WL[:, l].mean()),
+                nodes_per_token=None if counts is None else float(counts.nodes_per_token_WL[:, l].mean()),
+                ranks_per_token=None if counts is None else float(counts.ranks_per_token_WL[:, l].mean()),
+                same_node_share=float(found.same_node_L[l]) if found.same_node_L is not None and hop else None,
+                same_rank_share=float(found.same_rank_L[l]) if found.same_rank_L is not None and hop else None,
+                time_s=float(found.time_WL[:, l].mean()),
+            )
+        )
+    return tuple(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldOut:
+    before_W: NDArray[np.float64]
+    after_W: NDArray[np.float64]
+    words: str
+    is_held_out: bool
+
+
+def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement, interrupted: bool) -> _HeldOut:
+    """Step seconds per window under the baseline and under a plan that has not seen the windows."""
+    routing, load = job.routing, job.load
+    first: ExpertLoad | None = None
+    rest = load
+    words = "the data planned on (nothing could be held out)"
+    if interrupted:
+        words = "the data planned on (interrupted before the held-out check)"
+    elif isinstance(routing, RoutingTrace) and routing.num_tokens >= 2 * MIN_HELD_OUT_TOKENS:
+        seen, unseen = split_trace(routing)
+        count = min(HELD_OUT_WINDOWS, unseen.num_tokens // (MIN_HELD_OUT_TOKENS // HELD_OUT_WINDOWS))
+        first, rest = windows_of(seen, "all"), windows_of(unseen, f"time:{count}")
+        words = f"the second half of the trace in {count} windows, planned on the first"
+    elif len(load.windows) >= 4:
+        half = len(load.windows) // 2
+        first = replace(load, load_WLE=load.load_WLE[:half], windows=load.windows[:half], trace=None, window_T=None)
+        rest = replace(load, load_WLE=load.load_WLE[half:], windows=load.windows[half:], trace=None, window_T=None)
+        words = f"the last {len(rest.windows)} windows, planned on the first {half}"
+    problem = job.problem(load, no_progress)
+    scored = placement
+    if first is not None and (first.load_WLE.sum(axis=(0, 2)) > 0).all():
+        result: PlanningResult = planner(job.problem(first, no_progress))
+        if result.status == "interrupted":
+            return _held_out(job, planner, placement, baseline, interrupted=True)
+        scored = result.placement
+    after = evaluate(rest, scored, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
+    before = evaluate(rest, baseline, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
+    return _HeldOut(before, after, words, first is not None)
+
+
+def write_plan(found: Optimized, out: Path) -> list[Path]:
+    """Write ``plan.json`` and ``plan.html``; an existing directory is replaced whole.
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "plan.json").is_file():
+        raise SpecError(f"--out ({out}) exists and does not hold a plan; choose another, so that nothing of yours is lost")
+    with atomic_directory(out) as directory:
+        found.plan.save(directory / "plan.json")
+        write_text(directory / "plan.html", page_of(found.plan, found.evidence))
+    return [out / "plan.json", out / "plan.html"]

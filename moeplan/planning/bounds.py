@@ -1,0 +1,272 @@
+"""Lower bounds: what no placement can beat, so that every plan carries its gap.
+
+- load: :func:`moeplan.planning.balance.load_bound`, and linear programmes over copies where ranks have two slots;
+- distinct nodes per token: the most pairs of a token's experts that can share a node bounds them, by a convex
+  envelope; pairs are bounded by the eigenvalues of the co-activation matrix with a free diagonal
+  (Donath & Hoffman 1973; projection after Rendl & Wolkowicz 1995);
+- hops between layers (``stay``): the least of a knapsack bound per row, one per column, and the singular values of
+  the degree-normalised transition matrix.
+
+``L`` layers, ``E`` experts, ``G`` groups (ranks or nodes), ``W`` windows, ``K`` top-k.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.sparse import csr_array
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.plan import Bound
+from moeplan.costs.counting import count_loads
+from moeplan.costs.evaluation import Evaluation, aggregate, copy_seconds, evaluate, transitions_of
+from moeplan.planning.balance import LayerLoad, load_bound
+from moeplan.planning.fold import fold_bound
+from moeplan.planning.problem import PlanningProblem, PlanningResult
+
+__all__ = ["bounds_of", "fewest_groups", "most_kept", "pairs_bound"]
+
+
+def _layer_load(problem: PlanningProblem, cost_EC: NDArray[np.float64]) -> LayerLoad:
+    return LayerLoad(
+        copy_WEC=cost_EC[None],
+        rank_of_slot_P=problem.rank_of_slot_P,
+        speed_R=problem.speed_R,
+        group_R=np.arange(problem.num_ranks, dtype=np.int64),
+    )
+
+
+def _most_copies(problem: PlanningProblem, layer: int) -> int:
+    spare = problem.num_slots - int(problem.experts_L[layer])
+    return max(1, min(int((problem.slots_R > 0).sum()), spare + 1))
+
+
+def _token_load_bound(problem: PlanningProblem, layer: int, value: float) -> float:
+    """Bound on max/mean tokens of a layer, all windows together; ``value`` is the plan's."""
+    experts = int(problem.experts_L[layer])
+    load_E = problem.load.load_LE[layer, :experts]
+    scaled = load_E / load_E.sum() * float(problem.speed_R[problem.slots_R > 0].sum())
+    most = _most_copies(problem, layer)
+    bound = load_bound(_layer_load(problem, scaled[:, None] / np.arange(1, most + 1)))
+    two_each = (problem.slots_R == 2).all() and (problem.speed_R == 1).all()
+    if two_each and problem.num_slots > experts and value > bound * 1.001:
+        bound = fold_bound(scaled, problem.num_ranks, bound, value)
+    return bound
+
+
+def _expert_bound(problem: PlanningProblem, layer: int, window: int) -> float:
+    """Bound on the busiest rank's expert seconds in one window."""
+    costs = problem.costs
+    load_E = problem.load.load_WLE[window : window + 1, layer, : int(problem.experts_L[layer])]
+    top_k = problem.load.top_k or 1
+    table = [copy_seconds(load_E, costs, top_k, c)[0] for c in range(1, _most_copies(problem, layer) + 1)]
+    return load_bound(_layer_load(problem, np.stack(table, axis=1))) + costs.expert_fixed_s
+
+
+def fewest_groups(pairs: float, top_k: int, groups: int) -> float:
+    """Least mean number of distinct groups when on average ``pairs`` of a token's pairs share a group.
+
+    With ``d`` groups at least ``s(d)`` pairs share one (the even split), so a token with fewer than ``s(d)`` pairs
+    touches more than ``d``; averages follow the lower convex envelope of the points ``(s(d), d)``.
+    """
+    most = min(top_k, groups)
+    spread = [divmod(top_k, d) for d in range(1, most + 1)]
+    points = [
+        (r * (q + 1) * q / 2 + (d - r) * q * (q - 1) / 2, float(d))
+        for d, (q, r) in enumerate(spread, start=1)
+    ]
+    best = 1.0
+    for i, (x1, d1) in enumerate(points):
+        for x2, d2 in points[i + 1 :]:  # x falls as d rises
+            slope = (d2 - d1) / (x2 - x1)
+            if all(d >= d1 + slope * (x - x1) - 1e-9 for x, d in points):
+                best = max(best, d1 + slope * (pairs - x1))
+    return best
+
+
+def pairs_bound(together_EE: NDArray[np.float64], groups: int, size: int) -> float:
+    """Upper bound on the weight of pairs inside groups, over partitions into ``groups`` groups of ``size``.
+
+    ``together_EE`` is symmetric with a zero diagonal; each pair counts once. For every diagonal shift ``u`` with
+    ``B = A + diag(u)``, ``tr(X' A X) <= 1'B1/G + size * sum of the G-1 largest eigenvalues of B beside 1 - sum(u)``;
+    ``u`` is chosen to make it small.
+    """
+    experts = len(together_EE)
+    beside = np.linalg.qr(np.column_stack([np.ones(experts), np.eye(experts)[:, 1:]]))[0][:, 1:]
+
+    def value(u: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        shifted = together_EE + np.diag(u)
+        eigenvalues, vectors = np.linalg.eigh(beside.T @ shifted @ beside)
+        top = beside @ vectors[:, -(groups - 1) :]
+        total = shifted.sum() / groups + size * eigenvalues[-(groups - 1) :].sum() - u.sum()
+        gradient = 1.0 / groups + size * (top**2).sum(axis=1) - 1.0
+        return float(total), gradient
+
+    start = -together_EE.sum(axis=1) / groups
+    steps = 60 if experts <= 128 else 12
+    found = minimize(value, start, jac=True, method="L-BFGS-B", options={"maxiter": steps})
+    return float(min(value(found.x)[0], together_EE.sum())) / 2
+
+
+def _together(problem: PlanningProblem, layer: int) -> tuple[NDArray[np.float64], float]:
+    """Times two experts are chosen by one token, per token ``[E, E]``, and the mean distinct experts of a token."""
+    trace = problem.load.trace
+    if trace is None:
+        raise ValueError("needs tokens")
+    chosen = trace.experts_TLK[:, layer].astype(np.int64)
+    rows = np.repeat(np.arange(len(chosen)), chosen.shape[1])
+    used = chosen.ravel() >= 0
+    shape = (len(chosen), problem.load.num_experts)
+    hits = csr_array((np.ones(int(used.sum())), (rows[used], chosen.ravel()[used])), shape=shape)
+    hits.data[:] = np.minimum(hits.data, 1.0)
+    together = np.asarray((hits.T @ hits).todense()) / len(chosen)
+    mean = float(np.trace(together))
+    np.fill_diagonal(together, 0.0)
+    return together, mean
+
+
+def _groups_bound(problem: PlanningProblem, layer: int, groups: int) -> float:
+    """Bound on the mean distinct groups of a token; 1 where the argument does not apply."""
+    experts = int(problem.experts_L[layer])
+    top_k = problem.load.top_k or 1
+    equal = problem.num_slots == experts and experts % groups == 0 and len(set(problem.slots_R.tolist())) == 1
+    if not equal or groups == 1 or problem.load.trace is None:
+        return 1.0
+    together, mean = _together(problem, layer)
+    if mean < top_k - 1e-9:  # padding or repeated choices: the envelope assumes top-k distinct experts
+        return 1.0
+    return fewest_groups(pairs_bound(together[:experts, :experts], groups, experts // groups), top_k, groups)
+
+
+def most_kept(flow_EE: NDArray[np.float64], groups: int, size: int, cap: float) -> float:
+    """Upper bound on the part of a transition matrix that can stay inside groups.
+
+    Valid for all placements, copies included, with at most ``size`` slots per group and at most ``cap`` times the
+    mean load on any group of either layer. ``flow_EE`` sums to 1.
+    """
+    before, after = flow_EE.sum(axis=1), flow_EE.sum(axis=0)
+    limit = min(cap / groups, 1.0)
+    scaled = (
+        flow_EE / np.sqrt(np.maximum(before, 1e-300))[:, None] / np.sqrt(np.maximum(after, 1e-300))[None, :]
+    )
+    singular = np.linalg.svd(scaled, compute_uv=False)
+    whole = int(1.0 / limit)
+    spectral = limit * singular[:whole].sum() + max(0.0, 1.0 - whole * limit) * (
+        singular[whole] if whole < len(singular) else 0.0
+    )
+    return float(
+        min(
+            1.0, spectral, _knapsacks(flow_EE, after, size, limit), _knapsacks(flow_EE.T, before, size, limit)
+        )
+    )
+
+
+def _knapsacks(flow_EE: NDArray[np.float64], load_E: NDArray[np.float64], size: int, limit: float) -> float:
+    """Each row keeps at most the best experts that fit one group: fractional knapsack by load, and by number."""
+    by_number = np.sort(flow_EE, axis=1)[:, ::-1][:, :size].sum(axis=1)
+    order = np.argsort(-flow_EE / np.maximum(load_E, 1e-300), axis=1, kind="stable")
+    value, weight = np.take_along_axis(flow_EE, order, axis=1), load_E[order]
+    filled = np.cumsum(weight, axis=1)
+    part = np.clip((limit - (filled - weight)) / np.maximum(weight, 1e-300), 0.0, 1.0)
+    return float(np.minimum(by_number, (value * part).sum(axis=1)).sum())
+
+
+def _exchange_bound(
+    problem: PlanningProblem, plan: Placement, layer: int, flow: NDArray[np.float64] | None
+) -> float:
+    """Bound on a layer's exchange seconds beyond the fixed part."""
+    costs, objective = problem.costs, problem.objective
+    T, top_k, nodes, ranks = (
+        costs.tokens_per_step,
+        problem.load.top_k or 1,
+        problem.num_nodes,
+        problem.num_ranks,
+    )
+    if objective.return_mode == "stay":
+        if flow is None or layer >= len(flow):
+            return 0.0
+        part = flow[layer] / flow[layer].sum()
+        loads = count_loads(problem.load.load_LE[None], plan)[0, layer : layer + 2]
+        mean = loads.sum(axis=1, keepdims=True) / max(1, int((problem.slots_R > 0).sum()))
+        cap = float((loads / mean).max())
+        node_cap = float(
+            (loads.reshape(2, nodes, -1).sum(axis=2) / (loads.sum(axis=1, keepdims=True) / nodes)).max()
+        )
+        on_node = most_kept(part, nodes, int(problem.slots_R.sum()) // nodes, node_cap) if nodes > 1 else 1.0
+        on_rank = min(on_node, most_kept(part, ranks, int(problem.slots_R.max()), cap))
+        rank_s, node_s = costs.per_rank_copy_s / ranks, costs.per_node_copy_s / nodes
+        return T * top_k * max(0.0, (on_node - on_rank) * rank_s + (1 - on_node) * node_s)
+    homes = problem.load.trace is not None and problem.load.trace.source_rank_T is not None
+    if objective.dispatch == "allgather" or homes or objective.replica_split == "nearest":
+        return 0.0
+    live = int((problem.slots_R > 0).sum())
+    if objective.dispatch == "per_expert":
+        return T * top_k * max(costs.per_node_copy_s * (1 - 1 / nodes) / nodes, costs.per_rank_copy_s / live)
+    on_node = _groups_bound(problem, layer, nodes) if objective.dispatch == "per_node" else 1.0
+    node = T * on_node * (1 - 1 / nodes) / nodes * costs.per_node_copy_s
+    if nodes > 1:
+        return node
+    return T * _groups_bound(problem, layer, ranks) / ranks * costs.per_rank_copy_s
+
+
+def _bound(
+    quantity: str, values: NDArray[np.float64], bounds: NDArray[np.float64], mean: bool, argument: str
+) -> Bound:
+    bounds = np.minimum(bounds, values)  # never above the value found: rounding
+    value, bound = (float(x.mean() if mean else x.sum()) for x in (values, bounds))
+    return Bound(
+        quantity=quantity,
+        value=value,
+        bound=bound,
+        gap=value / bound - 1 if bound > 0 else 0.0 if value == 0 else 1e9,
+        argument=argument,
+        value_L=tuple(float(x) for x in values),
+        bound_L=tuple(float(x) for x in bounds),
+    )
+
+
+def bounds_of(
+    problem: PlanningProblem, result: PlanningResult, evaluation: Evaluation | None = None
+) -> tuple[Bound, ...]:
+    """Bounds on a plan's step time, its load, and its distinct nodes per token where those are planned for."""
+    plan, objective = result.placement, problem.objective
+    found = evaluation or evaluate(problem.load, plan, problem.costs, objective, problem.speed_R)
+    L, W = plan.num_layers, len(problem.load.windows)
+    loads = count_loads(problem.load.load_LE[None], plan)[0] / problem.speed_R
+    capacity = float(problem.speed_R[problem.slots_R > 0].sum())
+    load_value = loads.max(axis=1) / (problem.load.load_LE.sum(axis=1) / capacity)
+    load_floor = np.asarray([_token_load_bound(problem, l, float(load_value[l])) for l in range(L)])
+    answers = []
+    flow = transitions_of(problem.load) if objective.return_mode == "stay" else None
+    seconds_L = np.asarray([aggregate(found.time_WL[:, l], objective) for l in range(L)])
+    if result.status == "optimal" and result.optimal_for and len(problem.load.windows) == 1:
+        argument = f"{result.optimal_for}, within the load limit"
+        answers.append(_bound("step time, s", seconds_L, seconds_L, False, argument))
+    else:
+        floor_WL = np.zeros((W, L))
+        for l in range(L):
+            exchange = problem.costs.exchange_fixed_s + _exchange_bound(problem, plan, l, flow)
+            floor_WL[:, l] = [_expert_bound(problem, l, w) + exchange for w in range(W)]
+        floor_L = floor_WL.mean(axis=0)  # the mean over windows is never above their worst or their tail
+        total = aggregate(found.time_WL.sum(axis=1), objective)
+        argument = "expert time: mean, costliest copy and pigeonhole; exchange: " + (
+            "knapsack and singular values of the transitions, over plans no more unbalanced than this one"
+            if objective.return_mode == "stay"
+            else "eigenvalues of the co-activation matrix; the two added"
+        )
+        if objective.aggregate != "mean":
+            seconds_L = seconds_L * (total / seconds_L.sum())
+        answers.append(_bound("step time, s", seconds_L, floor_L, False, argument))
+    fold = " and copies as linear programmes" if (problem.slots_R == 2).all() else ""
+    argument = f"mean, costliest copy and pigeonhole{fold}"
+    answers.append(_bound("max/mean load", load_value, load_floor, True, argument))
+    counts = found.counts
+    if counts is not None and objective.return_mode == "return_home" and problem.num_nodes > 1:
+        nodes_L = counts.nodes_per_token_WL.mean(axis=0)
+        if W == 1:
+            floor = np.asarray([_groups_bound(problem, l, problem.num_nodes) for l in range(L)])
+            answers.append(
+                _bound("nodes per token", nodes_L, floor, True, "eigenvalues of the co-activation matrix")
+            )
+    return tuple(answers)

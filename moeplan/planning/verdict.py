@@ -1,0 +1,74 @@
+"""Will it pay? The gain on windows the plan was not made on, against what it costs to get there."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.plan import Migration, Verdict
+
+__all__ = ["judge"]
+
+_STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # two-sided, 1..10 degrees of freedom
+
+
+def judge(
+    baseline: str,
+    baseline_W: NDArray[np.float64],
+    planned_W: NDArray[np.float64],
+    best_possible_gain: float,
+    held_out: str,
+    is_held_out: bool,
+    migration: Migration | None,
+) -> Verdict:
+    """Set the expected gain, with its 95 % interval over windows, against the migration.
+
+    Args:
+        baseline: name of the placement compared with.
+        baseline_W, planned_W: seconds of a step in each held-out window under either.
+        best_possible_gain: part of the baseline's time that no placement can exceed (from the bound).
+        held_out: what the windows are, in words.
+        is_held_out: false where there was nothing to hold out; the plan is then not recommended on that evidence alone.
+        migration: from the current placement, None for a fresh start.
+    """
+    gain_W = 1.0 - planned_W / baseline_W
+    mean = float(gain_W.mean())
+    if len(gain_W) > 1:
+        t = _STUDENT_95[min(len(gain_W) - 1, len(_STUDENT_95)) - 1]
+        half = t * float(gain_W.std(ddof=1)) / len(gain_W) ** 0.5
+    else:
+        half = abs(mean)  # one window says nothing about the spread
+    low, high = mean - half, mean + half
+    migration_s = None if migration is None else migration.seconds
+    saved = mean / (1.0 - mean) if mean < 1 else np.inf  # seconds saved per second run under the plan
+    break_even = None
+    if migration_s is not None and saved > 0:
+        break_even = migration_s / float(saved)
+    if migration is not None and not migration.moves:
+        apply, reason = False, f"the {baseline} placement is already what was planned: nothing to move"
+    elif mean <= 0:
+        apply, reason = False, f"no gain over {baseline} is expected on {held_out}"
+    elif low <= 0 and len(gain_W) > 1:
+        apply, reason = False, f"the gain over {baseline} ({mean:.1%}) is not above its spread on {held_out}"
+    elif not is_held_out:
+        apply = False
+        reason = (
+            f"the gain over {baseline} ({mean:.1%}) was seen only on the data planned on; record token-level routing or"
+            " several windows to have it checked"
+        )
+    elif break_even is not None:
+        apply = True
+        reason = f"saves {mean:.1%} of a step over {baseline}; the migration has paid after {break_even:.2g} s of running"
+    else:
+        apply, reason = True, f"saves {mean:.1%} of a step over {baseline}"
+    return Verdict(
+        apply=apply,
+        reason=reason,
+        largest_possible_gain=max(best_possible_gain, 0.0),
+        expected_gain=mean,
+        expected_gain_low=low,
+        expected_gain_high=high,
+        held_out=held_out,
+        migration_s=migration_s,
+        break_even_s=break_even,
+    )
