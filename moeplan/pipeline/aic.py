@@ -22,7 +22,7 @@ from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
 
-__all__ = ["MAIN_MODELS", "MAIN_SYSTEMS", "import_aic", "read_system"]
+__all__ = ["MAIN_MODELS", "MAIN_SYSTEMS", "full_profile", "import_aic", "read_system"]
 
 MAIN_SYSTEMS = ("a100_sxm", "b200_sxm", "gb200", "h100_sxm", "h200_sxm")
 MAIN_MODELS = (
@@ -86,9 +86,7 @@ def _newest(files: Iterable[aic.AicFile]) -> list[aic.AicFile]:
         key = (file.framework, file.kind)
         numbers = [int("".join(filter(str.isdigit, part)) or 0) for part in file.version.split(".")]
         old = best.get(key)
-        if old is None or numbers > [
-            int("".join(filter(str.isdigit, p)) or 0) for p in old.version.split(".")
-        ]:
+        if old is None or numbers > [int("".join(filter(str.isdigit, p)) or 0) for p in old.version.split(".")]:
             best[key] = file
     return [*best.values(), *several]
 
@@ -97,9 +95,7 @@ def _subset(name: str, table: pa.Table, models: list[ModelSpec]) -> pa.Table:
     """Rows the main models need."""
 
     def member(column: str, values: Iterable[Any]) -> Any:
-        return pc.is_in(
-            table[column], value_set=pa.array(sorted(set(values)), type=table.schema.field(column).type)
-        )
+        return pc.is_in(table[column], value_set=pa.array(sorted(set(values)), type=table.schema.field(column).type))
 
     if name == "experts":
         keys = {(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models}
@@ -131,9 +127,7 @@ def _newest_per_shape(table: pa.Table, sources: dict[str, Source]) -> pa.Table:
     newest: dict[Any, list[int]] = {}
     for key, row in zip(keys, rows, strict=True):
         newest[key] = max(newest.get(key, []), _version_key(sources[row[-1]].version))
-    keep = [
-        newest[key] == _version_key(sources[row[-1]].version) for key, row in zip(keys, rows, strict=True)
-    ]
+    keep = [newest[key] == _version_key(sources[row[-1]].version) for key, row in zip(keys, rows, strict=True)]
     return table.filter(pa.array(keep))
 
 
@@ -160,9 +154,7 @@ def read_system(
             table, repeats = _merge_repeats(table)
             count["repeated"] += repeats
             marked = HardwareProfile(_bare(system), {name: table}).table(name)
-            marks = np.where(
-                mark_rows(name, marked) == "", "copied" if owner else "", mark_rows(name, marked)
-            )
+            marks = np.where(mark_rows(name, marked) == "", "copied" if owner else "", mark_rows(name, marked))
             count.update(mark for mark in marks.tolist() if mark)
             index = marked.column_names.index("mark")
             pieces.setdefault(name, []).append(marked.set_column(index, "mark", pa.array(marks, pa.string())))
@@ -187,6 +179,19 @@ def _machine(root: Path, system: str) -> dict[str, float | str]:
         "nic_bandwidth_bytes_per_s": float(node["inter_node_bw"]),
         "scale_up_bandwidth_bytes_per_s": float(node["intra_node_bw"]),
     }
+
+
+def full_profile(system: str) -> HardwareProfile:
+    """All public rows of one system, in memory.
+
+    Raises:
+        MissingExtraError: the package is not installed; UnknownNameError: no such system.
+    """
+    root = aic.systems_root()
+    name = aic.find_system(root, system)
+    tables, sources, rejected = read_system(root, name, {})
+    meta = _bare(name.replace("_", "-")).model_copy(update={"sources": sources, "rejected": rejected})
+    return HardwareProfile(meta, tables)
 
 
 def import_aic(

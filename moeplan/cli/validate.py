@@ -1,0 +1,62 @@
+"""``moeplan validate``: hold predictions against measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moeplan.cli.common import output_options, print_json, progress_bar
+
+__all__ = ["command"]
+
+
+@click.group("validate")
+def command() -> None:
+    """Hold predictions against measurements."""
+
+
+def _row(figure: dict[str, Any]) -> tuple[str, str, str, str]:
+    def percent(value: Any) -> str:
+        return f"{100 * value:.1f} %" if isinstance(value, float) else "-"
+
+    if "median" in figure:
+        found = f"{percent(figure['median'])}, p90 {percent(figure['p90'])}"
+        beside = f"plain line {percent(figure['plain_median'])}, {percent(figure['plain_p90'])}"
+        target = "2.0 %, p90 10.0 %"
+    else:
+        found, target = percent(figure["value"]), percent(figure["target"])
+        baselines = figure.get("baselines", {})
+        beside = ", ".join(f"{name.replace('_', ' ')} {percent(value)}" for name, value in baselines.items())
+    verdict = {True: "reached", False: "not reached", None: "beside"}[figure["reached"]]
+    return figure["figure"], found + (f"  ({beside})" if beside else ""), target, verdict
+
+
+@command.command("kernels")
+@click.option("--systems", default="", metavar="NAMES", help="Public tables to use, as in h100,h200 (extra: aic).")
+@click.option("--profile", default=None, metavar="DIR|NAME", help="Use a profile instead of the public tables.")
+@output_options
+def kernels(systems: str, profile: str | None, as_json: bool, quiet: bool) -> None:
+    """Held-out kernel times, skewed kernels from balanced ones, and exchanges as published.
+
+    \b
+    Example: moeplan validate kernels --systems h200 --json
+    """
+    from moeplan.pipeline.validation import validate_kernels
+
+    names = [name.strip() for name in systems.split(",") if name.strip()]
+    if names and profile:
+        raise click.UsageError("--systems and --profile exclude each other; give one")
+    with progress_bar(quiet) as report:
+        answer = validate_kernels(names or None, Path(profile) if profile else None, report)
+    if as_json:
+        print_json(answer)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table("figure", "error", "target", "", title="predicted against measured")
+    for figure in answer["figures"]:
+        grid.add_row(*_row(figure))
+    Console().print(grid)

@@ -1,0 +1,92 @@
+"""Seconds of attention on one rank: grouped-query (GQA) or multi-head latent (MLA), prefill or decode.
+
+The kernel moves the KV cache once and does ``4 B h d q c`` operations (half of them under the causal mask in
+prefill). Latent attention in decode works on the latent itself: ``2 B h c (2 r + p)`` operations over ``c (r + p)``
+stored numbers, with ``r`` the latent's rank and ``p`` its rotary part (DeepSeek-V2, section 2.1).
+
+``B`` sequences, ``q`` new tokens, ``c`` tokens of context, ``h`` heads, ``d`` head size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs import roofline
+from moeplan.costs.dense import DenseCosts
+from moeplan.costs.tables import Seconds, TableCosts
+from moeplan.specs.cluster import AcceleratorSpec
+from moeplan.specs.model import DTYPE_BYTES, AttentionSpec, Dtype
+
+__all__ = ["AttentionCosts"]
+
+Floats = NDArray[np.float64]
+
+
+class AttentionCosts:
+    """Attention of one layer with ``1 / tp`` of its heads on a rank, in one phase."""
+
+    def __init__(
+        self,
+        attention: AttentionSpec,
+        hidden: int,
+        accelerator: AcceleratorSpec,
+        decode: bool,
+        dense: DenseCosts,
+        kv_dtype: Dtype = "bf16",
+        profile: HardwareProfile | None = None,
+        tp: int = 1,
+    ) -> None:
+        self._spec, self._hidden, self._dense = attention, hidden, dense
+        self._decode, self._tp = decode, tp
+        heads, kv_heads = attention.num_heads / tp, max(1.0, attention.num_kv_heads / tp)
+        rank, rotary = attention.kv_lora_rank or 0, attention.qk_rope_head_dim or 0
+        query_dim = (attention.qk_nope_head_dim or attention.head_dim) + rotary
+        bandwidth = roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
+        stored = (rank + rotary) if attention.is_mla else 2 * kv_heads * attention.head_dim
+
+        def law(coords: Floats) -> Floats:
+            context, batch = coords.T
+            query = np.ones_like(context) if decode else context
+            if attention.is_mla and decode:
+                work = 2 * batch * heads * context * (2 * rank + rotary)
+            else:
+                work = 2 * batch * heads * query * context * (query_dim + attention.head_dim) / (1 if decode else 2)
+            moved = batch * context * stored * DTYPE_BYTES[kv_dtype] + 4 * batch * query * heads * query_dim
+            seconds: Floats = np.maximum(moved / bandwidth, work / accelerator.bf16)
+            return seconds
+
+        names = {
+            "kind": "mla" if attention.is_mla else "gqa",
+            "phase": "decode" if decode else "prefill",
+            "scope": "kernel",
+            "heads": int(heads),
+            "kv_heads": 1 if attention.is_mla else int(kv_heads),
+            "head_dim": attention.head_dim,
+            "window": 0,
+            "dtype": "bf16",
+            "kv_dtype": kv_dtype,
+            "direction": "forward",
+        }
+        self._kernel = TableCosts(profile, "attention", ("context_tokens", "batch"), names, law, accelerator.name)
+
+    def kernel(self, batch: float, context: float) -> Seconds:
+        """Attention alone over ``batch`` sequences; in prefill all ``context`` tokens are new."""
+        return self._kernel.seconds(context, batch)
+
+    def projections(self, tokens: float) -> Seconds:
+        """Products before and after the kernel for ``tokens`` new tokens."""
+        a, tp, hidden = self._spec, self._tp, self._hidden
+        if a.kv_lora_rank is None:
+            shapes: list[tuple[float, float]] = [((a.num_heads + 2 * a.num_kv_heads) * a.head_dim / tp, hidden)]
+        else:
+            nope, rope = a.qk_nope_head_dim or 0, a.qk_rope_head_dim or 0
+            query = a.num_heads * (nope + rope) / tp
+            shapes = [(a.q_lora_rank, hidden), (query, a.q_lora_rank)] if a.q_lora_rank else [(query, hidden)]
+            shapes += [(a.kv_lora_rank + rope, hidden)]
+            # Up-projection of the latent in prefill, its absorbed halves around the kernel in decode: one size.
+            shapes += [(a.num_heads * (nope + a.head_dim) / tp, a.kv_lora_rank)]
+        shapes += [(hidden, a.num_heads * a.head_dim / tp)]
+        widths, inner = np.array(shapes, float).T
+        return self._dense.product(tokens, widths, inner)

@@ -1,0 +1,114 @@
+"""Seconds of a step that no placement changes: attention, router, shared expert, norms, dense layers, head.
+
+``H`` hidden, ``b`` tokens per rank, ``L`` layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs.attention import AttentionCosts
+from moeplan.costs.collectives import CollectiveCosts
+from moeplan.costs.dense import DenseCosts
+from moeplan.costs.tables import Seconds
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.workload import Workload
+
+__all__ = ["FixedCosts", "fixed_costs"]
+
+
+@dataclass(frozen=True, slots=True)
+class FixedCosts:
+    """``layer_s``: attention, router, norms, permutation and host overhead of one MoE layer; ``shared_s``: its
+    shared experts; ``other_s``: dense layers, embedding and head of the whole step."""
+
+    layer_s: float
+    shared_s: float
+    other_s: float
+    relative_error: float
+    source: Mapping[str, str]
+    extrapolated: bool
+
+
+def fixed_costs(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    workload: Workload,
+    batch: int,
+    profile: HardwareProfile | None = None,
+    tp: int = 1,
+    cp: int = 1,
+    kv_dtype: Literal["bf16", "fp8"] = "bf16",
+    launches_per_layer: int = 0,
+) -> FixedCosts:
+    """Costs at ``batch`` tokens per rank; ``tp`` ranks share attention and dense parts, ``cp`` a prefill.
+
+    With tensor parallelism ``tp`` ranks work on their ``tp x batch`` tokens together, each on its share, and
+    all-reduce the result twice per layer.
+    """
+    device, hidden = cluster.accelerator, model.hidden_size
+    # Weights other than the experts' are held in 8 bits or more (see costs.memory).
+    dense = DenseCosts(
+        device, workload.weight_dtype if workload.weight_dtype not in ("int4", "fp4") else "bf16", profile
+    )
+    links = CollectiveCosts(cluster, profile)
+    tokens = batch * tp
+    decode = workload.phase == "decode"
+    parts: dict[str, list[Seconds]] = {"attention": [], "router, norms, permutation": [], "links": []}
+    if model.attention is not None:
+        attention = AttentionCosts(model.attention, hidden, device, decode, dense, kv_dtype, profile, tp)
+        if decode:
+            parts["attention"].append(attention.kernel(tokens, workload.context))
+        else:
+            # Sequences of `context` tokens, cut among cp ranks whose keys and values are gathered.
+            length = min(workload.context, tokens * cp)
+            kernel = attention.kernel(max(1.0, tokens * cp / length), length)
+            parts["attention"].append(
+                Seconds(kernel.value / cp, kernel.relative_error, kernel.source, kernel.extrapolated)
+            )
+            if cp > 1:
+                gathered = tokens * cp * model.attention.kv_elements_per_token * 2
+                parts["links"].append(links.seconds("all_gather", cp, gathered))
+        parts["attention"].append(attention.projections(tokens))
+    parts["router, norms, permutation"] += [
+        dense.product(tokens / tp, model.num_experts, hidden),
+        dense.passes(tokens / tp * hidden, 2 + 2 * model.top_k),
+    ]
+    if tp > 1:
+        reduced = links.seconds("all_reduce", tp, tokens * hidden * 2)
+        parts["links"].append(Seconds(2 * reduced.value, reduced.relative_error, reduced.source, reduced.extrapolated))
+    host = launches_per_layer * float((profile.meta.system.get("launch_latency_us", 0.0)) if profile else 0.0) * 1e-6
+    layer = sum(s.total for part in parts.values() for s in part) + host
+    shared: list[Seconds] = []
+    if model.shared_intermediate_size:
+        shared.append(dense.ffn(tokens, hidden, model.shared_intermediate_size / tp, model.gated_ffn))
+    others = [
+        dense.product(tokens if not decode else batch, model.vocab_size / tp, hidden),
+        dense.passes(batch * hidden),
+    ]
+    if not decode:  # the head sees each sequence's last token
+        others[0] = dense.product(max(1.0, tokens / workload.context), model.vocab_size / tp, hidden)
+    num_dense = model.num_layers - model.num_moe_layers
+    other = sum(s.total for s in others)
+    if num_dense and model.dense_intermediate_size:
+        block = dense.ffn(tokens, hidden, model.dense_intermediate_size / tp, model.gated_ffn)
+        router = sum(s.total for s in parts["router, norms, permutation"])
+        other += num_dense * (block.total + layer - router)
+        others.append(block)
+    every = [s for part in parts.values() for s in part] + shared + others
+    total = sum(s.total for s in every)
+    source = {name: "; ".join(sorted({s.source for s in part})) for name, part in parts.items() if part}
+    source |= {"shared experts": shared[0].source} if shared else {}
+    source |= {"attention": "not predicted: the model's attention is not known"} if model.attention is None else {}
+    return FixedCosts(
+        layer_s=layer,
+        shared_s=sum(s.total for s in shared),
+        other_s=other,
+        relative_error=sum(s.total * s.relative_error for s in every) / total if total else 0.0,
+        source=source,
+        extrapolated=any(s.extrapolated and s.total > 0.05 * total for s in every),
+    )

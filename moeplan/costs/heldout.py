@@ -1,0 +1,126 @@
+"""How well tables predict themselves: every 4th grid point held out, beside the plain log-log line.
+
+Rows are sorted by all names and then by size; each 4th of them is hidden, all rows alike, whatever they are
+predicted to be. Marked rows serve like the others here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from moeplan.costs.interpolation import GridInterpolator
+
+__all__ = ["AXES", "HeldOut", "hold_out"]
+
+Floats = NDArray[np.float64]
+
+# Numeric axes a table is interpolated over, its size first.
+AXES: dict[str, tuple[str, ...]] = {
+    "experts": ("tokens", "ep", "tp", "skew"),
+    "alltoall": ("tokens_per_rank", "sms", "top_k", "hidden", "nodes"),
+    "collectives": ("message_size_bytes", "ranks"),
+    "attention": ("context_tokens", "batch", "heads", "kv_heads"),
+    "gemm": ("m", "n", "k"),
+}
+# Columns that name a kernel on a type: tables of their own.
+_FAMILY: dict[str, tuple[str, ...]] = {
+    "experts": ("dtype",),
+    "alltoall": ("mode", "phase", "dtype"),
+    "collectives": ("op", "dtype"),
+    "attention": ("kind", "phase", "scope", "dtype", "kv_dtype"),
+    "gemm": ("dtype", "source"),
+}
+_NO_NAMES = {"latency_us", "spread", "mark", "rank_pairs", "active_experts", "rank_tokens", "vector", "query_tokens"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldOut:
+    """Relative errors of the held-out rows: ours, and the plain line's (nan where it has no two ends)."""
+
+    backend: NDArray[np.str_]
+    ours: Floats
+    plain: Floats
+    inside: NDArray[np.bool_]
+
+    def figures(self, backend: str | None = None) -> dict[str, float | int]:
+        """Count, coverage, median and 90th percentile of both; the comparison on points that both cover."""
+        mine = np.ones(len(self.ours), bool) if backend is None else self.backend == backend
+        ours, plain = np.abs(self.ours[mine]), np.abs(self.plain[mine])
+        both = np.isfinite(ours) & np.isfinite(plain)
+        known = ours[np.isfinite(ours)]
+        return {
+            "held_out": int(mine.sum()),
+            "coverage": float(self.inside[mine].mean()),
+            "median": _quantile(known, 0.5),
+            "p90": _quantile(known, 0.9),
+            "plain_coverage": float(np.isfinite(plain).mean()),
+            "plain_median": _quantile(plain[both], 0.5),
+            "plain_p90": _quantile(plain[both], 0.9),
+            "median_on_plain": _quantile(ours[both], 0.5),
+            "p90_on_plain": _quantile(ours[both], 0.9),
+        }
+
+
+def _quantile(values: Floats, part: float) -> float:
+    return float(np.quantile(values, part)) if len(values) else float("inf")
+
+
+def _codes(table: pa.Table, columns: list[str]) -> NDArray[np.int64]:
+    ids: NDArray[np.int64] = np.zeros(table.num_rows, np.int64)
+    for column in columns:
+        values = table[column].combine_chunks()
+        if pa.types.is_string(values.type):
+            values = values.dictionary_encode()
+        if pa.types.is_dictionary(values.type):
+            codes = values.indices.to_numpy().astype(np.int64)
+        else:
+            codes = np.unique(values.to_numpy(), return_inverse=True)[1]
+        ids = np.unique(ids * (codes.max(initial=0) + 1) + codes, return_inverse=True)[1]
+    return ids
+
+
+def _skew(table: pa.Table) -> Floats:
+    """Distributions as numbers: 1 balanced, then by exponent; eplb variants apart."""
+    names = table["distribution"].to_pylist()
+    order = {name: i + 1.0 for i, name in enumerate(sorted(set(names), key=_exponent))}
+    return np.array([order[name] for name in names])
+
+
+def _exponent(name: str) -> tuple[bool, float]:
+    parts = name.split("_")
+    numbers = [float(p) for p in parts if p.replace(".", "", 1).isdigit()]
+    return parts[-1] == "eplb", numbers[0] if numbers else 0.0
+
+
+def hold_out(name: str, table: pa.Table) -> HeldOut:
+    """Predict each 4th row of ``table`` from the others."""
+    axes = AXES[name]
+    coords = [_skew(table) if a == "skew" else table[a].to_numpy().astype(float) for a in axes]
+    coords_nA = np.maximum(np.stack(coords, 1), 0.5)
+    skip = {*axes, *_NO_NAMES} | ({"distribution"} if name == "experts" else set())
+    skip |= {"ranks"} if name == "alltoall" else set()
+    series = _codes(table, [c for c in table.column_names if c not in skip])
+    family = _codes(table, ["backend", "kernel", *_FAMILY[name]])
+    latency = table["latency_us"].to_numpy()
+    line_ids = _codes(table, [c for c in table.column_names if c not in {axes[0], *_NO_NAMES}])
+    order = np.lexsort((coords_nA[:, 0], line_ids))
+    hidden = np.zeros(len(latency), bool)
+    hidden[order[2::4]] = True
+    ours, plain = np.full(len(latency), np.nan), np.full(len(latency), np.nan)
+    inside = np.zeros(len(latency), bool)
+    for number in range(family.max(initial=-1) + 1):
+        train = np.flatnonzero((family == number) & ~hidden)
+        test = np.flatnonzero((family == number) & hidden)
+        test = test[np.isin(series[test], series[train])]
+        if not len(test):
+            continue
+        model = GridInterpolator(series[train], coords_nA[train], latency[train])
+        answer = model.predict(series[test], coords_nA[test])
+        ours[test], inside[test] = answer.latency_us / latency[test] - 1, answer.inside
+        plain[test] = model.plain(series[test], coords_nA[test]) / latency[test] - 1
+    backend = np.array(table["backend"].to_pylist())
+    return HeldOut(backend[hidden], ours[hidden], plain[hidden], inside[hidden])

@@ -1,0 +1,322 @@
+"""Seconds of a whole step under a placement: attention, dense parts, dispatch, experts, combine, head.
+
+:class:`StepModel` compiles measured tables at one operating point; :meth:`StepModel.step` then costs any placement
+under any load with a few array operations, and :meth:`StepModel.swap` the exchange of two slots of one layer.
+
+A layer's time by overlap mode, with ``a`` attention and dense parts, ``s`` shared expert, ``x`` exchange, ``e``
+experts of the busiest rank:
+
+- ``none``: a + s + x + e; ``shared_expert``: a + max(s, x) + e (the shared expert beside dispatch and combine);
+- ``two_batch``: two half batches, one computing while the other exchanges: max(2 (a + s + e)', 2 x') with the
+  halves' times; ``shortcut`` (ScMoE, arXiv 2404.05019): max(a + s, x + e).
+
+``L`` MoE layers, ``P`` slots, ``E`` experts, ``R`` ranks, ``N`` nodes, ``T`` tokens over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.placement import EMPTY, Placement
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs.exchange import ExchangeCosts, exchange_costs, touched
+from moeplan.costs.experts import ExpertCosts, expert_costs
+from moeplan.costs.fixed import FixedCosts, fixed_costs
+from moeplan.costs.memory import RankMemory, memory_report
+from moeplan.costs.roofline import token_bytes
+from moeplan.errors import InputError
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.workload import DispatchKind, Workload
+
+__all__ = ["Overlap", "StepCost", "StepModel", "Technique", "step"]
+
+Floats = NDArray[np.float64]
+Overlap = Literal["none", "shared_expert", "two_batch", "shortcut"]
+
+_BINS = 4096  # of the compiled expert curve, up to _REACH times the mean
+_REACH = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class Technique:
+    """How a step runs. ``tp`` splits attention and dense parts, ``expert_tp`` each expert, ``cp`` the sequence of a
+    prefill, ``pp`` the layers. ``launches_per_layer`` times the profile's launch latency is host overhead."""
+
+    dispatch: DispatchKind = "per_node"
+    overlap: Overlap = "none"
+    tp: int = 1
+    expert_tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    kv_dtype: Literal["bf16", "fp8"] = "bf16"
+    launches_per_layer: int = 0
+    backend: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepCost:
+    """What a step costs; seconds, bytes, and how sure.
+
+    ``layer_s_L`` MoE layers at their busiest rank; ``expert_s_LR`` experts by rank; ``exchange_s_L``;
+    ``node_bytes_LN`` into each node from others and ``rank_bytes_LR`` into each rank, dispatch and combine;
+    ``other_s`` dense layers, embedding and head; ``low_s`` and ``high_s`` bound ``total_s`` by the residuals.
+    """
+
+    total_s: float
+    low_s: float
+    high_s: float
+    layer_s_L: Floats
+    expert_s_LR: Floats
+    exchange_s_L: Floats
+    attention_s: float
+    shared_s: float
+    other_s: float
+    node_bytes_LN: Floats
+    rank_bytes_LR: Floats
+    memory: tuple[RankMemory, ...]
+    source: Mapping[str, str]
+    extrapolated: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Everything a layer needs at one batch size."""
+
+    tokens: int
+    experts: ExpertCosts
+    exchange: ExchangeCosts
+    fixed: FixedCosts
+    shared_rows_s: float
+    scale: float
+    curve: Floats
+
+    def slots_s(self, pairs: Floats) -> Floats:
+        """``w`` by table lookup with a line between its bins."""
+        at = np.minimum(pairs * self.scale, _BINS - 1.0)
+        low = at.astype(np.int32)
+        inner = self.curve[low] + (at - low) * (self.curve[low + 1] - self.curve[low])
+        beyond: Floats = inner * np.maximum(pairs * self.scale / (_BINS - 1.0), 1.0)
+        return beyond
+
+
+class StepModel:
+    """One model on one cluster at one operating point. See the module.
+
+    Raises:
+        InputError: the technique does not fit the cluster.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        cluster: ClusterSpec,
+        workload: Workload,
+        technique: Technique | None = None,
+        profile: HardwareProfile | None = None,
+    ) -> None:
+        self.model, self.cluster, self.workload = model, cluster, workload
+        self.technique = technique or Technique()
+        self.profile = profile
+        self.live = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
+        self.speed_R = np.array([cluster.rank(r).speed for r in range(cluster.num_ranks)])
+        for name in ("tp", "expert_tp", "cp", "pp"):
+            degree = getattr(self.technique, name)
+            if degree < 1 or cluster.num_ranks % degree:
+                raise InputError(
+                    f"technique.{name} ({degree}) does not divide the number of ranks ({cluster.num_ranks});"
+                    " choose a divisor"
+                )
+        self._slots_R = np.zeros(0, np.int64)
+        self._memory: tuple[RankMemory, ...] = ()
+        self._whole = self._part(1.0)
+        self._half = self._part(0.5) if self.technique.overlap == "two_batch" else self._whole
+
+    def _part(self, share: float) -> _Part:
+        model, cluster, work, how = self.model, self.cluster, self.workload, self.technique
+        ranks = int(self.live.sum())
+        batch = max(1, round(work.batch_per_rank * share))
+        tokens = batch * ranks
+        mean = tokens * model.top_k / model.num_experts
+        arriving = 1.0 if how.dispatch == "allgather" else touched(ranks, model.top_k) / ranks
+        experts = expert_costs(
+            model,
+            cluster.accelerator,
+            work.weight_dtype,
+            self.profile,
+            tp=how.expert_tp,
+            backend=how.backend,
+            mean_pairs=mean,
+            local_experts=model.num_experts / ranks,
+            arriving=arriving,
+        )
+        exchange = exchange_costs(model, cluster, how.dispatch, work.phase, work.activation_dtype, profile=self.profile)
+        fixed = fixed_costs(
+            model, cluster, work, batch, self.profile, how.tp, how.cp, how.kv_dtype, how.launches_per_layer
+        )
+        bins = np.arange(_BINS + 1) * (mean * _REACH / _BINS)
+        curve = experts.expected_s(bins)
+        scale = _BINS / (mean * _REACH)
+        return _Part(tokens, experts, exchange, fixed, experts.shared_s(mean * arriving), scale, curve)
+
+    # ------------------------------------------------------------------ one placement
+
+    def _pairs_LP(self, placement: Placement, load_LE: Floats, part: _Part) -> Floats:
+        """(token, expert) pairs per slot of one step."""
+        share = load_LE / load_LE.sum(1, keepdims=True) * (part.tokens * self.model.top_k)
+        slots = placement.physical_to_logical_LP
+        place = slots + np.arange(len(slots), dtype=np.int64)[:, None] * share.shape[1]
+        used = slots != EMPTY
+        if placement.share_LP is not None:
+            return np.where(used, share.ravel()[np.maximum(place, 0)] * placement.share_LP, 0.0)
+        copies = np.bincount(place.ravel() if used.all() else place[used], minlength=share.size)
+        each = share.ravel() / np.maximum(copies, 1)
+        return each[place] if used.all() else np.where(used, each[np.maximum(place, 0)], 0.0)
+
+    def _arrivals(self, pairs_LR: Floats, part: _Part) -> tuple[Floats, Floats]:
+        """Copies ``[L, N]`` into nodes from others and ``[L, R]`` into ranks, homes spread evenly.
+
+        Copies to one place merge as the dispatch kind says; choices are taken as independent: a token with K of
+        them touches a place that gets the part p of all with chance 1 - (1 - p)^K.
+        """
+        tokens, top_k, how = part.tokens, self.model.top_k, self.technique.dispatch
+        nodes = self.cluster.num_nodes
+        pairs_LN = pairs_LR.reshape(len(pairs_LR), nodes, -1).sum(2)
+        if how == "allgather":
+            away = 1 - 1 / nodes
+            return np.full(pairs_LN.shape, tokens * away), np.full(pairs_LR.shape, float(tokens))
+        whole = tokens * top_k
+
+        def merged(pairs: Floats) -> Floats:
+            touches: Floats = tokens * -np.expm1(top_k * np.log1p(-np.minimum(pairs / whole, 1 - 1e-12)))
+            return touches
+
+        rank = pairs_LR if how == "per_expert" else merged(pairs_LR)
+        by_rank = rank.reshape(pairs_LN.shape[0], nodes, -1)
+        node = merged(pairs_LN) if how == "per_node" else by_rank.sum(2)
+        return node * (1 - 1 / nodes), rank * (1 - 1 / max(1, self.live.sum()))
+
+    def _layers(
+        self, placement: Placement, load_LE: Floats, part: _Part, arrivals: tuple[Floats, Floats] | None
+    ) -> tuple[Floats, Floats, Floats, Floats]:
+        """(expert seconds LR, exchange seconds L, node copies LN, rank copies LR)."""
+        pairs_LP = self._pairs_LP(placement, load_LE, part)
+        starts = np.searchsorted(placement.rank_of_slot_P, np.arange(self.cluster.num_ranks))
+        used = np.append(np.diff(starts), placement.num_slots - starts[-1]) > 0
+        sums = np.zeros((2, len(pairs_LP), self.cluster.num_ranks))
+        sums[0][:, used] = np.add.reduceat(part.slots_s(pairs_LP), starts[used], axis=1)
+        sums[1][:, used] = np.add.reduceat(pairs_LP, starts[used], axis=1)
+        expert = (sums[0] + part.shared_rows_s * used) / self.speed_R
+        node, rank = self._arrivals(sums[1], part) if arrivals is None else arrivals
+        per_rank = part.tokens / self.live.sum()
+        exchange = part.exchange.time_s(
+            per_rank,
+            node.max(1) * self.cluster.num_nodes / part.tokens,
+            rank.max(1) * self.live.sum() / part.tokens,
+        )
+        return expert, np.asarray(exchange, float), node, rank
+
+    def step(self, placement: Placement, load_LE: Floats, arrivals: tuple[Floats, Floats] | None = None) -> StepCost:
+        """Cost ``placement`` under ``load_LE`` (any scale). ``arrivals``: true copies ``[L, N]`` into nodes from
+        others and ``[L, R]`` into ranks of one step, where they were counted on a trace.
+
+        Raises:
+            InputError: placement, load and cluster do not fit each other.
+        """
+        L, R = load_LE.shape[0], self.cluster.num_ranks
+        if placement.num_ranks != R or placement.num_layers != L or load_LE.shape[1] != placement.num_experts:
+            raise InputError(
+                f"placement ({placement.num_layers} layers, {placement.num_experts} experts, {placement.num_ranks}"
+                f" ranks) and load {load_LE.shape} on cluster.num_ranks ({R}) are not of one model and cluster"
+            )
+        whole = self._whole
+        expert, exchange, node, rank = self._layers(placement, load_LE, whole, arrivals)
+        fixed = whole.fixed
+        if self.technique.overlap == "two_batch":
+            shrunk = None if arrivals is None else (arrivals[0] / 2, arrivals[1] / 2)
+            half_expert, half_exchange, _, _ = self._layers(placement, load_LE, self._half, shrunk)
+            compute = self._half.fixed.layer_s + self._half.fixed.shared_s + half_expert.max(1)
+            layer = 2 * np.maximum(compute, half_exchange)
+        else:
+            layer = combine(self.technique.overlap, fixed.layer_s, fixed.shared_s, exchange, expert.max(1))
+        total = float(layer.sum()) + fixed.other_s
+        wire = token_bytes(self.model.hidden_size, self.workload.activation_dtype)
+        wire += token_bytes(self.model.hidden_size, "bf16")
+        slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
+        parts = {
+            "experts": (float(expert.max(1).sum()), whole.experts.relative_error, whole.experts.extrapolated),
+            "exchange": (float(exchange.sum()), slower.relative_error, slower.extrapolated),
+            "attention and dense parts": (
+                fixed.layer_s * L + fixed.shared_s * L + fixed.other_s,
+                fixed.relative_error,
+                fixed.extrapolated,
+            ),
+        }
+        everything = sum(seconds for seconds, _, _ in parts.values())
+        error = sum(seconds * part_error for seconds, part_error, _ in parts.values()) / everything
+        slots_R = np.bincount(placement.rank_of_slot_P, minlength=R)
+        if not np.array_equal(slots_R, self._slots_R):
+            report = memory_report(self.model, self.cluster, self.workload, slots_R, self.technique.tp)
+            self._slots_R, self._memory = slots_R, tuple(report)
+        source = {"experts": whole.experts.source, "exchange inside a node": whole.exchange.inside.source}
+        if whole.exchange.between is not None:
+            source["exchange between nodes"] = whole.exchange.between.source
+        return StepCost(
+            total_s=total,
+            low_s=total / (1 + error),
+            high_s=total * (1 + error),
+            layer_s_L=layer,
+            expert_s_LR=expert,
+            exchange_s_L=exchange,
+            attention_s=fixed.layer_s,
+            shared_s=fixed.shared_s,
+            other_s=fixed.other_s,
+            node_bytes_LN=node * wire,
+            rank_bytes_LR=rank * wire,
+            memory=self._memory,
+            source=source | dict(fixed.source),
+            extrapolated=tuple(name for name, (_, _, beyond) in parts.items() if beyond),
+        )
+
+    # ------------------------------------------------------------------ incremental
+
+    def swap(self, expert_s_R: Floats, rank_of_slot_P: NDArray[np.int32], pairs_P: Floats, a: int, b: int) -> Floats:
+        """Expert seconds by rank after slots ``a`` and ``b`` of one layer change places, from those before."""
+        ranks = rank_of_slot_P[[a, b]]
+        seconds = self._whole.slots_s(pairs_P[[a, b]])
+        after = expert_s_R.copy()
+        moved = seconds[1] - seconds[0]
+        after[ranks[0]] += moved / self.speed_R[ranks[0]]
+        after[ranks[1]] -= moved / self.speed_R[ranks[1]]
+        return after
+
+    def pairs_LP(self, placement: Placement, load_LE: Floats) -> Floats:
+        """(token, expert) pairs per slot in one step; 0 in empty slots."""
+        return self._pairs_LP(placement, load_LE, self._whole)
+
+
+def combine(overlap: Overlap, attention_s: float, shared_s: float, exchange_L: Floats, expert_L: Floats) -> Floats:
+    """A layer's seconds from its parts; see the module for the modes (``two_batch`` needs the halves' times)."""
+    if overlap == "shared_expert":
+        return attention_s + np.maximum(shared_s, exchange_L) + expert_L
+    if overlap == "shortcut":
+        return np.maximum(attention_s + shared_s, exchange_L + expert_L)
+    return attention_s + shared_s + exchange_L + expert_L
+
+
+def step(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    profile: HardwareProfile | None,
+    placement: Placement,
+    load_LE: Floats,
+    workload: Workload,
+    technique: Technique | None = None,
+) -> StepCost:
+    """One step, compiled and costed; use :class:`StepModel` for many placements at one operating point."""
+    return StepModel(model, cluster, workload, technique, profile).step(placement, load_LE)

@@ -1,0 +1,84 @@
+"""A measured table as a function of numbers: seconds inside it, extended by the roofline outside, saying which.
+
+``q`` queries, ``A`` axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs import roofline
+from moeplan.costs.interpolation import GridInterpolator
+
+__all__ = ["Seconds", "TableCosts"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """One or more times with what nine of ten measurements miss by, and where they are from."""
+
+    value: Floats
+    relative_error: float
+    source: str
+    extrapolated: bool
+
+    @property
+    def total(self) -> float:
+        """All of them together."""
+        return float(self.value.sum())
+
+
+class TableCosts:
+    """Rows of one table that equal ``names``, over numeric ``axes`` (the size first).
+
+    Of several kernels the one with most rows serves. ``law`` gives roofline seconds at ``[q, A]`` coordinates:
+    it stands in where there are no rows, and extends the table beyond its measured values in proportion.
+    """
+
+    def __init__(
+        self,
+        profile: HardwareProfile | None,
+        table: str,
+        axes: tuple[str, ...],
+        names: dict[str, Any],
+        law: Callable[[Floats], Floats],
+        device: str,
+    ) -> None:
+        self._law, self._sheet = law, f"roofline of {device}"
+        self._model: GridInterpolator | None = None
+        rows = profile.select(table, **names) if profile is not None else None
+        if rows is None or not rows.num_rows:
+            return
+        kernels = [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
+        values, counts = np.unique(np.array(kernels), return_counts=True)
+        self._source = str(values[counts.argmax()])
+        mine = np.array(kernels) == self._source
+        coords = np.stack([rows[axis].to_numpy()[mine].astype(float) for axis in axes], 1)
+        self._low, self._high = coords.min(0), coords.max(0)
+        self._model = GridInterpolator(np.zeros(len(coords), np.int64), coords, rows["latency_us"].to_numpy()[mine])
+
+    def seconds(self, *coords: Any) -> Seconds:
+        """Seconds at coordinates (numbers or arrays of one shape), one argument per axis."""
+        at = np.stack(np.broadcast_arrays(*(np.atleast_1d(np.asarray(c, float)) for c in coords)), -1)
+        flat = at.reshape(-1, at.shape[-1])
+        if self._model is None:
+            value = self._law(flat)
+            return Seconds(value.reshape(at.shape[:-1]), roofline.RELATIVE_ERROR, self._sheet, True)
+        near = np.clip(flat, self._low, self._high)
+        answer = self._model.predict(np.zeros(len(flat), np.int64), near)
+        stretch = self._law(flat) / self._law(near)
+        outside = bool((np.abs(flat - near) > 1e-9 * near).any() or not answer.inside.all())
+        source = f"{'measured' if answer.measured.all() and not outside else 'interpolated'}: {self._source}"
+        error = self._model.relative_error
+        if outside:
+            source, error = source.replace("interpolated", "extrapolated"), max(error, roofline.RELATIVE_ERROR)
+        value = np.where(np.isfinite(answer.latency_us), answer.latency_us * 1e-6 * stretch, self._law(flat))
+        return Seconds(value.reshape(at.shape[:-1]), error, source, outside)
