@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
@@ -190,7 +191,13 @@ def optimize(
     Raises:
         InputError: an input is wrong. InfeasibleError: no placement satisfies the limits.
     """
-    job = _prepare(scenario, windows, domain)
+    # Layers run side by side on all cores; a numeric library's own threads under them only get in each other's way.
+    with threadpool_limits(1):
+        return _optimize(_prepare(scenario, windows, domain), windows, progress)
+
+
+def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
+    scenario = job.scenario
     planner = load_plugin("planners", scenario.planner)
     problem = job.problem(job.load, progress)
     result: PlanningResult = planner(problem)

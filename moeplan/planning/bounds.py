@@ -12,6 +12,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
@@ -104,7 +107,7 @@ def pairs_bound(together_EE: NDArray[np.float64], groups: int, size: int) -> flo
         return float(total), gradient
 
     start = -together_EE.sum(axis=1) / groups
-    steps = 60 if experts <= 128 else 12
+    steps = 20 if experts <= 128 else 12
     found = minimize(value, start, jac=True, method="L-BFGS-B", options={"maxiter": steps})
     return float(min(value(found.x)[0], together_EE.sum())) / 2
 
@@ -173,9 +176,9 @@ def _knapsacks(flow_EE: NDArray[np.float64], load_E: NDArray[np.float64], size: 
 
 
 def _exchange_bound(
-    problem: PlanningProblem, plan: Placement, layer: int, flow: NDArray[np.float64] | None
+    problem: PlanningProblem, plan: Placement, layer: int, flow: NDArray[np.float64] | None, groups: float
 ) -> float:
-    """Bound on a layer's exchange seconds beyond the fixed part."""
+    """Bound on a layer's exchange seconds beyond the fixed part; ``groups`` bounds what a token touches."""
     costs, objective = problem.costs, problem.objective
     T, top_k, nodes, ranks = (
         costs.tokens_per_step,
@@ -203,11 +206,11 @@ def _exchange_bound(
     live = int((problem.slots_R > 0).sum())
     if objective.dispatch == "per_expert":
         return T * top_k * max(costs.per_node_copy_s * (1 - 1 / nodes) / nodes, costs.per_rank_copy_s / live)
-    on_node = _groups_bound(problem, layer, nodes) if objective.dispatch == "per_node" else 1.0
+    on_node = groups if objective.dispatch == "per_node" else 1.0
     node = T * on_node * (1 - 1 / nodes) / nodes * costs.per_node_copy_s
     if nodes > 1:
         return node
-    return T * _groups_bound(problem, layer, ranks) / ranks * costs.per_rank_copy_s
+    return T * groups / ranks * costs.per_rank_copy_s
 
 
 def _bound(
@@ -238,6 +241,11 @@ def bounds_of(
     load_value = loads.max(axis=1) / (problem.load.load_LE.sum(axis=1) / capacity)
     load_floor = np.asarray([_token_load_bound(problem, l, float(load_value[l])) for l in range(L)])
     answers = []
+    groups_L = np.ones(L)
+    if objective.return_mode == "return_home":
+        parts = problem.num_nodes if problem.num_nodes > 1 else problem.num_ranks
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            groups_L = np.asarray(list(pool.map(lambda l: _groups_bound(problem, l, parts), range(L))))
     flow = transitions_of(problem.load) if objective.return_mode == "stay" else None
     seconds_L = np.asarray([aggregate(found.time_WL[:, l], objective) for l in range(L)])
     if result.status == "optimal" and result.optimal_for and len(problem.load.windows) == 1:
@@ -246,7 +254,7 @@ def bounds_of(
     else:
         floor_WL = np.zeros((W, L))
         for l in range(L):
-            exchange = problem.costs.exchange_fixed_s + _exchange_bound(problem, plan, l, flow)
+            exchange = problem.costs.exchange_fixed_s + _exchange_bound(problem, plan, l, flow, groups_L[l])
             floor_WL[:, l] = [_expert_bound(problem, l, w) + exchange for w in range(W)]
         floor_L = floor_WL.mean(axis=0)  # the mean over windows is never above their worst or their tail
         total = aggregate(found.time_WL.sum(axis=1), objective)
