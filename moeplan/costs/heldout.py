@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moeplan.costs.interpolation import GridInterpolator
 
-__all__ = ["AXES", "HeldOut", "hold_out"]
+__all__ = ["AXES", "PARTS", "HeldOut", "hold_out"]
 
 Floats = NDArray[np.float64]
 
@@ -34,21 +34,27 @@ _FAMILY: dict[str, tuple[str, ...]] = {
     "attention": ("kind", "phase", "scope", "dtype", "kv_dtype"),
     "gemm": ("dtype", "source"),
 }
-_NO_NAMES = {"latency_us", "spread", "mark", "rank_pairs", "active_experts", "rank_tokens", "vector", "query_tokens"}
+PARTS = {"experts": "distribution", "alltoall": "mode", "collectives": "op", "attention": "phase", "gemm": "dtype"}
+_NO_NAMES = {"mark", "samples", "rank_pairs", "active_experts", "rank_tokens", "vector", "query_tokens"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldOut:
-    """Relative errors of the held-out rows: ours, and the plain line's (nan where it has no two ends)."""
+    """Relative errors of the held-out rows: ours, and the plain line's (nan where it has no two ends).
+
+    ``part`` is what :data:`PARTS` names: distribution, mode, operation, phase or type.
+    """
 
     backend: NDArray[np.str_]
+    part: NDArray[np.str_]
     ours: Floats
     plain: Floats
     inside: NDArray[np.bool_]
 
-    def figures(self, backend: str | None = None) -> dict[str, float | int]:
+    def figures(self, backend: str | None = None, part: str | None = None) -> dict[str, float | int]:
         """Count, coverage, median and 90th percentile of both; the comparison on points that both cover."""
         mine = np.ones(len(self.ours), bool) if backend is None else self.backend == backend
+        mine &= True if part is None else self.part == part
         ours, plain = np.abs(self.ours[mine]), np.abs(self.plain[mine])
         both = np.isfinite(ours) & np.isfinite(plain)
         known = ours[np.isfinite(ours)]
@@ -101,12 +107,13 @@ def hold_out(name: str, table: pa.Table) -> HeldOut:
     axes = AXES[name]
     coords = [_skew(table) if a == "skew" else table[a].to_numpy().astype(float) for a in axes]
     coords_nA = np.maximum(np.stack(coords, 1), 0.5)
-    skip = {*axes, *_NO_NAMES} | ({"distribution"} if name == "experts" else set())
+    numbers = {c for c in table.column_names if pa.types.is_floating(table[c].type)}
+    skip = {*axes, *_NO_NAMES, *numbers} | ({"distribution"} if name == "experts" else set())
     skip |= {"ranks"} if name == "alltoall" else set()
     series = _codes(table, [c for c in table.column_names if c not in skip])
     family = _codes(table, ["backend", "kernel", *_FAMILY[name]])
     latency = table["latency_us"].to_numpy()
-    line_ids = _codes(table, [c for c in table.column_names if c not in {axes[0], *_NO_NAMES}])
+    line_ids = _codes(table, [c for c in table.column_names if c not in {axes[0], *_NO_NAMES, *numbers}])
     order = np.lexsort((coords_nA[:, 0], line_ids))
     hidden = np.zeros(len(latency), bool)
     hidden[order[2::4]] = True
@@ -123,4 +130,5 @@ def hold_out(name: str, table: pa.Table) -> HeldOut:
         ours[test], inside[test] = answer.latency_us / latency[test] - 1, answer.inside
         plain[test] = model.plain(series[test], coords_nA[test]) / latency[test] - 1
     backend = np.array(table["backend"].to_pylist())
-    return HeldOut(backend[hidden], ours[hidden], plain[hidden], inside[hidden])
+    part = np.array(table[PARTS[name]].to_pylist())
+    return HeldOut(backend[hidden], part[hidden], ours[hidden], plain[hidden], inside[hidden])

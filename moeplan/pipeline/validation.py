@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.costs.experts import ExpertCosts, fit_experts
-from moeplan.costs.heldout import AXES, hold_out
+from moeplan.costs.heldout import AXES, PARTS, hold_out
 from moeplan.costs.interpolation import line
 from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, skewed_over_balanced
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
@@ -53,6 +53,7 @@ def _held_out(profile: HardwareProfile, name: str) -> dict[str, Any]:
         "target": {"median": _MEDIAN, "p90": _P90, "not worse than the plain line": True},
         "reached": bool(reached),
         "backends": {str(b): answer.figures(str(b)) for b in np.unique(answer.backend)},
+        PARTS[name]: {str(p): answer.figures(part=str(p)) for p in np.unique(answer.part)},
     }
 
 
@@ -205,19 +206,20 @@ def validate_kernels(
     Raises:
         MissingExtraError: no profile is given and the public tables are not installed.
     """
+    read: Callable[[str], HardwareProfile]
     if profile is not None:
-        opened = load_profile(profile)
-        names, read = [opened.meta.name], {opened.meta.name: lambda: opened}
+        names, read = [str(profile)], load_profile
+        command = f"moeplan validate kernels --profile {profile}"
     else:
-        chosen = systems or list(MAIN_SYSTEMS)
-        names, read = chosen, {name: (lambda name=name: full_profile(name)) for name in chosen}
+        names, read = systems or list(MAIN_SYSTEMS), full_profile
+        command = f"moeplan validate kernels --systems {','.join(names)}"
     figures: list[dict[str, Any]] = []
     skew: list[dict[str, Any]] = []
     inputs = []
     deepep: list[dict[str, Any]] = []
     for number, name in enumerate(names):
         progress("validate", number / len(names))
-        one = read[name]()
+        one = read(name)
         inputs.append({"profile": one.meta.name, "rows": {t: one.table(t).num_rows for t in one.table_names}})
         figures += [_held_out(one, table) for table in AXES if table in one.table_names and table in _TABLES]
         rows = _skew_rows(one) if "experts" in one.table_names else []
@@ -241,6 +243,8 @@ def validate_kernels(
     progress("validate", 1.0)
     scored = [figure for figure in figures if figure["reached"] is not None]
     return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": command,
         "inputs": inputs,
         "figures": figures,
         "detail": detail,

@@ -1,0 +1,127 @@
+"""Exchange: tables of known fixed part and bandwidth, and copies counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
+from moeplan.costs.exchange import balanced_copies, exchange_costs, mode_of
+from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
+from moeplan.specs.model import ModelSpec
+
+META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
+GPU = AcceleratorSpec.model_validate(
+    {
+        "name": "toy",
+        "memory": "80 GB",
+        "memory_bandwidth": "1000 GB/s",
+        "bf16": "100 TFLOPS",
+        "scale_up_bandwidth": "400 GB/s",
+        "scale_up_domain": 8,
+        "nic_bandwidth": "50 GB/s",
+    }
+)
+MODEL = ModelSpec(
+    name="toy",
+    num_layers=1,
+    moe_layer_ids=(0,),
+    hidden_size=1024,
+    num_experts=64,
+    top_k=4,
+    expert_intermediate_size=32,
+    vocab_size=10,
+)
+
+
+def cluster(nodes: int) -> ClusterSpec:
+    return ClusterSpec.model_validate({"accelerator": GPU, "num_nodes": nodes, "ranks_per_node": 8})
+
+
+def profile(nodes: list[int], mode: str = "normal", hidden: int = 1024) -> HardwareProfile:
+    """Dispatch takes nodes x (10 us + 0.1 us a token), combine twice that."""
+    rows = [
+        {
+            "mode": mode,
+            "phase": phase,
+            "nodes": n,
+            "ranks": 8 * n,
+            "hidden": hidden,
+            "top_k": 4,
+            "num_experts": 64,
+            "dtype": dtype,
+            "tokens_per_rank": tokens,
+            "backend": "b",
+            "kernel": "k",
+            "source": "s",
+            "latency_us": factor * n * (10 + 0.1 * tokens),
+        }
+        for n in nodes
+        for phase, dtype, factor in (("dispatch", "fp8", 1), ("combine", "bf16", 2))
+        for tokens in (1, 4, 16, 64, 256, 1024, 4096)
+    ]
+    return HardwareProfile(META, {"alltoall": pa.Table.from_pylist(rows)})
+
+
+def test_even_choices_touch_as_many_places_as_sampling_says() -> None:
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, 16, (40000, 4))  # ranks; 4 to a node
+    home = rng.integers(0, 16, 40000)
+    pairs = (picks // 4 != home[:, None] // 4).sum(1).mean()
+    distinct_nodes = np.array([len({*row}) for row in (picks // 4).tolist()])
+    own = (picks // 4 == home[:, None] // 4).any(1)
+    nodes, ranks = balanced_copies("per_node", 4, 16, 4)
+    assert nodes == pytest.approx((distinct_nodes - own).mean(), rel=0.01)
+    assert balanced_copies("per_expert", 4, 16, 4) == (pytest.approx(pairs, rel=0.01), pytest.approx(4 * 15 / 16))
+    distinct_ranks = np.array([len({*row}) for row in picks.tolist()]) - (picks == home[:, None]).any(1)
+    assert ranks == pytest.approx(distinct_ranks.mean(), rel=0.01)
+
+
+def test_the_mode_follows_dispatch_and_phase() -> None:
+    assert mode_of("per_expert", "decode") == "low_latency"
+    assert mode_of("per_expert", "prefill") == "normal"
+    assert mode_of("per_node", "decode") == "normal"
+    assert mode_of("per_rank", "prefill") == "nvlink"
+
+
+def test_measured_times_are_answered_and_skew_scales_what_is_not_fixed() -> None:
+    costs = exchange_costs(MODEL, cluster(2), "per_node", "prefill", "fp8", profile=profile([1, 2]))
+    between = costs.between
+    assert between is not None
+    assert between.source.startswith("measured: s (k)")
+    assert between.fixed_s == pytest.approx(60e-6, rel=1e-6)
+    assert between.balanced_s(256) == pytest.approx((60 + 0.6 * 256) * 1e-6)
+    assert between.balanced_s(8192) == pytest.approx((60 + 0.6 * 8192) * 1e-6)
+    nodes, ranks = balanced_copies("per_node", 4, 16, 2)
+    even = costs.time_s(4096, nodes, ranks)
+    assert even == pytest.approx((60 + 0.6 * 4096) * 1e-6)
+    # t0 + alpha (T - t0) with twice the copies into the busiest node
+    assert costs.time_s(4096, 2 * nodes, ranks) == pytest.approx((60 + 2 * 0.6 * 4096) * 1e-6)
+    # and the path inside the node rules when its ranks are the busy ones
+    _, local = balanced_copies("per_node", 4, 8, 1)
+    assert costs.time_s(4096, 0.0, 10 * local) == pytest.approx((30 + 10 * 0.3 * 4096) * 1e-6)
+
+
+def test_a_wider_token_or_type_costs_its_bytes() -> None:
+    costs = exchange_costs(MODEL, cluster(1), "per_node", "prefill", "bf16", profile=profile([1], hidden=512))
+    assert costs.between is None
+    assert costs.inside.extrapolated
+    dispatch = 0.1 * 2 * 2 / (1 + 4 / 128)
+    assert costs.inside.balanced_s(1024) == pytest.approx((30 + (dispatch + 0.4) * 1024) * 1e-6)
+
+
+def test_other_node_counts_come_from_the_nearest() -> None:
+    costs = exchange_costs(MODEL, cluster(3), "per_node", "prefill", "fp8", profile=profile([1, 2]))
+    assert costs.between is not None
+    assert costs.between.extrapolated
+    assert "16 ranks" in costs.between.source
+    assert costs.between.relative_error > costs.inside.relative_error
+
+
+def test_without_a_table_bytes_go_over_the_links() -> None:
+    costs = exchange_costs(MODEL, cluster(2), "per_node", "prefill", "bf16", profile=profile([1, 2], "low_latency"))
+    assert costs.between is not None
+    assert costs.between.source == "roofline of toy"
+    nodes, _ = balanced_copies("per_node", 4, 16, 2)
+    assert costs.between.balanced_s(1000) == pytest.approx(16e-6 + 1000 * nodes * 4096 / 50e9)

@@ -1,0 +1,164 @@
+"""Experts: a kernel of known g and w must be found again, and skew costed by its vector."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
+from moeplan.costs.experts import ExpertCosts, expert_costs, fit_experts
+from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, skewed_over_balanced
+from moeplan.specs.cluster import AcceleratorSpec
+from moeplan.specs.model import ModelSpec
+
+META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
+GPU = AcceleratorSpec.model_validate(
+    {
+        "name": "toy",
+        "memory": "80 GB",
+        "memory_bandwidth": "1000 GB/s",
+        "bf16": "100 TFLOPS",
+        "scale_up_bandwidth": "400 GB/s",
+        "scale_up_domain": 8,
+        "nic_bandwidth": "50 GB/s",
+    }
+)
+MODEL = ModelSpec(
+    name="toy",
+    num_layers=1,
+    moe_layer_ids=(0,),
+    hidden_size=64,
+    num_experts=64,
+    top_k=4,
+    expert_intermediate_size=32,
+    vocab_size=10,
+)
+EXPERTS, TOP_K = 64, 4
+
+
+def truth_s(pairs: np.ndarray, tokens: float) -> np.ndarray:
+    """One expert: 5 us to read, then 0.1 us per token; 20 us and 2 ns per token of the group shared."""
+    each = np.where(pairs > 0, np.maximum(5e-6, 0.1e-6 * pairs), 0)
+    return 20e-6 + 2e-9 * tokens + each.sum(-1)
+
+
+def rows(inter: int = 32, scale: float = 1.0) -> list[dict[str, object]]:
+    answer = []
+    for ep in (2, 4, 8, 16):
+        for tokens in (16, 64, 256, 512, 1024, 4096, 16384):
+            local = EXPERTS // ep
+            pairs = np.full(local, tokens * TOP_K / EXPERTS)
+            answer.append(
+                {
+                    "hidden": 64,
+                    "inter": inter,
+                    "num_experts": EXPERTS,
+                    "top_k": TOP_K,
+                    "ep": ep,
+                    "tp": 1,
+                    "dtype": "bf16",
+                    "distribution": "balanced",
+                    "tokens": tokens,
+                    "rank_pairs": tokens * TOP_K // ep,
+                    "active_experts": local,
+                    "backend": "b",
+                    "kernel": "k",
+                    "source": "s",
+                    "latency_us": float(truth_s(pairs, tokens)) * 1e6 * scale,
+                }
+            )
+    return answer
+
+
+def profile(**changes: object) -> HardwareProfile:
+    return HardwareProfile(META, {"experts": pa.Table.from_pylist(rows(**changes))})  # type: ignore[arg-type]
+
+
+def test_balanced_rows_give_both_parts_back() -> None:
+    costs = expert_costs(MODEL, GPU, "bf16", profile())
+    assert costs.source.startswith("measured: s (k)")
+    assert not costs.extrapolated
+    assert costs.relative_error < 0.01
+    for pairs, expected in ((1, 5e-6), (16, 5e-6), (256, 25.6e-6), (4096, 409.6e-6)):
+        assert costs.one_expert_s(pairs) == pytest.approx(expected, rel=0.02)
+    assert costs.one_expert_s(0) == 0
+    assert costs.shared_s(64) == pytest.approx(20e-6 + 2e-9 * 1024, rel=0.02)
+
+
+def test_a_skewed_vector_is_costed_by_its_entries_not_its_sum() -> None:
+    costs = expert_costs(MODEL, GPU, "bf16", profile())
+    vector = np.array([1000.0, 0, 0, 2, 300, 1, 0, 700])
+    assert costs.rank_s(vector, 256.0) == pytest.approx(float(truth_s(vector, 4096)), rel=0.02)
+    spread = np.full(8, vector.sum() / 8)
+    assert costs.rank_s(spread, 256.0) == pytest.approx(float(truth_s(spread, 4096)), rel=0.02)
+
+
+def test_few_expected_tokens_cost_the_chance_of_a_weight_read() -> None:
+    costs = expert_costs(MODEL, GPU, "bf16", profile())
+    # One token in four expected: P(hit) = 1 - e^-0.25, and a hit costs the read of 5 us.
+    assert costs.expected_s(0.25) == pytest.approx(5e-6 * (1 - np.exp(-0.25)), rel=0.02)
+    counts = np.random.default_rng(0).poisson(40, 20000)
+    assert costs.expected_s(40.0) == pytest.approx(costs.one_expert_s(counts).mean(), rel=0.02)
+    assert costs.expected_s(5000.0) == costs.one_expert_s(5000.0)
+
+
+def test_linear_coefficients_meet_the_curve_at_the_point() -> None:
+    costs = expert_costs(MODEL, GPU, "bf16", profile())
+    fixed, active, pair = costs.linear(1024.0)
+    assert fixed == pytest.approx(20e-6 + 2e-9 * 16384, rel=0.02)
+    assert active + 1024 * pair == pytest.approx(float(costs.one_expert_s(1024.0)), rel=0.05)
+    assert pair == pytest.approx(0.1e-6, rel=0.05)
+    fixed, active, pair = costs.linear(4.0)
+    assert (active, pair) == (pytest.approx(5e-6, rel=0.02), pytest.approx(0, abs=1e-9))
+
+
+def test_another_shape_is_scaled_and_says_so() -> None:
+    costs = expert_costs(MODEL, GPU, "bf16", profile(inter=64))
+    assert costs.extrapolated
+    assert "scaled from 64 x 64" in costs.source
+    exact = expert_costs(MODEL, GPU, "bf16", profile())
+    assert costs.one_expert_s(256) == pytest.approx(float(exact.one_expert_s(256)) / 2, rel=1e-6)
+
+
+def test_without_rows_the_roofline_answers() -> None:
+    costs = expert_costs(MODEL, GPU, "fp8", profile())
+    assert costs.source == "roofline of toy"
+    assert costs.extrapolated
+    # 2 operations x 3 x 64 x 32 weights / 100 TFLOPS (no fp8 unit: bf16)
+    arithmetic = 4096 * 2 * 6144 / 100e12
+    assert costs.one_expert_s(4096) > arithmetic
+    assert expert_costs(MODEL, GPU, "fp8").source == "roofline of toy"
+
+
+def test_too_few_rows_do_not_make_a_curve() -> None:
+    ones = np.ones(8)
+    assert fit_experts(ones, ones, ones * 1e-6, "s") is None
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts", "ep"), [(4096, 4, 64, 8), (4096, 2, 8, 8), (8, 2, 64, 8)])
+def test_drawn_choices_are_whole_and_capped(tokens: int, top_k: int, experts: int, ep: int) -> None:
+    counts = draw_choices(tokens, top_k, experts, 1.2, ep, 20, np.random.default_rng(0))
+    np.testing.assert_allclose(counts.sum(1), tokens * top_k)
+    assert counts.max() <= tokens
+    assert counts.min() >= 0
+    busiest = busiest_rank(counts, ep)
+    assert busiest.shape == (20, experts // ep)
+    np.testing.assert_allclose(busiest.sum(1), counts.reshape(20, ep, -1).sum(2).max(1))
+
+
+def test_copies_take_the_skew_away() -> None:
+    counts = draw_choices(16384, 4, 64, 1.2, 8, 20, np.random.default_rng(0))
+    spread = busiest_rank_eplb(counts, 8, 96)
+    assert spread.shape == (20, 12)
+    assert spread.sum(1).mean() < 0.7 * busiest_rank(counts, 8).sum(1).mean()
+    assert (spread.sum(1) >= counts.sum(1) / 8 - 1e-6).all()
+
+
+def test_the_skewed_ratio_counts_what_is_shared() -> None:
+    flat = ExpertCosts(np.array([1.0, 1e6]), np.array([1e-9, 1e-3]), np.array([1e-6, 1.0]), 0.0, "s")
+    vectors = np.array([[300.0, 100.0]])
+    # mean 100 per expert, two local experts: w is linear, so pairs double the expert part
+    shared, each = flat.shared_s(100.0), float(flat.one_expert_s(100.0))
+    expected = (shared + float(flat.one_expert_s(300.0)) + each) / (shared + 2 * each)
+    assert skewed_over_balanced(flat, vectors, 800, 1, 8, 4) == pytest.approx(expected)

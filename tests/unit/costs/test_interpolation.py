@@ -1,0 +1,95 @@
+"""Interpolation against functions whose values are known everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeplan.costs.interpolation import GridInterpolator, line
+
+
+def grid(*axes: list[float]) -> np.ndarray:
+    return np.stack([a.ravel() for a in np.meshgrid(*(np.array(a, float) for a in axes), indexing="ij")], 1)
+
+
+SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+def test_measured_points_are_answered_by_their_measurement() -> None:
+    x = grid(SIZES, [1, 2, 4])
+    y = np.random.default_rng(0).uniform(1, 100, len(x))
+    answer = GridInterpolator(np.zeros(len(x), int), x, y).predict(np.zeros(len(x), int), x)
+    np.testing.assert_allclose(answer.latency_us, y)
+    assert answer.measured.all()
+    assert answer.inside.all()
+
+
+def test_a_power_law_is_exact_between_points() -> None:
+    x = grid(SIZES, [1, 2, 4, 8])
+    model = GridInterpolator(np.zeros(len(x), int), x, 3 * x[:, 0] ** 0.7 * x[:, 1] ** -0.5)
+    at = np.array([[3.0, 2.0], [100.0, 3.0], [5.0, 8.0]])
+    answer = model.predict(np.zeros(3, int), at)
+    np.testing.assert_allclose(answer.latency_us, 3 * at[:, 0] ** 0.7 * at[:, 1] ** -0.5, rtol=0.01)
+    assert answer.inside.all()
+    assert not answer.measured.any()
+
+
+def test_steps_shared_by_all_widths_are_found_where_a_line_misses_them() -> None:
+    # A step at size 16 that every width shows; one width lacks that size.
+    x = grid(SIZES, [1, 2, 4, 8, 16])
+    step = np.where(x[:, 0] == 16, 1.5, 1.0)
+    y = 10 * x[:, 0] ** 0.5 * x[:, 1] ** 0.5 * step * np.random.default_rng(1).normal(1, 0.002, len(x))
+    hidden = (x[:, 0] == 16) & (x[:, 1] == 4)
+    model = GridInterpolator(np.zeros((~hidden).sum(), int), x[~hidden], y[~hidden])
+    ours = model.predict(np.zeros(1, int), x[hidden]).latency_us
+    plain = model.plain(np.zeros(1, int), x[hidden])
+    assert abs(ours[0] / y[hidden][0] - 1) < 0.05
+    assert abs(plain[0] / y[hidden][0] - 1) > 0.25
+
+
+def test_outside_is_said() -> None:
+    x = grid(SIZES)
+    model = GridInterpolator(np.zeros(len(x), int), x, x[:, 0])
+    assert model.predict(np.zeros(2, int), np.array([[512.0], [0.5]])).inside.tolist() == [False, False]
+
+
+def test_the_error_is_what_left_out_points_miss_by() -> None:
+    x = grid(SIZES, SIZES, [1, 2])
+    quiet = 5 * x[:, 0] ** 0.5 * x[:, 1] ** 0.5
+    noisy = quiet * np.exp(np.random.default_rng(2).normal(0, 0.1, len(x)))
+    names = np.zeros(len(x), int)
+    assert GridInterpolator(names, x, quiet).relative_error < 0.01
+    # Nine of ten normal errors lie within 1.64 sigma, here of the point and of what predicts it.
+    assert 0.15 < GridInterpolator(names, x, noisy).relative_error < 0.4
+
+
+def test_series_do_not_mix() -> None:
+    x = np.concatenate([grid(SIZES), grid(SIZES)])
+    names = np.repeat([3, 7], len(SIZES))
+    model = GridInterpolator(names, x, np.where(names == 3, 1.0, 100.0) * x[:, 0])
+    answer = model.predict(np.array([3, 7]), np.array([[3.0], [3.0]])).latency_us
+    np.testing.assert_allclose(answer, [3, 300], rtol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(1, 1e6), min_size=2, max_size=8, unique=True), st.floats(1, 1e6))
+def test_a_rising_line_rises_and_stays_within_its_ends(sizes: list[float], at: float) -> None:
+    x = np.sort(np.array(sizes))
+    y = np.sqrt(x)
+    value = line(x, y, np.array([at]))[0]
+    assert y[0] * (1 - 1e-12) <= value <= y[-1] * (1 + 1e-12)
+    assert value <= line(x, y, np.array([at * 1.1]))[0] * (1 + 1e-12)
+
+
+def test_incomplete_grids_answer() -> None:
+    x = grid(SIZES, [1, 2, 4, 8])
+    keep = np.random.default_rng(4).random(len(x)) < 0.6
+    y = 7 * x[:, 0] ** 0.9 * x[:, 1] ** 0.2
+    model = GridInterpolator(np.zeros(keep.sum(), int), x[keep], y[keep])
+    answer = model.predict(np.zeros((~keep).sum(), int), x[~keep])
+    ok = np.isfinite(answer.latency_us)
+    assert ok.mean() > 0.9
+    miss = np.abs(answer.latency_us[ok] / y[~keep][ok] - 1)
+    assert np.quantile(miss, 0.85) < 0.02
+    assert miss.max() < 0.3  # missing corners are the trend's

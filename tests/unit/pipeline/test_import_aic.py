@@ -1,0 +1,62 @@
+"""From the public package to profile directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
+from moeplan.errors import MissingExtraError
+from moeplan.pipeline.aic import _merge_repeats, _version_key, import_aic
+from moeplan.profiling import aic
+
+META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
+
+
+def test_repeated_points_become_their_median() -> None:
+    rows = [(1, 10.0), (1, 12.0), (1, 11.0), (2, 20.0)]
+    table = pa.table(
+        {
+            "m": [m for m, _ in rows],
+            **{name: [8] * 4 for name in "nk"},
+            "dtype": ["bf16"] * 4,
+            "backend": ["b"] * 4,
+            "kernel": ["k"] * 4,
+            "source": ["s"] * 4,
+            "latency_us": [t for _, t in rows],
+        }
+    )
+    merged, repeats = _merge_repeats(table)
+    assert repeats == 2
+    result = HardwareProfile(META, {"gemm": merged}).table("gemm")
+    assert result["latency_us"].to_pylist() == [11.0, 20.0]
+    spread = result["spread"].to_numpy()
+    assert spread[0] == pytest.approx(2 / 11)
+    assert np.isnan(spread[1])
+
+
+def test_versions_are_ordered_as_numbers() -> None:
+    assert _version_key("1.3.0rc20") > _version_key("1.3.0rc9")
+    assert _version_key("0.5.14") > _version_key("0.5.6.post2")
+
+
+def test_a_system_becomes_a_profile_with_sources(tmp_path: Path) -> None:
+    try:
+        aic.systems_root()
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+    answer = import_aic(["a100"], tmp_path, subset=True)
+    profile = load_profile(tmp_path / "a100-sxm")
+    assert answer["systems"][0]["rows"]["experts"] == profile.table("experts").num_rows > 1000
+    assert profile.meta.accelerator == "A100-SXM-80GB"
+    assert profile.meta.licence.startswith("Apache-2.0")
+    assert profile.meta.command == "moeplan profile import-aic --systems a100_sxm --out DIR --subset"
+    assert set(profile.table("experts")["source"].to_pylist()) <= set(profile.meta.sources)
+    assert profile.meta.rejected["experts"]["skew_faster"] > 0
+    shipped = load_profile("a100-sxm")
+    for name in profile.table_names:  # the shipped subset is what the command makes
+        for column in ("kernel", "source", "mark", "latency_us"):
+            assert shipped.table(name)[column].to_pylist() == profile.table(name)[column].to_pylist()
