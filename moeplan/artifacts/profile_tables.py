@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["COMMON", "TABLES", "Column", "columns_of", "measure_command", "schema_document"]
+__all__ = ["COMMON", "MEASURED", "TABLES", "Column", "columns_of", "measure_command", "schema_document"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,17 @@ COMMON: dict[str, Column] = {
     "spread": Column(
         "float", "(90th - 10th percentile) / median of the measured times; nan: not published", _NAN
     ),
+    "min_us": Column("float", "shortest of the measured times; nan: not published", _NAN),
+    "p20_us": Column("float", "20th percentile of the measured times; nan: not published", _NAN),
+    "samples": Column("int", "measured times; 0: not published", 0),
     "source": _s("key into sources of profile.json: where this number is from"),
     "mark": _s(
         "empty: usable; else why the sanity pass set it aside: non_monotone, skew_faster, outlier, copied",
         "",
     ),
 }
+
+MEASURED = ("latency_us", "spread", "min_us", "p20_us", "samples")  # all other columns say what was measured
 
 TABLES: dict[str, dict[str, Column]] = {
     "experts": {
@@ -173,7 +178,7 @@ def measure_command(table: str, region: Mapping[str, Any]) -> str:
     """The command that measures a region of a table on the machine at hand."""
     subcommand, flags = _FLAGS[table]
     options = [f"{flag} {region[column]}" for column, flag in flags.items() if column in region]
-    prefix = "torchrun --nproc-per-node RANKS -m moeplan" if subcommand == "collectives" else "moeplan"
+    prefix = "torchrun --nproc-per-node RANKS -m moeplan.cli" if subcommand == "collectives" else "moeplan"
     return " ".join([prefix, "profile", subcommand, *options, "--out DIR"])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from moeplan.cli.common import output_options, print_json, progress_bar
+from moeplan.cli.profile_measure import commands
 
 __all__ = ["command"]
 
@@ -16,10 +17,12 @@ def command() -> None:
     """Measure, import, check and show hardware profiles."""
 
 
+for _subcommand in commands:
+    command.add_command(_subcommand)
+
+
 @command.command("import-aic")
-@click.option(
-    "--systems", default="", metavar="NAMES", help="Comma-separated, as in h100,h200; all when left out."
-)
+@click.option("--systems", default="", metavar="NAMES", help="Comma-separated, as in h100,h200; all when left out.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

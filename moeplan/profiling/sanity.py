@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moeplan.artifacts.profile_tables import columns_of
+from moeplan.artifacts.profile_tables import MEASURED, columns_of
 
 __all__ = ["SIZE_AXIS", "group_ids", "mark_rows"]
 
@@ -53,7 +53,7 @@ def group_ids(table: pa.Table, columns: list[str]) -> NDArray[np.int64]:
 
 
 def _series(name: str, table: pa.Table, without: set[str]) -> NDArray[np.int64]:
-    skip = without | {SIZE_AXIS[name], "latency_us", "spread", "mark"} | _DEPENDENT.get(name, set())
+    skip = without | {SIZE_AXIS[name], "mark", *MEASURED} | _DEPENDENT.get(name, set())
     return group_ids(table, [column for column in columns_of(name) if column not in skip])
 
 

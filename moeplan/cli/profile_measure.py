@@ -1,0 +1,264 @@
+"""``moeplan profile experts | attention | dense | memory | collectives | system | all``: measure this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moeplan.cli.common import output_options, print_json, progress_bar
+
+__all__ = ["commands", "routing"]
+
+_PATH = click.Path(path_type=Path)
+_PARTS = {
+    "experts": "the grouped expert FFN by shape, type and vector of tokens",
+    "attention": "attention: GQA and MLA, prefill and decode",
+    "dense": "dense products, router, permutation, norms and embedding",
+    "memory": "copies inside the device, to and from it, and allocations",
+    "collectives": "all-to-all, all-gather, reduce-scatter, all-reduce and p2p between ranks",
+    "system": "driver, clocks, power, links, and what a launch costs",
+    "all": "everything that one process can, and collectives with --ranks",
+}
+_NUMBERS = click.IntRange(min=1)
+
+
+class _Seconds(click.ParamType[float]):
+    name = "TIME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        from moeplan.units import parse_quantity
+
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_quantity(value, "seconds")
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Words(click.ParamType[tuple[Any, ...]]):
+    """Comma-separated words, or numbers from 1."""
+
+    def __init__(self, kind: type = str, name: str = "NAMES") -> None:
+        self.kind, self.name = kind, name
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in value.split(",") if word.strip()]
+        if self.kind is not int:
+            return tuple(words)
+        if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+            self.fail(f"{value!r} must be numbers from 1, as in 1,8", param, ctx)
+        return tuple(map(int, words))
+
+
+def _options(function: Any) -> Any:
+    """Options of every measuring command, in the order of --help."""
+    given: list[Any] = [
+        click.option("--models", "--model", type=_Words(), metavar="NAMES", help="Built-in models or config files."),
+        *(
+            click.option(f"--{name}", type=_NUMBERS, help=text)
+            for name, text in (
+                ("hidden", "Sizes in place of a model: hidden H."),
+                ("inter", "FFN size F of one expert."),
+                ("experts", "Experts E of a layer."),
+                ("top-k", "Experts K per token."),
+                ("heads", "Query heads."),
+                ("kv-heads", "Key-value heads."),
+                ("head-dim", "Size of a head."),
+                ("n", "Columns of a dense product's weights."),
+                ("k", "Inner size of a dense product."),
+            )
+        ),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A GPU where torch sees one."),
+        click.option("--dtype", "dtypes", type=_Words(), metavar="NAMES", help="fp32, bf16, fp16, fp8, int8, int4."),
+        click.option("--kernel", "kernels", type=_Words(), help="grouped_mm, bmm, loop."),
+        click.option("--ep", type=_Words(int, "NUMBERS"), help="Ranks the experts are spread over."),
+        click.option("--tp", type=_Words(int, "NUMBERS"), help="Ranks that share one expert."),
+        click.option("--direction", "directions", type=_Words(), help="forward, backward or both."),
+        click.option("--max-tokens", type=_NUMBERS, help="Largest number of tokens."),
+        click.option("--budget", "budget_s", type=_Seconds(), help="Time to spend, as in 60s or 20min."),
+        click.option("--threads", type=_NUMBERS, help="CPU threads, each pinned to a core."),
+        click.option("--op", "ops", type=_Words(), help="Collectives: which ones."),
+        click.option("--max-bytes", type=_NUMBERS, help="Collectives: largest message in bytes."),
+        click.option("--ranks", type=_NUMBERS, help="Collectives: local processes to start."),
+        click.option("--ranks-per-node", type=_NUMBERS, help="Collectives: where nodes cannot be told by name."),
+        click.option("--trace", help="Collectives: routing whose traffic shapes uneven all-to-alls."),
+        click.option("--seed", type=int, help="Of shuffles and skewed vectors."),
+        click.option("--preset", type=click.Choice(["cpu", "h200"]), help="What to measure there; options win."),
+        click.option("--resume", is_flag=True, help="Go on from the journal of a run that was interrupted."),
+        click.option("--out", type=_PATH, required=True, help="Profile directory; extended where it is there."),
+    ]
+    for option in reversed(given):
+        function = option(function)
+    return output_options(function)
+
+
+def _measure(part: str) -> click.Command:
+    def run(as_json: bool, quiet: bool, out: Path, resume: bool, preset: str | None, **options: Any) -> None:
+        from moeplan.pipeline.profiling import measure_profile, profile_request
+
+        request = profile_request(part, preset, {k: v for k, v in options.items() if v is not None})
+        with progress_bar(quiet) as report:
+            answer = measure_profile(request, out, resume, report)
+        if not answer:
+            return  # a rank other than the first
+        if as_json:
+            print_json(answer)
+        elif not quiet:
+            _show(answer)
+
+    run.__doc__ = (
+        f"Measure {_PARTS[part]}.\n\n\b\nExample: moeplan profile {part} "
+        + {
+            "experts": "--model mixtral-8x7b --dtype bf16",
+            "attention": "--model deepseek-v3 --tp 8",
+            "dense": "--n 4096 --k 4096",
+            "memory": "--device cuda",
+            "collectives": "--ranks 4 --hidden 512 --top-k 2 --experts 16",
+            "system": "--device cuda",
+            "all": "--preset h200",
+        }[part]
+        + " --out profiles/mine"
+    )
+    return click.command(part)(_options(run))
+
+
+def _show(answer: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    grid = Table("table", "rows", title=f"{answer['out']}: {answer['device']}")
+    for table, rows in answer["rows"].items():
+        grid.add_row(table, f"{rows:,}")
+    console.print(grid)
+    console.print(
+        f"{answer['points']} points ({answer['resumed_points']} from the journal), median spread"
+        f" {answer['median_spread']:.1%}, other programs took {answer['system']['foreign_cpu_share']:.0%} of the CPU"
+    )
+    for line in answer["left_out"]:
+        console.print(f"left out: {line}")
+
+
+@click.command()
+@click.option("--hf", type=_PATH, help="A Hugging Face model directory, or its config.json with --random-init.")
+@click.option("--random-init", is_flag=True, help="Random weights from the config: tests the way, not the routing.")
+@click.option("--sglang", metavar="URL", help="A running SGLang server, as in http://127.0.0.1:30000.")
+@click.option("--dump-dir", type=_PATH, help="The server's SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR.")
+@click.option("--prompts", type=_PATH, help="A text file, one prompt a line.")
+@click.option("--max-new-tokens", default=16, show_default=True, type=_NUMBERS, help="Decode tokens per prompt.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A GPU where torch sees one.")
+@click.option("--seed", default=0, show_default=True, help="Of random weights and prompts.")
+@click.option("--out", type=_PATH, required=True, help="Trace to write: .npz or .parquet.")
+@output_options
+def routing(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Record which experts tokens choose, from a live model.
+
+    \b
+    Example: moeplan profile routing --hf DIR --prompts prompts.txt --out routing.npz
+    Example: moeplan profile routing --sglang http://127.0.0.1:30000 --dump-dir DIR --prompts prompts.txt \
+        --out routing.npz
+    """
+    from moeplan.pipeline.record import record_routing
+
+    with progress_bar(quiet) as report:
+        answer = record_routing(**options, progress=report)
+    if as_json:
+        print_json(answer)
+    elif not quiet:
+        phases = ", ".join(f"{n:,} {phase}" for phase, n in answer["phases"].items())
+        overhead = "not measured" if answer["overhead"] is None else f"{answer['overhead']:+.1%}"
+        click.echo(f"{answer['out']}: {answer['tokens']:,} tokens ({phases}), overhead of recording {overhead}")
+
+
+@click.command()
+@click.argument("profile", type=_PATH)
+@click.option("--hold-out", default=4, show_default=True, type=click.IntRange(min=2), help="Every n-th size.")
+@click.option("--fresh", "fresh_s", type=_Seconds(), help="Also measure new sizes for this long and compare.")
+@output_options
+def check(profile: Path, hold_out: int, fresh_s: float | None, as_json: bool, quiet: bool) -> None:
+    """Check a profile: files, sense, and how well it predicts sizes it is not shown.
+
+    \b
+    Example: moeplan profile check profiles/mine --fresh 30s
+    """
+    from moeplan.pipeline.profile_checks import check_profile
+
+    with progress_bar(quiet) as report:
+        answer = check_profile(profile, hold_out, fresh_s, report)
+    if as_json:
+        print_json(answer)
+        return
+    if quiet:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(
+        "table", "rows", "doubtful", "held out", "median", "90th", "plain log-log", "spread", title=answer["name"]
+    )
+    for name, entry in answer["tables"].items():
+        held = entry["held_out"]
+        cells = ["" if held[k] is None else f"{held[k]:.1%}" for k in ("median", "p90", "plain_median")]
+        spread = "" if entry["median_spread"] is None else f"{entry['median_spread']:.1%}"
+        doubtful = ", ".join(f"{n} {why}" for why, n in entry["doubtful"].items())
+        grid.add_row(name, f"{entry['rows']:,}", doubtful, str(held["points"]), *cells, spread)
+    console = Console(highlight=False)
+    console.print(grid)
+    for name in ("vectors", "fresh"):
+        if found := answer[name]:
+            console.print(f"{name}: {found['points']} points, median {found['median']:.1%}, 90th {found['p90']:.1%}")
+
+
+@click.command()
+@click.argument("profile", type=_PATH)
+@click.option("--out", type=_PATH, required=True, help="HTML page to write.")
+@output_options
+def show(profile: Path, out: Path, as_json: bool, quiet: bool) -> None:
+    """Draw a profile: measured points, fit, residuals, roofline.
+
+    \b
+    Example: moeplan profile show profiles/mine --out mine.html
+    """
+    from moeplan.pipeline.profile_checks import show_profile
+
+    answer = show_profile(profile, out)
+    if as_json:
+        print_json(answer)
+    elif not quiet:
+        click.echo(f"{answer['out']}: {answer['pictures']} pictures")
+
+
+@click.command()
+@click.argument("first", type=_PATH)
+@click.argument("second", type=_PATH)
+@output_options
+def diff(first: Path, second: Path, as_json: bool, quiet: bool) -> None:
+    """Compare two profiles point by point: time of SECOND over FIRST.
+
+    \b
+    Example: moeplan profile diff profiles/mine profiles/again
+    """
+    from moeplan.pipeline.profile_checks import diff_profiles
+
+    answer = diff_profiles(first, second)
+    if as_json:
+        print_json(answer)
+        return
+    if quiet:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table("table", "shared", "only first", "only second", "median", "10th", "90th")
+    for name, entry in answer["tables"].items():
+        ratios = ["" if entry[k] is None else f"{entry[k]:.3f}" for k in ("median", "p10", "p90")]
+        grid.add_row(name, *(str(entry[k]) for k in ("shared", "only_first", "only_second")), *ratios)
+    Console().print(grid)
+
+
+commands: tuple[click.Command, ...] = (*(_measure(part) for part in _PARTS), routing, check, show, diff)

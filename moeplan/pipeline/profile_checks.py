@@ -1,0 +1,314 @@
+"""Does a profile hold: files and sense, prediction of held-out and of fresh sizes; pictures; two side by side.
+
+``n`` rows of a table.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.artifacts.profile_tables import MEASURED, columns_of
+from moeplan.costs.experts import fit_experts
+from moeplan.costs.interpolation import GridInterpolator
+from moeplan.errors import ProfileError
+from moeplan.files import write_text
+from moeplan.profiling.sanity import SIZE_AXIS, group_ids, mark_rows
+
+__all__ = ["check_profile", "diff_profiles", "show_profile"]
+
+Floats = NDArray[np.float64]
+Progress = Callable[[str, float], None]
+_NOT_KEY = {*MEASURED, "source", "mark"}
+_FOLLOWS = {"experts": {"rank_pairs", "active_experts", "rank_tokens", "vector"}, "attention": {"query_tokens"}}
+
+
+def _usable(profile: HardwareProfile, name: str) -> pa.Table:
+    """Rows with one size axis: expert rows of explicit vectors have none, and are left to :func:`_vectors`."""
+    if name != "experts":
+        return profile.select(name)
+    kinds = set(profile.table(name)["distribution"].to_pylist()) - {"explicit"}
+    return profile.select(name, distribution=kinds)
+
+
+def _series(name: str, table: pa.Table) -> NDArray[np.int64]:
+    skip = _NOT_KEY | {SIZE_AXIS[name]} | _FOLLOWS.get(name, set())
+    return group_ids(table, [column for column in columns_of(name) if column not in skip])
+
+
+def _residuals(name: str, table: pa.Table, every: int) -> tuple[Floats, Floats]:
+    """Predicted over measured minus 1 of held-out rows, by the cost model's interpolation and by plain log-log.
+
+    Of each series every ``every``-th point is held out, its ends never; nan where a point is not held out.
+    """
+    series, size = _series(name, table), table[SIZE_AXIS[name]].to_numpy().astype(float)
+    measured = table["latency_us"].to_numpy()
+    order = np.lexsort((size, series))
+    place = np.empty(len(order), np.int64)
+    starts = np.flatnonzero(np.r_[True, np.diff(series[order]) > 0])
+    lengths = np.diff(np.r_[starts, len(order)])
+    place[order] = np.arange(len(order)) - np.repeat(starts, lengths)
+    length = np.empty(len(order), np.int64)
+    length[order] = np.repeat(lengths, lengths)
+    held = (place % every == every // 2) & (place > 0) & (place < length - 1)
+    own, plain = np.full(len(size), np.nan), np.full(len(size), np.nan)
+    if held.any() and (~held).sum() >= 2:
+        model = GridInterpolator(series[~held], size[~held, None], measured[~held])
+        own[held] = model.predict(series[held], size[held, None]).latency_us / measured[held] - 1
+        plain[held] = model.plain(series[held], size[held, None]) / measured[held] - 1
+    return own, plain
+
+
+def _figures(residual: Floats) -> dict[str, Any]:
+    off = np.abs(residual[np.isfinite(residual)])
+    if not len(off):
+        return {"points": 0, "median": None, "p90": None}
+    return {"points": len(off), "median": float(np.median(off)), "p90": float(np.quantile(off, 0.9))}
+
+
+def _vectors(profile: HardwareProfile) -> dict[str, Any] | None:
+    """Skewed vectors predicted from balanced rows of the same shape and kernel, by the cost model."""
+    if "experts" not in profile.table_names:
+        return None
+    table = profile.select("experts", direction="forward")
+    shape = group_ids(table, ["backend", "kernel", "hidden", "inter", "num_experts", "top_k", "tp", "dtype", "scope"])
+    even = np.array(table["distribution"].to_pylist()) == "balanced"
+    skewed = np.array(table["distribution"].to_pylist()) == "explicit"
+    pairs, active = (table[c].to_numpy().astype(float) for c in ("rank_pairs", "active_experts"))
+    seconds, vectors = table["latency_us"].to_numpy() * 1e-6, table["vector"].to_pylist()
+    off = []
+    for group in np.unique(shape[skewed]):
+        rows = even & (shape == group) & (active > 0)
+        fit = fit_experts(pairs[rows], active[rows], seconds[rows], "") if rows.sum() >= 6 else None
+        for row in np.flatnonzero(skewed & (shape == group)) if fit else ():
+            vector = np.array(vectors[row].split(), float)
+            if fit and len(vector):
+                off.append(float(fit.rank_s(vector, vector.mean())) / seconds[row] - 1)
+    return _figures(np.array(off)) if off else None
+
+
+def check_profile(
+    directory: Path, every: int = 4, fresh_s: float | None = None, progress: Progress = lambda _w, _d: None
+) -> dict[str, Any]:
+    """Read every table, count doubtful rows, predict every ``every``-th size from the others.
+
+    With ``fresh_s`` sizes between the profile's are measured now, on the machine at hand.
+
+    Raises:
+        ProfileError: no profile, an older one, a changed or corrupt table; or ``fresh_s`` on another device.
+    """
+    profile = HardwareProfile.open(directory)
+    tables = {}
+    for name in profile.table_names:
+        whole = profile.table(name)
+        part = _usable(profile, name)
+        marks: Any = mark_rows(name, part) if part.num_rows > 2 else []
+        own, plain = _residuals(name, part, every)
+        spread = whole["spread"].to_numpy()
+        known = spread[np.isfinite(spread)]
+        tables[name] = {
+            "rows": whole.num_rows,
+            "doubtful": dict(Counter(str(mark) for mark in marks if mark)),
+            "held_out": {**_figures(own), "plain_median": _figures(plain)["median"]},
+            "median_spread": float(np.median(known)) if len(known) else None,
+        }
+    return {
+        "name": profile.meta.name,
+        "device": profile.meta.device,
+        "command": profile.meta.command,
+        "tables": tables,
+        "vectors": _vectors(profile),
+        "fresh": None if fresh_s is None else fresh_sample(profile, fresh_s, progress),
+    }
+
+
+def fresh_sample(profile: HardwareProfile, budget_s: float, progress: Progress = lambda _w, _d: None) -> dict[str, Any]:
+    """Measure expert FFNs between the profile's sizes now, and compare with what the profile predicts.
+
+    Raises:
+        ProfileError: the profile was measured on another device, or has no expert rows.
+    """
+    from moeplan.profiling import system
+    from moeplan.profiling.device import find_device
+    from moeplan.profiling.experts import ExpertShape, expert_bench
+    from moeplan.profiling.journal import Journal
+    from moeplan.profiling.protocol import CpuTimer, CudaTimer, Rig, run_benches, statistics
+
+    device = find_device("cpu" if profile.meta.accelerator == "cpu" else "cuda")
+    here = system.device_name(device)
+    if here != profile.meta.device:
+        raise ProfileError(f"profile {profile.meta.name} is of {profile.meta.device}, this machine has {here}")
+    table = profile.require("experts", backend="moeplan", distribution="balanced", direction="forward")
+    keys = ("hidden", "inter", "num_experts", "top_k", "ep", "tp", "dtype", "kernel")
+    series = group_ids(table, list(keys))
+    size, measured = table["tokens"].to_numpy(), table["latency_us"].to_numpy()
+    model = GridInterpolator(series, size[:, None].astype(float), measured)
+    rows = table.select(list(keys)).to_pylist()
+    benches, at = [], {}
+    for group in np.unique(series):
+        first = rows[int(np.flatnonzero(series == group)[0])]
+        shape = ExpertShape(*(first[k] for k in keys[:6]))
+        sizes = np.unique(size[series == group])
+        between = sorted({round(float(np.sqrt(a * b))) for a, b in pairwise(sizes) if b > a + 1})
+        if not between:
+            continue
+        bench = expert_bench(device, shape, first["dtype"], [first["kernel"]], max_tokens=int(sizes[-1]))
+        own = replace(bench.series[0], sizes=tuple(between), refine=False)
+        benches.append(replace(bench, series=(own,)))
+        at[shape, first["dtype"], first["kernel"]] = group
+    threads = int(float(profile.meta.system.get("threads", 0)))
+    before = device.torch.get_num_threads()
+    journal = Journal(None, {})
+    try:
+        if threads and not device.is_cuda:
+            device.torch.set_num_threads(threads)
+        rig = Rig(CudaTimer() if device.is_cuda else CpuTimer(), journal, random.Random(1))
+        run_benches(benches, rig, budget_s, progress)
+    finally:
+        device.torch.set_num_threads(before)
+    off = []
+    for _, row, samples in journal.points.values():
+        group = at[ExpertShape(*(row[k] for k in keys[:6])), row["dtype"], row["kernel"]]
+        found = model.predict(np.array([group]), np.array([[float(row["tokens"])]]))
+        off.append(float(found.latency_us[0]) / statistics(samples)["latency_us"] - 1)
+    return _figures(np.array(off))
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def _peaks(profile: HardwareProfile) -> tuple[float, dict[str, float]]:
+    """(bytes per second of the best copy, operations per second of the best product by type)."""
+    copies = profile.select("memory", op="device_copy")
+    moved = 2 * copies["message_size_bytes"].to_numpy() / copies["latency_us"].to_numpy() * 1e6
+    products = profile.select("gemm", direction="forward")
+    best: dict[str, float] = {}
+    if products.num_rows:
+        m, n, k, us = (products[c].to_numpy().astype(float) for c in ("m", "n", "k", "latency_us"))
+        for dtype, rate in zip(products["dtype"].to_pylist(), 2 * m * n * k / us * 1e6, strict=True):
+            best[dtype] = max(best.get(dtype, 0.0), float(rate))
+    # The largest copies do not fit into caches.
+    large = moved[np.argsort(copies["message_size_bytes"].to_numpy())[-2:]]
+    return (float(large.max()) if len(large) else 0.0), best
+
+
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
+
+
+def _roofline_us(name: str, row: dict[str, Any], bandwidth: float, peak: dict[str, float]) -> float:
+    """max(bytes / bandwidth, operations / peak) of a row; nan where the profile does not tell."""
+    rate = peak.get(row.get("dtype", ""), 0.0)
+    if not (bandwidth and rate and row["dtype"] in _BYTES) or row["direction"] != "forward":
+        return float("nan")
+    if name == "experts" and row["active_experts"] > 0:
+        weights = 3 * row["hidden"] * row["inter"] / row["tp"]
+        moved, work = row["active_experts"] * weights * _BYTES[row["dtype"]], 2 * row["rank_pairs"] * weights
+    elif name == "gemm":
+        m, n, k = row["m"], row["n"], row["k"]
+        moved, work = (m * k + k * n + m * n) * _BYTES[row["dtype"]], 2 * m * n * k
+    else:
+        return float("nan")
+    return float(max(moved / bandwidth, work / rate) * 1e6)
+
+
+def show_profile(directory: Path, out: Path, most: int = 8) -> dict[str, Any]:
+    """Write an HTML page with pictures of every table; at most ``most`` curves in one, longest series first.
+
+    Raises:
+        ProfileError: the profile cannot be read; InputError: ``out`` cannot be written.
+    """
+    from moeplan.reports.profile_figures import page, profile_picture
+
+    profile = HardwareProfile.open(directory)
+    sections = []
+    for name in profile.table_names:
+        pictures = [
+            profile_picture(title, SIZE_AXIS[name].replace("_", " "), curves[:most])
+            for title, curves in _pictures(profile, name)
+        ]
+        sections.append((name, pictures))
+    meta = profile.meta
+    facts = [("device", meta.device), ("driver", meta.driver), ("date", meta.date), ("command", meta.command)]
+    facts += [(f"version of {k}", v) for k, v in meta.libraries.items()]
+    facts += [(key.replace("_", " "), str(value)) for key, value in meta.system.items()]
+    facts += [("note", meta.note)] if meta.note else []
+    write_text(out, page(f"Profile {meta.name}", facts, sections))
+    return {"out": str(out), "pictures": sum(len(pictures) for _, pictures in sections)}
+
+
+def _pictures(profile: HardwareProfile, name: str) -> list[tuple[str, list[Any]]]:
+    """Curves of a table, gathered into pictures by the first columns that tell them apart."""
+    from moeplan.reports.profile_figures import Curve
+
+    table = _usable(profile, name)
+    if not table.num_rows:
+        return []
+    residual = _residuals(name, table, 2)[0]
+    series, size = _series(name, table), table[SIZE_AXIS[name]].to_numpy().astype(float)
+    rows = table.to_pylist()
+    bandwidth, peak = _peaks(profile)
+    skip = _NOT_KEY | {SIZE_AXIS[name]} | _FOLLOWS.get(name, set())
+    told = [c for c in columns_of(name) if c not in skip and len({row[c] for row in rows}) > 1]
+    split = [c for c in ("hidden", "op", "kind", "phase", "dtype", "direction") if c in told]
+    found: dict[str, list[Curve]] = {}
+    for group in np.unique(series):
+        index = np.flatnonzero(series == group)
+        index = index[np.argsort(size[index])]
+        first = rows[index[0]]
+        line = np.array([_roofline_us(name, rows[i], bandwidth, peak) for i in index])
+        curve = Curve(
+            label=" ".join(f"{c} {first[c]}" for c in told if c not in split) or name,
+            size_n=size[index],
+            latency_us_n=np.array([rows[i]["latency_us"] for i in index]),
+            spread_n=np.array([rows[i]["spread"] for i in index]),
+            residual_n=residual[index],
+            roofline_us_n=line if np.isfinite(line).all() else np.array([]),
+        )
+        title = " ".join([name, *(f"{c} {first[c]}" for c in split)])
+        found.setdefault(title, []).append(curve)
+    return [(title, sorted(curves, key=lambda c: -len(c.size_n))) for title, curves in found.items()]
+
+
+# ---------------------------------------------------------------------- two profiles
+
+
+def diff_profiles(first: Path, second: Path) -> dict[str, Any]:
+    """Time of the second over the first at the points both have, by table.
+
+    Raises:
+        ProfileError: one of them cannot be read.
+    """
+    a, b = HardwareProfile.open(first), HardwareProfile.open(second)
+    tables = {}
+    for name in dict.fromkeys((*a.table_names, *b.table_names)):
+        keyed = [_by_key(p, name) for p in (a, b)]
+        shared = sorted(set(keyed[0]) & set(keyed[1]))
+        ratio = np.array([keyed[1][key] / keyed[0][key] for key in shared])
+        quantiles = np.quantile(ratio, [0.5, 0.1, 0.9]).tolist() if shared else [None] * 3
+        tables[name] = {
+            "shared": len(shared),
+            "only_first": len(keyed[0]) - len(shared),
+            "only_second": len(keyed[1]) - len(shared),
+            **dict(zip(("median", "p10", "p90"), quantiles, strict=True)),
+        }
+    return {"first": a.meta.name, "second": b.meta.name, "tables": tables}
+
+
+def _by_key(profile: HardwareProfile, name: str) -> dict[tuple[Any, ...], float]:
+    if name not in profile.table_names:
+        return {}
+    table = profile.table(name)
+    columns = [c for c in columns_of(name) if c not in _NOT_KEY]
+    return dict(
+        zip(zip(*(table[c].to_pylist() for c in columns), strict=True), table["latency_us"].to_pylist(), strict=True)
+    )

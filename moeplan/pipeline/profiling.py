@@ -1,0 +1,502 @@
+"""Measuring a machine: from what is asked to a profile directory."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
+from moeplan.artifacts.profile_tables import MEASURED, TABLES, columns_of
+from moeplan.errors import ProfileError, SpecError, UnknownNameError
+from moeplan.profiling.journal import Journal, point_key
+from moeplan.profiling.protocol import Bench, CpuTimer, CudaTimer, Rig, run_benches, statistics
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.models import find_model
+
+__all__ = ["PARTS", "PRESETS", "ProfileRequest", "Sizes", "measure_profile", "profile_request"]
+
+PARTS = ("system", "memory", "experts", "attention", "dense", "collectives")
+Progress = Callable[[str, float], None]
+
+_PROTOCOL = (
+    "Warm-up, then shuffled passes over all cases of a group with rotating buffers of random data; median of"
+    " all samples, none dropped; grid refined where interpolation errs. See docs/guides/profiling.md."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Explicit sizes in place of a model; 0 where not given."""
+
+    hidden: int = 0
+    inter: int = 0
+    experts: int = 0
+    top_k: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    n: int = 0
+    k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileRequest:
+    """What to measure, as the command line says it."""
+
+    parts: tuple[str, ...] = PARTS
+    models: tuple[str, ...] = ()
+    sizes: Sizes = field(default_factory=Sizes)
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = ("bf16",)
+    kernels: tuple[str, ...] = ()
+    ep: tuple[int, ...] = (1,)
+    tp: tuple[int, ...] = (1,)
+    directions: tuple[str, ...] = ("forward",)
+    max_tokens: int = 16384
+    budget_s: float = 60.0
+    threads: int = 0
+    ops: tuple[str, ...] = ()
+    max_bytes: int = 2**24
+    ranks: int = 0
+    ranks_per_node: int = 0
+    trace: str = ""
+    seed: int = 0
+
+    @property
+    def command(self) -> str:
+        """The command that measures the same again."""
+        name = "all" if len(self.parts) > 1 else self.parts[0]
+        words = [f"moeplan profile {name}"]
+        for option, default in _DEFAULTS.items():
+            value = getattr(self, option)
+            if value == default:
+                continue
+            if option == "budget_s":
+                words.append(f"--budget {value:g}s")
+            elif option == "sizes":
+                words += [
+                    f"--{part.replace('_', '-')} {size}" for part in Sizes.__slots__ if (size := getattr(value, part))
+                ]
+            elif option == "trace":
+                words.append(f"--trace {Path(value).name}")
+            elif option != "parts":
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                words.append(f"--{_FLAG.get(option, option.replace('_', '-'))} {text}")
+        return " ".join([*words, "--out DIR"])
+
+
+_FLAG = {"dtypes": "dtype", "kernels": "kernel", "ops": "op", "directions": "direction"}
+_DEFAULTS: dict[str, Any] = {name: getattr(ProfileRequest(), name) for name in ProfileRequest.__slots__} | {
+    "budget_s": None,
+    "device": None,
+    "dtypes": None,
+}
+
+_H200_MODELS = (
+    "mixtral-8x7b",
+    "deepseek-v2-lite",
+    "deepseek-v3",
+    "qwen3-30b-a3b",
+    "qwen3-235b-a22b",
+    "gpt-oss-120b",
+    "olmoe-1b-7b",
+)
+_GPU = ("system", "memory", "experts", "attention", "dense")
+PRESETS: dict[str, dict[str, Any]] = {
+    "h200": {
+        "parts": _GPU,
+        "models": _H200_MODELS,
+        "device": "cuda",
+        "dtypes": ("bf16", "fp8"),
+        "ep": (1, 8),
+        "budget_s": 1200.0,
+    },
+    "cpu": {
+        "models": (),
+        "sizes": Sizes(hidden=512, inter=1024, experts=16, top_k=2, heads=8, kv_heads=2, head_dim=64),
+        "device": "cpu",
+        "dtypes": ("fp32",),
+        "ep": (1, 2, 4),
+        "max_tokens": 2048,
+        "max_bytes": 2**22,
+        "ranks": 2,
+        "threads": 1,
+        "budget_s": 300.0,
+    },
+}
+
+
+def profile_request(part: str, preset: str | None, options: dict[str, Any]) -> ProfileRequest:
+    """What is asked: the options over the preset over what suits the device.
+
+    Raises:
+        UnknownNameError: no such part or direction.
+    """
+    chosen = {**(PRESETS[preset] if preset else {}), **options}
+    sizes = {name: chosen.pop(name) for name in Sizes.__slots__ if name in chosen}
+    if sizes:
+        chosen["sizes"] = replace(chosen.get("sizes", Sizes()), **sizes)
+    if part != "all":
+        chosen["parts"] = (part,)
+    if "device" not in chosen:
+        from moeplan.profiling.device import torch_module
+
+        chosen["device"] = "cuda" if torch_module().cuda.is_available() else "cpu"
+    for direction in chosen.get("directions", ()):
+        if direction not in ("forward", "backward"):
+            raise UnknownNameError("direction", direction, ("forward", "backward"))
+    asked = {name: value for name, value in chosen.items() if name in ProfileRequest.__slots__}
+    if part == "all" and "parts" not in chosen and not (asked.get("models") or asked.get("sizes")):
+        asked["parts"] = ("system", "memory", "collectives")
+    return ProfileRequest(**asked)
+
+
+def _models(request: ProfileRequest) -> list[ModelSpec]:
+    """The models named, or one of the explicit sizes."""
+    if request.models:
+        return [find_model(name) for name in request.models]
+    s = request.sizes
+    if not (s.hidden or s.heads):
+        return []
+    attention = {"num_heads": s.heads, "num_kv_heads": s.kv_heads or s.heads, "head_dim": s.head_dim or 128}
+    return [
+        ModelSpec.parse(
+            {
+                "name": "sizes",
+                "num_layers": 1,
+                "moe_layer_ids": [0],
+                "hidden_size": s.hidden or s.heads * (s.head_dim or 128),
+                "num_experts": s.experts or 1,
+                "top_k": s.top_k or 1,
+                "expert_intermediate_size": s.inter or 1,
+                "vocab_size": 32768,
+                "attention": attention if s.heads else None,
+            },
+            "sizes",
+        )
+    ]
+
+
+def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec], notes: list[str]) -> list[Bench]:
+    from moeplan.profiling.expert_kernels import weight_bytes
+    from moeplan.profiling.experts import ExpertShape, expert_bench
+
+    seen: set[Any] = set()
+    benches = []
+    for model in models:
+        if model.expert_intermediate_size == 1:
+            raise SpecError("experts needs --hidden, --inter, --experts and --top-k, or --model")
+        if not model.gated_ffn:
+            notes.append(f"experts of {model.name}: not gated (SwiGLU), the only form measured here")
+            continue
+        for dtype in request.dtypes:
+            kernels = request.kernels or (("loop",) if dtype in ("int8", "int4") else ("grouped_mm",))
+            for tp in request.tp:
+                for asked in request.ep:
+                    ep = asked
+                    hidden, inter = model.routed_hidden_size, model.expert_intermediate_size
+                    if model.num_experts % ep or inter % tp:
+                        notes.append(
+                            f"experts of {model.name}: E {model.num_experts}, F {inter} do not divide over ep {ep}, tp {tp}"
+                        )
+                        continue
+                    while (
+                        model.num_experts % (2 * ep) == 0
+                        and weight_bytes(model.num_experts // ep, hidden, inter // tp, dtype) > 0.8 * device.free_bytes
+                    ):
+                        ep *= 2
+                    if ep != asked:
+                        notes.append(
+                            f"experts of {model.name} {dtype}: ep {asked} does not fit into memory, measured at ep {ep}"
+                        )
+                    shape = ExpertShape(hidden, inter, model.num_experts, model.top_k, ep, tp)
+                    if (shape, dtype) not in seen:
+                        seen.add((shape, dtype))
+                        own = tuple(
+                            d for d in request.directions if d == "forward" or dtype in ("fp32", "bf16", "fp16")
+                        )
+                        benches.append(
+                            expert_bench(device, shape, dtype, kernels, own, request.max_tokens, request.seed)
+                        )
+    return benches
+
+
+def _other_benches(part: str, request: ProfileRequest, device: Any, models: list[ModelSpec]) -> list[Bench]:
+    from moeplan.profiling.attention import attention_bench
+    from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes
+    from moeplan.profiling.memory import memory_bench
+
+    if part == "memory":
+        return [memory_bench(device, 2**30 if device.is_cuda else 2**26)]
+    plain = [d for d in request.dtypes if d in ("fp32", "bf16", "fp16")] or ["bf16"]
+    tps = request.tp
+    if part == "attention":
+        heads = {m.attention: m for m in models if m.attention is not None}
+        if not heads:
+            raise SpecError("attention needs --heads, --kv-heads and --head-dim, or --model")
+        return [
+            attention_bench(device, a, dtype, tp, request.directions, request.max_tokens)
+            for a in heads
+            for dtype in plain
+            for tp in tps
+        ]
+    sizes = request.sizes
+    shapes = [(sizes.n, sizes.k)] if sizes.n and sizes.k else []
+    shapes += [shape for m in models for tp in tps for shape in gemm_shapes(m, tp)]
+    if not shapes:
+        raise SpecError("dense needs --n and --k, --hidden, or --model")
+    shapes = list(dict.fromkeys(shapes))
+    benches = []
+    for dtype in request.dtypes:
+        if dtype in ("int8", "int4"):
+            continue
+        own = tuple(d for d in request.directions if d == "forward" or dtype != "fp8")
+        benches.append(gemm_bench(device, shapes, dtype, own, request.max_tokens))
+    keys = {(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models}
+    benches += [elementwise_bench(device, *key, d, request.max_tokens) for key in sorted(keys) for d in plain]
+    return benches
+
+
+def _exchange(request: ProfileRequest, models: list[ModelSpec], world: int) -> Any:
+    from moeplan.profiling.collectives import OPS, Exchange
+
+    for op in request.ops:
+        if op not in OPS:
+            raise UnknownNameError("op", op, OPS)
+    model = models[0] if models and models[0].num_experts > 1 else None
+    dtype = next((d for d in request.dtypes if d in ("fp32", "bf16", "fp16")), "bf16")
+    return Exchange(
+        ops=request.ops or OPS,
+        dtype=dtype,
+        max_bytes=request.max_bytes,
+        weight_RR=_traffic(Path(request.trace), world) if request.trace else None,
+        hidden=model.hidden_size if model else 0,
+        top_k=model.top_k if model else 0,
+        num_experts=model.num_experts if model else 0,
+        max_tokens=min(request.max_tokens, 1024),
+    )
+
+
+def _traffic(path: Path, world: int) -> tuple[tuple[float, ...], ...]:
+    """Pairs from rank to rank in a trace's middle layer, experts and tokens in contiguous blocks."""
+    from moeplan.artifacts.routing_trace import RoutingTrace
+    from moeplan.routing.io import read_trace
+
+    trace = read_trace(path)
+    if not isinstance(trace, RoutingTrace):
+        raise SpecError(f"trace ({path}) holds counts only; a traffic matrix needs the choice of each token")
+    chosen_TK = trace.experts_TLK[:, trace.num_layers // 2]
+    home_T = np.arange(len(chosen_TK)) * world // len(chosen_TK)
+    weight_RR = np.zeros((world, world))
+    valid = chosen_TK >= 0
+    np.add.at(
+        weight_RR,
+        (np.repeat(home_T, chosen_TK.shape[1])[valid.ravel()], chosen_TK[valid] * world // trace.num_experts),
+        1.0,
+    )
+    return tuple(map(tuple, weight_RR.tolist()))
+
+
+def _pin(threads: int) -> None:
+    """One core per thread, and torch's threads to match."""
+    import torch
+
+    if threads <= 0:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if threads > len(cores):
+        raise SpecError(f"threads ({threads}) exceed the cores this process may use ({len(cores)})")
+    torch.set_num_threads(threads)
+    os.sched_setaffinity(0, set(cores[:threads]))
+
+
+def measure_profile(
+    request: ProfileRequest, out: Path, resume: bool = False, progress: Progress = lambda _w, _d: None
+) -> dict[str, Any]:
+    """Measure and write (or extend) the profile directory ``out``; what was measured, as JSON values.
+
+    Points go to ``<out>.journal.jsonl`` as they are measured; it is removed once they stand in the profile.
+
+    Raises:
+        SpecError: the device cannot, or sizes are missing; ProfileError: an interrupted run's journal is
+            there and ``resume`` is false, ``out`` is of another device, or a rank died.
+        MissingExtraError: torch is not installed.
+    """
+    from moeplan.profiling import system
+    from moeplan.profiling.device import find_device
+
+    for part in request.parts:
+        if part not in PARTS:
+            raise UnknownNameError("part", part, PARTS)
+    from moeplan.profiling.ranks import under_torchrun
+
+    as_rank = under_torchrun()
+    affinity = os.sched_getaffinity(0)
+    device = find_device(request.device)
+    threads_before = device.torch.get_num_threads()
+    try:
+        _pin(request.threads)
+        name, versions = system.device_name(device), system.libraries(device)
+        _same_machine(out, name, versions)
+        first = not as_rank or os.environ["RANK"] == "0"
+        header = {"device": name, "libraries": versions, "threads": device.torch.get_num_threads()}
+        journal = Journal(out.with_name(out.name + ".journal.jsonl") if first else None, header, resume)
+        clock = system.CpuClock()
+        facts: dict[str, float | str] = {}
+        notes: list[str] = []
+        try:
+            _measure(request, device, journal, facts, notes, progress, affinity)
+        finally:
+            journal.close()
+        facts["foreign_cpu_share"] = round(clock.foreign_share(), 3)
+    finally:
+        os.sched_setaffinity(0, affinity)
+        device.torch.set_num_threads(threads_before)
+    if not first:
+        return {}
+    profile = _save(request, out, journal, device, facts, notes)
+    journal.close(remove=True)
+    return {
+        "out": str(out),
+        "device": name,
+        "points": len(journal.points),
+        "resumed_points": journal.resumed,
+        "rows": {table: entry.rows for table, entry in profile.meta.tables.items()},
+        "left_out": notes,
+        "system": facts,
+        "median_spread": _median_spread(journal),
+    }
+
+
+def _measure(
+    request: ProfileRequest,
+    device: Any,
+    journal: Journal,
+    facts: dict[str, float | str],
+    notes: list[str],
+    progress: Progress,
+    affinity: set[int],
+) -> None:
+    from moeplan.profiling import ranks, system
+
+    models = _models(request)
+    exchange = "collectives" in request.parts
+    if ranks.under_torchrun() and request.parts != ("collectives",):
+        raise SpecError("under torchrun only 'moeplan profile collectives' makes sense; run the rest as one process")
+    if exchange and not ranks.under_torchrun() and request.ranks < 2:
+        if request.parts == ("collectives",):
+            raise SpecError("collectives need --ranks N of at least 2, or torchrun; one rank has nobody to talk to")
+        notes.append("collectives: not measured, they need --ranks N or torchrun")
+        exchange = False
+    # Benches first: what the device cannot do is refused before time is spent.
+    benches: list[Bench] = []
+    for part in request.parts:
+        if part == "experts":
+            benches += _expert_benches(request, device, models, notes)
+        elif part in ("memory", "attention", "dense"):
+            benches += _other_benches(part, request, device, models)
+    share = request.budget_s * (0.75 if exchange and benches else 1.0)
+    if "system" in request.parts:
+        facts.update(system.system_facts(device))
+        facts.update(system.measure_launch(device, journal))
+    if benches:
+        timer = CudaTimer() if device.is_cuda else CpuTimer()
+        rig = Rig(timer, journal, random.Random(request.seed))
+        run_benches(benches, rig, share, progress)
+        notes += rig.left_out
+    if exchange:
+        os.sched_setaffinity(0, affinity)  # ranks take all cores in turn
+        rest = request.budget_s - share if benches else request.budget_s
+        world = int(os.environ["WORLD_SIZE"]) if ranks.under_torchrun() else request.ranks
+        job = ranks.Job(_exchange(request, models, world), request.device, rest, request.seed, request.ranks_per_node)
+        if ranks.under_torchrun():
+            notes += ranks.run_torchrun_rank(job, journal, progress)
+        else:
+            notes += ranks.run_local_ranks(job, world, journal, progress)
+
+
+def _median_spread(journal: Journal) -> float:
+    spreads = [statistics(samples)["spread"] for _, _, samples in journal.points.values()]
+    return round(float(np.median(spreads)), 4) if spreads else 0.0
+
+
+def _same_machine(out: Path, device: str, versions: dict[str, str]) -> None:
+    if not (out / "profile.json").exists():
+        return
+    meta = HardwareProfile.open(out).meta
+    for what, there, here in (("device", meta.device, device), ("libraries", meta.libraries, versions)):
+        if there != here:
+            raise ProfileError(
+                f"{out}: {what} ({there}) of the profile there is not this run's ({here}); one profile is one"
+                " machine and one set of versions: choose another --out"
+            )
+
+
+def _rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
+    schema = columns_of(table)
+    return pa.table({c: [row.get(c, spec.default) for row in rows] for c, spec in schema.items()})
+
+
+def _save(
+    request: ProfileRequest,
+    out: Path,
+    journal: Journal,
+    device: Any,
+    facts: dict[str, float | str],
+    notes: list[str],
+) -> HardwareProfile:
+    from moeplan.profiling import system
+
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    versions = system.libraries(device)
+    name = system.device_name(device)
+    key = f"moeplan-{date}"
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    old = HardwareProfile.open(out) if (out / "profile.json").exists() else None
+    for table in old.table_names if old else ():
+        identity = [c for c in columns_of(table) if c not in (*MEASURED, "source", "mark")]
+        for row in old.table(table).to_pylist() if old else ():
+            rows.setdefault(table, {})[point_key(table, {c: row[c] for c in identity})] = row
+    for table, row, samples in journal.points.values():
+        full = {c: row.get(c, spec.default) for c, spec in columns_of(table).items()}
+        identity = [c for c in full if c not in (*MEASURED, "source", "mark")]
+        full |= {**statistics(samples), "source": key, "mark": ""}
+        rows.setdefault(table, {})[point_key(table, {c: full[c] for c in identity})] = full
+    source = Source(
+        kind="measured",
+        title="moeplan profile",
+        version=f"torch {versions['torch']}",
+        device=name,
+        date=date,
+        note=_PROTOCOL,
+    )
+    commands = [request.command]
+    if old and old.meta.command not in commands:
+        commands = [c for c in old.meta.command.split(" && ") if c != request.command] + commands
+    left = list(dict.fromkeys(notes))
+    meta = ProfileMeta(
+        name=out.name,
+        accelerator=system.accelerator_name(device),
+        device=name,
+        driver=system.driver_version(device),
+        libraries=versions,
+        date=date,
+        command=" && ".join(commands),
+        note=f"Left out: {'; '.join(left)}." if left else "",
+        sources={**(old.meta.sources if old else {}), key: source},
+        system={**(old.meta.system if old else {}), **facts},
+    )
+    tables = {table: _rows(table, list(rows[table].values())) for table in TABLES if rows.get(table)}
+    if not tables:
+        raise ProfileError(
+            "nothing was measured: the budget or the memory was too small; see what was left out: " + "; ".join(left)
+        )
+    return HardwareProfile(meta, tables).save(out)

@@ -1,0 +1,343 @@
+"""Benches of exchanges between ranks: ``R`` ranks in ``N`` nodes of ``G`` ranks each.
+
+Scopes are measured apart: all ranks; the ranks of one node; one rank per node. Two-level forms first exchange
+inside nodes, then between ranks of the same place in their nodes. A sample is the slowest rank's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.errors import SpecError
+from moeplan.profiling.device import Device
+from moeplan.profiling.protocol import Bench, Call, CpuTimer, CudaTimer, Series
+
+__all__ = ["OPS", "CollectiveTimer", "Communicator", "Exchange", "collective_benches", "uneven_splits"]
+
+OPS = ("all_reduce", "all_gather", "reduce_scatter", "alltoall", "p2p")
+_TWO_LEVEL = ("all_reduce", "alltoall")
+Prepare = Callable[[Series, int], Call]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What to measure. ``weight_RR`` shapes uneven all-to-alls: what rank i sends to rank j, in any unit."""
+
+    ops: tuple[str, ...] = OPS
+    dtype: str = "fp32"
+    max_bytes: int = 2**24
+    weight_RR: tuple[tuple[float, ...], ...] | None = None
+    hidden: int = 0
+    top_k: int = 0
+    num_experts: int = 0
+    max_tokens: int = 1024
+
+
+@dataclass(slots=True)
+class Communicator:
+    """The process group of this run; ``node_R`` is the node of each rank. Call after ``init_process_group``."""
+
+    device: Device
+    rank: int
+    node_R: tuple[int, ...]
+    dist: Any
+    intra: Any = None
+    inter: Any = None
+    first_of_nodes: Any = None
+
+    def __post_init__(self) -> None:
+        members: dict[int, list[int]] = {}
+        for rank, node in enumerate(self.node_R):
+            members.setdefault(node, []).append(rank)
+        sizes = {len(ranks) for ranks in members.values()}
+        if len(sizes) > 1:
+            raise SpecError(f"nodes hold {sorted(sizes)} ranks; give every node the same number of ranks")
+        if len(members) == 1:
+            return
+        # Every rank takes part in making every group, in one order.
+        for ranks in members.values():
+            group = self.dist.new_group(ranks)
+            if self.rank in ranks:
+                self.intra = group
+        for place in range(self.per_node):
+            ranks = [ranks[place] for ranks in members.values()]
+            group = self.dist.new_group(ranks)
+            if self.rank in ranks:
+                self.inter = group
+            if place == 0:
+                self.first_of_nodes = ranks
+
+    @property
+    def world(self) -> int:
+        """``R``."""
+        return len(self.node_R)
+
+    @property
+    def nodes(self) -> int:
+        """``N``."""
+        return len(set(self.node_R))
+
+    @property
+    def per_node(self) -> int:
+        """``G``."""
+        return self.world // self.nodes
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        box = [value]
+        where = {"device": self.device.torch.device("cuda")} if self.device.is_cuda else {}
+        self.dist.broadcast_object_list(box, src=0, **where)
+        return box[0]
+
+
+def _turned(call: Call, turn: int, _i: int) -> object:
+    return call(turn)
+
+
+class CollectiveTimer:
+    """Times a collective on all ranks at once; the samples are the largest over ranks, the same on all."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self._timer = CudaTimer() if comm.device.is_cuda else CpuTimer()
+
+    def time(self, call: Call, count: int) -> list[float]:
+        """See :class:`moeplan.profiling.protocol.Timer`."""
+        comm, torch = self._comm, self._comm.device.torch
+        if comm.device.is_cuda:
+            comm.dist.barrier()
+            own = self._timer.time(call, count)
+        else:
+            own = []
+            for i in range(count):
+                comm.dist.barrier()
+                own += self._timer.time(partial(_turned, call, i), 1)
+        slowest = torch.tensor(own, dtype=torch.float64, device=comm.device.kind)
+        comm.dist.all_reduce(slowest, op=comm.dist.ReduceOp.MAX)
+        return [float(value) for value in slowest.cpu()]
+
+
+def uneven_splits(weight_RR: NDArray[np.float64], total: int) -> NDArray[np.int64]:
+    """Whole elements that rank i sends to rank j: in proportion to the weights, ``total`` per rank on average."""
+    share = weight_RR / weight_RR.sum() * (total * len(weight_RR))
+    whole: NDArray[np.int64] = np.floor(share + 0.5).astype(np.int64)
+    return whole
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One series: its operation among ``ranks`` ranks in ``nodes`` nodes, through ``group``."""
+
+    op: str
+    algorithm: str
+    distribution: str
+    ranks: int
+    nodes: int
+    group: Any
+    takes_part: bool
+    peer: int = -1
+
+
+def collective_benches(comm: Communicator, what: Exchange) -> list[Bench]:
+    """All benches of a run, the same on every rank.
+
+    Raises:
+        SpecError: one rank only, or a type that no exchange carries.
+    """
+    if comm.world < 2:
+        raise SpecError(
+            "collectives need at least 2 ranks, this run has 1: start them with --ranks N or torchrun; one GPU"
+            " cannot measure an all-to-all, and the public tables' entries stay marked as theirs"
+        )
+    if what.dtype not in ("fp32", "bf16", "fp16"):
+        raise SpecError(f"dtype ({what.dtype}): exchanges are measured in fp32, bf16 or fp16")
+    backend = "nccl" if comm.device.is_cuda else "gloo"
+    cases: dict[str, _Case] = {}
+    series = []
+    scopes = [("all", comm.world, comm.nodes, None, True)]
+    if comm.nodes > 1:
+        scopes += [
+            ("intra-node", comm.per_node, 1, comm.intra, True),
+            ("inter-node", comm.nodes, comm.nodes, comm.inter, comm.rank in comm.first_of_nodes),
+        ]
+    for op in what.ops:
+        for scope, ranks, nodes, group, part in scopes:
+            if ranks < 2 or (op == "p2p" and scope == "all" and comm.nodes > 1):
+                continue
+            forms = [("flat", "even")]
+            if scope == "all" and comm.nodes > 1 and comm.per_node > 1 and op in _TWO_LEVEL:
+                forms.append(("two_level", "even"))
+            if scope == "all" and op == "alltoall":
+                forms.append(("flat", "uneven"))
+            for algorithm, distribution in forms:
+                peer = -1
+                if op == "p2p":
+                    other = comm.first_of_nodes[1] if scope == "inter-node" else 1
+                    ranks, part = 2, comm.rank in (0, other)
+                    peer = other if comm.rank == 0 else 0
+                case = _Case(op, algorithm, distribution, ranks, nodes, group, part, peer)
+                label = f"{op} {algorithm} {distribution} {scope} {ranks} ranks {nodes} nodes"
+                cases[label] = case
+                series.append(_series(label, case, backend, what))
+    benches = [Bench(f"collectives {backend}", tuple(series), lambda: _open(comm, what, cases))]
+    if what.hidden and "alltoall" in what.ops:
+        benches.append(_token_bench(comm, what, backend))
+    return benches
+
+
+def _series(label: str, case: _Case, backend: str, what: Exchange) -> Series:
+    def row(size: int) -> Mapping[str, Any]:
+        return {
+            "backend": backend,
+            "kernel": f"{backend}_{case.op}",
+            "op": case.op,
+            "dtype": what.dtype,
+            "ranks": case.ranks,
+            "nodes": case.nodes,
+            "message_size_bytes": size,
+            "algorithm": case.algorithm,
+            "distribution": case.distribution,
+        }
+
+    return Series("collectives", label, row, 256, what.max_bytes, 7)
+
+
+def _weights(comm: Communicator, what: Exchange) -> NDArray[np.float64]:
+    """What the caller gave, or a seeded skewed choice of experts by tokens of every rank."""
+    if what.weight_RR is not None:
+        weight_RR = np.asarray(what.weight_RR, float)
+        if weight_RR.shape != (comm.world, comm.world) or weight_RR.min() < 0 or weight_RR.sum() <= 0:
+            raise SpecError(
+                f"traffic matrix has shape {weight_RR.shape}; it must be {comm.world} x {comm.world}, not"
+                " negative and not all zero"
+            )
+        return weight_RR
+    popularity_R = np.random.default_rng(0).dirichlet(np.full(comm.world, 2.0))
+    return np.tile(popularity_R, (comm.world, 1))
+
+
+def _open(comm: Communicator, what: Exchange, cases: Mapping[str, _Case]) -> Prepare:
+    dist = comm.dist
+    # Renamed in torch 2.13; the old names warn there.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    kind = comm.device.dtype(what.dtype)
+    width = 4 if what.dtype == "fp32" else 2
+    weight_RR = _weights(comm, what)
+    # An uneven rank may receive several times the mean.
+    largest = int(uneven_splits(weight_RR, what.max_bytes // width).max(0).sum()) + what.max_bytes // width
+    room = comm.world * -(-max(largest, comm.world) // comm.world)
+    turns = comm.device.copies(2 * room * width, most=4)
+    sources = [comm.device.normal((room,), kind) for _ in range(turns)]
+    targets = [comm.device.normal((room,), kind) for _ in range(turns)]
+
+    def prepare(series: Series, size: int) -> Call:
+        case = cases[series.label]
+        elements = max(1, size // width)
+        each = max(1, elements // case.ranks)
+        whole = each * case.ranks
+
+        def all_reduce(a: Any, b: Any) -> None:
+            dist.all_reduce(a[:elements], group=case.group)
+
+        def all_reduce_two_level(a: Any, b: Any) -> None:
+            part = -(-elements // comm.per_node)
+            mine = b[:part]
+            scatter(mine, a[: part * comm.per_node], group=comm.intra)
+            dist.all_reduce(mine, group=comm.inter)
+            gather(a[: part * comm.per_node], mine, group=comm.intra)
+
+        def all_gather(a: Any, b: Any) -> None:
+            gather(b[:whole], a[:each], group=case.group)
+
+        def reduce_scatter(a: Any, b: Any) -> None:
+            scatter(b[:each], a[:whole], group=case.group)
+
+        def alltoall(a: Any, b: Any) -> None:
+            dist.all_to_all_single(b[:whole], a[:whole], group=case.group)
+
+        def alltoall_two_level(a: Any, b: Any) -> None:
+            # [node, place, x]: to the rank of my node that has the place, then to the node.
+            by_place = a[:whole].view(comm.nodes, comm.per_node, each).transpose(0, 1).contiguous()
+            half = b[:whole].view(comm.per_node, comm.nodes, each)
+            dist.all_to_all_single(half, by_place, group=comm.intra)
+            by_node = half.transpose(0, 1).contiguous()
+            dist.all_to_all_single(b[:whole].view(by_node.shape), by_node, group=comm.inter)
+
+        split_RR = uneven_splits(weight_RR, elements)
+        out, into = split_RR[comm.rank].tolist(), split_RR[:, comm.rank].tolist()
+
+        def alltoall_uneven(a: Any, b: Any) -> None:
+            dist.all_to_all_single(b[: sum(into)], a[: sum(out)], into, out)
+
+        def p2p(a: Any, b: Any) -> None:
+            if comm.rank == 0:
+                dist.send(a[:elements], case.peer)
+            else:
+                dist.recv(b[:elements], case.peer)
+
+        by_name = {f.__name__: f for f in (all_reduce, all_gather, reduce_scatter, alltoall, p2p)}
+        by_name |= {f.__name__: f for f in (all_reduce_two_level, alltoall_two_level, alltoall_uneven)}
+        suffix = "_two_level" * (case.algorithm == "two_level") + "_uneven" * (case.distribution == "uneven")
+        run = by_name[case.op + suffix]
+        return lambda i: run(sources[i % turns], targets[i % turns]) if case.takes_part else None
+
+    return prepare
+
+
+def _token_bench(comm: Communicator, what: Exchange, backend: str) -> Bench:
+    """Dispatch and combine of tokens by their choices, one copy per (token, expert) pair."""
+    kinds = {
+        f"tokens {phase} {form}": (phase, form)
+        for phase in ("dispatch", "combine")
+        for form in ("balanced", "explicit")
+    }
+    series = []
+    for label, (phase, form) in kinds.items():
+
+        def row(tokens: int, phase: str = phase, form: str = form) -> Mapping[str, Any]:
+            return {
+                "backend": backend,
+                "kernel": f"{backend}_alltoall",
+                "mode": "flat",
+                "phase": phase,
+                "nodes": comm.nodes,
+                "ranks": comm.world,
+                "hidden": what.hidden,
+                "top_k": what.top_k,
+                "num_experts": what.num_experts,
+                "dtype": what.dtype,
+                "tokens_per_rank": tokens,
+                "distribution": form,
+            }
+
+        series.append(Series("alltoall", f"{label} H{what.hidden} {comm.world} ranks", row, 1, what.max_tokens, 6))
+    names = {s.label: kind for s, kind in zip(series, kinds.values(), strict=True)}
+    return Bench(f"tokens H{what.hidden} {backend}", tuple(series), lambda: _open_tokens(comm, what, names))
+
+
+def _open_tokens(comm: Communicator, what: Exchange, names: Mapping[str, tuple[str, str]]) -> Prepare:
+    dist = comm.dist
+    kind = comm.device.dtype(what.dtype)
+    even_RR = np.ones((comm.world, comm.world))
+    forms = {"balanced": even_RR, "explicit": _weights(comm, what)}
+    most_RR = [uneven_splits(w, what.max_tokens * what.top_k) for w in forms.values()]
+    room = int(max(max(m.sum(0).max(), m.sum(1).max()) for m in most_RR)) + 1
+    source, target = (comm.device.normal((room, what.hidden), kind) for _ in range(2))
+
+    def prepare(series: Series, tokens: int) -> Call:
+        phase, form = names[series.label]
+        pairs_RR = uneven_splits(forms[form], tokens * what.top_k)
+        if phase == "combine":
+            pairs_RR = pairs_RR.T
+        out, into = pairs_RR[comm.rank].tolist(), pairs_RR[:, comm.rank].tolist()
+        a, b = source[: sum(out)], target[: sum(into)]
+        return lambda _i: dist.all_to_all_single(b, a, into, out)
+
+    return prepare

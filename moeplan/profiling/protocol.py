@@ -1,0 +1,316 @@
+"""How a time is taken. The protocol, in order:
+
+1. Cases that share buffers form a :class:`Bench`; it is opened once, filled with random data, never zeros.
+2. Scouting, small sizes first, warms each case up and estimates it; a series ends early, and says so, where
+   its next size would not fit the time or the memory.
+3. Passes visit all cases in shuffled order, so that drift of the machine spreads over all of them; a visit
+   makes one untimed call, then several timed ones over rotating buffers, so that caches do not help more
+   than they would in a model.
+4. While time is left, the interval in which interpolation is expected to err most is split; its ends are
+   timed again in the same passes. Then the noisiest points get more passes.
+5. No sample is dropped: the median stands, ``spread`` tells (90th - 10th percentile) / median, and the
+   minimum and 20th percentile are kept beside it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from moeplan.profiling.grid import coarse_sizes, interval_errors, midpoint
+from moeplan.profiling.journal import Journal
+
+__all__ = ["Bench", "CpuTimer", "CudaTimer", "Rig", "Series", "Timer", "run_benches", "statistics"]
+
+Call = Callable[[int], object]
+Progress = Callable[[str, float], None]
+
+VISIT_S = 0.004  # timed calls of one visit take about this long: well above the clock's resolution
+MAX_CALLS = 16
+PASSES = 6
+LEAST_PASSES = 2
+TOLERANCE = 0.01
+NOISY = 0.25
+MAX_SAMPLES = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Cases that differ in one size. ``row`` gives the table's columns at a size, all but the measured ones."""
+
+    table: str
+    label: str
+    row: Callable[[int], Mapping[str, Any]]
+    low: int
+    high: int
+    points: int = 7
+    refine: bool = True
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def start(self) -> list[int]:
+        """The sizes given, or a coarse grid."""
+        return sorted(self.sizes) or coarse_sizes(self.low, self.high, self.points)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Series over shared buffers. ``open()`` allocates and returns ``prepare(series, size) -> call(i)``,
+    where ``i`` picks the rotating buffer; dropping that function frees everything."""
+
+    name: str
+    series: tuple[Series, ...]
+    open: Callable[[], Callable[[Series, int], Call]]
+
+
+class Timer(Protocol):
+    """Times calls, in microseconds each."""
+
+    def time(self, call: Call, count: int) -> list[float]:
+        """``count`` timed calls ``call(0) .. call(count - 1)``."""
+
+
+class CpuTimer:
+    """The monotonic clock around each call."""
+
+    def time(self, call: Call, count: int) -> list[float]:
+        """See :class:`Timer`."""
+        samples = []
+        for i in range(count):
+            start = time.perf_counter_ns()
+            call(i)
+            samples.append((time.perf_counter_ns() - start) / 1e3)
+        return samples
+
+
+class CudaTimer:
+    """Device events around each call on the current stream.
+
+    A spin kernel ahead of the calls keeps the device busy while the host enqueues them: without it the gaps
+    between small kernels would be timed as if they were the kernels.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1_000_000)  # the first launch loads the module; time the second
+        start.record()
+        torch.cuda._sleep(10_000_000)
+        end.record()
+        torch.cuda.synchronize()
+        self._cycles_per_us = 10_000_000 / (start.elapsed_time(end) * 1e3)
+        self._host_us: float = 50.0
+
+    def time(self, call: Call, count: int) -> list[float]:
+        """See :class:`Timer`."""
+        torch = self._torch
+        starts = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        torch.cuda.synchronize()
+        spin_us = min(1.5 * self._host_us * count, 50_000.0)
+        torch.cuda._sleep(int(spin_us * self._cycles_per_us))
+        begun = time.perf_counter_ns()
+        for i in range(count):
+            starts[i].record()
+            call(i)
+            ends[i].record()
+        self._host_us = (time.perf_counter_ns() - begun) / 1e3 / count
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) * 1e3 for a, b in zip(starts, ends, strict=True)]
+
+
+@dataclass(slots=True)
+class Rig:
+    """What runs a bench. ``agree`` turns a value of the clock into one that all ranks share; samples of a
+    timer must already be the same on all of them, so that all take the same decisions."""
+
+    timer: Timer
+    journal: Journal
+    rng: random.Random
+    agree: Callable[[Any], Any] = lambda value: value
+    left_out: list[str] = field(default_factory=list)
+    doing: str = ""
+
+
+def statistics(samples: Sequence[float]) -> dict[str, float]:
+    """Measured columns of a point: median, spread, minimum, 20th percentile, number of samples."""
+    values = np.asarray(samples)
+    low, high = np.percentile(values, [10, 90])
+    median = float(np.median(values))
+    return {
+        "latency_us": median,
+        "spread": float(high - low) / median,
+        "min_us": float(values.min()),
+        "p20_us": float(np.percentile(values, 20)),
+        "samples": len(values),
+    }
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def run_benches(benches: Sequence[Bench], rig: Rig, budget_s: float, report: Progress = lambda _w, _d: None) -> None:
+    """Measure all benches within about ``budget_s``; samples go to the journal, omissions to ``left_out``.
+
+    What one bench leaves of its share goes to those after it.
+    """
+    begun = time.monotonic()
+    for number, bench in enumerate(benches):
+        report(bench.name, number / len(benches))
+        now = time.monotonic()
+        deadline = now + max(begun + budget_s - now, 0.02 * budget_s) / (len(benches) - number)
+
+        def tell(done: float, number: int = number, name: str = bench.name) -> None:
+            report(name, (number + min(done, 1.0)) / len(benches))
+
+        _run_bench(bench, rig, rig.agree(deadline - now), tell)
+    report("measured", 1.0)
+
+
+def _run_bench(bench: Bench, rig: Rig, share_s: float, tell: Callable[[float], None]) -> None:
+    begun = time.monotonic()
+
+    def left() -> float:
+        value = rig.agree(share_s - (time.monotonic() - begun))
+        tell(1 - value / share_s)
+        return float(value)
+
+    try:
+        prepare = bench.open()
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        rig.left_out.append(f"{bench.name}: does not fit into the memory of the device")
+        return
+    try:
+        _Run(bench, prepare, rig, left).run(share_s)
+    finally:
+        del prepare
+        gc.collect()
+
+
+class _Run:
+    """One open bench: estimates and sizes by series."""
+
+    def __init__(
+        self, bench: Bench, prepare: Callable[[Series, int], Call], rig: Rig, left: Callable[[], float]
+    ) -> None:
+        self.bench, self.prepare, self.rig, self.left = bench, prepare, rig, left
+        self.estimate_us: dict[tuple[int, int], float] = {}
+
+    def run(self, share_s: float) -> None:
+        todo: list[tuple[int, int]] = []
+        scout_until = 0.75 * share_s
+        for index, series in enumerate(self.bench.series):
+            allowance = max(self.left() - (share_s - scout_until), 0.0) / (len(self.bench.series) - index)
+            todo += self.scout_series(index, series.start, allowance)
+        new = [case for case in todo if len(self.samples(case)) < LEAST_PASSES * self.calls(case)]
+        per_pass_s = sum(self.calls(case) * self.estimate_us[case] for case in new) / 1e6
+        passes = max(LEAST_PASSES, min(PASSES, int(self.left() / max(per_pass_s, 1e-9) / 2)))
+        self.passes(new, passes)
+        self.refine()
+
+    def samples(self, case: tuple[int, int]) -> list[float]:
+        series = self.bench.series[case[0]]
+        return self.rig.journal.samples(series.table, series.row(case[1]))
+
+    def calls(self, case: tuple[int, int]) -> int:
+        return max(1, min(MAX_CALLS, math.ceil(VISIT_S * 1e6 / max(self.estimate_us[case], 1e-3))))
+
+    def timed(self, case: tuple[int, int], count: int) -> list[float]:
+        series, size = self.bench.series[case[0]], case[1]
+        self.rig.doing = f"{series.label} at {size}"
+        call = self.prepare(series, size)
+        call(-1)
+        return self.rig.timer.time(call, count)
+
+    def scout(self, case: tuple[int, int]) -> bool:
+        """Warm a case up and estimate it; False, and said, where the memory does not hold it."""
+        known = self.samples(case)
+        if known:
+            self.estimate_us[case] = float(np.median(known))
+            return True
+        try:
+            self.estimate_us[case] = min(self.timed(case, 2))
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            series = self.bench.series[case[0]]
+            self.rig.left_out.append(f"{series.label}: out of memory from size {case[1]} on")
+            gc.collect()
+            return False
+        return True
+
+    def scout_series(self, index: int, sizes: list[int], allowance_s: float) -> list[tuple[int, int]]:
+        kept: list[tuple[int, int]] = []
+        spent_s = 0.0
+        for size in sizes:
+            case = (index, size)
+            if kept and not self.samples(case):
+                predicted_s = self.estimate_us[kept[-1]] / 1e6 * size / kept[-1][1]
+                if spent_s + (3 + 2 * LEAST_PASSES) * predicted_s > allowance_s:
+                    self.rig.left_out.append(
+                        f"{self.bench.series[index].label}: sizes from {size} to {sizes[-1]} do not fit the budget"
+                    )
+                    break
+            if not self.scout(case):
+                break
+            spent_s += (3 + 2 * LEAST_PASSES) * self.estimate_us[case] / 1e6
+            kept.append(case)
+        return kept
+
+    def passes(self, cases: list[tuple[int, int]], passes: int) -> None:
+        """Time ``cases`` in ``passes`` shuffled passes, but one where the time is up."""
+        for number in range(passes):
+            order = list(cases)
+            self.rig.rng.shuffle(order)
+            if number and self.left() <= 0:
+                break
+            for case in order:
+                series, size = self.bench.series[case[0]], case[1]
+                self.rig.journal.add(series.table, series.row(size), self.timed(case, self.calls(case)))
+                self.left()  # moves the progress bar
+
+    def refine(self) -> None:
+        while self.left() > 0:
+            batch = [case for case in self.worst() if case in self.estimate_us or self.scout(case)]
+            if not batch:
+                return
+            cost_s = sum(self.calls(c) * self.estimate_us[c] for c in batch) / 1e6 * LEAST_PASSES
+            if cost_s > self.left():
+                return
+            self.passes(batch, PASSES)
+
+    def worst(self, most: int = 4) -> list[tuple[int, int]]:
+        """Midpoints of the worst intervals with their ends; the noisiest points where no interval is bad."""
+        found: list[tuple[float, list[tuple[int, int]]]] = []
+        noisy: list[tuple[float, list[tuple[int, int]]]] = []
+        for index, series in enumerate(self.bench.series):
+            us = {}
+            for case in self.estimate_us:
+                if case[0] == index and (samples := self.samples(case)):
+                    stats = statistics(samples)
+                    us[case[1]] = stats["latency_us"]
+                    if stats["spread"] > NOISY and len(samples) < MAX_SAMPLES:
+                        noisy.append((stats["spread"], [case]))
+            if series.refine:
+                for (a, b), error in interval_errors(us).items():
+                    middle = midpoint(a, b)
+                    if error > TOLERANCE and middle is not None and (index, middle) not in self.estimate_us:
+                        found.append((error, [(index, a), (index, middle), (index, b)]))
+        chosen = sorted(found or noisy, reverse=True)[:most]
+        return list(dict.fromkeys(case for _, cases in chosen for case in cases))

@@ -1,0 +1,262 @@
+"""Recording which experts real tokens choose, from a live model. ``T`` tokens, ``L`` layers, ``K`` top-k.
+
+:class:`RoutingRecorder` is the callback that any torch model can feed; :func:`hook_model` feeds it from the
+routers of Hugging Face MoE models.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
+from moeplan.errors import TraceError
+from moeplan.profiling.device import torch_module
+
+__all__ = ["RoutingRecorder", "find_routers", "hook_model", "measure_overhead"]
+
+
+class RoutingRecorder:
+    """Collects the choices of each forward pass.
+
+    ::
+
+        with recorder.step("prefill", seq_lens=[5, 7]):
+            ...                                     # each MoE layer calls
+            recorder.record(layer_id, experts_TK, scores_TK)
+        trace = recorder.trace()
+
+    Tensors stay on their device until :meth:`trace`, so that recording does not wait for it.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self._steps: list[tuple[str, NDArray[np.int64] | None, Any, dict[int, tuple[Any, Any]]]] = []
+        self._open: dict[int, tuple[Any, Any]] | None = None
+
+    @contextmanager
+    def step(self, phase: str, seq_lens: Sequence[int] | None = None, keep_T: Any = None) -> Iterator[None]:
+        """One forward pass. ``keep_T`` is a mask of the tokens that are no padding.
+
+        Raises:
+            TraceError: an unknown phase, or a step inside a step.
+        """
+        if phase not in PHASES:
+            raise TraceError(f"phase ({phase}) must be one of {', '.join(PHASES)}")
+        if self._open is not None:
+            raise TraceError("a step is already being recorded; end it before the next")
+        self._open = {}
+        try:
+            yield
+            if self._open:
+                lens = None if seq_lens is None else np.asarray(seq_lens, np.int64)
+                self._steps.append((phase, lens, keep_T, self._open))
+        finally:
+            self._open = None
+
+    def record(self, layer_id: int, experts_TK: Any, scores_TK: Any = None) -> None:
+        """The choices of one layer for all tokens of the step, as tensors or arrays.
+
+        Raises:
+            TraceError: outside a step, or twice for one layer.
+        """
+        if self._open is None:
+            raise TraceError("record() belongs inside 'with recorder.step(phase)'")
+        if layer_id in self._open:
+            raise TraceError(f"layer {layer_id} was recorded twice in one step; one step is one forward pass")
+        # Clones: the model may reuse its buffers before the trace is asked for.
+        self._open[layer_id] = tuple(None if x is None else _copy(x) for x in (experts_TK, scores_TK))  # type: ignore[assignment]
+
+    def drop_step(self) -> None:
+        """Forget what the open step recorded."""
+        if self._open is not None:
+            self._open.clear()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens recorded so far, padding included."""
+        return sum(len(next(iter(layers.values()))[0]) for *_, layers in self._steps)
+
+    def trace(self, **origin: Any) -> RoutingTrace:
+        """All steps as one trace; ``origin`` is kept in it.
+
+        Raises:
+            TraceError: nothing recorded, or steps differ in layers or top-k.
+        """
+        if not self._steps:
+            raise TraceError("nothing was recorded; did the model run inside a step, and has it MoE layers?")
+        layer_ids = tuple(sorted(self._steps[0][3]))
+        experts, scores, phases, lens = [], [], [], []
+        for number, (phase, seq_lens, keep, layers) in enumerate(self._steps):
+            if tuple(sorted(layers)) != layer_ids:
+                raise TraceError(f"step {number} recorded layers {sorted(layers)}, step 0 {list(layer_ids)}")
+            chosen_TLK = np.stack([_array(layers[layer][0]) for layer in layer_ids], 1)
+            score_TLK = None
+            if all(layers[layer][1] is not None for layer in layer_ids):
+                score_TLK = np.stack([_array(layers[layer][1]) for layer in layer_ids], 1)
+            if keep is not None:
+                mask_T = _array(keep).astype(bool).ravel()
+                chosen_TLK = chosen_TLK[mask_T]
+                score_TLK = None if score_TLK is None else score_TLK[mask_T]
+            experts.append(chosen_TLK.astype(np.int32))
+            scores.append(score_TLK)
+            phases.append(np.full(len(chosen_TLK), PHASES.index(phase), np.uint8))
+            lens.append(seq_lens)
+        if len({part.shape[2] for part in experts}) > 1:
+            raise TraceError(f"steps differ in top-k: {sorted({part.shape[2] for part in experts})}")
+        known = [part for part in scores if part is not None]
+        known_lens = [part for part in lens if part is not None]
+        return RoutingTrace(
+            experts_TLK=np.concatenate(experts),
+            num_experts=self.num_experts,
+            layer_ids=layer_ids,
+            scores_TLK=np.concatenate(known).astype(np.float32) if len(known) == len(scores) else None,
+            seq_lens_S=np.concatenate(known_lens) if len(known_lens) == len(lens) else None,
+            phase_T=np.concatenate(phases),
+            origin=origin,
+        )
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if hasattr(value, "detach") else np.array(value)
+
+
+def _array(value: Any) -> NDArray[Any]:
+    if hasattr(value, "detach"):
+        value = value.float() if value.is_floating_point() else value
+        return np.asarray(value.cpu().numpy())
+    return np.asarray(value)
+
+
+# ---------------------------------------------------------------------- Hugging Face models
+
+
+def find_routers(model: Any) -> dict[int, Any]:
+    """Layer id -> router module: ``layers.<id>...`` with a child ``gate`` or ``router`` beside ``experts``.
+
+    Raises:
+        TraceError: the model has none, so it is no MoE model of a known layout.
+    """
+    routers = {}
+    for name, module in model.named_modules():
+        layer = re.search(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.", f"{name}.")
+        if layer is None or not hasattr(module, "experts"):
+            continue
+        router = getattr(module, "gate", None) or getattr(module, "router", None)
+        if router is not None:
+            routers[int(layer.group(1))] = (module, router)
+    if not routers:
+        raise TraceError(
+            f"{type(model).__name__} has no module with 'experts' and a 'gate' or 'router' in numbered layers;"
+            " record it through RoutingRecorder.record instead"
+        )
+    return routers
+
+
+def _choice(output: Any, block: Any, top_k: int | None) -> tuple[Any, Any]:
+    """(experts, scores) of a router's output: the integer tensor and its scores, or top-k of bare logits."""
+    torch = torch_module()
+    parts = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
+    chosen = [x for x in parts if not x.is_floating_point()]
+    if chosen:
+        experts = chosen[0].flatten(0, -2)
+        for score in (x.flatten(0, -2) for x in parts if x.is_floating_point()):
+            if score.shape == experts.shape:
+                return experts, score
+        return experts, None
+    k = getattr(block, "top_k", None) or top_k
+    if len(parts) != 1 or k is None:
+        raise TraceError(f"router of {type(block).__name__} returns neither expert ids nor logits with a known top-k")
+    top = parts[0].flatten(0, -2).float().softmax(-1).topk(int(k), -1)
+    return top.indices, top.values
+
+
+@contextmanager
+def hook_model(model: Any, recorder: RoutingRecorder | None = None) -> Iterator[RoutingRecorder]:
+    """Record every forward pass of a Hugging Face MoE model inside the block.
+
+    A pass that extends a cache by one token per sequence is decode, any other is prefill; padding goes by
+    ``attention_mask``. Layouts: routers that return expert ids (transformers 5: Mixtral, OLMoE, Qwen-MoE,
+    DeepSeek-V2/V3, gpt-oss), or bare logits beside a ``top_k`` (transformers 4).
+
+    Raises:
+        TraceError: the model has no routers that are understood.
+    """
+    routers = find_routers(model)
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    if recorder is None:
+        count = next((int(n) for name in names if (n := getattr(config, name, None))), 0)
+        if not count:
+            raise TraceError(f"config of {type(model).__name__} has none of {', '.join(names)}")
+        recorder = RoutingRecorder(count)
+    own = recorder
+    top_k = getattr(config, "num_experts_per_tok", None)
+    handles = []
+    steps: list[Any] = []
+
+    def begin(_module: Any, args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            raise TraceError("the model was called without input_ids or inputs_embeds; their shape is needed")
+        batch, length = tokens.shape[:2]
+        past = kwargs.get("past_key_values")
+        cached = int(past.get_seq_length()) if past is not None and hasattr(past, "get_seq_length") else 0
+        mask = kwargs.get("attention_mask")
+        keep = mask[:, -length:] if mask is not None and getattr(mask, "dim", lambda: 0)() == 2 else None
+        lens = [length] * batch if keep is None else keep.sum(1).tolist()
+        phase = "decode" if length == 1 and cached else "prefill"
+        step = own.step(phase, [int(n) for n in lens if n], None if keep is None else keep.clone())
+        step.__enter__()
+        steps.append(step)
+
+    def end(_module: Any, _args: Any, output: Any) -> None:
+        if steps:
+            if output is None:  # the pass failed midway
+                own.drop_step()
+            steps.pop().__exit__(None, None, None)
+
+    def routed(layer_id: int, block: Any) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            own.record(layer_id, *_choice(output, block, top_k))
+
+        return hook
+
+    handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+    handles.append(model.register_forward_hook(end, always_call=True))
+    handles += [router.register_forward_hook(routed(i, block)) for i, (block, router) in routers.items()]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_overhead(run: Callable[[], object], model: Any, passes: int = 6) -> float:
+    """Slowdown by recording: median time of ``run`` with hooks over without, minus 1; passes alternate."""
+    torch = torch_module()
+
+    def timed() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    run()
+    plain, hooked = [], []
+    for _ in range(passes):
+        plain.append(timed())
+        with hook_model(model):
+            hooked.append(timed())
+    return float(np.median(hooked) / np.median(plain) - 1)
