@@ -11,7 +11,7 @@ Tables are read when they are first asked for and checked against their hash.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "TableMeta",
     "load_profile",
+    "shipped_profile_for",
     "shipped_profiles",
 ]
 
@@ -338,3 +339,13 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     raise UnknownNameError(
         "profile (neither a directory nor a shipped one)", str(name_or_path), shipped_profiles()
     )
+
+
+@cache
+def shipped_profile_for(accelerator: str) -> HardwareProfile | None:
+    """The shipped profile of an accelerator, by its name in the registry; None where there is none."""
+    for name in shipped_profiles():
+        profile = HardwareProfile.open(_shipped_root() / name)
+        if profile.meta.accelerator == accelerator:
+            return profile
+    return None

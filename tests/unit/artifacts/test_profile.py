@@ -8,7 +8,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source, load_profile, shipped_profiles
+from moeplan.artifacts.profile import (
+    HardwareProfile,
+    ProfileMeta,
+    Source,
+    load_profile,
+    shipped_profile_for,
+    shipped_profiles,
+)
 from moeplan.artifacts.profile_tables import TABLES, measure_command, schema_document
 from moeplan.errors import ProfileError, UnknownNameError
 
@@ -149,3 +156,10 @@ def test_shipped_profiles_open() -> None:
         for table in profile.table_names:
             sources = set(profile.table(table)["source"].to_pylist())
             assert sources <= set(profile.meta.sources)
+
+
+def test_the_shipped_profile_of_an_accelerator_is_found_by_its_name() -> None:
+    found = shipped_profile_for("H100-SXM-80GB")
+    assert found is not None
+    assert found.meta.name == "h100-sxm"
+    assert shipped_profile_for("Abacus") is None
