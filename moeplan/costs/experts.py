@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import isotonic_regression
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
@@ -120,6 +121,12 @@ def _line_through(active: Floats, seconds: Floats) -> tuple[float, float]:
     return float(intercept), float(slope)
 
 
+def _rising(values: Floats) -> Floats:
+    """The nearest values that never fall, in logs (isotonic regression)."""
+    rising: Floats = np.exp(isotonic_regression(np.log(np.maximum(values, 1e-12))).x)
+    return rising
+
+
 def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: str) -> ExpertCosts | None:
     """``g`` and ``w`` from balanced rows: pairs and active experts of the measured rank, and its seconds.
 
@@ -142,11 +149,7 @@ def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: st
     good = weight > 0
     if good.sum() < 3:
         return None
-    sizes, shared, weight = (
-        sizes[good],
-        np.maximum.accumulate(shared[good]),
-        np.maximum.accumulate(weight[good]),
-    )
+    sizes, shared, weight = sizes[good], _rising(shared[good]), _rising(weight[good])
     draft = ExpertCosts(sizes, weight, shared, 0.0, source)
     mean = pairs_n / active_n
     predicted = np.array([draft.shared_s(m) for m in mean]) + active_n * draft.one_expert_s(mean)
