@@ -154,7 +154,7 @@ def test_shipped_profiles_open() -> None:
         profile = load_profile(name)
         assert profile.meta.licence
         for table in profile.table_names:
-            sources = set(profile.table(table)["source"].to_pylist())
+            sources = set(profile.table(table)["source"].unique().to_pylist())
             assert sources <= set(profile.meta.sources)
 
 
