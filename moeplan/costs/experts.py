@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 TABLE_DTYPES: dict[str, tuple[str, ...]] = {
     "fp8": ("fp8_block", "fp8"),
     "fp4": ("nvfp4", "w4a8_mxfp4_mxfp8", "w4a16_mxfp4"),
-    "int4": ("int4",),
+    "int8": ("int8_wo", "int8"),
 }
 _POISSON_MAX = 64  # expected tokens from which the count's scatter no longer matters
 
