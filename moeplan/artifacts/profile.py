@@ -73,9 +73,7 @@ class ProfileMeta(_Paper):
 
     schema_version: int = SCHEMA_VERSION
     name: str
-    accelerator: str = Field(
-        description="name in the accelerator registry, or the device's own where it is not there"
-    )
+    accelerator: str = Field(description="name in the accelerator registry, or the device's own where it is not there")
     device: str = Field("", description="as the device names itself")
     driver: str = ""
     libraries: dict[str, str] = Field(default_factory=dict, description="name -> version")
@@ -97,9 +95,7 @@ def _conform(name: str, table: pa.Table, where: str) -> pa.Table:
     """The table in its schema's columns and types; defaults filled in."""
     schema = columns_of(name)
     unknown = sorted(set(table.column_names) - set(schema))
-    missing = sorted(
-        c for c, column in schema.items() if column.default is None and c not in table.column_names
-    )
+    missing = sorted(c for c, column in schema.items() if column.default is None and c not in table.column_names)
     if unknown or missing:
         raise ProfileError(
             f"{where}: table {name} "
@@ -117,20 +113,14 @@ def _conform(name: str, table: pa.Table, where: str) -> pa.Table:
         try:
             values = table[column].combine_chunks().cast(_ARROW[spec.kind])
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ProfileError(
-                f"{where}: column {column} of table {name} is not {spec.kind}: {error}"
-            ) from error
+            raise ProfileError(f"{where}: column {column} of table {name} is not {spec.kind}: {error}") from error
         if values.null_count:
-            raise ProfileError(
-                f"{where}: column {column} of table {name} has {values.null_count} empty cells"
-            )
+            raise ProfileError(f"{where}: column {column} of table {name} has {values.null_count} empty cells")
         arrays.append(values)
     result = pa.table(dict(zip(schema, arrays, strict=True)))
     low = pc.min(result["latency_us"]).as_py() if result.num_rows else 1.0
     if result.num_rows and not (low > 0 and pc.all(pc.is_finite(result["latency_us"])).as_py()):
-        raise ProfileError(
-            f"{where}: latency_us of table {name} must be finite and above 0 (smallest is {low})"
-        )
+        raise ProfileError(f"{where}: latency_us of table {name} must be finite and above 0 (smallest is {low})")
     strings = [c for c, spec in schema.items() if spec.kind == "str" and c != "vector"]
     for column in strings:
         index = result.column_names.index(column)
@@ -141,9 +131,7 @@ def _conform(name: str, table: pa.Table, where: str) -> pa.Table:
 class HardwareProfile:
     """Metadata and tables of one machine. Immutable; tables load when first used."""
 
-    def __init__(
-        self, meta: ProfileMeta, tables: Mapping[str, pa.Table] | None = None, directory: Path | None = None
-    ):
+    def __init__(self, meta: ProfileMeta, tables: Mapping[str, pa.Table] | None = None, directory: Path | None = None):
         self.meta = meta
         self.directory = directory
         where = str(directory) if directory else f"profile {meta.name}"
@@ -164,9 +152,7 @@ class HardwareProfile:
         """
         path = directory / "profile.json"
         if not path.is_file():
-            raise ProfileError(
-                f"{directory} has no profile.json: it is not a profile; see moeplan profile --help"
-            )
+            raise ProfileError(f"{directory} has no profile.json: it is not a profile; see moeplan profile --help")
         try:
             document = read_json(path)
         except InputError as error:
@@ -186,9 +172,7 @@ class HardwareProfile:
             raise ProfileError(validation_message(str(path), error)) from error
         unknown = sorted(set(meta.tables) - set(TABLES))
         if unknown:
-            raise ProfileError(
-                f"{path}: tables ({', '.join(unknown)}) are not known; known: {', '.join(TABLES)}"
-            )
+            raise ProfileError(f"{path}: tables ({', '.join(unknown)}) are not known; known: {', '.join(TABLES)}")
         return cls(meta, directory=directory)
 
     @property
@@ -206,14 +190,10 @@ class HardwareProfile:
             return self._tables[name]
         meta = self.meta.tables.get(name)
         if meta is None or self.directory is None:
-            raise ProfileError(
-                f"profile {self.meta.name} has no table {name}; measure it: {measure_command(name, {})}"
-            )
+            raise ProfileError(f"profile {self.meta.name} has no table {name}; measure it: {measure_command(name, {})}")
         path = self.directory / meta.file
         if path.parent != self.directory:
-            raise ProfileError(
-                f"{self.directory}: tables.{name}.file ({meta.file}) must be a plain file name"
-            )
+            raise ProfileError(f"{self.directory}: tables.{name}.file ({meta.file}) must be a plain file name")
         try:
             if sha256_file(path) != meta.sha256:
                 raise ProfileError(
@@ -222,9 +202,7 @@ class HardwareProfile:
                 )
             if path.suffix == ".csv":
                 types = {c: _ARROW[spec.kind] for c, spec in columns_of(name).items()}
-                options = pa_csv.ConvertOptions(
-                    column_types=types, strings_can_be_null=False, null_values=[""]
-                )
+                options = pa_csv.ConvertOptions(column_types=types, strings_can_be_null=False, null_values=[""])
                 raw = pa_csv.read_csv(path, convert_options=options)
             else:
                 raw = pq.read_table(path)
@@ -238,9 +216,7 @@ class HardwareProfile:
     @cached_property
     def sha256(self) -> str:
         """Digest of all table hashes: what results made with this profile name."""
-        return sha256_bytes(
-            "".join(f"{k}:{v.sha256}\n" for k, v in sorted(self.meta.tables.items())).encode()
-        )
+        return sha256_bytes("".join(f"{k}:{v.sha256}\n" for k, v in sorted(self.meta.tables.items())).encode())
 
     # ------------------------------------------------------------------ coverage
 
@@ -258,9 +234,7 @@ class HardwareProfile:
             if column not in table.column_names:
                 raise UnknownNameError(f"column of table {name}", column, table.column_names)
             allowed = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
-            hit = pc.is_in(
-                table[column], value_set=pa.array(list(allowed), type=_ARROW[columns_of(name)[column].kind])
-            )
+            hit = pc.is_in(table[column], value_set=pa.array(list(allowed), type=_ARROW[columns_of(name)[column].kind]))
             mask = hit if mask is None else pc.and_(mask, hit)
         return table if mask is None else table.filter(mask)
 
@@ -336,9 +310,7 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
         return HardwareProfile.open(path)
     if str(name_or_path) in shipped_profiles():
         return HardwareProfile.open(_shipped_root() / str(name_or_path))
-    raise UnknownNameError(
-        "profile (neither a directory nor a shipped one)", str(name_or_path), shipped_profiles()
-    )
+    raise UnknownNameError("profile (neither a directory nor a shipped one)", str(name_or_path), shipped_profiles())
 
 
 @cache

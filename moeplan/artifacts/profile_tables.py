@@ -37,9 +37,7 @@ COMMON: dict[str, Column] = {
     "backend": _s("framework whose code ran: moeplan, sglang, trtllm, vllm, nccl, gloo, deepep"),
     "kernel": _s("kernel or library call that was timed"),
     "latency_us": Column("float", "median of the measured times"),
-    "spread": Column(
-        "float", "(90th - 10th percentile) / median of the measured times; nan: not published", _NAN
-    ),
+    "spread": Column("float", "(90th - 10th percentile) / median of the measured times; nan: not published", _NAN),
     "min_us": Column("float", "shortest of the measured times; nan: not published", _NAN),
     "p20_us": Column("float", "20th percentile of the measured times; nan: not published", _NAN),
     "samples": Column("int", "measured times; 0: not published", 0),
@@ -62,20 +60,14 @@ TABLES: dict[str, dict[str, Column]] = {
         "ep": _i("ranks the experts are spread over"),
         "tp": _i("ranks that share one expert"),
         "dtype": _s(f"of the weights: {_DTYPE}"),
-        "distribution": _s(
-            "of choices: balanced, power_law_A, power_law_A_eplb, sampled_A, explicit (see vector)"
-        ),
+        "distribution": _s("of choices: balanced, power_law_A, power_law_A_eplb, sampled_A, explicit (see vector)"),
         "tokens": _i("entering the layer over all ranks of the ep group"),
         "rank_pairs": _i("(token, expert) pairs on the measured rank; -1: not published", -1),
         "active_experts": _i("distinct experts hit on the measured rank; -1: not published", -1),
         "rank_tokens": _i("distinct tokens on the measured rank; -1: not published", -1),
-        "vector": _s(
-            "tokens per local expert of the measured rank, separated by spaces; empty: not published", ""
-        ),
+        "vector": _s("tokens per local expert of the measured rank, separated by spaces; empty: not published", ""),
         "direction": _s("forward or backward", "forward"),
-        "scope": _s(
-            "experts (grouped FFN of one rank) or fused (dispatch and combine inside the kernel)", "experts"
-        ),
+        "scope": _s("experts (grouped FFN of one rank) or fused (dispatch and combine inside the kernel)", "experts"),
     },
     "alltoall": {
         "mode": _s("low_latency, normal, nvlink_one_sided, nvlink_two_sided or flat"),
@@ -190,11 +182,7 @@ def schema_document() -> dict[str, Any]:
                 "type": {"str": "string", "int": "integer", "float": "number"}[column.kind],
                 "meaning": column.meaning,
                 "required": column.default is None,
-                **(
-                    {}
-                    if column.default is None or column.default != column.default
-                    else {"default": column.default}
-                ),
+                **({} if column.default is None or column.default != column.default else {"default": column.default}),
             }
             for name, column in columns_of(table).items()
         }

@@ -198,9 +198,7 @@ class GridInterpolator:
             row = np.full(len(x), -1, np.int64)
             for distance in range(1, 4):
                 steps = np.zeros_like(left)
-                steps[:, 0] = np.where(
-                    on[:, 0], direction * distance, distance if direction > 0 else 1 - distance
-                )
+                steps[:, 0] = np.where(on[:, 0], direction * distance, distance if direction > 0 else 1 - distance)
                 found = self._at(names, left + steps)
                 row = np.where(row < 0, found, row)
             ends.append(row)

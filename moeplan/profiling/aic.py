@@ -105,9 +105,7 @@ class AicFile:
     def source(self, device: str, note: str = "") -> Source:
         """Its entry in ``profile.json``."""
         title = f"aiconfigurator-core {VERSION}, systems/data/{'/'.join(self.path.parts[-5:])}"
-        return Source(
-            kind="imported", title=title, version=self.version, device=device, licence=LICENCE, note=note
-        )
+        return Source(kind="imported", title=title, version=self.version, device=device, licence=LICENCE, note=note)
 
 
 def files_of(root: Path, system: str) -> Iterator[AicFile]:
@@ -197,9 +195,7 @@ def _moe(rows: pa.Table, file: AicFile) -> _Converted:
             "tokens": tokens,
             "rank_pairs": np.where(even, pairs, -1),
             "active_experts": np.where(even, np.minimum(pairs, local), -1),
-            "rank_tokens": rows["rank0_num_tokens"]
-            if "rank0_num_tokens" in rows.column_names
-            else 0 * ep - 1,
+            "rank_tokens": rows["rank0_num_tokens"] if "rank0_num_tokens" in rows.column_names else 0 * ep - 1,
             "scope": _same("fused" if "megamoe" in file.kind else "experts", rows),
             "kernel": kernel,
             "latency_us": _us(rows, "latency"),
@@ -270,9 +266,7 @@ def _trtllm_alltoall(rows: pa.Table, file: AicFile) -> _Converted:
             "top_k": rows["topk"],
             "num_experts": rows["num_experts"],
             # Combine returns bf16 unless it is the low-precision one.
-            "dtype": [
-                "bf16" if op.endswith("combine") else dtype for op, dtype in zip(ops, dtypes, strict=True)
-            ],
+            "dtype": ["bf16" if op.endswith("combine") else dtype for op, dtype in zip(ops, dtypes, strict=True)],
             "tokens_per_rank": rows["num_tokens"],
             "kernel": [
                 f"{kernel}/{dtype}{'/low_precision' * op.endswith('low_precision')}"
@@ -360,9 +354,7 @@ def _bmm(rows: pa.Table, file: AicFile) -> _Converted:
 
 
 _CONVERTERS: dict[str, Callable[[pa.Table, AicFile], _Converted]] = {
-    **dict.fromkeys(
-        ["moe", "wideep_moe", "wideep_context_moe", "wideep_generation_moe", "dsv4_megamoe_module"], _moe
-    ),
+    **dict.fromkeys(["moe", "wideep_moe", "wideep_context_moe", "wideep_generation_moe", "dsv4_megamoe_module"], _moe),
     **dict.fromkeys(["wideep_deepep_ll", "wideep_deepep_normal"], _deepep),
     **dict.fromkeys(["nccl", "custom_allreduce"], _collective),
     **{f"{phase}_{kind}": _attention for phase in ("context", "generation") for kind in ("attention", "mla")},

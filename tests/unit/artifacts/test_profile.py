@@ -64,14 +64,10 @@ def test_marked_rows_are_kept_and_not_used() -> None:
 
 def test_a_missing_region_is_named_with_its_command() -> None:
     profile = HardwareProfile(META, {"gemm": gemm()})
-    expected = (
-        r"dtype=int4 is not there \(there is: bf16, fp8\); measure it: moeplan profile dense --n 8 --k 16"
-    )
+    expected = r"dtype=int4 is not there \(there is: bf16, fp8\); measure it: moeplan profile dense --n 8 --k 16"
     with pytest.raises(ProfileError, match=expected):
         profile.require("gemm", n=8, k=16, dtype="int4")
-    with pytest.raises(
-        ProfileError, match="has no table experts; measure it: moeplan profile experts --hidden 64"
-    ):
+    with pytest.raises(ProfileError, match="has no table experts; measure it: moeplan profile experts --hidden 64"):
         profile.require("experts", hidden=64)
 
 

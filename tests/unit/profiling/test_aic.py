@@ -28,9 +28,7 @@ def root() -> Path:
 def read(root: Path) -> Reader:
     def profile(kind: str, framework: str, version: str, system: str = "h200_sxm") -> HardwareProfile:
         (file,) = [
-            f
-            for f in aic.files_of(root, system)
-            if (f.kind, f.framework, f.version) == (kind, framework, version)
+            f for f in aic.files_of(root, system) if (f.kind, f.framework, f.version) == (kind, framework, version)
         ]
         tables: dict[str, list[pa.Table]] = {}
         for name, table in aic.convert(aic.read_rows(file), file):
@@ -44,9 +42,7 @@ def test_deepep_low_latency_is_in_microseconds_with_both_phases(read: Reader) ->
     profile = read("wideep_deepep_ll", "sglang", "0.5.6.post2")
     for nodes, dispatch, combine in ((1, 39.829, 72.383), (4, 142.97, 263.27), (8, 166.77, 304.73)):
         for phase, dtype, expected in (("dispatch", "fp8", dispatch), ("combine", "bf16", combine)):
-            found = profile.require(
-                "alltoall", nodes=nodes, phase=phase, num_experts=256, tokens_per_rank=128
-            )
+            found = profile.require("alltoall", nodes=nodes, phase=phase, num_experts=256, tokens_per_rank=128)
             assert found["latency_us"].to_pylist() == [pytest.approx(expected, abs=1e-3)]
             assert found["dtype"].to_pylist() == [dtype]
             assert found["ranks"].to_pylist() == [8 * nodes]
