@@ -28,14 +28,14 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Phase
 
-__all__ = ["ExchangeCosts", "PathCosts", "balanced_copies", "exchange_costs", "mode_of", "touched"]
+__all__ = ["MODES", "ExchangeCosts", "PathCosts", "balanced_copies", "exchange_costs", "mode_of", "touched"]
 
 Floats = NDArray[np.float64]
 
 _TABLE_ERROR = 0.15  # two published measurements of one exchange differ by about this
 _NEAREST_ERROR = 0.3
 
-_MODES: dict[str, tuple[str, ...]] = {
+MODES: dict[str, tuple[str, ...]] = {
     "low_latency": ("low_latency",),
     "normal": ("normal",),
     "nvlink": ("nvlink_one_sided", "nvlink_two_sided", "normal"),
@@ -147,7 +147,7 @@ def _measured(
     profile: HardwareProfile, mode: str, phase: str, model: ModelSpec, nodes: int, ranks: int, **only: Any
 ) -> _Curve | None:
     """The nearest measured exchange: on one node where there is one, over several where there are several."""
-    for name in _MODES[mode]:
+    for name in MODES[mode]:
         rows = profile.select("alltoall", mode=name, phase=phase, dtype=[*DTYPE_BYTES, "nvfp4"], **only)
         if name.startswith("nvlink"):
             place = {"ranks": ranks}
