@@ -208,7 +208,7 @@ _BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4"
 def _roofline_us(name: str, row: dict[str, Any], bandwidth: float, peak: dict[str, float]) -> float:
     """max(bytes / bandwidth, operations / peak) of a row; nan where the profile does not tell."""
     rate = peak.get(row.get("dtype", ""), 0.0)
-    if not (bandwidth and rate and row["dtype"] in _BYTES) or row["direction"] != "forward":
+    if not (bandwidth and rate and row["dtype"] in _BYTES and row.get("direction") == "forward"):
         return float("nan")
     if name == "experts" and row["active_experts"] > 0:
         weights = 3 * row["hidden"] * row["inter"] / row["tp"]

@@ -205,7 +205,8 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
                     hidden, inter = model.routed_hidden_size, model.expert_intermediate_size
                     if model.num_experts % ep or inter % tp:
                         notes.append(
-                            f"experts of {model.name}: E {model.num_experts}, F {inter} do not divide over ep {ep}, tp {tp}"
+                            f"experts of {model.name}: E {model.num_experts} or F {inter} do not divide"
+                            f" over ep {ep}, tp {tp}"
                         )
                         continue
                     while (

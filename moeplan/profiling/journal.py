@@ -101,10 +101,10 @@ class Journal:
         self._line({"table": table, "row": row, "us": merged})
 
     def close(self, remove: bool = False) -> None:
-        """Close the file; ``remove`` it once its points stand in a profile."""
+        """Close the file; ``remove`` it once its points stand in a profile. A file without points is removed."""
         if self._stream is not None:
             os.fsync(self._stream.fileno())
             self._stream.close()
             self._stream = None
-        if remove and self.path is not None:
+        if (remove or not self.points) and self.path is not None:
             self.path.unlink(missing_ok=True)

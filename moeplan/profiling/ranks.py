@@ -62,14 +62,17 @@ class _Relay(Journal):
 def _node_of_ranks(job: Job, dist: Any, world: int) -> tuple[int, ...]:
     """Ranks of one box share its name; ``ranks_per_node`` overrides it, as for network namespaces."""
     if job.ranks_per_node:
-        if world % job.ranks_per_node:
-            raise SpecError(f"ranks ({world}) must divide by ranks_per_node ({job.ranks_per_node})")
         return tuple(rank // job.ranks_per_node for rank in range(world))
     mine = f"{socket.gethostname()} {os.environ.get('GROUP_RANK', '0')}"
     names: list[Any] = [None] * world
     dist.all_gather_object(names, mine)
     order = list(dict.fromkeys(names))
     return tuple(order.index(name) for name in names)
+
+
+def _require_whole_nodes(job: Job, world: int) -> None:
+    if job.ranks_per_node and world % job.ranks_per_node:
+        raise SpecError(f"ranks ({world}) must divide by ranks_per_node ({job.ranks_per_node})")
 
 
 def _measure(job: Job, rank: int, world: int, journal: Journal, report: Progress) -> list[str]:
@@ -113,6 +116,7 @@ def run_torchrun_rank(job: Job, journal: Journal, report: Progress) -> list[str]
     import torch.distributed as dist
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _require_whole_nodes(job, world)
     if job.device == "cuda":
         find_device("cuda")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -196,6 +200,7 @@ def run_local_ranks(
         ProfileError: a rank died or failed; the message names it, the others are ended, and the points
             measured until then stand in ``journal``.
     """
+    _require_whole_nodes(job, world)
     context = get_context("spawn")
     port = _free_port()
     links, processes = [], []

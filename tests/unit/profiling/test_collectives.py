@@ -1,0 +1,170 @@
+"""Exchanges between real local ranks: what arrives is right, every op is measured, a dead rank is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.errors import ProfileError, SpecError
+
+torch = pytest.importorskip("torch", reason="profilers need torch")
+
+from moeplan.pipeline.profiling import ProfileRequest, Sizes, measure_profile  # noqa: E402
+from moeplan.profiling.collectives import Communicator, Exchange, collective_benches, uneven_splits  # noqa: E402
+from moeplan.profiling.device import Device  # noqa: E402
+from moeplan.profiling.journal import Journal  # noqa: E402
+from moeplan.profiling.ranks import Job, run_local_ranks  # noqa: E402
+
+
+def test_uneven_splits_follow_the_matrix():
+    weight_RR = np.array([[1.0, 3.0], [0.0, 4.0]])
+    assert uneven_splits(weight_RR, 100).tolist() == [[25, 75], [0, 100]]
+    assert uneven_splits(np.ones((4, 4)), 8).tolist() == [[2] * 4] * 4
+
+
+def test_every_scope_and_form_on_two_nodes_of_two(tmp_path: Path):
+    """Four ranks, told to be two nodes: scopes apart, two-level forms, uneven splits, tokens."""
+    request = ProfileRequest(
+        parts=("collectives",),
+        sizes=Sizes(hidden=16, inter=16, experts=8, top_k=2),
+        dtypes=("fp32",),
+        ranks=4,
+        ranks_per_node=2,
+        max_bytes=1024,
+        max_tokens=4,
+        budget_s=1.0,
+    )
+    answer = measure_profile(request, tmp_path / "p")
+    table = HardwareProfile.open(tmp_path / "p").table("collectives").to_pylist()
+    forms = {(r["op"], r["algorithm"], r["distribution"], r["ranks"], r["nodes"]) for r in table}
+    for op in ("all_reduce", "all_gather", "reduce_scatter", "alltoall"):
+        assert {(op, "flat", "even", 4, 2), (op, "flat", "even", 2, 1), (op, "flat", "even", 2, 2)} <= forms
+    assert {("p2p", "flat", "even", 2, 1), ("p2p", "flat", "even", 2, 2)} <= forms
+    assert ("alltoall", "two_level", "even", 4, 2) in forms
+    assert ("all_reduce", "two_level", "even", 4, 2) in forms
+    assert ("alltoall", "flat", "uneven", 4, 2) in forms
+    assert all(r["backend"] == "gloo" and r["latency_us"] > 0 and r["samples"] >= 1 for r in table)
+    assert answer["rows"]["alltoall"] >= 4
+    assert "--ranks 4 --ranks-per-node 2" in HardwareProfile.open(tmp_path / "p").meta.command
+    assert not (tmp_path / "p.journal.jsonl").exists()
+
+
+def _check_contents(rank: int, port: int) -> None:
+    """Body of a rank: every operation's result against what the ranks' inputs say."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port, 4, rank == 0), rank=rank, world_size=4)
+    comm = Communicator(Device("cpu", torch, 1 << 12), rank, (0, 0, 1, 1), dist)
+    made: list = []
+
+    class Known(Device):
+        def normal(self, shape, dtype, scale=1.0):
+            # Element i of rank r's first buffer is 1000 r + i; what is received lands in the second.
+            made.append(1000.0 * rank + torch.arange(shape[0]).float())
+            return made[-1]
+
+        def copies(self, bytes_each, most=64):
+            return 1
+
+    comm.device = Known("cpu", torch, 1 << 12)
+    weight = ((1.0, 2.0, 0.0, 1.0),) * 4
+    bench = collective_benches(comm, Exchange(max_bytes=256, weight_RR=weight))[0]
+    prepare = bench.open()
+    source, target = made[0].clone(), made[1]
+
+    def run(word: str):
+        made[0].copy_(source)
+        target.fill_(-1)
+        series = next(s for s in bench.series if s.label.startswith(word))
+        prepare(series, 64)(0)
+        return made[0][:16].tolist(), target[:16].tolist()
+
+    flat = run("alltoall flat even all")[1]
+    want = [1000.0 * peer + 4 * rank + i for peer in range(4) for i in range(4)]
+    assert flat == want
+    # Two levels must deliver what one does, in the order of the sender's node and place.
+    assert run("alltoall two_level")[1] == want
+    total = [6000.0 + 4 * i for i in range(16)]
+    assert run("all_reduce flat even all")[0] == total
+    assert run("all_reduce two_level")[0] == total
+    uneven = run("alltoall flat uneven")[1]
+    each = [4, 8, 0, 4][rank]
+    start = [0, 4, 12, 12][rank]
+    want = [1000.0 * peer + start + i for peer in range(4) for i in range(each)]
+    assert uneven[: len(want[:16])] == want[:16]
+    assert run("all_gather flat even all")[1] == [1000.0 * peer + i for peer in range(4) for i in range(4)]
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_contents_of_every_exchange():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_check_contents, args=(rank, port)) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+    assert [process.exitcode for process in ranks] == [0] * 4
+
+
+def test_a_dying_rank_ends_the_others_and_is_named(tmp_path: Path):
+    journal = Journal(tmp_path / "j.jsonl", {})
+    pids: list[int] = []
+
+    def kill_one() -> None:
+        until = time.monotonic() + 60
+        while len(journal.points) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(pids[1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+
+    def started(found: list[int]) -> None:
+        pids.extend(found)
+        killer.start()
+
+    job = Job(Exchange(ops=("all_reduce", "alltoall"), max_bytes=1 << 12), "cpu", budget_s=60.0, timeout_s=30.0)
+    with pytest.raises(ProfileError, match=r"rank 1 died by signal 9 during .* points measured until then are kept"):
+        run_local_ranks(job, 3, journal, lambda _w, _d: None, started)
+    killer.join()
+    assert len(journal.points) >= 3
+    for pid in pids:
+        with pytest.raises(ProcessLookupError, match="No such process"):
+            os.kill(pid, 0)
+    journal.close()
+    again = Journal(tmp_path / "j.jsonl", {}, resume=True)
+    again.close()
+    assert again.points.keys() == journal.points.keys()
+
+
+def test_one_rank_cannot_exchange(tmp_path: Path):
+    with pytest.raises(SpecError, match="collectives need --ranks N of at least 2"):
+        measure_profile(ProfileRequest(parts=("collectives",)), tmp_path / "p")
+    job = Job(Exchange(), "cpu", 1.0, ranks_per_node=2)
+    with pytest.raises(SpecError, match=r"ranks \(3\) must divide by ranks_per_node \(2\)"):
+        run_local_ranks(job, 3, Journal(None, {}), lambda _w, _d: None)
+
+
+def test_under_torchrun(tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "moeplan.cli"]
+    command += ["profile", "collectives", "--op", "alltoall", "--max-bytes", "1024", "--dtype", "fp32"]
+    command += ["--budget", "1s", "--out", str(tmp_path / "p"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count('"points"') == 1, "only rank 0 answers"
+    assert {r["ranks"] for r in HardwareProfile.open(tmp_path / "p").table("collectives").to_pylist()} == {2}

@@ -1,0 +1,208 @@
+"""Kernels compute what they say: every one against the plain formula, float64, expert by expert."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moeplan.errors import SpecError, UnknownNameError
+
+torch = pytest.importorskip("torch", reason="profilers need torch")
+
+from moeplan.profiling.attention import attention_bench  # noqa: E402
+from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes  # noqa: E402
+from moeplan.profiling.device import Device, find_device  # noqa: E402
+from moeplan.profiling.expert_kernels import make_weights, runner, usable_kernels  # noqa: E402
+from moeplan.profiling.experts import ExpertShape, balanced_vector, expert_bench, skewed_vector  # noqa: E402
+from moeplan.profiling.memory import memory_bench  # noqa: E402
+from moeplan.specs.model import AttentionSpec  # noqa: E402
+from moeplan.specs.models import find_model  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Device:
+    return Device("cpu", torch, cache_bytes=1 << 16)
+
+
+def _plain(x, weights, counts, first):
+    """SwiGLU of each expert's rows, one after the other."""
+    out, row = [], 0
+    for expert, count in enumerate(c for c in counts if c):
+        h = x[row : row + count].double() @ weights.w13_EGH[first + expert].double().T
+        gate, up = h.chunk(2, -1)
+        out.append((gate * torch.sigmoid(gate) * up) @ weights.w2_EHF[first + expert].double().T)
+        row += count
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kernel", ["grouped_mm", "loop", "bmm"])
+@pytest.mark.parametrize(("counts", "first"), [((3, 2, 1, 0, 0), 1), ((2, 2, 2, 2, 2), 0), ((4, 0, 0, 0, 0), 4)])
+def test_float_kernels(cpu, kernel, counts, first):
+    weights = make_weights(cpu, "fp32", 5, 32, 48)
+    if kernel == "bmm" and len({c for c in counts if c}) > 1:
+        pytest.skip("bmm pads: its rows are equal by definition")
+    x = cpu.normal((sum(counts), 32), torch.float32)
+    y = runner(cpu, kernel, "fp32", counts, first)(x, weights)
+    assert torch.allclose(y.double(), _plain(x, weights, counts, first), atol=1e-4)
+
+
+def test_weight_only_int8_against_dequantised_weights(cpu):
+    weights = make_weights(cpu, "int8", 3, 64, 128)
+    x = cpu.normal((4, 64), torch.bfloat16)
+    y = runner(cpu, "loop", "int8", (3, 1, 0), 1)(x, weights)
+
+    class Plain:
+        w13_EGH = torch.stack(
+            [w.float() * s.float()[:, None] for w, s in zip(weights.w13_EGH, weights.scale13, strict=True)]
+        )
+        w2_EHF = torch.stack(
+            [w.float() * s.float()[:, None] for w, s in zip(weights.w2_EHF, weights.scale2, strict=True)]
+        )
+
+    want = _plain(x, Plain, (3, 1, 0), 1)
+    assert (y.double() - want).norm() / want.norm() < 0.03
+
+
+def test_weight_only_int4_runs_and_is_finite(cpu):
+    weights = make_weights(cpu, "int4", 2, 128, 256)
+    y = runner(cpu, "loop", "int4", (2, 1))(cpu.normal((3, 128), torch.bfloat16), weights)
+    assert y.shape == (3, 128)
+    assert bool(torch.isfinite(y).all())
+
+
+def test_types_and_kernels_that_cannot_be_are_refused(cpu):
+    with pytest.raises(SpecError, match=r"dtype \(fp8\) needs a GPU of compute capability 8.9.*this device is cpu"):
+        cpu.dtype("fp8")
+    with pytest.raises(SpecError, match=r"dtype \(fp4\): torch has no fp4 expert kernel"):
+        cpu.dtype("fp4")
+    with pytest.raises(UnknownNameError, match="dtype 'fp17' is not known; did you mean 'fp16'"):
+        cpu.dtype("fp17")
+    with pytest.raises(SpecError, match=r"kernel \(bmm\) has no code for dtype \(int8\); use loop"):
+        usable_kernels("int8", ["bmm"])
+    with pytest.raises(UnknownNameError, match="kernel 'cutlass' is not known"):
+        usable_kernels("bf16", ["cutlass"])
+    with pytest.raises(SpecError, match=r"inter \(200\) must divide by 128"):
+        make_weights(cpu, "int4", 2, 128, 200)
+    with pytest.raises(SpecError, match=r"direction \(backward\) is not measured for dtype \(int8\)"):
+        expert_bench(cpu, ExpertShape(64, 64, 4, 1), "int8", ["loop"], ["backward"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_is_said():
+    with pytest.raises(SpecError, match=r"device \(cuda\): torch .* sees no GPU; use --device cpu"):
+        find_device("cuda")
+
+
+def test_vectors_keep_their_sums():
+    shape = ExpertShape(64, 64, 8, 2, ep=2)
+    assert balanced_vector(shape, 6) == [2, 2, 1, 1]  # 6 tokens x top-2 over 2 ranks: 6 pairs on 4 experts
+    assert balanced_vector(shape, 1) == [1, 0, 0, 0]
+    for exponent in (0.8, 1.2):
+        vector = skewed_vector(shape, 1000, exponent, seed=3)
+        assert vector == sorted(vector, reverse=True)
+        assert max(vector) <= 1000
+        assert sum(vector) >= 1000 * 2 / 2, "the busiest rank gets at least the mean"
+    assert skewed_vector(shape, 1000, 0.8, 3) == skewed_vector(shape, 1000, 0.8, 3)
+
+
+def test_shapes_that_do_not_divide_are_refused():
+    with pytest.raises(SpecError, match=r"num_experts \(10\) must divide by ep \(4\)"):
+        ExpertShape(64, 64, 10, 2, ep=4)
+    with pytest.raises(SpecError, match=r"inter \(65\) must divide by tp \(2\)"):
+        ExpertShape(64, 65, 8, 2, tp=2)
+
+
+def _calls(bench, size):
+    prepare = bench.open()
+    for series in bench.series:
+        call = prepare(series, min(size, series.high))
+        yield series, [call(i) for i in (-1, 0, 1)]
+
+
+def test_expert_bench_forward_and_backward_on_every_series(cpu):
+    bench = expert_bench(
+        cpu, ExpertShape(64, 96, 8, 2, ep=2, tp=2), "fp32", ["grouped_mm", "bmm", "loop"], ["forward", "backward"], 32
+    )
+    seen = set()
+    for series, results in _calls(bench, 4):
+        row = series.row(min(4, series.high))
+        seen.add((row["kernel"], row["direction"], row["distribution"]))
+        vector = [int(n) for n in row["vector"].split()]
+        assert len(vector) == 4
+        assert (sum(vector), sum(n > 0 for n in vector)) == (row["rank_pairs"], row["active_experts"])
+        if row["direction"] == "backward":
+            assert [tuple(g.shape) for g in results[0]][1:] == [(4, 96, 64), (4, 64, 48)]
+        else:
+            assert results[0].shape[1] == 64
+    assert ("bmm", "forward", "explicit") in seen
+    assert ("grouped_mm", "backward", "balanced") in seen
+
+
+def test_few_active_experts_are_not_read_from_the_cache(cpu):
+    # The layer is far larger than the cache, one expert is not: calls must go from expert to expert.
+    small = Device("cpu", torch, cache_bytes=64 * 64 * 3 * 4 * 2)
+    bench = expert_bench(small, ExpertShape(64, 64, 16, 1), "fp32", ["loop"], max_tokens=16)
+    series = next(s for s in bench.series if "one_token_each" in s.label)
+    call = bench.open()(series, 1)
+    assert len({tuple(call(i)[0, :4].tolist()) for i in range(4)}) == 4
+
+
+@pytest.mark.parametrize("model", ["mixtral-8x7b", "deepseek-v2-lite"])
+def test_attention_of_both_kinds(cpu, model):
+    given = find_model(model).attention
+    assert given is not None
+    small = given.model_copy(update={"num_heads": 4, "num_kv_heads": 4 if given.is_mla else 2})
+    bench = attention_bench(cpu, small, "fp32", directions=("forward", "backward"), max_tokens=64)
+    for series, results in _calls(bench, 16):
+        row = series.row(16)
+        first = results[0][0] if row["direction"] == "backward" else results[0]
+        queries = 16 if row["phase"] == "prefill" else 1
+        assert row["query_tokens"] == queries
+        if row["direction"] == "forward":
+            assert first.numel() == row["batch"] * 4 * queries * (
+                512 if given.is_mla and row["phase"] == "decode" else given.head_dim
+            )
+        assert bool(torch.isfinite(first).all())
+
+
+def test_gqa_against_written_out_attention(cpu):
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8)
+    bench = attention_bench(cpu, spec, "fp32", max_tokens=16)
+    decode = next(s for s in bench.series if "decode B8" in s.label)
+    torch.manual_seed(5)
+    call = bench.open()(decode, 16)
+    torch.manual_seed(5)
+    q, k, v = (cpu.normal(s, torch.float32) for s in ((8, 4, 1, 8), (8, 2, 16, 8), (8, 2, 16, 8)))
+    k, v = (part.repeat_interleave(2, 1) for part in (k, v))
+    want = ((q @ k.transpose(2, 3)) / 8**0.5).softmax(-1) @ v
+    assert torch.allclose(call(0), want, atol=1e-5)
+
+
+def test_gemm_shapes_of_mixtral():
+    shapes = gemm_shapes(find_model("mixtral-8x7b"))
+    # 32 query and 8 key-value heads of 128, hidden 4096, 8 experts, vocabulary 32,000.
+    assert set(shapes) == {(6144, 4096), (4096, 4096), (8, 4096), (32000, 4096)}
+
+
+def test_dense_and_elementwise_run(cpu):
+    for series, results in _calls(gemm_bench(cpu, [(48, 32)], "fp32", ["forward", "backward"], 8), 4):
+        row = series.row(4)
+        assert (row["m"], row["n"], row["k"]) == (4, 48, 32)
+        assert tuple((results[0][1] if row["direction"] == "backward" else results[0]).shape) in {(48, 32), (4, 48)}
+    ops = {}
+    for series, results in _calls(elementwise_bench(cpu, 32, 48, 8, 2, "fp32", 16), 4):
+        ops[series.row(4)["op"]] = results[0]
+    assert ops["permute"].shape == (8, 32)
+    assert ops["unpermute"].shape == (4, 32)
+    assert torch.allclose(ops["router"][0].sum(1), torch.ones(4))
+    assert set(ops) == {"router", "permute", "unpermute", "norm", "activation", "embedding"}
+
+
+def test_memory_on_a_cpu_has_no_host_copies(cpu):
+    bench = memory_bench(cpu, 1 << 16)
+    assert {series.row(4096)["op"] for series in bench.series} == {"device_copy", "allocate"}
+    for series, results in _calls(bench, 4096):
+        if series.row(4096)["op"] == "device_copy":
+            assert float(results[0].float().std()) > 50, "random bytes, not zeros"
+            assert results[0].numel() == 4096
+    assert np.all([s.low >= 4096 for s in bench.series])

@@ -1,0 +1,230 @@
+"""Real measurements of tiny sizes on this CPU, through pipeline and command line. No absolute time is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.cli.profile import command
+from moeplan.errors import MoeplanError, ProfileError, SpecError
+from moeplan.pipeline.profile_checks import check_profile, diff_profiles, show_profile
+from moeplan.pipeline.profiling import PRESETS, ProfileRequest, Sizes, measure_profile, profile_request
+
+torch = pytest.importorskip("torch", reason="profilers need torch")
+
+TINY = Sizes(hidden=32, inter=32, experts=4, top_k=2, heads=2, kv_heads=1, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """One small profile of everything one process can measure."""
+    out = tmp_path_factory.mktemp("profiles") / "tiny"
+    parts = ("system", "memory", "experts", "attention", "dense")
+    request = ProfileRequest(
+        parts=parts, sizes=TINY, dtypes=("fp32",), ep=(1, 2), max_tokens=64, budget_s=6.0, threads=1
+    )
+    answer = measure_profile(request, out)
+    assert set(answer["rows"]) == {"memory", "experts", "attention", "gemm", "elementwise"}
+    return out
+
+
+def test_rows_say_what_was_measured(measured: Path):
+    profile = HardwareProfile.open(measured)
+    for name in profile.table_names:
+        table = profile.table(name)
+        least, p20, median = (table[c].to_numpy() for c in ("min_us", "p20_us", "latency_us"))
+        assert (least > 0).all()
+        assert ((least <= p20) & (p20 <= median)).all()
+        assert (table["samples"].to_numpy() >= 1).all()
+        assert set(table["source"].to_pylist()) == set(profile.meta.sources)
+    experts = profile.table("experts").to_pylist()
+    assert {row["ep"] for row in experts} == {1, 2}
+    for row in experts:
+        vector = [int(n) for n in row["vector"].split()]
+        assert len(vector) == 4 // row["ep"]
+        assert sum(vector) == row["rank_pairs"]
+
+
+def test_provenance_names_machine_and_command_but_no_paths(measured: Path):
+    meta = HardwareProfile.open(measured).meta
+    assert meta.accelerator == "cpu"
+    assert meta.libraries["torch"] == torch.__version__
+    assert meta.command.startswith("moeplan profile all --hidden 32 --inter 32")
+    assert meta.system["threads"] == 1
+    assert meta.system["launch_latency_us"] > 0
+    assert 0 <= meta.system["foreign_cpu_share"] <= 1
+    text = (measured / "profile.json").read_text()
+    import socket
+
+    assert str(measured.parent) not in text
+    assert socket.gethostname() not in text
+
+
+def test_larger_work_takes_longer(measured: Path):
+    rows = HardwareProfile.open(measured).select("gemm", n=32768).to_pylist()
+    by_size = sorted(rows, key=lambda row: row["m"])
+    assert by_size[-1]["m"] >= 8
+    assert by_size[-1]["min_us"] > by_size[0]["min_us"]
+
+
+def test_a_second_run_extends_the_profile(measured: Path, tmp_path: Path):
+    out = tmp_path / "p"
+    first = ProfileRequest(parts=("memory",), budget_s=0.3)
+    measure_profile(first, out)
+    before = HardwareProfile.open(out).table("memory").num_rows
+    measure_profile(ProfileRequest(parts=("system",), budget_s=0.3), out)
+    profile = HardwareProfile.open(out)
+    assert profile.table("memory").num_rows == before
+    assert profile.table("elementwise").to_pylist()[0]["op"] == "empty_launch"
+    assert " && " in profile.meta.command
+    meta = json.loads((out / "profile.json").read_text())
+    meta["device"] = "another"
+    (out / "profile.json").write_text(json.dumps(meta))
+    with pytest.raises(ProfileError, match=r"device \(another\) of the profile there is not this run's"):
+        measure_profile(first, out)
+
+
+def test_check_predicts_held_out_sizes(measured: Path):
+    answer = check_profile(measured, every=2)
+    experts = answer["tables"]["experts"]
+    assert experts["held_out"]["points"] >= 4
+    assert experts["held_out"]["median"] < 5, "not a matter of precision here, but it must be a prediction"
+    assert answer["vectors"]["points"] > 0
+    assert answer["fresh"] is None
+
+
+def test_held_out_residuals_of_a_known_law(tmp_path: Path):
+    """On a power law interpolation errs nowhere; a point moved by 30 % is off by exactly that."""
+    from moeplan.pipeline.profile_checks import _residuals
+
+    profile = HardwareProfile.open(_law(tmp_path / "p", moved=None))
+    table = profile.table("gemm")
+    own, plain = _residuals("gemm", table, 4)
+    assert np.isfinite(own).sum() == 4  # places 2 and 6 of two series of nine
+    assert np.abs(own[np.isfinite(own)]).max() < 0.02
+    assert np.abs(plain[np.isfinite(plain)]).max() < 1e-9
+    moved = HardwareProfile.open(_law(tmp_path / "q", moved=4)).table("gemm")
+    residual = _residuals("gemm", moved, 4)[1]
+    size = moved["m"].to_numpy()
+    assert residual[(size == 4) & np.isfinite(residual)] == pytest.approx([1 / 1.3 - 1] * 2)
+
+
+def _law(out: Path, moved: int | None) -> Path:
+    import pyarrow as pa
+
+    from moeplan.artifacts.profile import ProfileMeta, Source
+
+    rows = []
+    for n in (8, 16):
+        for m in 2 ** np.arange(9):
+            latency = 3.0 * n * m**0.6 * (1.3 if m == moved else 1.0)
+            rows.append({"m": int(m), "n": n, "k": 8, "latency_us": latency})
+    for row in rows:
+        row |= {"dtype": "fp32", "backend": "moeplan", "kernel": "linear", "source": "s"}
+    meta = ProfileMeta(
+        name="law", accelerator="cpu", date="2026-01-01", command="none",
+        sources={"s": Source(kind="measured", title="a law")},
+    )  # fmt: skip
+    HardwareProfile(meta, {"gemm": pa.Table.from_pylist(rows)}).save(out)
+    return out
+
+
+def test_show_and_diff(measured: Path, tmp_path: Path):
+    answer = show_profile(measured, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("<svg") == answer["pictures"] >= 5
+    assert "moeplan profile all" in text
+    law = _law(tmp_path / "a", None)
+    for name in ("1.html", "2.html"):
+        show_profile(law, tmp_path / name)
+    assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
+    tables = diff_profiles(law, _law(tmp_path / "b", 4))["tables"]["gemm"]
+    assert (tables["shared"], tables["only_first"], tables["median"]) == (18, 0, 1.0)
+    assert tables["p90"] == pytest.approx(1.09)  # 2 of 18 ratios are 1.3; numpy interpolates at position 15.3
+
+
+def test_fresh_sample_and_its_refusal(measured: Path, tmp_path: Path):
+    found = check_profile(measured, fresh_s=1.0)["fresh"]
+    assert found["points"] > 0
+    with pytest.raises(ProfileError, match="profile law is of , this machine has"):
+        check_profile(_law(tmp_path / "p", None), fresh_s=1.0)
+
+
+def test_an_older_or_corrupt_profile_is_refused(measured: Path, tmp_path: Path):
+    out = _law(tmp_path / "p", None)
+    (out / "gemm.parquet").write_bytes(b"no table")
+    with pytest.raises(ProfileError, match="sha256 differs"):
+        check_profile(out)
+    meta = json.loads((out / "profile.json").read_text())
+    (out / "profile.json").write_text(json.dumps({**meta, "schema_version": 0}))
+    with pytest.raises(ProfileError, match=r"schema_version \(0\) is older .* measure again: none"):
+        check_profile(out)
+
+
+def test_requests_need_sizes(tmp_path: Path):
+    for part, message in (("experts", "--hidden"), ("attention", "--heads"), ("dense", "--n")):
+        request = ProfileRequest(parts=(part,))
+        if part == "experts":
+            request = ProfileRequest(parts=(part,), sizes=Sizes(hidden=8))
+        with pytest.raises(SpecError, match=message):
+            measure_profile(request, tmp_path / "p")
+    with pytest.raises(SpecError, match=r"threads \(1000\) exceed the cores"):
+        measure_profile(ProfileRequest(parts=("memory",), threads=1000), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_presets_and_options_make_one_request():
+    request = profile_request("experts", "cpu", {"max_tokens": 8, "hidden": 64})
+    assert request.parts == ("experts",)
+    assert (request.sizes.hidden, request.sizes.inter, request.max_tokens) == (64, 1024, 8)
+    h200 = profile_request("all", "h200", {})
+    assert (h200.budget_s, h200.device, len(h200.models)) == (1200.0, "cuda", 7)
+    assert "collectives" not in h200.parts, "one GPU cannot measure an exchange"
+    assert set(PRESETS) == {"cpu", "h200"}
+
+
+def _cli(*words: str):
+    return CliRunner().invoke(command, [*words], catch_exceptions=True)
+
+
+def test_command_line(tmp_path: Path):
+    out = str(tmp_path / "p")
+    done = _cli("experts", "--hidden", "32", "--inter", "32", "--experts", "4", "--top-k", "1", "--device", "cpu",
+                "--dtype", "fp32", "--max-tokens", "8", "--budget", "0.5s", "--out", out, "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"]["experts"] > 3
+    checked = json.loads(_cli("check", out, "--json").stdout)
+    assert checked["command"].startswith("moeplan profile experts --hidden 32")
+    assert _cli("check", out).exit_code == 0
+    assert _cli("diff", out, out).exit_code == 0
+    assert json.loads(_cli("show", out, "--out", str(tmp_path / "p.html"), "--json").stdout)["pictures"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["experts", "--budget", "60", "--out", "x"], "is not a quantity in seconds"),
+        (["experts", "--ep", "1,zero", "--out", "x"], "must be numbers from 1"),
+    ],
+)
+def test_usage_errors(words, message):
+    done = _cli(*words)
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_unknown_names_are_errors_of_the_tree(tmp_path: Path):
+    base = ["experts", "--hidden", "32", "--inter", "32", "--experts", "4", "--top-k", "1", "--device", "cpu"]
+    for more, message in (
+        (["--dtype", "fp8"], "needs a GPU"),
+        (["--direction", "sideways"], "direction 'sideways' is not known"),
+        (["--kernel", "magic"], "kernel 'magic' is not known"),
+    ):
+        done = _cli(*base, *more, "--out", str(tmp_path / "p"))
+        assert isinstance(done.exception, MoeplanError)
+        assert message in str(done.exception)

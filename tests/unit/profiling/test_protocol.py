@@ -1,0 +1,174 @@
+"""The protocol on fake clocks and cases: grid, journal, budget, refinement, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from moeplan.errors import ProfileError
+from moeplan.profiling.grid import coarse_sizes, departure, interval_errors, midpoint
+from moeplan.profiling.journal import Journal
+from moeplan.profiling.protocol import Bench, Rig, Series, run_benches, statistics
+
+torch = pytest.importorskip("torch", reason="profilers need torch")
+
+
+class FakeTimer:
+    """'Measures' a law of the size; remembers every timed size in order."""
+
+    def __init__(self, law) -> None:
+        self.law, self.seen = law, []
+
+    def time(self, call, count):
+        size = call(0)
+        self.seen.append(size)
+        return [self.law(size)] * count
+
+
+def _series(high=1024, label="s", refine=True, points=5):
+    def row(size):
+        return {"tokens": size, "label": label}
+
+    return Series("experts", label, row, 1, high, points, refine)
+
+
+def _run(series, timer, journal=None, budget=0.3, opened=None):
+    def open_():
+        if opened is not None:
+            opened()
+        return lambda _series, size: lambda _i: size
+
+    rig = Rig(timer, journal or Journal(None, {}), random.Random(0))
+    run_benches([Bench("b", tuple(series), open_)], rig, budget)
+    return rig
+
+
+def test_coarse_sizes_hold_both_ends_and_rise():
+    assert coarse_sizes(1, 64, 7) == [1, 2, 4, 8, 16, 32, 64]
+    assert coarse_sizes(3, 3) == [3]
+    sizes = coarse_sizes(1, 1000, 4)
+    assert sizes == [1, 10, 100, 1000]
+
+
+def test_midpoint_is_an_inner_integer():
+    assert midpoint(4, 16) == 8
+    assert midpoint(2, 4) == 3
+    assert midpoint(2, 3) is None
+
+
+def test_no_error_is_expected_on_a_power_law_and_the_bend_is_found():
+    power = {size: 3.0 * size**0.7 for size in (1, 4, 16, 64)}
+    assert departure(4, 1, 16, power) == pytest.approx(0, abs=1e-12)
+    assert max(interval_errors(power).values()) == pytest.approx(0, abs=1e-12)
+    bend = {size: max(10.0, size) for size in (1, 4, 16, 64, 256)}
+    errors = interval_errors(bend)
+    assert max(errors, key=errors.get) in {(4, 16), (1, 4), (16, 64)}
+    # (4, 16) holds the bend at 10: departure of 4 from the line 1..16 is log(1.6) / 2.
+    assert errors[1, 4] == pytest.approx(math.log(1.6) / 2 / 4)
+
+
+def test_refinement_goes_to_the_bend():
+    timer = FakeTimer(lambda size: max(100.0, size))
+    rig = _run([_series(high=4096)], timer)
+    sizes = {row["tokens"] for _, row, _ in rig.journal.points.values()}
+    added = sizes - set(coarse_sizes(1, 4096, 5))
+    near = [size for size in added if 50 <= size <= 200]
+    assert len(near) > len(added) / 2, "splits gather around 100, where a line errs"
+    assert min(abs(size - 100) for size in near) <= 5
+
+
+def test_fixed_series_are_not_refined_and_passes_are_shuffled():
+    timer = FakeTimer(lambda size: max(100.0, size))
+    rig = _run([_series(refine=False, high=4096)], timer)
+    assert {r["tokens"] for _, r, _ in rig.journal.points.values()} == set(coarse_sizes(1, 4096, 5))
+    passes = [timer.seen[i : i + 5] for i in range(5, 25, 5)]
+    assert all(sorted(p) == coarse_sizes(1, 4096, 5) for p in passes)
+    assert len({tuple(p) for p in passes}) > 1
+
+
+def test_sizes_beyond_the_budget_are_left_out_and_named():
+    rig = _run([_series(high=10**6, points=7)], FakeTimer(lambda size: 50.0 * size), budget=0.2)
+    sizes = [row["tokens"] for _, row, _ in rig.journal.points.values()]
+    assert 1 in sizes
+    assert 10**6 not in sizes
+    assert any("do not fit the budget" in line for line in rig.left_out)
+
+
+def test_out_of_memory_keeps_smaller_sizes_and_says_so():
+    def law(size):
+        if size > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 10.0
+
+    rig = _run([_series(high=1024)], FakeTimer(law))
+    assert rig.left_out == ["s: out of memory from size 181 on"]
+    assert {row["tokens"] for _, row, _ in rig.journal.points.values()} >= {1, 6, 32}
+
+
+def test_a_bench_that_does_not_fit_is_left_out():
+    def opened():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rig = _run([_series()], FakeTimer(lambda _s: 1.0), opened=opened)
+    assert rig.left_out == ["b: does not fit into the memory of the device"]
+    assert not rig.journal.points
+
+
+def test_other_errors_are_not_swallowed():
+    def law(_size):
+        raise RuntimeError("illegal instruction")
+
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        _run([_series()], FakeTimer(law))
+
+
+def test_statistics_against_known_samples():
+    stats = statistics([float(n) for n in range(1, 102)])
+    assert stats == {"latency_us": 51.0, "spread": 80 / 51, "min_us": 1.0, "p20_us": 21.0, "samples": 101}
+
+
+def test_a_killed_run_goes_on_from_its_journal(tmp_path: Path):
+    path, header = tmp_path / "p.journal.jsonl", {"device": "x"}
+
+    def law(size):
+        if size > 100:
+            raise KeyboardInterrupt
+        return 10.0
+
+    killed = Journal(path, header)
+    with pytest.raises(KeyboardInterrupt):
+        _run([_series(refine=False)], FakeTimer(law), killed)
+    killed.close()
+    first = Journal(path, header, resume=True)
+    assert first.resumed == 0, "scouting alone is no measurement"
+    first.add("experts", {"tokens": 1, "label": "s"}, [10.0] * 40)
+    first.close()
+    with path.open("a") as stream:
+        stream.write('{"table":"experts","row":{"tok')  # the kill came while a line was written
+    timer = FakeTimer(lambda _size: 10.0)
+    rig = _run([_series(refine=False)], timer, Journal(path, header, resume=True))
+    assert rig.journal.resumed == 1
+    assert 1 not in timer.seen, "a point of the journal is not measured again"
+    assert len(rig.journal.points) == 5
+    rig.journal.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0]["device"] == "x"
+
+
+def test_journal_refuses_what_does_not_belong(tmp_path: Path):
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path, {"device": "x"})
+    journal.add("experts", {"tokens": 1}, [1.0])
+    journal.close()
+    with pytest.raises(ProfileError, match="go on from them with --resume, or delete it"):
+        Journal(path, {"device": "x"})
+    with pytest.raises(ProfileError, match=r"device \(x\) is not this run's \(y\)"):
+        Journal(path, {"device": "y"}, resume=True)
+    text = path.read_text().splitlines()
+    path.write_text("\n".join([text[0], "no json", text[1]]))
+    with pytest.raises(ProfileError, match="line 2 is not a measured point"):
+        Journal(path, {"device": "x"}, resume=True)

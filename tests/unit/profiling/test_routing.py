@@ -1,0 +1,246 @@
+"""Recording: the callback against what was fed, Hugging Face routers against their own logits, a fake server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeplan.errors import SpecError, TraceError
+
+torch = pytest.importorskip("torch", reason="recording needs torch")
+
+from moeplan.pipeline.record import record_routing  # noqa: E402
+from moeplan.profiling.routing import RoutingRecorder, hook_model  # noqa: E402
+from moeplan.profiling.sglang_recorder import SglangServer  # noqa: E402
+from moeplan.routing.io import read_trace  # noqa: E402
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 48}
+MLA = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+DEEPSEEK = {**MOE, **MLA, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2}
+FAMILIES = {
+    "Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 48, "num_key_value_heads": 2},
+    "Olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "Qwen2Moe": {**MOE, "shared_expert_intermediate_size": 32, "num_key_value_heads": 2},
+    "Qwen3Moe": {**MOE, "num_key_value_heads": 2, "head_dim": 8},
+    "DeepseekV2": {**DEEPSEEK, "topk_group": 1, "topk_method": "group_limited_greedy"},
+    "DeepseekV3": {**DEEPSEEK, "topk_group": 1},
+    "GptOss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
+}
+
+
+def test_the_callback_keeps_tokens_phases_and_order():
+    recorder = RoutingRecorder(num_experts=8)
+    with recorder.step("prefill", seq_lens=[2, 1]):
+        for layer in (3, 5):
+            recorder.record(layer, torch.tensor([[layer, 0], [1, 2], [6, 7]]))
+    buffer = np.array([[1, 4]])
+    with recorder.step("decode", seq_lens=[1]):
+        recorder.record(5, buffer)
+        recorder.record(3, np.array([[0, 2]]))
+        buffer[:] = 7  # a model may reuse its buffers
+    trace = recorder.trace(recorded_from="test")
+    assert trace.layer_ids == (3, 5)
+    assert trace.experts_TLK[:, 0].tolist() == [[3, 0], [1, 2], [6, 7], [0, 2]]
+    assert trace.experts_TLK[:, 1].tolist() == [[5, 0], [1, 2], [6, 7], [1, 4]]
+    assert trace.phase_T.tolist() == [0, 0, 0, 1]
+    assert trace.seq_lens_S.tolist() == [2, 1, 1]
+
+
+def test_the_callback_refuses_misuse():
+    recorder = RoutingRecorder(4)
+    with pytest.raises(TraceError, match=r"belongs inside 'with recorder\.step"):
+        recorder.record(0, [[1]])
+    with (
+        pytest.raises(TraceError, match=r"phase \(training\) must be one of prefill, decode"),
+        recorder.step("training"),
+    ):
+        pass
+    with recorder.step("prefill"):
+        recorder.record(0, [[1]])
+        with pytest.raises(TraceError, match="layer 0 was recorded twice"):
+            recorder.record(0, [[1]])
+        recorder.drop_step()
+    with pytest.raises(TraceError, match="nothing was recorded"):
+        recorder.trace()
+    with pytest.raises(TraceError, match="has no module with 'experts'"), hook_model(torch.nn.Linear(2, 2)):
+        pass
+
+
+def _model(family):
+    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+    config = getattr(transformers, f"{family}Config")(**SMALL, **FAMILIES[family])
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_routers(family):
+    """What is recorded is what the experts were called with; padding dropped, decode marked."""
+    model = _model(family)
+    called: dict[str, list] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _m, args, name=name: called.setdefault(name, []).append(args[1].detach().clone())
+                )
+            )
+    ids = torch.randint(1, 64, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with hook_model(model) as recorder, torch.inference_mode():
+        first = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        longer = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+        model(input_ids=ids[:, :1], attention_mask=longer, past_key_values=first.past_key_values, use_cache=True)
+    for handle in handles:
+        handle.remove()
+    trace = recorder.trace()
+    assert trace.num_experts == 8
+    assert trace.layer_ids == ((1, 2) if family.startswith("Deepseek") else (0, 1, 2))
+    assert trace.phase_T.tolist() == [0] * 10 + [1] * 2
+    assert trace.seq_lens_S.tolist() == [6, 4, 1, 1]
+    assert len(called) == trace.num_layers
+    for layer, (prefill, decode) in enumerate(called.values()):
+        keep = mask.flatten().bool()
+        want = torch.cat([prefill.reshape(12, -1)[keep], decode.reshape(2, -1)])
+        assert trace.experts_TLK[:, layer].tolist() == want.tolist()
+
+
+def test_hooks_are_gone_and_a_failed_pass_leaves_no_tokens():
+    model = _model("Olmoe")
+    with hook_model(model) as recorder:
+        with pytest.raises(IndexError, match="index out of range"):
+            model(input_ids=torch.full((1, 3), 1000))
+        with torch.inference_mode():
+            model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    with torch.inference_mode():
+        model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    assert recorder.trace().num_tokens == 3
+
+
+def test_bare_logits_beside_a_top_k():
+    """The layout of transformers 4: the gate is a linear layer."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts, self.top_k = torch.nn.Linear(4, 6), torch.nn.Identity(), 2
+
+        def forward(self, x):
+            self.logits = self.gate(x)
+            return x
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Block()])
+
+        def forward(self, input_ids):
+            return self.layers[0](torch.nn.functional.one_hot(input_ids, 4).float())
+
+    model, recorder = Model(), RoutingRecorder(6)
+    with hook_model(model, recorder), torch.inference_mode():
+        model(input_ids=torch.tensor([[0, 1, 2]]))
+    logits = model.layers[0].logits[0].numpy()
+    assert recorder.trace().experts_TLK[:, 0].tolist() == np.argsort(-logits, 1)[:, :2].tolist()
+
+
+def test_recording_from_a_config_writes_a_trace(tmp_path: Path):
+    model = _model("Olmoe")
+    model.config.save_pretrained(tmp_path / "m")
+    answer = record_routing(tmp_path / "t.npz", hf=tmp_path / "m", random_init=True, max_new_tokens=2, device="cpu")
+    assert answer["phases"] == {"prefill": 4 * 64, "decode": 4 * 2}
+    assert answer["overhead"] > -1
+    assert read_trace(tmp_path / "t.npz").num_tokens == answer["tokens"] == 264
+
+
+def test_recording_asks_for_what_it_needs(tmp_path: Path):
+    with pytest.raises(SpecError, match="either --hf or --sglang"):
+        record_routing(tmp_path / "t.npz")
+    with pytest.raises(SpecError, match=r"out \(.*t.csv\) must end in .npz or .parquet"):
+        record_routing(tmp_path / "t.csv", hf=tmp_path)
+    with pytest.raises(SpecError, match="--sglang needs --dump-dir"):
+        record_routing(tmp_path / "t.npz", sglang="http://127.0.0.1:1")
+    with pytest.raises(SpecError, match="must be a URL"):
+        SglangServer("127.0.0.1", tmp_path)
+    with pytest.raises(TraceError, match="cannot be reached"):
+        SglangServer("http://127.0.0.1:9", tmp_path, timeout_s=2).generate("x", 1)
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    """Answers like SGLang's HTTP server; writes a per_token dump of two prefill and one decode tokens."""
+    log: list[str] = []
+    dump_dir = tmp_path / "dumps"
+    dump_dir.mkdir()
+    ids = torch.full((2, 3, 8), -1, dtype=torch.int32)
+    ids[:, :, :2] = torch.tensor([[0, 1], [2, 3], [1, 0]])
+
+    def record(number, mode, tokens):
+        return {
+            "forward_pass_id": number,
+            "rank": 0,
+            "forward_mode": mode,
+            "extend_seq_lens": [tokens.shape[1]] if mode == 1 else None,
+            "topk_ids_of_layer": tokens,
+        }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            log.append(f"{self.path} {body.get('text', '')}".strip())
+            if self.path == "/dump_expert_distribution_record":
+                pack = {
+                    "records": [record(1, 1, ids[:, :2]), record(2, 2, ids[:, 2:])],
+                    "last_physical_to_logical_map": torch.arange(16).repeat(2, 1),
+                }
+                torch.save(pack, dump_dir / "expert_distribution_recorder_1.pt")
+            known = self.path in ("/generate", "/flush_cache") or "expert_distribution_record" in self.path
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_args):
+            pass
+
+    http = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}", dump_dir, log
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+def test_recording_from_a_server(server, tmp_path: Path):
+    url, dump_dir, log = server
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\ntwo\n")
+    answer = record_routing(tmp_path / "t.npz", sglang=url, dump_dir=dump_dir, prompts=prompts)
+    assert answer["phases"] == {"prefill": 2, "decode": 1}
+    start, stop = log.index("/start_expert_distribution_record"), log.index("/stop_expert_distribution_record")
+    assert [line for line in log[start:stop] if "generate" in line] == ["/generate one", "/generate two"]
+    assert log[-1] == "/dump_expert_distribution_record"
+    assert log[start - 1] == "/generate two", "timed once without recording first"
+    assert log[start + 1] == "/flush_cache", "cached tokens would not be routed again"
+    trace = read_trace(tmp_path / "t.npz")
+    assert trace.experts_TLK[:, 0].tolist() == [[0, 1], [2, 3], [1, 0]]
+
+
+def test_a_server_without_the_endpoint_is_named(server, tmp_path: Path):
+    url, dump_dir, _ = server
+    with pytest.raises(TraceError, match=r"answered 404.*expert-distribution-recorder-mode per_token"):
+        SglangServer(f"{url}/v0", dump_dir).generate("x", 1)
