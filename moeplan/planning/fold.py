@@ -14,6 +14,8 @@ from scipy.sparse import csr_array
 
 __all__ = ["fold_bound", "fold_search"]
 
+_OPTIONS = 6
+
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _sorted_copies(load_E, copies_E, out_P):  # type: ignore[no-untyped-def]
@@ -124,38 +126,34 @@ def fold_search(load_E, copies_E, floor, max_copies, proposals, seed):  # type: 
 def _feasible(load_E: NDArray[np.float64], ranks: int, limit: float, thresholds: int) -> bool:
     """Whether the linear relaxation of "all pairs stay within ``limit``" has a solution.
 
-    ``z[e, c]`` is the part of expert ``e`` that has ``c`` copies. Whatever the pairing, the copies above
-    ``limit - t`` need as many partners of at most ``t``: one row per threshold ``t`` below half the limit.
+    ``z[e, x]`` is the part of expert ``e`` that has ``x`` copies more than it must have. Whatever the pairing, the
+    copies above ``limit - t`` need as many partners of at most ``t``: one row per threshold ``t`` below half the
+    limit. The last option stands for all larger ``x``: it takes the slots of the least and serves as well as the best.
     """
-    columns = []
-    least = np.maximum(1, np.ceil(load_E / limit - 1e-12)).astype(np.int64)
-    spare = 2 * ranks - int(least.sum())
-    if spare < 0 or (least > ranks).any():
+    least_E = np.maximum(1, np.ceil(load_E / limit - 1e-12)).astype(np.int64)
+    spare = 2 * ranks - int(least_E.sum())
+    if spare < 0 or (least_E > ranks).any():
         return False
-    experts = len(load_E)
-    for extra in range(min(spare, 6) + 1):
-        columns.append(np.stack([np.arange(experts), least + extra]))
-    # Beyond six spare copies a last option keeps the relaxation valid: as many as are spare.
-    if spare > 6:
-        columns.extend(np.stack([np.arange(experts), least + extra]) for extra in range(7, spare + 1))
-    expert_C, copies_C = np.concatenate(columns, axis=1)
-    size_C = load_E[expert_C] / copies_C
-    levels = np.unique(size_C[size_C < limit / 2])
+    copies_EX = least_E[:, None] + np.arange(spare + 1)
+    size_EX = load_E[:, None] / copies_EX
+    levels = np.unique(size_EX[size_EX < limit / 2])
     if len(levels) > thresholds:
         levels = levels[np.linspace(0, len(levels) - 1, thresholds).astype(np.int64)]
-    rows = copies_C * (
-        (size_C[None, :] > limit - levels[:, None] + 1e-12).astype(np.float64)
-        - (size_C[None, :] <= levels[:, None])
-    )
-    equal = csr_array(
-        (np.ones(len(expert_C)), (expert_C, np.arange(len(expert_C)))), shape=(experts, len(expert_C))
+    large = size_EX > limit - levels[:, None, None] + 1e-12
+    short = copies_EX * (large.astype(np.float64) - (size_EX <= levels[:, None, None]))
+    kept = min(spare, _OPTIONS)
+    short = np.concatenate([short[:, :, :kept], short[:, :, kept:].min(axis=2, keepdims=True)], axis=2)
+    taken_EX = copies_EX[:, : kept + 1]
+    experts, options = taken_EX.shape
+    one_each = csr_array(
+        (np.ones(taken_EX.size), (np.repeat(np.arange(experts), options), np.arange(taken_EX.size)))
     )
     answer = linprog(
-        np.zeros(len(expert_C)),
-        A_ub=rows,
-        b_ub=np.zeros(len(levels)),
-        A_eq=np.vstack([equal.toarray(), copies_C[None, :]]),
-        b_eq=np.append(np.ones(experts), 2.0 * ranks),
+        np.zeros(taken_EX.size),
+        A_ub=np.vstack([short.reshape(len(levels), -1), taken_EX.reshape(1, -1)]),
+        b_ub=np.append(np.zeros(len(levels)), 2.0 * ranks),
+        A_eq=one_each,
+        b_eq=np.ones(experts),
         bounds=(0, None),
         method="highs",
     )

@@ -40,8 +40,8 @@ from moeplan.planning.slots import require_room, separate_copies
 __all__ = ["joint", "objective_value"]
 
 BALANCE_PROPOSALS = 40_000
-HOME_PROPOSALS = 200_000
-STAY_SWEEPS, STAY_PROPOSALS = 60, 5_000
+HOME_PROPOSALS = 400_000
+STAY_SWEEPS, STAY_PROPOSALS, STAY_HEAT = 100, 5_000, 0.005
 BUDGET_STEPS, BUDGET_PROPOSALS = 10, 60_000
 
 Rows = NDArray[np.int64]
@@ -149,19 +149,32 @@ def _copy_costs(layer: LayerLoad, row_P: Rows) -> NDArray[np.float64]:
     return cost
 
 
-def _limits(
-    ready: Prepared, layer: int, row_P: Rows
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Busiest rank of the balanced plan per window, how far above it ranks may go, seconds per load above it.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Limits:
+    """What load a rank may take: the balanced plan's busiest per window, and prices in seconds above it.
 
-    Several ranks share the excess, while the step pays for the busiest alone: each is charged its part.
+    Many ranks may share an excess while the step pays for the busiest alone: up to the cap each is charged half its
+    part, which gave the shortest steps on recorded routing (a quarter to twice the part: within 1 %). Beyond the cap
+    each pays twice the whole.
     """
-    load = ready.layers[layer]
+
+    base_W: NDArray[np.float64]
+    cap_W: NDArray[np.float64]
+    slope: float
+    steep: float
+
+
+def _limits(ready: Prepared, layer: int, row_P: Rows) -> _Limits:
+    load, seconds = ready.layers[layer], float(ready.seconds_L[layer])
     base_W = rank_loads(load.copy_WEC, row_P, load.rank_of_slot_P, load.speed_R).max(axis=1)
-    cap_W = np.maximum(ready.max_imbalance, 1e-3) * base_W
     ranks = int((ready.problem.slots_R > 0).sum())
-    slope = 0.0 if ready.problem.objective.kind == "traffic" else float(ready.seconds_L[layer]) * 2 / ranks
-    return base_W, cap_W, max(slope, 1e-3 * float(ready.seconds_L[layer]))
+    by_traffic = ready.problem.objective.kind == "traffic"
+    return _Limits(
+        base_W=base_W,
+        cap_W=np.maximum(ready.max_imbalance, 1e-3) * base_W,
+        slope=1e-3 * seconds if by_traffic else 0.5 * seconds / ranks,
+        steep=2.0 * seconds,
+    )
 
 
 def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Rows:
@@ -193,7 +206,7 @@ def _search_layer(
     ready: Prepared,
     layer: int,
     row_P: Rows,
-    limits: tuple[NDArray[np.float64], NDArray[np.float64], float],
+    limits: _Limits,
     proposals: int,
     held_RE: NDArray[np.bool_] | None = None,
     move_price: float = 0.0,
@@ -234,11 +247,10 @@ def _search_layer(
             rank_price = 0.0
         elif on_rank >= 1.3 * on_node:
             node_price *= 0.1
-    base_W, cap_W, slope = limits
     held = np.zeros((1, 1), np.bool_) if held_RE is None else held_RE
     best = anneal_home(
         bits_PM, start_W, weight_W, row_P, cost_WP, slots, problem.rank_of_slot_P, first_R, first_N,
-        problem.ranks_per_node, problem.speed_R, base_W, cap_W, slope, node_price, rank_price,
+        problem.ranks_per_node, problem.speed_R, limits.base_W, limits.cap_W, limits.slope, limits.steep, node_price, rank_price,
         held, move_price, 0.3 if held_RE is None else 0.1, proposals, problem.seed * 2003 + layer,
     )  # fmt: skip
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
@@ -270,9 +282,8 @@ def _within_budget(
     for step in range(BUDGET_STEPS):
 
         def search(layer: int, price: float = price) -> Rows:
-            base_W = np.ones_like(spread[layer][0])
-            cap_W = np.maximum(spread[layer][0] - 1.0, 0.05)
-            limits = (base_W, cap_W, spread[layer][2])
+            today = spread[layer]
+            limits = _Limits(np.ones_like(today.base_W), np.maximum(today.base_W - 1, 0.05), today.slope, today.steep)
             return _search_layer(ready, layer, start_LP[layer], limits, BUDGET_PROPOSALS, held[layer], price)
 
         found = problem.placement(
@@ -307,8 +318,8 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
     node_value = max(copies * costs.per_node_copy_s / nodes - rank_value, 0.0) if nodes > 1 else 0.0
     row_LP = base_LP.copy()
     limits = [_limits(ready, l, row) for l, row in enumerate(base_LP)]
-    base_LW, cap_LW = np.stack([x[0] for x in limits]), np.stack([x[1] for x in limits])
-    slope = float(np.mean([x[2] for x in limits]))
+    base_LW, cap_LW = np.stack([x.base_W for x in limits]), np.stack([x.cap_W for x in limits])
+    slope, steep = float(np.mean([x.slope for x in limits])), float(np.mean([x.steep for x in limits]))
 
     def shares(rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         cost = np.stack([_copy_costs(ready.layers[l], row) for l, row in enumerate(rows)])
@@ -322,7 +333,7 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
         per_node = cost_LWP / problem.ranks_per_node
         anneal_stay(
             flow, back, row_LP, share_LP, per_node, node_of_slot, 1, np.full(nodes, problem.speed_R[0]),
-            np.ones_like(base_LW), np.maximum(cap_LW / 2, 1e-3), slope * ranks / nodes, 0.0, node_value,
+            np.ones_like(base_LW), np.maximum(cap_LW / 2, 1e-3), slope * ranks / nodes, steep, 0.0, node_value,
             STAY_SWEEPS, STAY_PROPOSALS, nothing_held, 0.0, 0.4, False, problem.seed,
         )  # fmt: skip
         problem.progress("search traffic", 0.4)
@@ -333,8 +344,8 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
         share_LP, cost_LWP = shares(row_LP)
         anneal_stay(
             flow, back, row_LP, share_LP, cost_LWP, problem.rank_of_slot_P, problem.ranks_per_node, problem.speed_R,
-            base_LW, cap_LW, slope, node_value, rank_value,
-            STAY_SWEEPS, STAY_PROPOSALS, nothing_held, 0.0, 0.1 if nodes > 1 and even else 0.4, True, problem.seed + 1,
+            base_LW, cap_LW, slope, steep, node_value, rank_value,
+            STAY_SWEEPS, STAY_PROPOSALS, nothing_held, 0.0, STAY_HEAT if nodes > 1 and even else 0.4, True, problem.seed + 1,
         )  # fmt: skip
     problem.progress("search traffic", 1.0)
     return row_LP

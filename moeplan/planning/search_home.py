@@ -124,14 +124,14 @@ def _peak_and_mean(arrivals_WG, weight_W):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def load_price(load, base, slope, cap):  # type: ignore[no-untyped-def]
-    """Price of one rank's load above the balanced plan's: rises to ``slope`` at the cap, steep beyond it."""
+def load_price(load, base, slope, cap, steep):  # type: ignore[no-untyped-def]
+    """Price of one rank's load above the balanced plan's: rises to ``slope`` at the cap, ``steep`` beyond it."""
     over = load - base
     if over <= 0.0:
         return 0.0
     price = 0.5 * slope * over * over / cap
     if over > cap:
-        price += 20.0 * slope * (over - cap)
+        price += steep * (over - cap)
     return price
 
 
@@ -151,6 +151,7 @@ def anneal_home(  # type: ignore[no-untyped-def]
     base_W,
     cap_W,
     load_slope,
+    load_steep,
     node_price,
     rank_price,
     held_RE,
@@ -168,7 +169,8 @@ def anneal_home(  # type: ignore[no-untyped-def]
         copy_of_slot_P: start; the copy in each slot, -1 for an empty one.
         rank_first_R, node_first_N: first slot of each rank / node, end appended.
         base_W, cap_W: the balanced plan's busiest rank, and how far above it a rank may go.
-        load_slope, node_price, rank_price: seconds per unit of load, node arrival and rank arrival.
+        load_slope, load_steep, node_price, rank_price: seconds per unit of load up to the cap and beyond it, per node
+            arrival and rank arrival.
         held_RE, move_price: what each rank holds today, and the price of a copy it would have to be sent.
         heat: start temperature over the mean change of a proposal.
         proposals: how many swaps to propose; the budget, so that the same seed gives the same answer.
@@ -220,7 +222,7 @@ def anneal_home(  # type: ignore[no-untyped-def]
     energy = node_price * _peak_and_mean(node_WN, weight_W) + rank_price * _peak_and_mean(rank_WR, weight_W)
     for w in range(windows):
         for r in range(ranks):
-            energy += load_price(load_WR[w, r], base_W[w], load_slope, cap_W[w]) / windows
+            energy += load_price(load_WR[w, r], base_W[w], load_slope, cap_W[w], load_steep) / windows
     best = copy_of_slot_P.copy()
     best_energy = energy
     current_node = _peak_and_mean(node_WN, weight_W)
@@ -253,10 +255,10 @@ def anneal_home(  # type: ignore[no-untyped-def]
             x = load_WR[w, r1]
             y = load_WR[w, r2]
             delta += (
-                load_price(x + q / speed_R[r1], base_W[w], load_slope, cap_W[w])
-                + load_price(y - q / speed_R[r2], base_W[w], load_slope, cap_W[w])
-                - load_price(x, base_W[w], load_slope, cap_W[w])
-                - load_price(y, base_W[w], load_slope, cap_W[w])
+                load_price(x + q / speed_R[r1], base_W[w], load_slope, cap_W[w], load_steep)
+                + load_price(y - q / speed_R[r2], base_W[w], load_slope, cap_W[w], load_steep)
+                - load_price(x, base_W[w], load_slope, cap_W[w], load_steep)
+                - load_price(y, base_W[w], load_slope, cap_W[w], load_steep)
             )
         delta /= windows
         if move_price > 0.0:

@@ -68,6 +68,7 @@ def anneal_stay(  # type: ignore[no-untyped-def]
     base_LW,
     cap_LW,
     load_slope,
+    load_steep,
     node_value,
     rank_value,
     sweeps,
@@ -84,7 +85,8 @@ def anneal_stay(  # type: ignore[no-untyped-def]
         flow_LEE, flow_back_LEE: transitions ``[L-1, E, E]`` and each layer's transpose.
         expert_LP, share_LP, load_LWP: expert, share and load of each slot (load per window, ranks average 1).
         base_LW, cap_LW: the balanced plan's busiest rank, and how far above it a rank may go.
-        load_slope, node_value, rank_value: seconds per load, per unit of flow kept in a node, and on a rank on top.
+        load_slope, load_steep, node_value, rank_value: seconds per load up to the cap and beyond it, per unit of flow
+            kept in a node, and on a rank on top.
         sweeps, proposals_per_layer: the budget; every sweep visits all layers.
         held_LRE, move_price: what each rank holds today, and the price of a copy it would have to be sent.
         heat: start temperature over the mean change of a proposal.
@@ -117,7 +119,7 @@ def anneal_stay(  # type: ignore[no-untyped-def]
     for l in range(layers):
         for w in range(windows):
             for r in range(ranks):
-                value -= load_price(load_LWR[l, w, r], base_LW[l, w], load_slope, cap_LW[l, w]) / windows
+                value -= load_price(load_LWR[l, w, r], base_LW[l, w], load_slope, cap_LW[l, w], load_steep) / windows
     best_value = value
     best_expert = expert_LP.copy()
     best_share = share_LP.copy()
@@ -165,8 +167,8 @@ def anneal_stay(  # type: ignore[no-untyped-def]
                     y = load_LWR[l, w, r2]
                     base = base_LW[l, w]
                     cap = cap_LW[l, w]
-                    price += load_price(x + q1, base, load_slope, cap) - load_price(x, base, load_slope, cap)
-                    price += load_price(y + q2, base, load_slope, cap) - load_price(y, base, load_slope, cap)
+                    price += load_price(x + q1, base, load_slope, cap, load_steep) - load_price(x, base, load_slope, cap, load_steep)
+                    price += load_price(y + q2, base, load_slope, cap, load_steep) - load_price(y, base, load_slope, cap, load_steep)
                 gain = delta - price / windows
                 if move_price > 0.0:
                     gain -= move_price * (
