@@ -20,6 +20,7 @@ __all__ = ["evaluate"]
 @click.option("--nodes", type=int, metavar="M", help="Nodes the ranks are in. [the plan's, else 1]")
 @click.option("--cluster", "cluster_name", default="h100-sxm", show_default=True, metavar="NAME|FILE",
               help="What the costs are of.")
+@click.option("--profile", metavar="NAME|DIR|none", help="Measured costs. [those shipped for the accelerator]")
 @click.option("--phase", type=click.Choice(["prefill", "decode", "mix"]), help="Default: the plan's, else the trace's.")
 @click.option("--batch-per-rank", type=int, metavar="N", help="Tokens entering a layer per rank.")
 @click.option("--trace-format", metavar="NAME", help="Name of the reader; recognised when left out.")

@@ -23,7 +23,7 @@ _CHOICES = {
 }
 # option -> where it goes in a scenario
 _TOP = (
-    "model", "trace", "trace_format", "cluster", "ranks", "nodes", "redundant", "kv_reserve", "planner", "seed",
+    "model", "trace", "trace_format", "cluster", "ranks", "nodes", "redundant", "kv_reserve", "profile", "planner", "seed",
     "time_limit", "current", "migration_size", "migration_time", "target",
 )  # fmt: skip
 _OBJECTIVE = {
@@ -52,6 +52,7 @@ def _redundant(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 @click.option("--ranks", type=int, metavar="N", help="Expert-parallel size.")
 @click.option("--nodes", type=int, metavar="M", help="Nodes the ranks are in; as few as can hold them when left out.")
 @click.option("--cluster", metavar="NAME|FILE", help="An accelerator or cluster (moeplan clusters), or a file. [h100-sxm]")
+@click.option("--profile", metavar="NAME|DIR|none", help="Measured costs. [those shipped for the accelerator; else roofline]")
 @click.option("--redundant", metavar="N|max", callback=_redundant, help="Extra expert slots per layer, or what memory allows.")
 @click.option("--kv-reserve", metavar="SIZE", help="Memory per rank kept for the KV cache by --redundant max, as in '20 GiB'.")
 @click.option("--planner", metavar="NAME", help="joint (default), greedy, moetuner, exflow, contiguous, round-robin, random.")

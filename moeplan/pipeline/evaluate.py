@@ -13,7 +13,7 @@ from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
 from moeplan.costs.operating_point import layer_costs
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, read_routing, windows_of
+from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_of, read_routing, windows_of
 from moeplan.pipeline.optimize import layer_evaluations, speeds
 from moeplan.specs.clusters import DEFAULT_CLUSTER, sized_cluster
 from moeplan.specs.models import find_model
@@ -76,6 +76,7 @@ def evaluate_plan(
     trace_format: str | None = None,
     domain: str | None = None,
     windows: str = "all",
+    profile: str | None = None,
 ) -> Score:
     """Evaluate a placement on a trace; what is not given is taken from the plan.
 
@@ -111,7 +112,7 @@ def evaluate_plan(
         model=model, cluster=cluster, workload=workload, load=load, current=placement, current_layer_ids=loaded.layer_ids
     )
     messages = [*loaded.notes, *require(run_checks(bundle))]
-    costs = layer_costs(model, cluster, workload, objective)
+    costs = layer_costs(model, cluster, workload, objective, profile_of(profile, cluster.accelerator.name))
     found = evaluate(load, placement, costs, objective, speeds(cluster))
     return Score(
         model=model.name,

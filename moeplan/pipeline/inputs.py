@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.profile import HardwareProfile, load_profile, shipped_profile_for
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.checks import layers_by_position
 from moeplan.costs.memory import max_redundant_experts
@@ -19,7 +20,7 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Phase, Workload
 
-__all__ = ["DECODE_BATCH", "in_phase", "on_model_layers", "read_routing", "slots_of_ranks", "windows_of"]
+__all__ = ["DECODE_BATCH", "in_phase", "on_model_layers", "profile_of", "read_routing", "slots_of_ranks", "windows_of"]
 
 DECODE_BATCH = 128
 
@@ -71,6 +72,17 @@ def windows_of(routing: RoutingTrace | ExpertLoad, windows: str) -> ExpertLoad:
         TraceError: the trace has no such windows.
     """
     return expert_load(routing, windows)
+
+
+def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:
+    """Measured costs: by name or directory; by default those shipped for the accelerator; ``none``: the roofline.
+
+    Raises:
+        ProfileError: no such profile, or it is damaged.
+    """
+    if name == "none":
+        return None
+    return shipped_profile_for(accelerator) if name is None else load_profile(name)
 
 
 def slots_of_ranks(

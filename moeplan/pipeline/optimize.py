@@ -17,16 +17,17 @@ from threadpoolctl import threadpool_limits
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.plan import LayerEvaluation, Migration, Plan, Prediction
+from moeplan.artifacts.plan import LayerEvaluation, Plan, Prediction
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
+from moeplan.costs.layer import LayerCosts
 from moeplan.costs.memory import memory_report
 from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import InfeasibleError, SpecError
 from moeplan.files import atomic_directory, canonical_json, sha256_bytes, sha256_file, write_text
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, read_routing, slots_of_ranks, windows_of
+from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_of, read_routing, slots_of_ranks, windows_of
 from moeplan.pipeline.show import evidence_of, page_of
 from moeplan.planning.bounds import bounds_of
 from moeplan.planning.migration import align, migration_of
@@ -86,6 +87,7 @@ class _Job:
     slots_R: NDArray[np.int64]
     num_redundant: int
     current: Placement | None
+    costs: LayerCosts
     messages: tuple[str, ...]
 
     def problem(self, load: ExpertLoad, progress: Progress) -> PlanningProblem:
@@ -97,7 +99,7 @@ class _Job:
             slots_R=self.slots_R,
             speed_R=speeds(self.cluster),
             ranks_per_node=self.cluster.ranks_per_node,
-            costs=layer_costs(self.model, self.cluster, self.workload, self.objective),
+            costs=self.costs,
             objective=self.objective,
             seed=scenario.seed,
             num_groups=self.model.n_group or 1,
@@ -175,9 +177,12 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
         equal_slots=scenario.target is not None,
     )
     messages += require(run_checks(bundle))
+    profile = profile_of(scenario.profile, cluster.accelerator.name)
+    costs = layer_costs(model, cluster, workload, objective, profile)
     return _Job(
-        scenario, model, cluster, workload, objective, load, routing, slots_R, num_redundant, current, tuple(messages)
-    )
+        scenario, model, cluster, workload, objective, load, routing, slots_R, num_redundant, current, costs,
+        tuple(messages),
+    )  # fmt: skip
 
 
 def optimize(

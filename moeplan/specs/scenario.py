@@ -58,6 +58,11 @@ class Scenario(Spec):
         None,
         description="per rank, kept for the KV cache by redundant: max; left out: what the workload needs",
     )
+    profile: str | None = Field(
+        None,
+        description="measured costs: a shipped name or a directory; left out: those shipped for the accelerator;"
+        " none: the roofline",
+    )
     planner: str = "joint"
     seed: int = Field(0, ge=0)
     time_limit: Seconds | None = None
