@@ -82,6 +82,7 @@ def _options(function: Any) -> Any:
         click.option("--max-tokens", type=_NUMBERS, help="Largest number of tokens."),
         click.option("--budget", "budget_s", type=_Seconds(), help="Time to spend, as in 60s or 20min."),
         click.option("--threads", type=_NUMBERS, help="CPU threads, each pinned to a core."),
+        click.option("--realtime", is_flag=True, default=None, help="Real-time priority, where that is allowed."),
         click.option("--op", "ops", type=_Words(), help="Collectives: which ones."),
         click.option("--max-bytes", type=_NUMBERS, help="Collectives: largest message in bytes."),
         click.option("--ranks", type=_NUMBERS, help="Collectives: local processes to start."),

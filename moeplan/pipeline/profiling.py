@@ -63,6 +63,7 @@ class ProfileRequest:
     max_tokens: int = 16384
     budget_s: float = 60.0
     threads: int = 0
+    realtime: bool = False
     ops: tuple[str, ...] = ()
     max_bytes: int = 2**24
     ranks: int = 0
@@ -87,6 +88,8 @@ class ProfileRequest:
                 ]
             elif option == "trace":
                 words.append(f"--trace {Path(value).name}")
+            elif option == "realtime":
+                words.append("--realtime")
             elif option != "parts":
                 text = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 words.append(f"--{_FLAG.get(option, option.replace('_', '-'))} {text}")
@@ -260,7 +263,8 @@ def _other_benches(part: str, request: ProfileRequest, device: Any, models: list
         if dtype in ("int8", "int4"):
             continue
         own = tuple(d for d in request.directions if d == "forward" or dtype != "fp8")
-        benches.append(gemm_bench(device, shapes, dtype, own, request.max_tokens))
+        for start in range(0, len(shapes), 8):  # weights of a few shapes at a time, so that they fit
+            benches.append(gemm_bench(device, shapes[start : start + 8], dtype, own, request.max_tokens))
     keys = {(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models}
     benches += [elementwise_bench(device, *key, d, request.max_tokens) for key in sorted(keys) for d in plain]
     return benches
@@ -306,10 +310,15 @@ def _traffic(path: Path, world: int) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, weight_RR.tolist()))
 
 
-def _pin(threads: int) -> None:
-    """One core per thread, and torch's threads to match."""
+def _pin(threads: int, realtime: bool) -> None:
+    """One core per thread, and torch's threads to match; real-time priority where asked for."""
     import torch
 
+    if realtime:
+        try:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        except PermissionError as error:
+            raise SpecError("realtime needs the right to set a priority (root); leave --realtime out") from error
     if threads <= 0:
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -344,7 +353,7 @@ def measure_profile(
     device = find_device(request.device)
     threads_before = device.torch.get_num_threads()
     try:
-        _pin(request.threads)
+        _pin(request.threads, request.realtime)
         name, versions = system.device_name(device), system.libraries(device)
         _same_machine(out, name, versions)
         first = not as_rank or os.environ["RANK"] == "0"
@@ -361,6 +370,8 @@ def measure_profile(
     finally:
         os.sched_setaffinity(0, affinity)
         device.torch.set_num_threads(threads_before)
+        if request.realtime:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     if not first:
         return {}
     profile = _save(request, out, journal, device, facts, notes)

@@ -52,8 +52,9 @@ class Device:
     def available_bytes(self) -> int:
         """Bytes that are free now."""
         if self.is_cuda:
-            self.torch.cuda.empty_cache()
-            return int(self.torch.cuda.mem_get_info()[0])
+            # What torch keeps for reuse is free too; emptying its cache here would slow every measurement.
+            cuda = self.torch.cuda
+            return int(cuda.mem_get_info()[0] + cuda.memory_reserved() - cuda.memory_allocated())
         return _memory_available()
 
     def dtype(self, name: str) -> Any:

@@ -138,6 +138,7 @@ class Rig:
     rng: random.Random
     agree: Callable[[Any], Any] = lambda value: value
     left_out: list[str] = field(default_factory=list)
+    strict: bool = False  # where a failing call means a dead peer, not a kernel that this device lacks
     doing: str = ""
 
 
@@ -192,9 +193,12 @@ def _run_bench(bench: Bench, rig: Rig, share_s: float, tell: Callable[[float], N
     try:
         prepare = bench.open()
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if _out_of_memory(error):
+            rig.left_out.append(f"{bench.name}: does not fit into the memory of the device")
+        elif rig.strict:
             raise
-        rig.left_out.append(f"{bench.name}: does not fit into the memory of the device")
+        else:
+            rig.left_out.append(f"{bench.name}: fails here: {str(error).strip().splitlines()[0]}")
         return
     try:
         _Run(bench, prepare, rig, left).run(share_s)
@@ -247,10 +251,14 @@ class _Run:
         try:
             self.estimate_us[case] = min(self.timed(case, 2))
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
             series = self.bench.series[case[0]]
-            self.rig.left_out.append(f"{series.label}: out of memory from size {case[1]} on")
+            if _out_of_memory(error):
+                self.rig.left_out.append(f"{series.label}: out of memory from size {case[1]} on")
+            elif self.rig.strict:
+                raise
+            else:
+                reason = str(error).strip().split("\n")[0]
+                self.rig.left_out.append(f"{series.label}: fails here from size {case[1]} on: {reason}")
             gc.collect()
             return False
         return True

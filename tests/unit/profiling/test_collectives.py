@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -107,7 +108,6 @@ def _check_contents(rank: int, port: int) -> None:
 
 
 def test_contents_of_every_exchange():
-    import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -168,3 +168,34 @@ def test_under_torchrun(tmp_path: Path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('"points"') == 1, "only rank 0 answers"
     assert {r["ranks"] for r in HardwareProfile.open(tmp_path / "p").table("collectives").to_pylist()} == {2}
+
+
+def test_a_dying_rank_of_a_launcher_is_named_by_the_survivor(tmp_path: Path):
+    """Ranks with a launcher's environment: the survivor finds out by the store who is gone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moeplan.cli", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
+    command += ["--budget", "60s", "--out", str(tmp_path / "p")]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    first, second = (
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    journal = tmp_path / "p.journal.jsonl"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (journal.exists() and journal.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    second.kill()
+    second.communicate()
+    errors = first.communicate(timeout=60)[1]
+    assert first.returncode == 2
+    assert "error: rank 1 died while measuring all_reduce" in errors
+    assert errors.count("error:") == 1
+    assert len(journal.read_text().splitlines()) > 3

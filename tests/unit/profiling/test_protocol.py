@@ -118,12 +118,25 @@ def test_a_bench_that_does_not_fit_is_left_out():
     assert not rig.journal.points
 
 
-def test_other_errors_are_not_swallowed():
-    def law(_size):
-        raise RuntimeError("illegal instruction")
+def test_a_kernel_that_the_device_lacks_is_named_and_the_rest_goes_on():
+    def law(size):
+        if size > 100:
+            raise RuntimeError("no kernel image is available\nfor execution")
+        return 10.0
 
-    with pytest.raises(RuntimeError, match="illegal instruction"):
-        _run([_series()], FakeTimer(law))
+    rig = _run([_series(label="a"), _series(label="b", high=64)], FakeTimer(law))
+    assert rig.left_out == ["a: fails here from size 181 on: no kernel image is available"]
+    assert {row["label"] for _, row, _ in rig.journal.points.values()} == {"a", "b"}
+
+
+def test_between_ranks_an_error_ends_the_run():
+    def law(_size):
+        raise RuntimeError("connection closed by peer")
+
+    rig = Rig(FakeTimer(law), Journal(None, {}), random.Random(0), strict=True)
+    bench = Bench("b", (_series(),), lambda: lambda _series, size: lambda _i: size)
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        run_benches([bench], rig, 0.1)
 
 
 def test_statistics_against_known_samples():
