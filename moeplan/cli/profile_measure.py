@@ -75,7 +75,7 @@ def _options(function: Any) -> Any:
         ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A GPU where torch sees one."),
         click.option("--dtype", "dtypes", type=_Words(), metavar="NAMES", help="fp32, bf16, fp16, fp8, int8, int4."),
-        click.option("--kernel", "kernels", type=_Words(), help="grouped_mm, bmm, loop."),
+        click.option("--kernel", "kernels", type=_Words(), help="grouped_mm, bmm, loop, triton."),
         click.option("--ep", type=_Words(int, "NUMBERS"), help="Ranks the experts are spread over."),
         click.option("--tp", type=_Words(int, "NUMBERS"), help="Ranks that share one expert."),
         click.option("--direction", "directions", type=_Words(), help="forward, backward or both."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from moeplan.errors import SpecError, UnknownNameError
@@ -16,7 +17,7 @@ from moeplan.profiling.device import Device
 
 __all__ = ["KERNELS", "Weights", "make_weights", "runner", "usable_kernels", "weight_bytes"]
 
-KERNELS = ("grouped_mm", "bmm", "loop")
+KERNELS = ("grouped_mm", "bmm", "loop", "triton")
 _GROUP = 128  # numbers per scale of int4 weights
 
 
@@ -40,8 +41,13 @@ def usable_kernels(dtype: str, wanted: Sequence[str]) -> list[str]:
     """The kernels among ``wanted`` that have code for ``dtype``.
 
     Raises:
-        UnknownNameError: no such kernel; SpecError: none is left.
+        UnknownNameError: no such kernel; SpecError: none is left, or Triton is named and not installed.
     """
+    if "triton" in wanted and find_spec("triton") is None:
+        raise SpecError(
+            "kernel (triton) needs Triton, which is not installed (torch brings it on Linux with CUDA); choose"
+            f" another of {', '.join(KERNELS)}"
+        )
     for name in wanted:
         if name not in KERNELS:
             raise UnknownNameError("kernel", name, KERNELS)
@@ -107,6 +113,8 @@ def runner(device: Device, kernel: str, dtype: str, counts: Sequence[int], first
     if kernel == "grouped_mm":
         placed = [0] * first + active + [0] * (len(counts) - first - len(active))
         return (_scaled_grouped if dtype == "fp8" else _grouped)(device, placed)
+    if kernel == "triton":
+        return _triton(device, [0] * first + active)
     return {"bmm": _batched, "loop": _loop}[kernel](device, active, first)
 
 
@@ -153,6 +161,18 @@ def _loop(device: Device, active: list[int], first: int) -> Run:
             for e, x in enumerate(x_TH.split(active), first)
         ]
         return torch.cat(parts)
+
+    return run
+
+
+def _triton(device: Device, counts: Sequence[int]) -> Run:
+    from moeplan.profiling.triton_grouped import grouped_product
+
+    torch, product = device.torch, grouped_product(device, counts)
+
+    def run(x_TH: Any, weights: Weights) -> Any:
+        h_TF = _swiglu(torch, product(x_TH, weights.w13_EGH))
+        return product(h_TF, weights.w2_EHF)
 
     return run
 

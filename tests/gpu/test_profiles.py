@@ -52,7 +52,7 @@ def _reference(x, weights: Weights, counts):
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("kernel", ["grouped_mm", "loop"])
+@pytest.mark.parametrize("kernel", ["grouped_mm", "loop", "triton"])
 def test_kernels_agree_with_fp32(kernel):
     device = find_device("cuda")
     weights = make_weights(device, "bf16", 4, 256, 512)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,23 @@ def test_float_kernels(cpu, kernel, counts, first):
     x = cpu.normal((sum(counts), 32), torch.float32)
     y = runner(cpu, kernel, "fp32", counts, first)(x, weights)
     assert torch.allclose(y.double(), _plain(x, weights, counts, first), atol=1e-4)
+
+
+def test_triton_kernel_in_its_interpreter(cpu, monkeypatch):
+    """The same values as the plain formula; Triton's interpreter runs the kernel without a GPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    weights = make_weights(cpu, "fp32", 4, 96, 80)
+    counts = (70, 3, 1)  # more rows than one block, fewer than one, and sizes that no block divides
+    x = cpu.normal((74, 96), torch.float32)
+    y = runner(cpu, "triton", "fp32", counts, 1)(x, weights)
+    assert torch.allclose(y.double(), _plain(x, weights, counts, 1), atol=1e-4)
+
+
+@pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed")
+def test_triton_is_refused_where_it_is_not_installed():
+    with pytest.raises(SpecError, match=r"kernel \(triton\) needs Triton, which is not installed"):
+        usable_kernels("bf16", ["triton"])
 
 
 def test_weight_only_int8_against_dequantised_weights(cpu):
