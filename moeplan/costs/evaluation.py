@@ -19,13 +19,15 @@ from moeplan.specs.workload import Objective
 
 __all__ = ["Evaluation", "aggregate", "copy_seconds", "evaluate", "transitions_of"]
 
+_TINY = 1e-300  # keeps the share of nothing at 0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
     """What a placement does, per window and layer. Arrays that need tokens or transitions are None without them.
 
     ``time_WL = expert_WL + exchange_WL`` in seconds. ``max_over_mean_WL`` is the busiest rank's token load over the
-    mean, each divided by the rank's speed. Hop shares are per layer ``[L]``; the last layer has none (0).
+    mean, each divided by the rank's speed (1 where a window has no tokens). Hop shares are per layer ``[L]``; the last layer has none (0).
     """
 
     expert_WL: NDArray[np.float64]
@@ -61,16 +63,20 @@ def transitions_of(load: ExpertLoad) -> NDArray[np.float64] | None:
     return transition_counts(load.trace)
 
 
-def copy_seconds(load_WE: NDArray[np.float64], costs: LayerCosts, top_k: int, copies: int) -> NDArray[np.float64]:
+def copy_seconds(
+    load_WE: NDArray[np.float64], costs: LayerCosts, top_k: int, copies: int
+) -> NDArray[np.float64]:
     """Seconds that one of ``copies`` copies of each expert costs its rank at speed 1, ``[W, E]``.
 
     With ``p`` the chance that a token selects the copy, ``T p`` pairs are worked on, and the weights are read if
-    any of ``T`` tokens comes: ``1 - (1 - p)^T`` (tokens independent).
+    any of ``T`` tokens comes: ``1 - (1 - p)^T`` (tokens independent). A window without tokens costs nothing.
     """
-    total = load_WE.sum(axis=1, keepdims=True)
+    total = np.maximum(load_WE.sum(axis=1, keepdims=True), _TINY)
     p = np.minimum(load_WE * top_k / total / copies, 1.0)
     hit = -np.expm1(costs.tokens_per_step * np.log1p(-np.minimum(p, 1 - 1e-12)))
-    seconds: NDArray[np.float64] = costs.per_active_expert_s * hit + costs.per_pair_s * costs.tokens_per_step * p
+    seconds: NDArray[np.float64] = (
+        costs.per_active_expert_s * hit + costs.per_pair_s * costs.tokens_per_step * p
+    )
     return seconds
 
 
@@ -88,7 +94,9 @@ def _expert_seconds(
         rank_WR = np.zeros((W, placement.num_ranks))
         shares, which = np.unique(share, return_inverse=True)
         for i, part in enumerate(shares):
-            seconds_WE = copy_seconds(load.load_WLE[:, layer], costs, load.top_k or 1, 1.0 / part if part else 1)
+            seconds_WE = copy_seconds(
+                load.load_WLE[:, layer], costs, load.top_k or 1, 1.0 / part if part else 1
+            )
             chosen = which == i
             if part:
                 np.add.at(rank_WR.T, placement.rank_of_slot_P[used][chosen], seconds_WE[:, experts[chosen]].T)
@@ -117,7 +125,8 @@ def evaluate(
     counts = count_trace(load, placement, objective.replica_split) if load.trace is not None else None
     relative = load_WLR / speed
     capacity = speed[np.unique(placement.rank_of_slot_P)].sum()
-    max_over_mean = relative.max(axis=2) / (load_WLR.sum(axis=2) / capacity)
+    mean_WL = load_WLR.sum(axis=2) / capacity
+    max_over_mean = np.where(mean_WL > 0, relative.max(axis=2) / np.maximum(mean_WL, _TINY), 1.0)
     expert_WL = _expert_seconds(load, placement, costs, speed)
 
     W, L = load.load_WLE.shape[:2]
@@ -136,9 +145,13 @@ def evaluate(
             hops[-1] = 0.0
             exchange += copies * hops
     elif objective.dispatch == "per_expert":
-        pairs_WLR = load_WLR / load_WLR.sum(axis=2, keepdims=True) * top_k
-        node = pairs_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3).max(axis=2) * (1 - 1 / placement.num_nodes)
-        exchange += T * np.maximum(node * costs.per_node_copy_s, pairs_WLR.max(axis=2) * costs.per_rank_copy_s)
+        pairs_WLR = load_WLR / np.maximum(load_WLR.sum(axis=2, keepdims=True), _TINY) * top_k
+        node = pairs_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3).max(axis=2) * (
+            1 - 1 / placement.num_nodes
+        )
+        exchange += T * np.maximum(
+            node * costs.per_node_copy_s, pairs_WLR.max(axis=2) * costs.per_rank_copy_s
+        )
     elif objective.dispatch in ("per_rank", "per_node") and counts is not None:
         if objective.dispatch == "per_node":
             node = counts.node_arrivals_WLN.max(axis=2)

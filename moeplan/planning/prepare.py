@@ -101,7 +101,7 @@ def prepare(problem: PlanningProblem) -> Prepared:
         experts = int(problem.experts_L[layer])
         load_WE = load_WLE[:, layer, :experts]
         table = [
-            load_WE / load_WE.sum(axis=1, keepdims=True) / c
+            load_WE / np.maximum(load_WE.sum(axis=1, keepdims=True), 1e-300) / c
             if by_load
             else copy_seconds(load_WE, costs, top_k, c)
             for c in range(1, most + 1)
