@@ -17,7 +17,7 @@ install() {
     fi
     if ! cmp -s pyproject.toml ".venv/installed-$1.toml"; then
         echo "installing moeplan into .venv" >&2
-        "$bin/python" -m pip install --quiet --disable-pip-version-check --editable "$2"
+        "$bin/python" -m pip install -qq --disable-pip-version-check --editable "$2"
         cp pyproject.toml ".venv/installed-$1.toml"
     fi
 }

@@ -22,8 +22,8 @@ class ExpertLoad:
     ``load_WLE`` counts selections (a token counts once for each of its experts). ``windows`` names them
     (a domain, a phase, a stretch of time). ``trace`` keeps the token-level choices where the input had them:
     distinct ranks and nodes per token, and layer-to-layer transitions, cannot be had from counts alone.
-    ``window_T`` is the window of each token of ``trace``. ``source_SLE`` counts selections by the rank they came from, where recorded. ``transitions_LEE`` (``L-1``
-    of them) is given where the input had transition counts but no tokens.
+    ``window_T`` is the window of each token of ``trace``. ``source_SLE`` counts selections by the rank they came from,
+    where recorded. ``transitions_LEE`` (``L-1`` of them) is given where the input had transition counts but no tokens.
     """
 
     load_WLE: NDArray[np.float64]

@@ -34,7 +34,9 @@ class Placement:
     def __post_init__(self) -> None:
         p2l, ranks = self.physical_to_logical_LP, self.rank_of_slot_P
         if p2l.ndim != 2 or ranks.shape != p2l.shape[1:]:
-            raise PlanError(f"physical_to_logical_map {p2l.shape} and rank_of_slot {ranks.shape} do not fit: [L, P] and [P]")
+            raise PlanError(
+                f"physical_to_logical_map {p2l.shape} and rank_of_slot {ranks.shape} do not fit: [L, P] and [P]"
+            )
         if len(ranks) == 0 or (np.diff(ranks) < 0).any() or ranks[0] < 0 or ranks[-1] >= self.num_ranks:
             raise PlanError(f"rank_of_slot must never fall and stay within 0..{self.num_ranks - 1} (num_ranks)")
         if self.num_ranks % self.ranks_per_node:
@@ -45,7 +47,9 @@ class Placement:
                 f"physical_to_logical_map[{layer}][{slot}] ({p2l[layer, slot]}) is outside 0..{self.num_experts - 1}"
             )
         if self.share_LP is not None and self.share_LP.shape != p2l.shape:
-            raise PlanError(f"share {self.share_LP.shape} does not have the shape of physical_to_logical_map {p2l.shape}")
+            raise PlanError(
+                f"share {self.share_LP.shape} does not have the shape of physical_to_logical_map {p2l.shape}"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -98,7 +102,9 @@ class Placement:
         values, counts = np.unique(held, axis=0, return_counts=True)
         return [(int(row), int(rank), int(expert)) for row, rank, expert in values[counts > 1]]
 
-    def require_valid(self, experts_per_layer: tuple[int, ...] | None = None, *, allow_duplicates: bool = False) -> None:
+    def require_valid(
+        self, experts_per_layer: tuple[int, ...] | None = None, *, allow_duplicates: bool = False
+    ) -> None:
         """Every expert of every layer has a place, and no rank holds one twice.
 
         ``allow_duplicates`` is for placements that other planners made (EPLB can put two copies on one rank).

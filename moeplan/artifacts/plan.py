@@ -15,7 +15,18 @@ from moeplan.files import canonical_json, read_json, sha256_bytes, write_text
 from moeplan.specs.base import validation_message
 from moeplan.specs.workload import Objective, Workload
 
-__all__ = ["IMPORTED", "SCHEMA_VERSION", "Bound", "LayerEvaluation", "Migration", "Move", "Plan", "Prediction", "Status", "Verdict"]
+__all__ = [
+    "IMPORTED",
+    "SCHEMA_VERSION",
+    "Bound",
+    "LayerEvaluation",
+    "Migration",
+    "Move",
+    "Plan",
+    "Prediction",
+    "Status",
+    "Verdict",
+]
 
 SCHEMA_VERSION = 1
 IMPORTED = "imported:"
@@ -33,98 +44,108 @@ class Bound(_Paper):
 
     quantity: str = Field(description="what is bounded, with its unit, e.g. 'layer time, s' or 'max/mean load'")
     value: float = Field(description="of this plan, summed or averaged over layers as the quantity says")
-    bound: float
-    gap: float = Field(ge=0)
-    argument: str
-    value_L: tuple[float, ...] = ()
-    bound_L: tuple[float, ...] = ()
+    bound: float = Field(description="what no placement can be below, in the same unit")
+    gap: float = Field(ge=0, description="value / bound - 1; 0 is proven optimal")
+    argument: str = Field(description="why the bound holds")
+    value_L: tuple[float, ...] = Field((), description="the value of each layer, where layers separate")
+    bound_L: tuple[float, ...] = Field((), description="the bound of each layer, where layers separate")
 
 
 class LayerEvaluation(_Paper):
     """What the plan does to one layer, on the trace it is evaluated on."""
 
-    layer_id: int
+    layer_id: int = Field(description="number of the layer in the model, dense layers counted")
     max_over_mean_load: float = Field(description="busiest rank's load over the mean, speeds accounted for")
     nodes_per_token: float | None = Field(None, description="distinct nodes a token's top-k touches")
     ranks_per_token: float | None = Field(None, description="distinct ranks a token's top-k touches")
-    same_node_share: float | None = Field(None, description="stay: part of the transitions to the next layer inside a node")
-    same_rank_share: float | None = Field(None, description="stay: part of the transitions to the next layer on one rank")
-    time_s: float
+    same_node_share: float | None = Field(
+        None, description="part of the expert pairs of consecutive layers that lie inside a node; counts in stay"
+    )
+    same_rank_share: float | None = Field(
+        None, description="part of the expert pairs of consecutive layers that lie on one rank; counts in stay"
+    )
+    time_s: float = Field(description="predicted seconds of the layer's routed experts, dispatch and combine")
 
 
 class Prediction(_Paper):
     """Seconds of the routed-expert part of one step over all MoE layers."""
 
-    time_s: float
-    time_low_s: float
-    time_high_s: float
-    expert_time_s: float
-    dispatch_combine_time_s: float
+    time_s: float = Field(description="predicted seconds under this plan")
+    time_low_s: float = Field(description="time_s less the relative error of the costs")
+    time_high_s: float = Field(description="time_s plus the relative error of the costs")
+    expert_time_s: float = Field(description="part of time_s in which the busiest rank computes experts")
+    dispatch_combine_time_s: float = Field(description="part of time_s in which tokens travel")
     baseline: str = Field(description="the placement it is compared with, e.g. 'contiguous' or 'current'")
-    baseline_time_s: float
-    tokens_per_step: int
-    source: dict[str, str] = Field(description="per part: measured, interpolated, modelled or extrapolated, and from what")
+    baseline_time_s: float = Field(description="predicted seconds under the baseline")
+    tokens_per_step: int = Field(description="tokens entering a layer in one step, all ranks together")
+    source: dict[str, str] = Field(
+        description="per part: measured, interpolated, modelled or extrapolated, and from what"
+    )
 
 
 class Move(_Paper):
     """One expert copy that has to be brought to a slot: ``expert`` of ``layer_id`` from a rank to ``slot``."""
 
-    layer_id: int
-    expert: int
-    source_rank: int
-    target_rank: int
-    slot: int
+    layer_id: int = Field(description="number of the layer in the model")
+    expert: int = Field(description="logical expert to bring")
+    source_rank: int = Field(description="rank that holds it now")
+    target_rank: int = Field(description="rank it is brought to")
+    slot: int = Field(description="slot it takes there")
 
 
 class Migration(_Paper):
     """What it takes to get from the current placement to this one, in the order to do it."""
 
-    moves: tuple[Move, ...]
-    bytes: float
-    seconds: float
-    source: str
+    moves: tuple[Move, ...] = Field(description="what to bring where, layers with the largest gain per byte first")
+    bytes: float = Field(description="expert weights that travel between ranks")
+    seconds: float = Field(description="predicted seconds of all moves")
+    source: str = Field(description="what the seconds rest on")
 
 
 class Verdict(_Paper):
     """Will it pay?"""
 
-    apply: bool
-    reason: str
+    apply: bool = Field(description="whether the plan is worth applying")
+    reason: str = Field(description="why, in one sentence")
     largest_possible_gain: float = Field(description="part of the baseline's step time that no placement can exceed")
     expected_gain: float = Field(description="part of the baseline's step time, on held-out windows")
-    expected_gain_low: float
-    expected_gain_high: float
+    expected_gain_low: float = Field(description="lower end of the gain's 95 % interval over the windows")
+    expected_gain_high: float = Field(description="upper end of the gain's 95 % interval over the windows")
     held_out: str = Field(description="what the gain was measured on")
-    migration_s: float | None = None
+    migration_s: float | None = Field(None, description="predicted seconds to move the experts; null without --current")
     break_even_s: float | None = Field(None, description="run time after which the migration has paid for itself")
 
 
 class Plan(_Paper):
     """Everything a person or an engine needs to use a placement and to trust it."""
 
-    schema_version: Literal[1] = 1
-    model: str
-    planner: str
-    status: Status
-    seed: int
-    num_experts: int = Field(gt=0)
-    experts_per_layer: tuple[int, ...] | None = None
-    num_ranks: int = Field(gt=0)
-    ranks_per_node: int = Field(gt=0)
-    num_redundant_experts: int
-    layer_ids: tuple[int, ...]
-    physical_to_logical_map: tuple[tuple[int, ...], ...]
-    rank_of_slot: tuple[int, ...]
-    share: tuple[tuple[float, ...], ...] | None = None
-    replicas: tuple[tuple[int, ...], ...]
-    objective: Objective
-    workload: Workload
-    bounds: tuple[Bound, ...] = ()
-    prediction: Prediction | None = None
-    evaluation: tuple[LayerEvaluation, ...] = ()
-    verdict: Verdict | None = None
-    migration: Migration | None = None
-    notes: tuple[str, ...] = ()
+    schema_version: Literal[1] = Field(1, description="raised when the meaning of a field changes")
+    model: str = Field(description="name of the model")
+    planner: str = Field(description="name of the planner, or 'imported:' and the format read")
+    status: Status = Field(description="how the search ended; optimal is proven")
+    seed: int = Field(description="of the search: same seed, same plan")
+    num_experts: int = Field(gt=0, description="logical experts of a layer, the most of any layer where they differ")
+    experts_per_layer: tuple[int, ...] | None = Field(None, description="per MoE layer, where they differ")
+    num_ranks: int = Field(gt=0, description="expert-parallel size")
+    ranks_per_node: int = Field(gt=0, description="ranks 0 to ranks_per_node - 1 are node 0, and so on")
+    num_redundant_experts: int = Field(description="slots of a layer beyond one per logical expert")
+    layer_ids: tuple[int, ...] = Field(description="number in the model of each MoE layer, dense layers counted")
+    physical_to_logical_map: tuple[tuple[int, ...], ...] = Field(
+        description="[layers, slots]: the logical expert in each slot; -1 where the slot is empty"
+    )
+    rank_of_slot: tuple[int, ...] = Field(description="[slots]: the rank of each slot, rising")
+    share: tuple[tuple[float, ...], ...] | None = Field(
+        None, description="[layers, slots]: part of its expert's tokens that a slot serves; null: even over copies"
+    )
+    replicas: tuple[tuple[int, ...], ...] = Field(description="[layers, experts]: copies of each logical expert")
+    objective: Objective = Field(description="what was minimised, within which limits")
+    workload: Workload = Field(description="the operating point the costs are of")
+    bounds: tuple[Bound, ...] = Field((), description="proofs: the objective first")
+    prediction: Prediction | None = Field(None, description="seconds of a step; null in imported plans")
+    evaluation: tuple[LayerEvaluation, ...] = Field((), description="per layer, on the trace planned on")
+    verdict: Verdict | None = Field(None, description="whether to apply it; null in imported plans")
+    migration: Migration | None = Field(None, description="how to get there from --current")
+    notes: tuple[str, ...] = Field((), description="what a reader of the plan should know")
     provenance: dict[str, str] = Field(default_factory=dict, description="sha256 of each input, and tool version")
 
     @classmethod
@@ -136,7 +157,8 @@ class Plan(_Paper):
         """
         if isinstance(value, dict) and value.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
             raise PlanError(
-                f"{where}: schema_version ({value['schema_version']!r}) is not {SCHEMA_VERSION}; plan again with this version"
+                f"{where}: schema_version ({value['schema_version']!r}) is not {SCHEMA_VERSION};"
+                " plan again with this version"
             )
         try:
             plan = cls.model_validate(value)
@@ -144,7 +166,9 @@ class Plan(_Paper):
             raise PlanError(validation_message(where, error)) from error
         widths = {len(row) for row in plan.physical_to_logical_map}
         if len(widths) != 1 or len(plan.physical_to_logical_map) != len(plan.layer_ids):
-            raise PlanError(f"{where}: physical_to_logical_map must have one row of equal length per layer of layer_ids")
+            raise PlanError(
+                f"{where}: physical_to_logical_map must have one row of equal length per layer of layer_ids"
+            )
         plan.placement.require_valid(plan.experts_per_layer, allow_duplicates=plan.is_imported)
         return plan
 

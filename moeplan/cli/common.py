@@ -17,9 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def output_options(function: F) -> F:
     """Add ``--json`` (parameter ``as_json``) and ``--quiet`` to a command."""
     function = click.option("--quiet", is_flag=True, help="No progress and no messages; errors still show.")(function)
-    return click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else there.")(
-        function
-    )
+    help_json = "One JSON object on standard output, nothing else there."
+    return click.option("--json", "as_json", is_flag=True, help=help_json)(function)
 
 
 def print_json(value: Any) -> None:

@@ -13,7 +13,8 @@ __all__ = ["evaluate"]
 
 
 @click.command()
-@click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path), help="plan.json or an engine's file.")
+@click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path),
+              help="plan.json or an engine's file.")
 @click.option("--trace", "trace_path", required=True, type=click.Path(path_type=Path), help="Routing or expert counts.")
 @click.option("--model", "model_name", metavar="NAME|PATH", help="Needed for files that do not name their model.")
 @click.option("--ranks", type=int, metavar="N", help="Needed for files that do not say their ranks.")

@@ -23,7 +23,8 @@ _CHOICES = {
 }
 # option -> where it goes in a scenario
 _TOP = (
-    "model", "trace", "trace_format", "cluster", "ranks", "nodes", "redundant", "kv_reserve", "profile", "planner", "seed",
+    "model", "trace", "trace_format", "cluster", "ranks", "nodes", "redundant", "kv_reserve", "profile",
+    "planner", "seed",
     "time_limit", "current", "migration_size", "migration_time", "target",
 )  # fmt: skip
 _OBJECTIVE = {
@@ -51,11 +52,16 @@ def _redundant(_ctx: click.Context, _param: click.Parameter, value: str | None) 
               help="What to plan for at once: all, domain, phase, or time:N stretches.")
 @click.option("--ranks", type=int, metavar="N", help="Expert-parallel size.")
 @click.option("--nodes", type=int, metavar="M", help="Nodes the ranks are in; as few as can hold them when left out.")
-@click.option("--cluster", metavar="NAME|FILE", help="An accelerator or cluster (moeplan clusters), or a file. [h100-sxm]")
-@click.option("--profile", metavar="NAME|DIR|none", help="Measured costs. [those shipped for the accelerator; else roofline]")
-@click.option("--redundant", metavar="N|max", callback=_redundant, help="Extra expert slots per layer, or what memory allows.")
-@click.option("--kv-reserve", metavar="SIZE", help="Memory per rank kept for the KV cache by --redundant max, as in '20 GiB'.")
-@click.option("--planner", metavar="NAME", help="joint (default), greedy, moetuner, exflow, contiguous, round-robin, random.")
+@click.option("--cluster", metavar="NAME|FILE",
+              help="An accelerator or cluster (moeplan clusters), or a file. [h100-sxm]")
+@click.option("--profile", metavar="NAME|DIR|none",
+              help="Measured costs. [those shipped for the accelerator; else roofline]")
+@click.option("--redundant", metavar="N|max", callback=_redundant,
+              help="Extra expert slots per layer, or what memory allows.")
+@click.option("--kv-reserve", metavar="SIZE",
+              help="Memory per rank kept for the KV cache by --redundant max, as in '20 GiB'.")
+@click.option("--planner", metavar="NAME",
+              help="joint (default), greedy, moetuner, exflow, contiguous, round-robin, random.")
 @click.option("--phase", type=click.Choice(_CHOICES["phase"]), help="Default: the trace's, else prefill.")
 @click.option("--current", type=_FILE, help="Placement in use: a plan, or an engine's file. Asks for fewest moves.")
 @click.option("--migration-size", metavar="SIZE", help="Expert weights that may be moved, as in '40 GiB'.")
@@ -63,8 +69,10 @@ def _redundant(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 @click.option("--target", metavar="ENGINE", help="Engine the plan is for; what it cannot express is not planned.")
 @click.option("--objective", type=click.Choice(_CHOICES["objective"]), help="What to minimise. [time]")
 @click.option("--dispatch", type=click.Choice(_CHOICES["dispatch"]), help="Copies of a token that are sent. [per_node]")
-@click.option("--return-mode", type=click.Choice(_CHOICES["return_mode"]), help="Where tokens go after a layer. [return_home]")
-@click.option("--split", type=click.Choice(_CHOICES["split"]), help="How tokens split over copies. [the target's, else even]")
+@click.option("--return-mode", type=click.Choice(_CHOICES["return_mode"]),
+              help="Where tokens go after a layer. [return_home]")
+@click.option("--split", type=click.Choice(_CHOICES["split"]),
+              help="How tokens split over copies. [the target's, else even]")
 @click.option("--aggregate", type=click.Choice(_CHOICES["aggregate"]), help="Over windows. [mean]")
 @click.option("--max-imbalance", metavar="PERCENT", help="Load above the best balanced plan's. [5 % on several nodes]")
 @click.option("--batch-per-rank", type=int, metavar="N", help="Tokens entering a layer per rank. [4096; decode 128]")

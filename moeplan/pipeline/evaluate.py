@@ -102,14 +102,21 @@ def evaluate_plan(
     placement = loaded.placement
     cluster = sized_cluster(cluster_name, placement.num_ranks, num_nodes)
     routing, actual = in_phase(
-        read_routing(trace_path, model, format=trace_format, domain=domain), phase or (own.workload.phase if own else None)
+        read_routing(trace_path, model, format=trace_format, domain=domain),
+        phase or (own.workload.phase if own else None),
     )
     workload = own.workload if own else Workload(batch_per_rank=DECODE_BATCH if actual == "decode" else 4096)
-    workload = workload.model_copy(update={"phase": actual} | ({"batch_per_rank": batch_per_rank} if batch_per_rank else {}))
+    batch = {"batch_per_rank": batch_per_rank} if batch_per_rank else {}
+    workload = workload.model_copy(update={"phase": actual} | batch)
     objective = objective or (own.objective if own else Objective())
     load = windows_of(routing, windows)
     bundle = Bundle(
-        model=model, cluster=cluster, workload=workload, load=load, current=placement, current_layer_ids=loaded.layer_ids
+        model=model,
+        cluster=cluster,
+        workload=workload,
+        load=load,
+        current=placement,
+        current_layer_ids=loaded.layer_ids,
     )
     messages = [*loaded.notes, *require(run_checks(bundle))]
     costs = layer_costs(model, cluster, workload, objective, profile_of(profile, cluster.accelerator.name))

@@ -47,7 +47,12 @@ __all__ = ["Optimized", "layer_evaluations", "optimize", "speeds", "write_plan"]
 HELD_OUT_WINDOWS = 4
 MIN_HELD_OUT_TOKENS = 512
 # How each engine's dispatch finds a copy, see docs/guides/exporters.md.
-_SPLIT_OF_TARGET: dict[str, ReplicaSplit] = {"sglang": "nearest", "vllm": "even", "vllm-ascend": "even", "trtllm": "even"}
+_SPLIT_OF_TARGET: dict[str, ReplicaSplit] = {
+    "sglang": "nearest",
+    "vllm": "even",
+    "vllm-ascend": "even",
+    "trtllm": "even",
+}
 
 Progress = Callable[[str, float], None]
 
@@ -355,7 +360,9 @@ def write_plan(found: Optimized, out: Path) -> list[Path]:
         InputError: the directory cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "plan.json").is_file():
-        raise SpecError(f"--out ({out}) exists and does not hold a plan; choose another, so that nothing of yours is lost")
+        raise SpecError(
+            f"--out ({out}) exists and does not hold a plan; choose another, so that nothing of yours is lost"
+        )
     with atomic_directory(out) as directory:
         found.plan.save(directory / "plan.json")
         write_text(directory / "plan.html", page_of(found.plan, found.evidence))

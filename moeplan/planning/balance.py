@@ -41,7 +41,7 @@ class LayerLoad:
     @property
     def most_copies(self) -> int:
         """Copies an expert can have: one per group with slots, at most ``C``."""
-        return min(len(np.unique(self.group_R[self.rank_of_slot_P])), self.copy_WEC.shape[2])
+        return min(len(np.unique(self.group_R[self.rank_of_slot_P])), int(self.copy_WEC.shape[2]))
 
 
 def spread_copies(layer: LayerLoad) -> NDArray[np.int64]:
@@ -145,7 +145,6 @@ def balance_layer(layer: LayerLoad, proposals: int, seed: int) -> NDArray[np.int
     starts = [_pack(layer, copies)]
     sizes = np.bincount(layer.rank_of_slot_P, minlength=len(layer.speed_R))
     replicate = bool(copies.max() > 1)
-    ranks = len(layer.speed_R)
     if replicate and (sizes == 2).all() and (layer.speed_R == 1).all():
         folded = fold_search(layer.total_EC[:, 0], copies, floor, layer.most_copies, proposals, seed)
         starts.append(_fold_pairs(layer, folded))

@@ -54,11 +54,11 @@ def arrangements(experts: int, groups: int) -> NDArray[np.int64]:
 
 
 def _count(experts: int, groups: int) -> int:
-    return factorial(experts) // factorial(experts // groups) ** groups
+    return factorial(experts) // int(factorial(experts // groups) ** groups)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _chain(flow_LEE, rank_AE, per_node, node_value, rank_value, cost_LA):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _chain(flow_LEE, rank_AE, per_node, node_value, rank_value, cost_LA):
     """Cheapest chain: value per arrangement of the last layer, and where each came from."""
     layers = flow_LEE.shape[0] + 1
     many, experts = rank_AE.shape
@@ -91,8 +91,8 @@ def _chain(flow_LEE, rank_AE, per_node, node_value, rank_value, cost_LA):  # typ
     return value, came
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _chain_split(flow_LEE, node_AE, orders, node_value, rank_value, cost_LA):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _chain_split(flow_LEE, node_AE, orders, node_value, rank_value, cost_LA):
     """As :func:`_chain` for splits over nodes with one expert per rank; ``orders`` are the matches inside a node.
 
     The third result is the order used in each node, ``[L, A, N]``.
@@ -159,8 +159,9 @@ def _touched(ready: Prepared, layer: int) -> NDArray[np.float64]:
     for e in range(E):  # tokens whose experts all lie in a set (sum over subsets)
         halves = inside.reshape(len(inside), -1, 2, 1 << e)
         halves[:, :, 1] += halves[:, :, 0]
-    outside = inside[:, ::-1]  # the complement of a set has the reversed index
-    return 1.0 - outside / np.maximum(tokens_W, 1.0)
+    outside: NDArray[np.float64] = inside[:, ::-1]  # the complement of a set has the reversed index
+    touched: NDArray[np.float64] = 1.0 - outside / np.maximum(tokens_W, 1.0)
+    return touched
 
 
 def _layer_costs(ready: Prepared, rank_AE: NDArray[np.int64]) -> NDArray[np.float64]:

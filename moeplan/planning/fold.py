@@ -17,8 +17,8 @@ __all__ = ["fold_bound", "fold_search"]
 _OPTIONS = 6
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _sorted_copies(load_E, copies_E, out_P):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _sorted_copies(load_E, copies_E, out_P):
     n = 0
     for e in range(len(load_E)):
         for _ in range(copies_E[e]):
@@ -27,8 +27,8 @@ def _sorted_copies(load_E, copies_E, out_P):  # type: ignore[no-untyped-def]
     out_P.sort()
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _fold_price(sorted_P, floor):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _fold_price(sorted_P, floor):
     """Largest pair sum, plus a little of what all pairs have above ``floor`` to keep a slope."""
     peak = 0.0
     over = 0.0
@@ -40,8 +40,8 @@ def _fold_price(sorted_P, floor):  # type: ignore[no-untyped-def]
     return peak + 0.2 * over / slots
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _replace(sorted_P, load1, copies1, load2, copies2, out_P):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _replace(sorted_P, load1, copies1, load2, copies2, out_P):
     """Copies of the whole layer, sorted, once one copy has gone from expert 1 to expert 2."""
     old1 = load1 / copies1
     old2 = load2 / copies2
@@ -82,8 +82,8 @@ def _replace(sorted_P, load1, copies1, load2, copies2, out_P):  # type: ignore[n
         n += 1
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def fold_search(load_E, copies_E, floor, max_copies, proposals, seed):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def fold_search(load_E, copies_E, floor, max_copies, proposals, seed):
     """Copies per expert whose folded pairs have the least largest sum found by annealing.
 
     Args:

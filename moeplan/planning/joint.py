@@ -94,12 +94,9 @@ def _each_layer(
             if fallback is None:
                 raise
             clock.status = "interrupted"
-    filled = [
-        row if row is not None else fallback[i]
-        for i, row in enumerate(rows)
-        if row is not None or fallback is not None
-    ]
-    return np.stack(filled)
+    if fallback is not None:
+        return np.stack([fallback[i] if row is None else row for i, row in enumerate(rows)])
+    return np.stack([row for row in rows if row is not None])
 
 
 def joint(problem: PlanningProblem) -> PlanningResult:
@@ -250,8 +247,9 @@ def _search_layer(
     held = np.zeros((1, 1), np.bool_) if held_RE is None else held_RE
     best = anneal_home(
         bits_PM, start_W, weight_W, row_P, cost_WP, slots, problem.rank_of_slot_P, first_R, first_N,
-        problem.ranks_per_node, problem.speed_R, limits.base_W, limits.cap_W, limits.slope, limits.steep, node_price, rank_price,
-        held, move_price, 0.3 if held_RE is None else 0.1, proposals, problem.seed * 2003 + layer,
+        problem.ranks_per_node, problem.speed_R, limits.base_W, limits.cap_W, limits.slope, limits.steep,
+        node_price, rank_price, held, move_price,
+        0.3 if held_RE is None else 0.1, proposals, problem.seed * 2003 + layer,
     )  # fmt: skip
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
 
@@ -345,7 +343,8 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
         anneal_stay(
             flow, back, row_LP, share_LP, cost_LWP, problem.rank_of_slot_P, problem.ranks_per_node, problem.speed_R,
             base_LW, cap_LW, slope, steep, node_value, rank_value,
-            STAY_SWEEPS, STAY_PROPOSALS, nothing_held, 0.0, STAY_HEAT if nodes > 1 and even else 0.4, True, problem.seed + 1,
+            STAY_SWEEPS, STAY_PROPOSALS, nothing_held, 0.0, STAY_HEAT if nodes > 1 and even else 0.4, True,
+            problem.seed + 1,
         )  # fmt: skip
     problem.progress("search traffic", 1.0)
     return row_LP

@@ -58,7 +58,7 @@ class _Highs(pulp.HiGHS):  # type: ignore[misc]
         super().__init__(msg=False, **options)
         self.start = start
 
-    def callSolver(self, lp: Any) -> None:  # noqa: N802
+    def callSolver(self, lp: Any) -> None:
         model = lp.solverModel
         if self.start is not None:
             solution = highspy.HighsSolution()
@@ -74,7 +74,7 @@ class _Highs(pulp.HiGHS):  # type: ignore[misc]
             model.wait()
             raise
 
-    def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802
+    def findSolutionValues(self, lp: Any) -> tuple[int, int]:
         model = lp.solverModel
         status, info = model.getModelStatus(), model.getInfo()
         if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:

@@ -69,7 +69,7 @@ class PlanningProblem:
         """Rank of each slot: a rank's slots stand together, in rank order."""
         return np.repeat(np.arange(self.num_ranks, dtype=np.int32), self.slots_R)
 
-    def placement(self, physical_to_logical_LP: NDArray[np.integer]) -> Placement:  # type: ignore[type-arg]
+    def placement(self, physical_to_logical_LP: NDArray[np.integer]) -> Placement:
         """The placement over this problem's slots."""
         return Placement(
             physical_to_logical_LP=physical_to_logical_LP.astype(np.int32),

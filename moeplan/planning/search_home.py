@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 __all__ = ["anneal_home", "group_arrivals", "load_price", "pack_tokens"]
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _popcount(_typingctx, word):  # type: ignore[no-untyped-def]
-    def codegen(_context, builder, _signature, args):  # type: ignore[no-untyped-def]
+@intrinsic
+def _popcount(_typingctx, word):
+    def codegen(_context, builder, _signature, args):
         function = builder.module.declare_intrinsic("llvm.ctpop", (ir.IntType(64),))
         return builder.call(function, args)
 
@@ -57,8 +57,8 @@ def pack_tokens(
     return bits, start_W
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _fill_group(bits_PM, copy_of_slot_P, first, last, occupied_M, once_M):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _fill_group(bits_PM, copy_of_slot_P, first, last, occupied_M, once_M):
     """Tokens that touch the slots ``first..last-1`` at all, and those that touch exactly one of them."""
     words = bits_PM.shape[1]
     for m in range(words):
@@ -73,8 +73,8 @@ def _fill_group(bits_PM, copy_of_slot_P, first, last, occupied_M, once_M):  # ty
                 occupied_M[m] |= bit
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _arrivals(occupied_M, start_W, out_W):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _arrivals(occupied_M, start_W, out_W):
     for w in range(len(start_W) - 1):
         n = np.uint64(0)
         for m in range(start_W[w], start_W[w + 1]):
@@ -82,8 +82,8 @@ def _arrivals(occupied_M, start_W, out_W):  # type: ignore[no-untyped-def]
         out_W[w] = np.float64(n)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _arrivals_after(occupied_M, once_M, leaving_M, coming_M, start_W, out_W):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _arrivals_after(occupied_M, once_M, leaving_M, coming_M, start_W, out_W):
     """Distinct tokens of a group per window once one copy has left and another has come."""
     for w in range(len(start_W) - 1):
         n = np.uint64(0)
@@ -92,8 +92,8 @@ def _arrivals_after(occupied_M, once_M, leaving_M, coming_M, start_W, out_W):  #
         out_W[w] = np.float64(n)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, start_W):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, start_W):
     """Distinct tokens that touch each group, per window: ``[W, G]``. ``group_first_G`` has the end appended."""
     groups = len(group_first_G) - 1
     windows = len(start_W) - 1
@@ -108,8 +108,8 @@ def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, start_W):  # type: ig
     return out_WG
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _peak_and_mean(arrivals_WG, weight_W):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _peak_and_mean(arrivals_WG, weight_W):
     """Half the busiest group plus half the mean: the peak is what is paid, the mean keeps the slope."""
     total = 0.0
     groups = arrivals_WG.shape[1]
@@ -123,8 +123,8 @@ def _peak_and_mean(arrivals_WG, weight_W):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def load_price(load, base, slope, cap, steep):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def load_price(load, base, slope, cap, steep):
     """Price of one rank's load above the balanced plan's: rises to ``slope`` at the cap, ``steep`` beyond it."""
     over = load - base
     if over <= 0.0:
@@ -135,8 +135,8 @@ def load_price(load, base, slope, cap, steep):  # type: ignore[no-untyped-def]
     return price
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def anneal_home(  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def anneal_home(
     bits_PM,
     start_W,
     weight_W,

@@ -13,8 +13,8 @@ from numba import njit
 __all__ = ["anneal_load", "rank_loads"]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def rank_loads(copy_WEC, expert_of_slot_P, rank_of_slot_P, speed_R):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def rank_loads(copy_WEC, expert_of_slot_P, rank_of_slot_P, speed_R):
     """Load of each rank per window over its speed: ``[W, R]``."""
     windows, experts, _most = copy_WEC.shape
     copies_E = np.zeros(experts, np.int64)
@@ -31,14 +31,14 @@ def rank_loads(copy_WEC, expert_of_slot_P, rank_of_slot_P, speed_R):  # type: ig
     return out_WR
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _excess(load, target):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _excess(load, target):
     over = load - target
     return over * over if over > 0.0 else 0.0
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def anneal_load(  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def anneal_load(
     copy_WEC, expert_of_slot_P, rank_of_slot_P, group_of_rank_R, speed_R, target_W, replicate, proposals, seed
 ):
     """Simulated annealing on the squared excess of rank loads over ``target_W``.

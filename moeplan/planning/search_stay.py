@@ -15,8 +15,8 @@ from moeplan.planning.search_home import load_price
 __all__ = ["anneal_stay", "kept_value"]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _add_expert(flow_LEE, flow_back_LEE, layer, expert, rank, node, share, at_rank_LER, at_node_LEN):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _add_expert(flow_LEE, flow_back_LEE, layer, expert, rank, node, share, at_rank_LER, at_node_LEN):
     """Tell the two neighbouring layers that ``share`` of an expert has come to (or, negative, left) a rank."""
     layers = at_rank_LER.shape[0]
     experts = at_rank_LER.shape[1]
@@ -32,8 +32,8 @@ def _add_expert(flow_LEE, flow_back_LEE, layer, expert, rank, node, share, at_ra
             at_node_LEN[layer + 1, f, node] += moved
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def kept_value(flow_LEE, expert_LP, share_LP, rank_of_slot_P, ranks, per_node, node_value, rank_value):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def kept_value(flow_LEE, expert_LP, share_LP, rank_of_slot_P, ranks, per_node, node_value, rank_value):
     """Value of the flow that stays in a node (``node_value``) and on a rank (``rank_value`` on top)."""
     layers, slots = expert_LP.shape
     experts = flow_LEE.shape[1]
@@ -55,8 +55,8 @@ def kept_value(flow_LEE, expert_LP, share_LP, rank_of_slot_P, ranks, per_node, n
     return total
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def anneal_stay(  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def anneal_stay(
     flow_LEE,
     flow_back_LEE,
     expert_LP,
@@ -167,8 +167,10 @@ def anneal_stay(  # type: ignore[no-untyped-def]
                     y = load_LWR[l, w, r2]
                     base = base_LW[l, w]
                     cap = cap_LW[l, w]
-                    price += load_price(x + q1, base, load_slope, cap, load_steep) - load_price(x, base, load_slope, cap, load_steep)
-                    price += load_price(y + q2, base, load_slope, cap, load_steep) - load_price(y, base, load_slope, cap, load_steep)
+                    price += load_price(x + q1, base, load_slope, cap, load_steep)
+                    price -= load_price(x, base, load_slope, cap, load_steep)
+                    price += load_price(y + q2, base, load_slope, cap, load_steep)
+                    price -= load_price(y, base, load_slope, cap, load_steep)
                 gain = delta - price / windows
                 if move_price > 0.0:
                     gain -= move_price * (

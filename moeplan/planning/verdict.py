@@ -58,7 +58,7 @@ def judge(
         )
     elif break_even is not None:
         apply = True
-        reason = f"saves {mean:.1%} of a step over {baseline}; the migration has paid after {break_even:.2g} s of running"
+        reason = f"saves {mean:.1%} of a step over {baseline}; the migration has paid after {break_even:.2g} s"
     else:
         apply, reason = True, f"saves {mean:.1%} of a step over {baseline}"
     return Verdict(

@@ -39,7 +39,7 @@ def choose(
     return chosen_TK
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _choose(
     noise_TE: NDArray[np.float32],
     inverse_SZE: NDArray[np.float32],
@@ -82,7 +82,7 @@ def _choose(
     return chosen_TK
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def segment_counts(
     chosen_TK: NDArray[np.int32], segment_T: NDArray[np.int64], segments: int, num_experts: int
 ) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 __all__ = ["coactivation_pairs", "lag_overlap", "transition_pairs"]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def transition_pairs(first_TK: NDArray[Any], next_TK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
     """How often a token's experts of a layer [row] meet those of the next [column]: all K x K pairs."""
     counts_EE = np.zeros((num_experts, num_experts), np.int64)
@@ -26,7 +26,7 @@ def transition_pairs(first_TK: NDArray[Any], next_TK: NDArray[Any], num_experts:
     return counts_EE
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def coactivation_pairs(experts_TK: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
     """How often two different experts serve the same token in one layer; symmetric, zero diagonal."""
     counts_EE = np.zeros((num_experts, num_experts), np.int64)
@@ -41,7 +41,7 @@ def coactivation_pairs(experts_TK: NDArray[Any], num_experts: int) -> NDArray[np
     return counts_EE
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def lag_overlap(
     experts_TLK: NDArray[Any], sequence_T: NDArray[np.int64], max_lag: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:

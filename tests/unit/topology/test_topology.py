@@ -83,7 +83,15 @@ def test_a_node_with_several_domains_joins_them_through_its_host():
 
 def test_explicit_links_are_directed_and_ranks_pass_on():
     topology = build(
-        explicit(3, [("rank0", "rank1", "10 GB/s", "1 us"), ("rank1", "rank2", "4 GB/s", "1 us"), ("rank2", "rank0", "9 GB/s", "1 us")], duplex=False)
+        explicit(
+            3,
+            [
+                ("rank0", "rank1", "10 GB/s", "1 us"),
+                ("rank1", "rank2", "4 GB/s", "1 us"),
+                ("rank2", "rank0", "9 GB/s", "1 us"),
+            ],
+            duplex=False,
+        )
     )  # fmt: skip
     assert names(topology.route(0, 2)) == ["rank0", "rank1", "rank2"]
     assert names(topology.route(2, 1)) == ["rank2", "rank0", "rank1"]
