@@ -1,1 +1,1 @@
-""""""
+"""What machines produce: routing traces, expert loads, placements, plans and hardware profiles, frozen and checked."""

@@ -1,1 +1,1 @@
-""""""
+"""What people write: models, clusters, workloads, objectives and scenarios, frozen, with units in their values."""
