@@ -19,6 +19,8 @@ from moeplan.planning.search_load import anneal_load, rank_loads
 
 __all__ = ["LayerLoad", "balance_layer", "load_bound", "spread_copies"]
 
+_HEAT, _MORE_HEAT, _FEW_SLOTS = 2e-3, 0.1, 64
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerLoad:
@@ -145,7 +147,8 @@ def balance_layer(layer: LayerLoad, proposals: int, seed: int) -> NDArray[np.int
     starts = [_pack(layer, copies)]
     sizes = np.bincount(layer.rank_of_slot_P, minlength=len(layer.speed_R))
     replicate = bool(copies.max() > 1)
-    if replicate and (sizes == 2).all() and (layer.speed_R == 1).all():
+    one_per_rank = len(np.unique(layer.group_R)) == len(layer.speed_R)
+    if replicate and (sizes == 2).all() and (layer.speed_R == 1).all() and one_per_rank:
         folded = fold_search(layer.total_EC[:, 0], copies, floor, layer.most_copies, proposals, seed)
         starts.append(_fold_pairs(layer, folded))
 
@@ -154,15 +157,16 @@ def balance_layer(layer: LayerLoad, proposals: int, seed: int) -> NDArray[np.int
         return float(loads.max(axis=1).mean())
 
     best = min(starts, key=peak)
-    single = layer.copy_WEC.shape[0] == 1
     windows = layer.copy_WEC.shape[0]
-    if peak(best) > floor * (1 + 1e-4):
+    # Where a slot is much of a rank's load, every swap is a large step: a second, hotter search gets over it.
+    for heat in (_HEAT, _MORE_HEAT) if len(layer.rank_of_slot_P) <= _FEW_SLOTS else (_HEAT,):
+        if peak(best) <= floor * (1 + 1e-4):
+            break
         found = anneal_load(
             layer.copy_WEC, best.copy(), layer.rank_of_slot_P, layer.group_R, layer.speed_R,
-            np.full(windows, floor), replicate, proposals, seed,
+            np.full(windows, floor), replicate, heat, proposals, seed,
         )  # fmt: skip
-        if single or peak(found) < peak(best):
-            best = found
+        best = min(best, found, key=peak)
     return best
 
 

@@ -39,7 +39,7 @@ def _excess(load, target):
 
 @njit(cache=True, nogil=True)
 def anneal_load(
-    copy_WEC, expert_of_slot_P, rank_of_slot_P, group_of_rank_R, speed_R, target_W, replicate, proposals, seed
+    copy_WEC, expert_of_slot_P, rank_of_slot_P, group_of_rank_R, speed_R, target_W, replicate, heat, proposals, seed
 ):
     """Simulated annealing on the squared excess of rank loads over ``target_W``.
 
@@ -49,6 +49,7 @@ def anneal_load(
     Args:
         expert_of_slot_P: start, valid; -1 for an empty slot.
         target_W: load per window that no rank needs to go below, e.g. the lower bound.
+        heat: start temperature, in squared loads.
         proposals: the budget.
 
     Returns:
@@ -74,9 +75,8 @@ def anneal_load(
         peak += load_WR[w].max() / windows
     best_peak = peak
     best = expert_of_slot_P.copy()
-    start_temperature = 2e-3
-    cooling = (1e-10 / start_temperature) ** (1.0 / max(1, proposals))
-    temperature = start_temperature
+    cooling = (1e-10 / heat) ** (1.0 / max(1, proposals))
+    temperature = heat
     for _ in range(proposals):
         temperature *= cooling
         s1 = np.random.randint(slots)
