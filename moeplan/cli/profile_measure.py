@@ -210,9 +210,12 @@ def check(profile: Path, hold_out: int, fresh_s: float | None, as_json: bool, qu
         grid.add_row(name, f"{entry['rows']:,}", doubtful, str(held["points"]), *cells, spread)
     console = Console(highlight=False)
     console.print(grid)
-    for name in ("vectors", "fresh"):
-        if found := answer[name]:
-            console.print(f"{name}: {found['points']} points, median {found['median']:.1%}, 90th {found['p90']:.1%}")
+    for name, what in (("vectors", "skewed vectors from balanced rows"), ("fresh", "fresh sizes")):
+        found = answer[name]
+        if found and found["points"]:
+            console.print(f"{what}: {found['points']} points, median {found['median']:.1%}, 90th {found['p90']:.1%}")
+    if found := answer["fresh"]:
+        console.print(f"the machine takes {found['drift']:.2f} times as long now at sizes of the profile")
 
 
 @click.command()

@@ -135,11 +135,14 @@ def check_profile(
 def fresh_sample(profile: HardwareProfile, budget_s: float, progress: Progress = lambda _w, _d: None) -> dict[str, Any]:
     """Measure expert FFNs between the profile's sizes now, and compare with what the profile predicts.
 
+    Some of the profile's own sizes are timed again in the same passes: ``drift`` is how much slower the machine
+    is at them now, and ``median_without_drift`` the error with all predictions times that.
+
     Raises:
         ProfileError: the profile was measured on another device, or has no expert rows.
     """
     from moeplan.profiling import system
-    from moeplan.profiling.device import find_device
+    from moeplan.profiling.device import find_device, pinned
     from moeplan.profiling.experts import ExpertShape, expert_bench
     from moeplan.profiling.journal import Journal
     from moeplan.profiling.protocol import CpuTimer, CudaTimer, Rig, run_benches, statistics
@@ -163,25 +166,29 @@ def fresh_sample(profile: HardwareProfile, budget_s: float, progress: Progress =
         if not between:
             continue
         bench = expert_bench(device, shape, first["dtype"], [first["kernel"]], max_tokens=int(sizes[-1]))
-        own = replace(bench.series[0], sizes=tuple(between), refine=False)
+        again = [int(s) for s in sizes[1::3]]
+        own = replace(bench.series[0], sizes=tuple(sorted({*between, *again})), refine=False)
         benches.append(replace(bench, series=(own,)))
         at[shape, first["dtype"], first["kernel"]] = group
-    threads = int(float(profile.meta.system.get("threads", 0)))
-    before = device.torch.get_num_threads()
+    facts = profile.meta.system
+    threads = 0 if device.is_cuda else int(float(facts.get("threads", 0)))
     journal = Journal(None, {})
-    try:
-        if threads and not device.is_cuda:
-            device.torch.set_num_threads(threads)
+    with pinned(device.torch, threads, bool(facts.get("realtime", 0.0))):
         rig = Rig(CudaTimer() if device.is_cuda else CpuTimer(), journal, random.Random(1))
         run_benches(benches, rig, budget_s, progress)
-    finally:
-        device.torch.set_num_threads(before)
-    off = []
+    now, known = [], []
     for _, row, samples in journal.points.values():
         group = at[ExpertShape(*(row[k] for k in keys[:6])), row["dtype"], row["kernel"]]
         found = model.predict(np.array([group]), np.array([[float(row["tokens"])]]))
-        off.append(float(found.latency_us[0]) / statistics(samples)["latency_us"] - 1)
-    return _figures(np.array(off))
+        now.append(float(found.latency_us[0]) / statistics(samples)["latency_us"])
+        known.append(bool(found.measured[0]))
+    ratio, is_known = np.array(now), np.array(known, bool)
+    drift = float(np.median(ratio[is_known])) if is_known.any() else 1.0
+    return {
+        **_figures(ratio[~is_known] - 1),
+        "drift": 1 / drift,
+        "median_without_drift": _figures(ratio[~is_known] / drift - 1)["median"],
+    }
 
 
 # ---------------------------------------------------------------------- pictures

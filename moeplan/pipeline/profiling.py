@@ -310,24 +310,6 @@ def _traffic(path: Path, world: int) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, weight_RR.tolist()))
 
 
-def _pin(threads: int, realtime: bool) -> None:
-    """One core per thread, and torch's threads to match; real-time priority where asked for."""
-    import torch
-
-    if realtime:
-        try:
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-        except PermissionError as error:
-            raise SpecError("realtime needs the right to set a priority (root); leave --realtime out") from error
-    if threads <= 0:
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    if threads > len(cores):
-        raise SpecError(f"threads ({threads}) exceed the cores this process may use ({len(cores)})")
-    torch.set_num_threads(threads)
-    os.sched_setaffinity(0, set(cores[:threads]))
-
-
 def measure_profile(
     request: ProfileRequest, out: Path, resume: bool = False, progress: Progress = lambda _w, _d: None
 ) -> dict[str, Any]:
@@ -341,37 +323,28 @@ def measure_profile(
         MissingExtraError: torch is not installed.
     """
     from moeplan.profiling import system
-    from moeplan.profiling.device import find_device
+    from moeplan.profiling.device import find_device, pinned
+    from moeplan.profiling.ranks import under_torchrun
 
     for part in request.parts:
         if part not in PARTS:
             raise UnknownNameError("part", part, PARTS)
-    from moeplan.profiling.ranks import under_torchrun
-
-    as_rank = under_torchrun()
-    affinity = os.sched_getaffinity(0)
     device = find_device(request.device)
-    threads_before = device.torch.get_num_threads()
-    try:
-        _pin(request.threads, request.realtime)
+    first = not under_torchrun() or os.environ["RANK"] == "0"
+    facts: dict[str, float | str] = {}
+    notes: list[str] = []
+    with pinned(device.torch, request.threads, request.realtime) as cores:
         name, versions = system.device_name(device), system.libraries(device)
         _same_machine(out, name, versions)
-        first = not as_rank or os.environ["RANK"] == "0"
         header = {"device": name, "libraries": versions, "threads": device.torch.get_num_threads()}
         journal = Journal(out.with_name(out.name + ".journal.jsonl") if first else None, header, resume)
         clock = system.CpuClock()
-        facts: dict[str, float | str] = {}
-        notes: list[str] = []
         try:
-            _measure(request, device, journal, facts, notes, progress, affinity)
+            _measure(request, device, journal, facts, notes, progress, cores)
         finally:
             journal.close()
         facts["foreign_cpu_share"] = round(clock.foreign_share(), 3)
-    finally:
-        os.sched_setaffinity(0, affinity)
-        device.torch.set_num_threads(threads_before)
-        if request.realtime:
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        facts["realtime"] = float(request.realtime)
     if not first:
         return {}
     profile = _save(request, out, journal, device, facts, notes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from moeplan.errors import MissingExtraError, SpecError, UnknownNameError
 from moeplan.specs.model import DTYPE_BYTES
 
-__all__ = ["CACHE_BYTES_UNKNOWN", "Device", "find_device", "torch_module"]
+__all__ = ["CACHE_BYTES_UNKNOWN", "Device", "find_device", "pinned", "torch_module"]
 
 CACHE_BYTES_UNKNOWN = 64 * 2**20
 _MEMORY_SHARE = 0.6  # of the free memory that buffers may take: workspaces and gradients need the rest
@@ -92,6 +94,35 @@ class Device:
         """Wait for the device."""
         if self.is_cuda:
             self.torch.cuda.synchronize()
+
+
+@contextmanager
+def pinned(torch: Any, threads: int, realtime: bool) -> Iterator[set[int]]:
+    """Run with ``threads`` torch threads, a core each (0: as it is), at real-time priority where asked for.
+
+    Yields the cores there were before; all is put back afterwards.
+
+    Raises:
+        SpecError: fewer cores than threads, or no right to a priority.
+    """
+    cores, before = os.sched_getaffinity(0), torch.get_num_threads()
+    if threads > len(cores):
+        raise SpecError(f"threads ({threads}) exceed the cores this process may use ({len(cores)})")
+    try:
+        if realtime:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError as error:
+        raise SpecError("realtime needs the right to set a priority (root); leave --realtime out") from error
+    try:
+        if threads > 0:
+            torch.set_num_threads(threads)
+            os.sched_setaffinity(0, set(sorted(cores)[:threads]))
+        yield cores
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(before)
+        if realtime:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _memory_available() -> int:

@@ -167,18 +167,19 @@ def _out_of_memory(error: BaseException) -> bool:
 def run_benches(benches: Sequence[Bench], rig: Rig, budget_s: float, report: Progress = lambda _w, _d: None) -> None:
     """Measure all benches within about ``budget_s``; samples go to the journal, omissions to ``left_out``.
 
-    What one bench leaves of its share goes to those after it.
+    A bench's share is in proportion to its series; what it leaves goes to those after it.
     """
     begun = time.monotonic()
     for number, bench in enumerate(benches):
         report(bench.name, number / len(benches))
         now = time.monotonic()
-        deadline = now + max(begun + budget_s - now, 0.02 * budget_s) / (len(benches) - number)
+        to_come = sum(len(other.series) for other in benches[number:])
+        share_s = max(begun + budget_s - now, 0.02 * budget_s) * len(bench.series) / to_come
 
         def tell(done: float, number: int = number, name: str = bench.name) -> None:
             report(name, (number + min(done, 1.0)) / len(benches))
 
-        _run_bench(bench, rig, rig.agree(deadline - now), tell)
+        _run_bench(bench, rig, rig.agree(share_s), tell)
     report("measured", 1.0)
 
 
