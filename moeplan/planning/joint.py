@@ -31,7 +31,7 @@ from moeplan.planning.balance import LayerLoad, balance_layer
 from moeplan.planning.exact import exact_placement
 from moeplan.planning.migration import held_experts, moves_needed
 from moeplan.planning.prepare import Prepared, prepare
-from moeplan.planning.problem import PlanningProblem, PlanningResult
+from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 from moeplan.planning.search_home import anneal_home, group_arrivals, pack_tokens
 from moeplan.planning.search_load import rank_loads
 from moeplan.planning.search_stay import anneal_stay
@@ -40,7 +40,7 @@ from moeplan.planning.slots import require_room, separate_copies
 __all__ = ["joint", "objective_value"]
 
 BALANCE_PROPOSALS = 40_000
-HOME_PROPOSALS = 400_000
+HOME_PROPOSALS = 50_000_000  # over the slots of a layer: its arrangements are the fewer
 STAY_SWEEPS, STAY_PROPOSALS, STAY_HEAT = 100, 5_000, 0.005
 BUDGET_STEPS, BUDGET_PROPOSALS = 10, 60_000
 
@@ -123,11 +123,13 @@ def joint(problem: PlanningProblem) -> PlanningResult:
         return PlanningResult(base, clock.status, notes=tuple(notes))
     exact = exact_placement(ready)
     if exact is not None:
-        return PlanningResult(problem.placement(exact.row_LP), "optimal", exact.argument)
-    if problem.objective.return_mode == "stay":
-        found_LP = _stay(ready, base_LP, clock, notes)
-    else:
-        found_LP = _home(ready, base_LP, clock, notes)
+        quantity = STEP_TIME if problem.objective.kind == "time" else "dispatch and combine time"
+        return PlanningResult(problem.placement(exact.row_LP), "optimal", quantity, argument=exact.argument)
+    try:
+        traffic = _stay if problem.objective.return_mode == "stay" else _home
+        found_LP = traffic(ready, base_LP, clock, notes)
+    except KeyboardInterrupt:
+        clock.status, found_LP = "interrupted", base_LP
     found = problem.placement(found_LP)
     if objective_value(problem, found) > objective_value(problem, base):
         found = base
@@ -193,7 +195,7 @@ def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
 
     def search(layer: int) -> Rows:
         return _search_layer(
-            ready, layer, base_LP[layer], _limits(ready, layer, base_LP[layer]), HOME_PROPOSALS
+            ready, layer, base_LP[layer], _limits(ready, layer, base_LP[layer]), HOME_PROPOSALS // base_LP.shape[1]
         )
 
     return _each_layer(clock, "search traffic", len(base_LP), search, base_LP)
@@ -238,12 +240,10 @@ def _search_layer(
                 (group_arrivals(bits_PM, slots, first_G, start_W) * weight_W[:, None]).sum(axis=0).max()
             )
 
-        # Dispatch takes the slower of two paths: search the other only where it may come to count.
-        on_node, on_rank = busiest(first_N) * node_price, busiest(first_R) * rank_price
-        if on_node >= 1.3 * on_rank:
+        # Dispatch takes the slower of two paths. Fewer nodes also means fewer ranks, not the other way round: ranks are
+        # left out where nodes decide, nodes never.
+        if busiest(first_N) * node_price >= 1.3 * busiest(first_R) * rank_price:
             rank_price = 0.0
-        elif on_rank >= 1.3 * on_node:
-            node_price *= 0.1
     held = np.zeros((1, 1), np.bool_) if held_RE is None else held_RE
     best = anneal_home(
         bits_PM, start_W, weight_W, row_P, cost_WP, slots, problem.rank_of_slot_P, first_R, first_N,
