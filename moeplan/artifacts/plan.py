@@ -96,7 +96,7 @@ class Move(_Paper):
 class Migration(_Paper):
     """What it takes to get from the current placement to this one, in the order to do it."""
 
-    moves: tuple[Move, ...] = Field(description="what to bring where, layers with the largest gain per byte first")
+    moves: tuple[Move, ...] = Field(description="what to bring where, layers that gain most per move first")
     bytes: float = Field(description="expert weights that travel between ranks")
     seconds: float = Field(description="predicted seconds of all moves")
     source: str = Field(description="what the seconds rest on")
