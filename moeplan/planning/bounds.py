@@ -26,7 +26,7 @@ from moeplan.costs.counting import count_loads
 from moeplan.costs.evaluation import Evaluation, aggregate, copy_seconds, evaluate, transitions_of
 from moeplan.planning.balance import LayerLoad, load_bound
 from moeplan.planning.fold import fold_bound
-from moeplan.planning.problem import PlanningProblem, PlanningResult
+from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 
 __all__ = ["bounds_of", "fewest_groups", "most_kept", "pairs_bound"]
 
@@ -75,10 +75,7 @@ def fewest_groups(pairs: float, top_k: int, groups: int) -> float:
     """
     most = min(top_k, groups)
     spread = [divmod(top_k, d) for d in range(1, most + 1)]
-    points = [
-        (r * (q + 1) * q / 2 + (d - r) * q * (q - 1) / 2, float(d))
-        for d, (q, r) in enumerate(spread, start=1)
-    ]
+    points = [(r * (q + 1) * q / 2 + (d - r) * q * (q - 1) / 2, float(d)) for d, (q, r) in enumerate(spread, start=1)]
     best = 1.0
     for i, (x1, d1) in enumerate(points):
         for x2, d2 in points[i + 1 :]:  # x falls as d rises
@@ -112,33 +109,41 @@ def pairs_bound(together_EE: NDArray[np.float64], groups: int, size: int) -> flo
     return float(min(value(found.x)[0], together_EE.sum())) / 2
 
 
-def _together(problem: PlanningProblem, layer: int) -> tuple[NDArray[np.float64], float]:
-    """Times two experts are chosen by one token, per token ``[E, E]``, and the mean distinct experts of a token."""
+def _together(problem: PlanningProblem, layer: int) -> tuple[NDArray[np.float64], float, float]:
+    """Times two experts are chosen by one token ``[E, E]``, distinct experts, and whether any: means per token.
+
+    Windows count alike, whatever their tokens, as they do in a plan's figures.
+    """
     trace = problem.load.trace
     if trace is None:
         raise ValueError("needs tokens")
     chosen = trace.experts_TLK[:, layer].astype(np.int64)
+    weight_T = np.full(len(chosen), 1.0 / len(chosen))
+    if problem.load.window_T is not None:
+        window_T = problem.load.window_T
+        weight_T = 1.0 / np.bincount(window_T)[window_T] / len(problem.load.windows)
     rows = np.repeat(np.arange(len(chosen)), chosen.shape[1])
     used = chosen.ravel() >= 0
     shape = (len(chosen), problem.load.num_experts)
     hits = csr_array((np.ones(int(used.sum())), (rows[used], chosen.ravel()[used])), shape=shape)
     hits.data[:] = np.minimum(hits.data, 1.0)
-    together = np.asarray((hits.T @ hits).todense()) / len(chosen)
+    together = np.asarray((hits.T @ (hits * weight_T[:, None])).todense())
     mean = float(np.trace(together))
     np.fill_diagonal(together, 0.0)
-    return together, mean
+    return together, mean, float(weight_T[(chosen >= 0).any(axis=1)].sum())
 
 
 def _groups_bound(problem: PlanningProblem, layer: int, groups: int) -> float:
-    """Bound on the mean distinct groups of a token; 1 where the argument does not apply."""
+    """Bound on the mean distinct groups of a token; the part of tokens with any expert where the argument ends."""
+    if problem.load.trace is None:
+        return 1.0
     experts = int(problem.experts_L[layer])
     top_k = problem.load.top_k or 1
     equal = problem.num_slots == experts and experts % groups == 0 and len(set(problem.slots_R.tolist())) == 1
-    if not equal or groups == 1 or problem.load.trace is None:
-        return 1.0
-    together, mean = _together(problem, layer)
-    if mean < top_k - 1e-9:  # padding or repeated choices: the envelope assumes top-k distinct experts
-        return 1.0
+    together, mean, any_expert = _together(problem, layer)
+    # With padding or repeated choices a token has fewer than top-k distinct experts: the envelope does not hold.
+    if not equal or groups == 1 or mean < top_k - 1e-9:
+        return any_expert
     return fewest_groups(pairs_bound(together[:experts, :experts], groups, experts // groups), top_k, groups)
 
 
@@ -150,18 +155,14 @@ def most_kept(flow_EE: NDArray[np.float64], groups: int, size: int, cap: float) 
     """
     before, after = flow_EE.sum(axis=1), flow_EE.sum(axis=0)
     limit = min(cap / groups, 1.0)
-    scaled = (
-        flow_EE / np.sqrt(np.maximum(before, 1e-300))[:, None] / np.sqrt(np.maximum(after, 1e-300))[None, :]
-    )
+    scaled = flow_EE / np.sqrt(np.maximum(before, 1e-300))[:, None] / np.sqrt(np.maximum(after, 1e-300))[None, :]
     singular = np.linalg.svd(scaled, compute_uv=False)
     whole = int(1.0 / limit)
     spectral = limit * singular[:whole].sum() + max(0.0, 1.0 - whole * limit) * (
         singular[whole] if whole < len(singular) else 0.0
     )
     return float(
-        min(
-            1.0, spectral, _knapsacks(flow_EE, after, size, limit), _knapsacks(flow_EE.T, before, size, limit)
-        )
+        min(1.0, spectral, _knapsacks(flow_EE, after, size, limit), _knapsacks(flow_EE.T, before, size, limit))
     )
 
 
@@ -190,16 +191,17 @@ def _exchange_bound(
         if flow is None or layer >= len(flow):
             return 0.0
         part = flow[layer] / flow[layer].sum()
-        loads = count_loads(problem.load.load_LE[None], plan)[0, layer : layer + 2]
-        mean = loads.sum(axis=1, keepdims=True) / max(1, int((problem.slots_R > 0).sum()))
-        cap = float((loads / mean).max())
-        node_cap = float(
-            (loads.reshape(2, nodes, -1).sum(axis=2) / (loads.sum(axis=1, keepdims=True) / nodes)).max()
-        )
-        on_node = most_kept(part, nodes, int(problem.slots_R.sum()) // nodes, node_cap) if nodes > 1 else 1.0
-        on_rank = min(on_node, most_kept(part, ranks, int(problem.slots_R.max()), cap))
+        moved_WLE = np.zeros((1, plan.num_layers, part.shape[0]))
+        moved_WLE[0, layer], moved_WLE[0, layer + 1] = part.sum(axis=1), part.sum(axis=0)
+        loads = count_loads(moved_WLE, plan)[0, layer : layer + 2]
+        node_slots = int(problem.slots_R.reshape(nodes, -1).sum(axis=1).max())
+        node_cap = nodes * float(loads.reshape(2, nodes, -1).sum(axis=2).max())
+        on_node = most_kept(part, nodes, node_slots, node_cap) if nodes > 1 else 1.0
+        on_rank = min(on_node, most_kept(part, ranks, int(problem.slots_R.max()), ranks * float(loads.max())))
         rank_s, node_s = costs.per_rank_copy_s / ranks, costs.per_node_copy_s / nodes
-        return T * top_k * max(0.0, (on_node - on_rank) * rank_s + (1 - on_node) * node_s)
+        # Where leaving the node is the cheaper hop, what stays in the node had better stay on the rank.
+        kept = on_node if node_s >= rank_s else on_rank
+        return T * top_k * max(0.0, (kept - on_rank) * rank_s + (1 - kept) * node_s)
     homes = problem.load.trace is not None and problem.load.trace.source_rank_T is not None
     if objective.dispatch == "allgather" or homes or objective.replica_split == "nearest":
         return 0.0
@@ -213,9 +215,7 @@ def _exchange_bound(
     return T * groups / ranks * costs.per_rank_copy_s
 
 
-def _bound(
-    quantity: str, values: NDArray[np.float64], bounds: NDArray[np.float64], mean: bool, argument: str
-) -> Bound:
+def _bound(quantity: str, values: NDArray[np.float64], bounds: NDArray[np.float64], mean: bool, argument: str) -> Bound:
     bounds = np.minimum(bounds, values)  # never above the value found: rounding
     value, bound = (float(x.mean() if mean else x.sum()) for x in (values, bounds))
     return Bound(
@@ -248,8 +248,8 @@ def bounds_of(
             groups_L = np.asarray(list(pool.map(lambda l: _groups_bound(problem, l, parts), range(L))))
     flow = transitions_of(problem.load) if objective.return_mode == "stay" else None
     seconds_L = np.asarray([aggregate(found.time_WL[:, l], objective) for l in range(L)])
-    if result.status == "optimal" and result.optimal_for and len(problem.load.windows) == 1:
-        argument = f"{result.optimal_for}, within the load limit"
+    if result.status == "optimal" and result.optimal_for == STEP_TIME:
+        argument = f"{result.argument}, within the load limit"
         answers.append(_bound("step time, s", seconds_L, seconds_L, False, argument))
     else:
         floor_WL = np.zeros((W, L))
@@ -272,9 +272,5 @@ def bounds_of(
     counts = found.counts
     if counts is not None and objective.return_mode == "return_home" and problem.num_nodes > 1:
         nodes_L = counts.nodes_per_token_WL.mean(axis=0)
-        if W == 1:
-            floor = np.asarray([_groups_bound(problem, l, problem.num_nodes) for l in range(L)])
-            answers.append(
-                _bound("nodes per token", nodes_L, floor, True, "eigenvalues of the co-activation matrix")
-            )
+        answers.append(_bound("nodes per token", nodes_L, groups_L, True, "eigenvalues of the co-activation matrix"))
     return tuple(answers)

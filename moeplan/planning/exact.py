@@ -146,11 +146,9 @@ def _touched(ready: Prepared, layer: int) -> NDArray[np.float64]:
     load = ready.problem.load
     trace = load.trace
     if trace is None:
-        return np.zeros((len(load.windows), 1))
+        return np.zeros((len(load.windows), 1 << load.num_experts))
     E = load.num_experts
-    window_T = (
-        np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
-    )
+    window_T = np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
     chosen_TK = trace.experts_TLK[:, layer].astype(np.int64)
     set_T = np.bitwise_or.reduce(np.where(chosen_TK < 0, 0, np.int64(1) << np.maximum(chosen_TK, 0)), axis=1)
     inside = np.zeros((len(load.windows), 1 << E))
@@ -173,15 +171,18 @@ def _layer_costs(ready: Prepared, rank_AE: NDArray[np.int64]) -> NDArray[np.floa
     on_rank = (rank_AE[:, :, None] == np.arange(ranks)).astype(np.float64)
     on_node = on_rank.reshape(*rank_AE.shape, nodes, -1).sum(axis=3)
     power_E = 1 << np.arange(rank_AE.shape[1])
-    rank_set, node_set = (
-        np.einsum("aeg,e->ag", where, power_E).astype(np.int64) for where in (on_rank, on_node)
-    )
+    rank_set, node_set = (np.einsum("aeg,e->ag", where, power_E).astype(np.int64) for where in (on_rank, on_node))
     top_k = load.top_k or 1
     for l in range(len(cost)):
         load_WE = load.load_WLE[:, l]
         if objective.kind != "traffic":
             seconds_WE = copy_seconds(load_WE, costs, top_k, 1)
-            cost[l] += np.einsum("we,aer->awr", seconds_WE, on_rank).max(axis=2).mean(axis=1)
+            busiest = np.einsum("we,aer->awr", seconds_WE, on_rank).max(axis=2)
+            cost[l] += busiest.mean(axis=1) / problem.speed_R[0]
+        if objective.return_mode == "return_home" and objective.dispatch == "per_expert":
+            pairs_WE = load_WE / np.maximum(load_WE.sum(axis=1, keepdims=True), 1e-300) * top_k
+            node_AW, rank_AW = (np.einsum("we,aeg->awg", pairs_WE, to).max(axis=2) for to in (on_node, on_rank))
+            cost[l] += np.maximum(node_AW * ready.node_price_s, rank_AW * ready.rank_price_s).mean(axis=1)
         if objective.return_mode == "return_home" and objective.dispatch in ("per_node", "per_rank"):
             touched = _touched(ready, l)
             rank_AWR = touched[:, rank_set].transpose(1, 0, 2)
@@ -202,13 +203,14 @@ def _applies(ready: Prepared) -> bool:
     experts, slots = load.num_experts, problem.slots_R
     equal = len(set(slots.tolist())) == 1 and len(set(problem.speed_R.tolist())) == 1
     homes = load.trace is not None and load.trace.source_rank_T is not None
+    homes_count = objective.return_mode == "return_home" and (homes or objective.replica_split == "nearest")
     return (
         equal
         and experts <= MAX_EXPERTS
         and problem.num_slots == experts
         and (problem.experts_L == experts).all()
         and (len(load.windows) == 1 or objective.aggregate == "mean")
-        and not homes
+        and not homes_count
         and problem.current is None
     )
 

@@ -133,9 +133,7 @@ def joint(problem: PlanningProblem) -> PlanningResult:
     found = problem.placement(found_LP)
     if objective_value(problem, found) > objective_value(problem, base):
         found = base
-        notes.append(
-            "the balanced plan was not beaten: traffic traded for load would cost more than it saves"
-        )
+        notes.append("the balanced plan was not beaten: traffic traded for load would cost more than it saves")
     return PlanningResult(found, clock.status, notes=tuple(notes))
 
 
@@ -181,14 +179,10 @@ def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
     problem = ready.problem
     trace = problem.load.trace
     if problem.objective.dispatch in ("per_expert", "allgather"):
-        notes.append(
-            f"dispatch {problem.objective.dispatch}: placement changes load only, traffic is not searched"
-        )
+        notes.append(f"dispatch {problem.objective.dispatch}: placement changes load only, traffic is not searched")
         return base_LP
     if trace is None or ready.token_T is None:
-        notes.append(
-            "the input holds counts only: distinct nodes per token are unknown, load alone is planned"
-        )
+        notes.append("the input holds counts only: distinct nodes per token are unknown, load alone is planned")
         return base_LP
     if len(ready.token_T) < trace.num_tokens:
         notes.append(f"the search looks at {len(ready.token_T)} of {trace.num_tokens} tokens, evenly spaced")
@@ -229,16 +223,12 @@ def _search_layer(
         node_price = rank_price = 0.0
     else:
         home_T = home_ranks(problem.load, np.flatnonzero(problem.slots_R > 0))[token_T]
-        slot_TK = choose_slots(
-            trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even"
-        )
+        slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even")
         bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
         weight_W = 1.0 / np.bincount(window_T) / len(cost_WP)
 
         def busiest(first_G: NDArray[np.int64]) -> float:
-            return float(
-                (group_arrivals(bits_PM, slots, first_G, start_W) * weight_W[:, None]).sum(axis=0).max()
-            )
+            return float((group_arrivals(bits_PM, slots, first_G, start_W) * weight_W[:, None]).sum(axis=0).max())
 
         # Dispatch takes the slower of two paths. Fewer nodes also means fewer ranks, not the other way round: ranks are
         # left out where nodes decide, nodes never.
@@ -254,18 +244,14 @@ def _search_layer(
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
 
 
-def _within_budget(
-    ready: Prepared, current: Placement, max_moves: int, clock: _Clock, notes: list[str]
-) -> Placement:
+def _within_budget(ready: Prepared, current: Placement, max_moves: int, clock: _Clock, notes: list[str]) -> Placement:
     """The best plan found within ``max_moves`` of ``current``: a price per move, bisected until the budget is met.
 
     Copies per expert stay as they are.
     """
     problem = ready.problem
     if problem.objective.return_mode == "stay":
-        raise InfeasibleError(
-            "a migration budget is planned for return mode return_home only; leave the budget out"
-        )
+        raise InfeasibleError("a migration budget is planned for return mode return_home only; leave the budget out")
     if current.num_slots != problem.num_slots or (current.rank_of_slot_P != problem.rank_of_slot_P).any():
         raise InfeasibleError(
             f"the current placement has {current.num_slots} slots, the plan {problem.num_slots}: a migration budget"
@@ -284,9 +270,7 @@ def _within_budget(
             limits = _Limits(np.ones_like(today.base_W), np.maximum(today.base_W - 1, 0.05), today.slope, today.steep)
             return _search_layer(ready, layer, start_LP[layer], limits, BUDGET_PROPOSALS, held[layer], price)
 
-        found = problem.placement(
-            _each_layer(clock, f"fit the budget {step + 1}", len(start_LP), search, start_LP)
-        )
+        found = problem.placement(_each_layer(clock, f"fit the budget {step + 1}", len(start_LP), search, start_LP))
         moved = int(moves_needed(current, found).sum())
         value = objective_value(problem, found)
         if moved <= max_moves and value < best_value:
@@ -304,9 +288,7 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
     problem = ready.problem
     transitions = transitions_of(problem.load)
     if transitions is None:
-        notes.append(
-            "the input holds counts only: transitions between layers are unknown, load alone is planned"
-        )
+        notes.append("the input holds counts only: transitions between layers are unknown, load alone is planned")
         return base_LP
     flow = transitions / transitions.sum(axis=(1, 2), keepdims=True)
     back = np.ascontiguousarray(flow.transpose(0, 2, 1))

@@ -16,9 +16,7 @@ from moeplan.planning.problem import PlanningProblem
 
 __all__ = ["Prepared", "live_speed", "prepare"]
 
-TIME_WINDOWS = (
-    4  # a plan made for several stretches of time holds better on the next one than one for their sum
-)
+TIME_WINDOWS = 4  # a plan made for several stretches of time holds better on the next one than one for their sum
 MIN_WINDOW_TOKENS = 256
 MAX_SEARCH_TOKENS = 32768
 
@@ -62,9 +60,7 @@ def _windows(
     trace = load.trace
     if trace is None:
         return load.load_WLE, None, None
-    window_T = (
-        np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
-    )
+    window_T = np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
     load_WLE = load.load_WLE
     if len(load.windows) == 1 and trace.num_tokens >= 2 * MIN_WINDOW_TOKENS:
         count = min(TIME_WINDOWS, trace.num_tokens // MIN_WINDOW_TOKENS)
@@ -79,7 +75,9 @@ def _windows(
             load_WLE, window_T = load.load_WLE, np.zeros_like(window_T)
     token_T = np.argsort(window_T, kind="stable")
     if len(token_T) > MAX_SEARCH_TOKENS:
-        token_T = token_T[np.linspace(0, len(token_T) - 1, MAX_SEARCH_TOKENS).astype(np.int64)]
+        spaced = np.linspace(0, len(token_T) - 1, MAX_SEARCH_TOKENS).astype(np.int64)
+        first_W = np.unique(window_T[token_T], return_index=True)[1]  # a small window keeps a token at least
+        token_T = token_T[np.union1d(spaced, first_W)]
     return load_WLE, token_T, window_T[token_T]
 
 

@@ -15,7 +15,10 @@ from moeplan.artifacts.plan import Status
 from moeplan.costs.layer import LayerCosts
 from moeplan.specs.workload import Objective
 
-__all__ = ["Planner", "PlanningProblem", "PlanningResult", "Progress", "no_progress"]
+__all__ = ["STEP_TIME", "Planner", "PlanningProblem", "PlanningResult", "Progress", "no_progress"]
+
+STEP_TIME = "step time"
+"""``optimal_for`` of a plan whose predicted seconds, aggregated as the objective says, are proven least."""
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the finished fraction (0..1)."""
@@ -82,12 +85,16 @@ class PlanningProblem:
 
 @dataclass(frozen=True, slots=True)
 class PlanningResult:
-    """A planner's answer. ``optimal_for`` names the quantity that ``status='optimal'`` is proven for."""
+    """A planner's answer. ``optimal_for`` names the quantity that ``status='optimal'`` is proven for, by ``argument``.
+
+    Only :data:`STEP_TIME` makes the plan's predicted time its own lower bound.
+    """
 
     placement: Placement
     status: Status = "feasible"
     optimal_for: str | None = None
     notes: tuple[str, ...] = ()
+    argument: str | None = None
 
 
 @runtime_checkable
