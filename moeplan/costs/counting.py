@@ -46,7 +46,7 @@ class TraceCounts:
     ranks_per_token_WL: NDArray[np.float64]
 
 
-def home_ranks(load: ExpertLoad, live_ranks: NDArray[np.integer]) -> NDArray[np.int32]:  # type: ignore[type-arg]
+def home_ranks(load: ExpertLoad, live_ranks: NDArray[np.integer]) -> NDArray[np.int32]:
     """Home rank of each token: the recorded one, or its number modulo the live ranks.
 
     Raises:
@@ -54,7 +54,9 @@ def home_ranks(load: ExpertLoad, live_ranks: NDArray[np.integer]) -> NDArray[np.
     """
     trace = load.trace
     if trace is None:
-        raise PlanError("home ranks need token-level routing, but the input holds counts only; record per token")
+        raise PlanError(
+            "home ranks need token-level routing, but the input holds counts only; record per token"
+        )
     if trace.source_rank_T is None:
         return live_ranks[np.arange(trace.num_tokens) % len(live_ranks)].astype(np.int32)
     unknown = ~np.isin(trace.source_rank_T, live_ranks)
@@ -67,8 +69,8 @@ def home_ranks(load: ExpertLoad, live_ranks: NDArray[np.integer]) -> NDArray[np.
     return trace.source_rank_T.astype(np.int32)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _mix(token, expert):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _mix(token, expert):
     """A fixed hash of token and expert: stands for the engine's even spread over copies."""
     x = np.uint64(token) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(expert) * np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(31)
@@ -76,8 +78,10 @@ def _mix(token, expert):  # type: ignore[no-untyped-def]
     return x ^ (x >> np.uint64(29))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _choose(experts_TK, home_T, first_E, slot_of_copy, share_of_copy, rank_of_slot_P, per_node, split, out_TK):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _choose(
+    experts_TK, home_T, first_E, slot_of_copy, share_of_copy, rank_of_slot_P, per_node, split, out_TK
+):
     for t in range(experts_TK.shape[0]):
         for k in range(experts_TK.shape[1]):
             e = experts_TK[t, k]
@@ -121,7 +125,7 @@ def _choose(experts_TK, home_T, first_E, slot_of_copy, share_of_copy, rank_of_sl
 
 
 def choose_slots(
-    experts_TK: NDArray[np.integer],  # type: ignore[type-arg]
+    experts_TK: NDArray[np.integer],
     home_T: NDArray[np.int32],
     placement: Placement,
     layer: int,
@@ -148,8 +152,10 @@ def choose_slots(
     return out
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _count(slot_TK, home_T, window_T, rank_of_slot_P, per_node, homes_known, pairs, nodes_in, ranks_in, nodes, ranks):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _count(
+    slot_TK, home_T, window_T, rank_of_slot_P, per_node, homes_known, pairs, nodes_in, ranks_in, nodes, ranks
+):
     """Adds one layer's counts to the window rows of the five result arrays."""
     num_nodes = nodes_in.shape[1]
     seen_rank = np.full(pairs.shape[1], -1, np.int64)
@@ -197,7 +203,9 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
     live = np.unique(placement.rank_of_slot_P)
     home_T = home_ranks(load, live)
     homes_known = trace.source_rank_T is not None or split == "nearest"
-    window_T = np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
+    window_T = (
+        np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
+    )
     W, L, R, N = len(load.windows), placement.num_layers, placement.num_ranks, placement.num_nodes
     if int(window_T.max()) >= W:
         raise PlanError(f"the trace names window {int(window_T.max())} but the load has {W} windows")
@@ -230,9 +238,9 @@ def count_loads(load_WLE: NDArray[np.float64], placement: Placement) -> NDArray[
     return out
 
 
-def hop_shares(transitions_LEE: NDArray[np.float64], placement: Placement) -> tuple[
-    NDArray[np.float64], NDArray[np.float64]
-]:
+def hop_shares(
+    transitions_LEE: NDArray[np.float64], placement: Placement
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``stay`` mode: part of the transitions out of each layer that stay on a rank, and inside a node.
 
     Copies share an expert's tokens independently of where the token was. Two arrays ``[L - 1]``.

@@ -27,7 +27,8 @@ class Evaluation:
     """What a placement does, per window and layer. Arrays that need tokens or transitions are None without them.
 
     ``time_WL = expert_WL + exchange_WL`` in seconds. ``max_over_mean_WL`` is the busiest rank's token load over the
-    mean, each divided by the rank's speed (1 where a window has no tokens). Hop shares are per layer ``[L]``; the last layer has none (0).
+    mean, each divided by the rank's speed (1 where a window has no tokens). Hop shares are per layer ``[L]``; the last
+    layer has none (0).
     """
 
     expert_WL: NDArray[np.float64]
@@ -45,7 +46,7 @@ class Evaluation:
 
 
 def aggregate(values_W: NDArray[np.float64], objective: Objective) -> float:
-    """One figure over windows: mean, worst, or the mean of the worst ``cvar_tail`` (CVaR, Rockafellar & Uryasev 2000)."""
+    """One figure over windows: mean, worst, or the mean of the worst ``cvar_tail`` (Rockafellar & Uryasev 2000)."""
     if objective.aggregate == "mean":
         return float(values_W.mean())
     if objective.aggregate == "worst":

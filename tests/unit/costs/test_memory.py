@@ -30,9 +30,7 @@ def test_weights_of_deepseek_v3_in_fp8():
     assert slot_bytes(V3, "fp8") == 58 * 3 * 7168 * 2048
     assert non_expert_bytes(V3, "fp8") == pytest.approx(671.03e9 - 58 * 256 * 44040192, rel=1e-3)
     assert non_expert_bytes(V3, "fp8", shards=4) == non_expert_bytes(V3, "fp8") / 4
-    assert non_expert_bytes(V3, "fp4") == 2 * non_expert_bytes(
-        V3, "fp8"
-    )  # 4-bit checkpoints keep these in 16 bits
+    assert non_expert_bytes(V3, "fp4") == 2 * non_expert_bytes(V3, "fp8")  # 4-bit checkpoints keep these in 16 bits
 
 
 def test_workspace_counts_tokens_in_results_out_and_intermediate_rows():
@@ -66,9 +64,7 @@ def test_what_is_not_known_is_said():
     cluster = cluster_for("h200", 1, 8)
     assert memory_report(hybrid, cluster, FP8, np.full(8, 64))[0].kv_tokens is None
     assert "its KV cache is not counted" in memory_report(hybrid, cluster, FP8, np.full(8, 64))[0].notes[0]
-    assert (
-        "its weights and KV cache are not" in memory_report(unknown, cluster, FP8, np.full(8, 32))[0].notes[0]
-    )
+    assert "its weights and KV cache are not" in memory_report(unknown, cluster, FP8, np.full(8, 32))[0].notes[0]
     with pytest.raises(InfeasibleError, match=r"attention is not known, so its KV cache .* give kv_reserve"):
         max_redundant_experts(hybrid, cluster, FP8)
     assert max_redundant_experts(hybrid, cluster, FP8, kv_reserve_bytes=30e9) > 0
@@ -100,9 +96,7 @@ def test_slots_that_are_given_are_kept():
     cluster = with_ranks(cluster_for("b200", 1, 2), {0: RankSpec(slots=6), 1: RankSpec(slots=3)})
     assert max_redundant_experts(mixtral, cluster, Workload()) == 1
     with pytest.raises(InfeasibleError, match=r"ranks.\*.slots add up to 7, less than num_experts \(8\)"):
-        max_redundant_experts(
-            mixtral, with_ranks(cluster, {0: RankSpec(slots=6), 1: RankSpec(slots=1)}), Workload()
-        )
+        max_redundant_experts(mixtral, with_ranks(cluster, {0: RankSpec(slots=6), 1: RankSpec(slots=1)}), Workload())
 
 
 def test_experts_that_do_not_fit_are_refused_with_the_limit():

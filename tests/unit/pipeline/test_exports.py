@@ -57,14 +57,10 @@ def test_two_copies_on_a_rank_are_accepted_with_a_note(tmp_path):
     model = tiny_model(4, num_layers=3, moe_layer_ids=(1, 2))
     rows = [[0, 0, 1, 2, 3, 1], [0, 1, 2, 3, 0, 1]]
     (tmp_path / "map.yaml").write_text(
-        f"num_slots: 6\ninitial_global_assignments:\n  1: {rows[0]}\n  2: {rows[1]}\nlayer_updates_per_iter:"
-        " 0\n"
+        f"num_slots: 6\ninitial_global_assignments:\n  1: {rows[0]}\n  2: {rows[1]}\nlayer_updates_per_iter: 0\n"
     )
     loaded = load_placement(tmp_path / "map.yaml", model=model, num_ranks=2)
-    note = (
-        "1 times a rank holds two copies of one expert, of which one is wasted"
-        " (first: layer 1, rank 0, expert 0)"
-    )
+    note = "1 times a rank holds two copies of one expert, of which one is wasted (first: layer 1, rank 0, expert 0)"
     assert loaded.notes == (note,)
     import_plan(tmp_path / "map.yaml", model=model, num_ranks=2).save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").notes == (note,)

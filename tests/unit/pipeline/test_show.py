@@ -79,9 +79,7 @@ def test_step_traffic_against_counting_tokens(files: tuple[Path, Path]) -> None:
     trace = trace_of()
     want = np.zeros((RANKS, RANKS))
     for token, layer in itertools.product(range(TOKENS), range(LAYERS - 1)):
-        for here, there in itertools.product(
-            trace.experts_TLK[token, layer], trace.experts_TLK[token, layer + 1]
-        ):
+        for here, there in itertools.product(trace.experts_TLK[token, layer], trace.experts_TLK[token, layer + 1]):
             sources, targets = ranks_of(layer, int(here)), ranks_of(layer + 1, int(there))
             for source, target in itertools.product(sources, targets):
                 want[source, target] += 1 / TOP_K / len(sources) / len(targets)
@@ -133,9 +131,7 @@ def test_same_node_share_in_stay_mode(files: tuple[Path, Path]) -> None:
     assert np.mean(shares[:-1]) == pytest.approx(inside / traffic.sum())
 
 
-def test_homes_on_ranks_that_the_plan_lacks_are_spread_and_said(
-    files: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_homes_on_ranks_that_the_plan_lacks_are_spread_and_said(files: tuple[Path, Path], tmp_path: Path) -> None:
     save_trace(trace_of(source_rank_T=np.full(TOKENS, 7, np.int32)), tmp_path / "wide.npz")
     shown = show_plan(files[0], trace_path=tmp_path / "wide.npz")
     assert "at home on rank 7, which holds no slot of the plan" in shown.messages[0]
@@ -180,18 +176,14 @@ def test_phase_and_layers_are_matched(files: tuple[Path, Path], tmp_path: Path) 
     load = show_plan(files[0], trace_path=tmp_path / "phases.npz").evidence.load_LE
     assert load is not None
     np.testing.assert_array_equal(load.sum(axis=1), [30 * TOP_K] * 3)
-    plan_of(layer_ids=(3, 1), physical_to_logical_map=ROWS[:2], replicas=plan_of().replicas[:2]).save(
-        files[0]
-    )
+    plan_of(layer_ids=(3, 1), physical_to_logical_map=ROWS[:2], replicas=plan_of().replicas[:2]).save(files[0])
     picked = show_plan(files[0], trace_path=files[1]).evidence.load_LE
     whole = expert_load(trace_of()).load_LE
     assert picked is not None
     np.testing.assert_array_equal(picked, whole[[2, 0]])
 
 
-def test_layers_numbered_from_zero_are_taken_in_order_and_said(
-    files: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_layers_numbered_from_zero_are_taken_in_order_and_said(files: tuple[Path, Path], tmp_path: Path) -> None:
     np.save(tmp_path / "counts.npy", expert_load(trace_of()).load_LE)
     shown = show_plan(files[0], trace_path=tmp_path / "counts.npy")
     assert shown.messages == ("counts.npy numbers its layers from 0; they are taken as the plan's, in order",)
@@ -206,9 +198,7 @@ def test_bad_input(files: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="7"):
         show_plan(files[0], trace_path=tmp_path / "wide.npy")
     np.save(tmp_path / "long.npy", np.ones((2, EXPERTS)))
-    with pytest.raises(
-        TraceError, match=r"does not hold layer 2 of the plan \(it has 2 layers, the plan 3\)"
-    ):
+    with pytest.raises(TraceError, match=r"does not hold layer 2 of the plan \(it has 2 layers, the plan 3\)"):
         show_plan(files[0], trace_path=tmp_path / "long.npy")
 
 
