@@ -1,0 +1,291 @@
+"""Bounds against every placement of tiny problems, and exact plans against all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.costs.counting import count_trace
+from moeplan.costs.evaluation import aggregate, evaluate
+from moeplan.errors import MoeplanError
+from moeplan.planning import bounds
+from moeplan.planning.bounds import bounds_of, fewest_groups, most_kept, pairs_bound
+from moeplan.planning.exact import arrangements, exact_placement
+from moeplan.planning.joint import joint, objective_value
+from moeplan.planning.prepare import prepare
+from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
+from moeplan.registry import load_plugin
+from moeplan.specs.workload import Objective
+from moeplan.testing.problems import make_problem
+
+PLANNERS = ("contiguous", "round-robin", "random", "greedy", "moetuner", "exflow", "joint")
+
+
+@cache
+def partitions(experts: int, groups: int) -> np.ndarray:
+    return arrangements(experts, groups)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([(6, 2), (6, 3), (8, 4), (4, 4)]))
+def test_no_partition_keeps_more_pairs_together_than_the_bound(seed, shape):
+    experts, groups = shape
+    rng = np.random.default_rng(seed)
+    together = np.triu(rng.random((experts, experts)) ** rng.integers(1, 6), 1)
+    bound = pairs_bound(together + together.T, groups, experts // groups)
+    same_AEE = partitions(experts, groups)[:, :, None] == partitions(experts, groups)[:, None, :]
+    assert (same_AEE * together).sum(axis=(1, 2)).max() <= bound + 1e-9
+    assert bound <= together.sum() + 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))
+def test_tokens_touch_no_fewer_groups_than_their_pairs_allow(top_k, groups, seed):
+    rng = np.random.default_rng(seed)
+    group_TK = rng.integers(groups, size=(20, top_k)) % rng.integers(1, groups + 1, size=(20, 1))
+    counts_TG = np.stack([(group_TK == g).sum(axis=1) for g in range(groups)], axis=1)
+    pairs = (counts_TG * (counts_TG - 1) / 2).sum(axis=1).mean()
+    assert fewest_groups(pairs, top_k, groups) <= (counts_TG > 0).sum(axis=1).mean() + 1e-9
+
+
+def test_fewest_groups_of_an_even_split_is_met():
+    assert fewest_groups(15, 6, 4) == pytest.approx(1)  # all six in one group
+    assert fewest_groups(6, 6, 4) == pytest.approx(2)  # 3 + 3
+    assert fewest_groups(2, 6, 4) == pytest.approx(4)  # 2 + 2 + 1 + 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([(6, 2), (6, 3), (4, 4)]))
+def test_no_two_layers_keep_more_flow_than_the_bound(seed, shape):
+    experts, groups = shape
+    rng = np.random.default_rng(seed)
+    flow = rng.random((experts, experts)) ** rng.integers(1, 8)
+    flow /= flow.sum()
+    every = partitions(experts, groups)
+    chosen = every[rng.integers(len(every), size=60)]
+    on_AEG = (chosen[:, :, None] == np.arange(groups)).astype(float)
+    kept_AB = np.einsum("aeg,ef,bfg->ab", on_AEG, flow, on_AEG)
+    before = np.einsum("aeg,e->ag", on_AEG, flow.sum(axis=1)).max(axis=1) * groups
+    after = np.einsum("aeg,e->ag", on_AEG, flow.sum(axis=0)).max(axis=1) * groups
+    a, b = np.unravel_index(int(kept_AB.argmax()), kept_AB.shape)
+    assert kept_AB[a, b] <= most_kept(flow, groups, experts // groups, max(before[a], after[b])) + 1e-9
+
+
+PROBLEMS = {
+    "two nodes": {"experts": 8, "ranks": 4, "ranks_per_node": 2},
+    "one node, two slots and copies": {"experts": 6, "ranks": 4, "slots": 2},
+    "copies on two nodes": {"experts": 8, "ranks": 4, "ranks_per_node": 2, "slots": 3, "hot": 0.4},
+    "unequal speeds": {"experts": 8, "ranks": 4, "slots": 3, "speeds": [1.0, 1.0, 0.5, 0.7]},
+    "failed rank": {"experts": 8, "ranks": 4, "ranks_per_node": 2, "slots": [3, 0, 3, 3]},
+    "layers of different size": {"experts": [8, 4, 6], "ranks": 4, "slots": 2},
+}
+MODES = {
+    "per_node": Objective(),
+    "per_rank": Objective(dispatch="per_rank"),
+    "per_expert": Objective(dispatch="per_expert"),
+    "allgather": Objective(dispatch="allgather"),
+    "nearest": Objective(replica_split="nearest"),
+    "stay": Objective(return_mode="stay"),
+    "worst": Objective(aggregate="worst"),
+}
+
+
+def windowed(problem: PlanningProblem, padding: float = 0.0) -> PlanningProblem:
+    """Three windows of very different length, with some padding."""
+    trace = problem.load.trace
+    assert trace is not None
+    rng = np.random.default_rng(0)
+    experts = trace.experts_TLK.copy()
+    experts[rng.random(experts.shape) < padding] = -1
+    window_T = np.repeat([0, 1, 2], [10, 90, trace.num_tokens - 100])
+    E = problem.load.num_experts
+    counts = np.zeros((3, trace.num_layers, E))
+    np.add.at(counts, tuple(axis[experts >= 0] for axis in np.broadcast_arrays(
+        window_T[:, None, None], np.arange(trace.num_layers)[:, None], experts)), 1)  # fmt: skip
+    load = ExpertLoad(
+        counts.astype(float), ("a", "b", "c"), problem.load.layer_ids, 2, replace(trace, experts_TLK=experts), window_T
+    )
+    return replace(problem, load=load)
+
+
+@pytest.fixture
+def unclipped(monkeypatch):
+    """Bounds before rounding is clipped away: pairs of values and bounds by quantity."""
+    seen: list[tuple[str, np.ndarray, np.ndarray]] = []
+    original = bounds._bound
+
+    def record(quantity, values, floor, mean, argument):
+        seen.append((quantity, np.asarray(values), np.asarray(floor)))
+        return original(quantity, values, floor, mean, argument)
+
+    monkeypatch.setattr(bounds, "_bound", record)
+    return seen
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_no_planner_is_below_its_bounds(name, mode, unclipped, monkeypatch):
+    for budget in ("HOME_PROPOSALS", "STAY_PROPOSALS", "BALANCE_PROPOSALS"):
+        monkeypatch.setattr(f"moeplan.planning.joint.{budget}", 2_000)
+    plain = make_problem(layers=3, **({"seed": 3} | PROBLEMS[name]), objective=MODES[mode])
+    if isinstance(PROBLEMS[name]["experts"], list):
+        plain = make_problem(**({"seed": 3} | PROBLEMS[name]), objective=MODES[mode])
+    answered = 0
+    for problem in (plain, windowed(plain), windowed(plain, padding=0.3)):
+        for planner in PLANNERS if problem is plain and mode in ("per_node", "stay") else ("round-robin", "greedy"):
+            try:
+                result = load_plugin("planners", planner)(problem)
+            except MoeplanError:
+                continue
+            unclipped.clear()
+            answered += 1
+            found = bounds_of(problem, result)
+            assert [b.quantity for b in found[:2]] == ["step time, s", "max/mean load"]
+            assert found[0].value == pytest.approx(objective_value(problem, result.placement), rel=1e-9)
+            for quantity, values, floor in unclipped:
+                if quantity == "step time, s":
+                    assert floor.sum() <= values.sum() * (1 + 1e-9), planner
+                else:
+                    assert (floor <= values + 1e-9).all(), (planner, quantity)
+    assert answered >= 5
+
+
+def all_rows(problem: PlanningProblem) -> np.ndarray:
+    """Every arrangement of a layer without copies: the slots of each, ``[A, E]``."""
+    every = partitions(problem.load.num_experts, problem.num_ranks)
+    return np.argsort(every, axis=1, kind="stable")
+
+
+def cheapest(problem: PlanningProblem) -> float:
+    """Least aggregated step time of all placements within the load limit, layer by layer (return_home)."""
+    ready, total = prepare(problem), 0.0
+    rows = all_rows(problem)
+    loads = problem.load.load_LE
+    for layer in range(problem.load.num_layers):
+        peak = loads[layer][rows].reshape(len(rows), problem.num_ranks, -1).sum(axis=2).max(axis=1)
+        best = np.inf
+        for row in rows[peak <= peak.min() * (1 + ready.max_imbalance) + 1e-9]:
+            plan = problem.placement(np.repeat(row[None], problem.load.num_layers, axis=0))
+            seconds = evaluate(problem.load, plan, problem.costs, problem.objective, problem.speed_R).time_WL
+            best = min(best, aggregate(seconds[:, layer], problem.objective))
+        total += best
+    return total
+
+
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert"])
+@pytest.mark.parametrize("case", ["plain", "windows", "slow ranks", "loose"])
+def test_exact_plans_are_the_best_of_all_in_return_home(dispatch, case, unclipped):
+    problem = make_problem(
+        layers=2, experts=6, ranks=3, ranks_per_node=1, tokens=300, seed=1, sigma=0.3,
+        objective=Objective(dispatch=dispatch, max_imbalance="60 %" if case == "loose" else None),
+        speeds=[0.5] * 3 if case == "slow ranks" else None,
+    )  # fmt: skip
+    if case == "windows":
+        problem = windowed(problem)
+    result = joint(problem)
+    assert (result.status, result.optimal_for) == ("optimal", STEP_TIME)
+    best = cheapest(problem)
+    assert objective_value(problem, result.placement) == pytest.approx(best, rel=1e-9)
+    found = bounds_of(problem, result)[0]
+    assert (found.gap, found.bound) == (0, pytest.approx(best))
+    # what is proven without enumeration stays below what is best
+    bounds_of(problem, PlanningResult(result.placement))
+    quantity, _, floor = unclipped[-3]
+    assert quantity == "step time, s"
+    assert floor.sum() <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("per_node", [4, 2])
+@pytest.mark.parametrize("cheap_nodes", [False, True])
+def test_exact_chains_are_the_best_of_all_in_stay(per_node, cheap_nodes):
+    problem = make_problem(
+        layers=2, experts=4, ranks=4, ranks_per_node=per_node, tokens=300, seed=5,
+        objective=Objective(return_mode="stay", max_imbalance="100 %"),
+    )  # fmt: skip
+    if cheap_nodes:
+        problem = replace(problem, costs=replace(problem.costs, per_node_copy_s=5e-9))
+    result = joint(problem)
+    assert (result.status, result.optimal_for) == ("optimal", STEP_TIME)
+    rows = all_rows(problem)
+    best = min(objective_value(problem, problem.placement(np.stack(pair))) for pair in product(rows, rows))
+    assert objective_value(problem, result.placement) == pytest.approx(best, rel=1e-12)
+    assert bounds_of(problem, PlanningResult(result.placement))[0].bound <= best * (1 + 1e-9)
+
+
+def test_exact_chain_with_two_experts_per_rank():
+    problem = make_problem(
+        layers=2, experts=4, ranks=2, tokens=300, seed=6, objective=Objective(return_mode="stay", max_imbalance="40 %")
+    )
+    result = joint(problem)
+    assert result.status == "optimal"
+    rows = all_rows(problem)
+    loads = problem.load.load_LE
+    within = [
+        [row for row in rows if loads[l][row].reshape(2, 2).sum(axis=1).max() <= limit + 1e-9]
+        for l in range(2)
+        for limit in [min(loads[l][r].reshape(2, 2).sum(axis=1).max() for r in rows) * 1.4]
+    ]
+    best = min(objective_value(problem, problem.placement(np.stack(pair))) for pair in product(*within))
+    assert objective_value(problem, result.placement) == pytest.approx(best, rel=1e-12)
+
+
+def test_eight_experts_on_two_nodes_of_four_are_exact_in_stay():
+    problem = make_problem(
+        layers=3, experts=8, ranks=8, ranks_per_node=4, tokens=500, seed=2, objective=Objective(return_mode="stay")
+    )
+    found = exact_placement(prepare(problem))
+    assert found is not None
+    value = objective_value(problem, problem.placement(found.row_LP))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        rows = np.stack([rng.permutation(8) for _ in range(3)])
+        assert objective_value(problem, problem.placement(rows)) >= value * (1 - 1e-12)
+        swapped = found.row_LP.copy()
+        layer, (a, b) = rng.integers(3), rng.choice(8, 2, replace=False)
+        swapped[layer, [a, b]] = swapped[layer, [b, a]]
+        assert objective_value(problem, problem.placement(swapped)) >= value * (1 - 1e-12)
+
+
+def test_counts_alone_are_planned_exactly_too():
+    problem = make_problem(layers=2, experts=6, ranks=3, seed=1)
+    problem = replace(problem, load=replace(problem.load, trace=None, window_T=None))
+    result = joint(problem)
+    assert result.optimal_for == STEP_TIME
+    assert objective_value(problem, result.placement) == pytest.approx(cheapest(problem), rel=1e-9)
+
+
+def test_what_is_proven_for_another_quantity_does_not_bound_time():
+    problem = make_problem(layers=3, experts=6, ranks=3, seed=2, objective=Objective(return_mode="stay"))
+    result = load_plugin("planners", "exflow")(problem)
+    assert result.status == "optimal"
+    assert bounds_of(problem, result)[0].bound < bounds_of(problem, result)[0].value
+    by_traffic = joint(replace(problem, objective=Objective(kind="traffic")))
+    assert by_traffic.optimal_for != STEP_TIME
+
+
+def test_nodes_per_token_of_the_bound_are_met_by_blocks():
+    """Experts chosen in fixed pairs: a placement that keeps the pairs together has one node per token."""
+    problem = make_problem(layers=1, experts=8, ranks=4, ranks_per_node=2, affinity=1.0, tokens=600)
+    trace = problem.load.trace
+    assert trace is not None
+    first = np.random.default_rng(0).integers(4, size=600)
+    experts = np.stack([2 * first, 2 * first + 1], axis=1)[:, None]
+    load = ExpertLoad(
+        np.bincount(experts.ravel(), minlength=8)[None, None].astype(float),
+        ("all",),
+        (0,),
+        2,
+        replace(trace, experts_TLK=experts),
+    )
+    problem = replace(problem, load=load)
+    plan = problem.placement(np.arange(8)[None])
+    assert count_trace(load, plan).nodes_per_token_WL[0, 0] == 1
+    found = {b.quantity: b for b in bounds_of(problem, PlanningResult(plan))}
+    assert found["nodes per token"].gap == pytest.approx(0, abs=1e-9)
