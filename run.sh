@@ -35,14 +35,15 @@ run_tests() {
     failed=
     check() {
         echo "== $1"
+        label=$1
         shift
-        "$@" || failed="$failed $1"
+        "$@" || failed="$failed $label"
     }
-    check "ruff: style" "$bin/ruff" check .
-    check "mypy: types" "$bin/mypy"
-    check "import-linter: who imports whom" "$bin/lint-imports"
-    check "generate: the reference is current" "$bin/python" docs/generate.py --check
-    check "pytest: behaviour" "$bin/pytest" -n auto
+    check ruff "$bin/ruff" check .
+    check mypy "$bin/mypy"
+    check import-linter "$bin/lint-imports"
+    check reference "$bin/python" docs/generate.py --check
+    check pytest "$bin/pytest" -n auto
     [ -z "$failed" ] || {
         echo "failed:$failed" >&2
         exit 1

@@ -63,9 +63,9 @@ class Scenario(Spec):
         description="measured costs: a shipped name or a directory; left out: those shipped for the accelerator;"
         " none: the roofline",
     )
-    planner: str = "joint"
-    seed: int = Field(0, ge=0)
-    time_limit: Seconds | None = None
+    planner: str = Field("joint", description="name of a planner")
+    seed: int = Field(0, ge=0, description="same seed, same plan")
+    time_limit: Seconds | None = Field(None, description="stop searching after this time; the plan then says so")
     objective: Objective = Objective()
     workload: Workload = Workload()
     current: Path | None = Field(

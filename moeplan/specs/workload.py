@@ -23,20 +23,24 @@ Aggregate = Literal["mean", "worst", "cvar"]
 class Workload(Spec):
     """The operating point a step is costed at."""
 
-    phase: Phase = "prefill"
+    phase: Phase = Field("prefill", description="which tables and batch the step is costed with")
     batch_per_rank: int = Field(4096, gt=0, description="tokens entering one MoE layer on one rank in one step")
     context: int = Field(2048, gt=0, description="tokens of KV cache read per sequence in decode")
-    weight_dtype: Dtype = "bf16"
+    weight_dtype: Dtype = Field("bf16", description="of the expert weights")
     activation_dtype: Dtype = Field("bf16", description="of tokens on the wire at dispatch; combine is bf16")
 
 
 class Objective(Spec):
     """What a planner minimises, and within which limits."""
 
-    kind: ObjectiveKind = "time"
-    return_mode: ReturnMode = "return_home"
-    dispatch: DispatchKind = "per_node"
-    replica_split: ReplicaSplit = "even"
+    kind: ObjectiveKind = Field(
+        "time", description="predicted step time; tokens on the busiest rank; or traffic within max_imbalance"
+    )
+    return_mode: ReturnMode = Field(
+        "return_home", description="where a token goes after a layer: to its own rank, or on from its expert's"
+    )
+    dispatch: DispatchKind = Field("per_node", description="what one copy of a token is sent per")
+    replica_split: ReplicaSplit = Field("even", description="how tokens split over the copies of an expert")
     aggregate: Aggregate = Field("mean", description="over windows or domains")
     cvar_tail: Fraction = Field("20 %", description="worst share of windows that cvar averages")  # type: ignore[assignment]
     max_imbalance: Fraction | None = Field(
