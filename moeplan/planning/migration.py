@@ -43,9 +43,7 @@ def align(current: Placement, target: Placement, problem: PlanningProblem) -> Pl
     alike = len(set(problem.slots_R.tolist())) == 1 and len(set(problem.speed_R.tolist())) == 1
     homes = problem.load.trace is not None and problem.load.trace.source_rank_T is not None
     if alike and not homes:
-        overlap_LRR = np.einsum(
-            "lre,lse->lrs", held_experts(current).astype(float), held_experts(target).astype(float)
-        )
+        overlap_LRR = np.einsum("lre,lse->lrs", held_experts(current).astype(float), held_experts(target).astype(float))
         if problem.objective.return_mode == "stay":
             overlap_LRR = np.broadcast_to(overlap_LRR.sum(axis=0), overlap_LRR.shape)
         size = problem.num_slots // problem.num_ranks
@@ -81,10 +79,9 @@ def _keep_slots(current: Placement, rows: NDArray[np.int32]) -> NDArray[np.int32
             own = np.flatnonzero(current.rank_of_slot_P == rank)
             before, after = current.physical_to_logical_LP[layer, own], rows[layer, own]
             stays = np.isin(before, after) & (before != EMPTY)
+            stays[[b in before[:i] for i, b in enumerate(before)]] = False  # a second copy on the rank is not kept
             coming = iter(x for x in after.tolist() if x not in set(before[stays].tolist()))
-            out[layer, own] = [
-                b if s else next(coming, EMPTY) for b, s in zip(before.tolist(), stays, strict=True)
-            ]
+            out[layer, own] = [b if s else next(coming, EMPTY) for b, s in zip(before.tolist(), stays, strict=True)]
     return out
 
 
@@ -106,6 +103,7 @@ def migration_of(
     needed = (after & ~before).sum(axis=(1, 2))
     order = sorted(np.flatnonzero(needed), key=lambda l: (-gain_L[l] / needed[l], l))
     per_node = current.ranks_per_node
+    live = set(target.rank_of_slot_P.tolist())
     seconds_R = np.zeros((2, current.num_ranks))
     moves = []
     for layer in order:
@@ -114,17 +112,15 @@ def migration_of(
             if expert == EMPTY or before[layer, rank, expert]:
                 continue
             holders = np.flatnonzero(before[layer, :, expert])
-            # The nearest holder that has sent least so far.
-            source = int(min(holders, key=lambda r: (r // per_node != rank // per_node, seconds_R[0, r], r)))
-            seconds = expert_bytes / (
-                rank_bytes_per_s if source // per_node == rank // per_node else node_bytes_per_s
+            # The nearest live holder that has sent least so far; a failed one where no other holds the expert.
+            source = int(
+                min(holders, key=lambda r: (r not in live, r // per_node != rank // per_node, seconds_R[0, r], r))
             )
+            seconds = expert_bytes / (rank_bytes_per_s if source // per_node == rank // per_node else node_bytes_per_s)
             seconds_R[0, source] += seconds
             seconds_R[1, rank] += seconds
             moves.append(
-                Move(
-                    layer_id=layer_ids[layer], expert=expert, source_rank=source, target_rank=rank, slot=slot
-                )
+                Move(layer_id=layer_ids[layer], expert=expert, source_rank=source, target_rank=rank, slot=slot)
             )
     return Migration(
         moves=tuple(moves),
