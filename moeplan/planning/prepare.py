@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.costs.evaluation import copy_seconds
+from moeplan.artifacts.placement import EMPTY, Placement
+from moeplan.costs.counting import choose_slots, home_ranks
+from moeplan.costs.evaluation import aggregate, copy_seconds, evaluate
 from moeplan.planning.balance import LayerLoad
 from moeplan.planning.problem import PlanningProblem
+from moeplan.planning.search_home import group_arrivals, pack_tokens
 
-__all__ = ["Prepared", "live_speed", "prepare"]
+__all__ = ["LayerTokens", "Prepared", "copy_costs", "layer_tokens", "live_speed", "objective_value", "prepare"]
 
 TIME_WINDOWS = 4  # a plan made for several stretches of time holds better on the next one than one for their sum
 MIN_WINDOW_TOKENS = 256
@@ -125,3 +128,65 @@ def prepare(problem: PlanningProblem) -> Prepared:
         node_price_s=costs.tokens_per_step * costs.per_node_copy_s * (1 - 1 / nodes),
         rank_price_s=costs.tokens_per_step * costs.per_rank_copy_s,
     )
+
+
+def copy_costs(layer: LayerLoad, row_P: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Cost of the copy in each slot per window, ``[W, P]``; 0 for empty slots."""
+    used = row_P != EMPTY
+    copies = np.bincount(row_P[used], minlength=layer.copy_WEC.shape[1])
+    cost = np.zeros((layer.copy_WEC.shape[0], len(row_P)))
+    cost[:, used] = layer.copy_WEC[:, row_P[used], copies[row_P[used]] - 1]
+    return cost
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerTokens:
+    """One layer as the token searches take it: the copy in slot ``s`` of the start is copy ``s``.
+
+    Without tokens, or where dispatch does not look at them, there are no bits and nothing is charged for them.
+    """
+
+    bits_PM: NDArray[np.uint64]
+    start_W: NDArray[np.int64]
+    weight_W: NDArray[np.float64]
+    cost_WP: NDArray[np.float64]
+    copy_of_slot_P: NDArray[np.int64]
+    first_R: NDArray[np.int64]
+    first_N: NDArray[np.int64]
+    node_price: float
+    rank_price: float
+
+
+def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> LayerTokens:
+    """Bits, costs and prices of one layer, its experts placed as ``row_P``."""
+    problem = ready.problem
+    trace, token_T, window_T = problem.load.trace, ready.token_T, ready.window_T
+    cost_WP = copy_costs(ready.layers[layer], row_P)
+    first_R = np.concatenate([[0], np.cumsum(problem.slots_R)]).astype(np.int64)
+    first_N = first_R[:: problem.ranks_per_node].copy()
+    slots = np.where(row_P == EMPTY, -1, np.arange(len(row_P)))
+    blind = problem.objective.dispatch in ("per_expert", "allgather")
+    if trace is None or token_T is None or window_T is None or blind:
+        bits_PM, start_W = np.zeros((len(row_P), 0), np.uint64), np.zeros(len(cost_WP) + 1, np.int64)
+        weight_W = np.full(len(cost_WP), 1.0 / len(cost_WP))
+        return LayerTokens(bits_PM, start_W, weight_W, cost_WP, slots, first_R, first_N, 0.0, 0.0)
+    home_T = home_ranks(problem.load, np.flatnonzero(problem.slots_R > 0))[token_T]
+    slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even")
+    bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
+    weight_W = 1.0 / np.bincount(window_T) / len(cost_WP)
+
+    def busiest(first_G: NDArray[np.int64]) -> float:
+        return float((group_arrivals(bits_PM, slots, first_G, start_W) * weight_W[:, None]).sum(axis=0).max())
+
+    # Dispatch takes the slower of two paths. Fewer nodes also means fewer ranks, not the other way round: ranks are
+    # left out where nodes decide, nodes never.
+    node_price, rank_price = ready.node_price_s, ready.rank_price_s
+    if busiest(first_N) * node_price >= 1.3 * busiest(first_R) * rank_price:
+        rank_price = 0.0
+    return LayerTokens(bits_PM, start_W, weight_W, cost_WP, slots, first_R, first_N, node_price, rank_price)
+
+
+def objective_value(problem: PlanningProblem, placement: Placement) -> float:
+    """Seconds of a step over all layers, aggregated over windows as the objective says."""
+    seconds_WL = evaluate(problem.load, placement, problem.costs, problem.objective, problem.speed_R).time_WL
+    return aggregate(seconds_WL.sum(axis=1), problem.objective)

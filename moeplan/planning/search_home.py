@@ -16,7 +16,15 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-__all__ = ["anneal_home", "group_arrivals", "load_price", "pack_tokens"]
+__all__ = [
+    "anneal_home",
+    "arrivals_after",
+    "fill_group",
+    "group_arrivals",
+    "load_price",
+    "pack_tokens",
+    "peak_and_mean",
+]
 
 
 @intrinsic
@@ -58,7 +66,7 @@ def pack_tokens(
 
 
 @njit(cache=True, nogil=True)
-def _fill_group(bits_PM, copy_of_slot_P, first, last, occupied_M, once_M):
+def fill_group(bits_PM, copy_of_slot_P, first, last, occupied_M, once_M):
     """Tokens that touch the slots ``first..last-1`` at all, and those that touch exactly one of them."""
     words = bits_PM.shape[1]
     for m in range(words):
@@ -83,7 +91,7 @@ def _arrivals(occupied_M, start_W, out_W):
 
 
 @njit(cache=True, nogil=True)
-def _arrivals_after(occupied_M, once_M, leaving_M, coming_M, start_W, out_W):
+def arrivals_after(occupied_M, once_M, leaving_M, coming_M, start_W, out_W):
     """Distinct tokens of a group per window once one copy has left and another has come."""
     for w in range(len(start_W) - 1):
         n = np.uint64(0)
@@ -102,14 +110,14 @@ def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, start_W):
     once_M = np.empty(bits_PM.shape[1], np.uint64)
     row_W = np.empty(windows)
     for g in range(groups):
-        _fill_group(bits_PM, copy_of_slot_P, group_first_G[g], group_first_G[g + 1], occupied_M, once_M)
+        fill_group(bits_PM, copy_of_slot_P, group_first_G[g], group_first_G[g + 1], occupied_M, once_M)
         _arrivals(occupied_M, start_W, row_W)
         out_WG[:, g] = row_W
     return out_WG
 
 
 @njit(cache=True, nogil=True)
-def _peak_and_mean(arrivals_WG, weight_W):
+def peak_and_mean(arrivals_WG, weight_W):
     """Half the busiest group plus half the mean: the peak is what is paid, the mean keeps the slope."""
     total = 0.0
     groups = arrivals_WG.shape[1]
@@ -154,8 +162,6 @@ def anneal_home(
     load_steep,
     node_price,
     rank_price,
-    held_RE,
-    move_price,
     heat,
     proposals,
     seed,
@@ -171,7 +177,6 @@ def anneal_home(
         base_W, cap_W: the balanced plan's busiest rank, and how far above it a rank may go.
         load_slope, load_steep, node_price, rank_price: seconds per unit of load up to the cap and beyond it, per node
             arrival and rank arrival.
-        held_RE, move_price: what each rank holds today, and the price of a copy it would have to be sent.
         heat: start temperature over the mean change of a proposal.
         proposals: how many swaps to propose; the budget, so that the same seed gives the same answer.
     """
@@ -206,27 +211,27 @@ def anneal_home(
     d_W = np.empty(windows)
     if use_nodes:
         for n in range(nodes):
-            _fill_group(
+            fill_group(
                 bits_PM, copy_of_slot_P, node_first_N[n], node_first_N[n + 1], node_occ[n], node_once[n]
             )
             _arrivals(node_occ[n], start_W, a_W)
             node_WN[:, n] = a_W
     if use_ranks:
         for r in range(ranks):
-            _fill_group(
+            fill_group(
                 bits_PM, copy_of_slot_P, rank_first_R[r], rank_first_R[r + 1], rank_occ[r], rank_once[r]
             )
             _arrivals(rank_occ[r], start_W, a_W)
             rank_WR[:, r] = a_W
 
-    energy = node_price * _peak_and_mean(node_WN, weight_W) + rank_price * _peak_and_mean(rank_WR, weight_W)
+    energy = node_price * peak_and_mean(node_WN, weight_W) + rank_price * peak_and_mean(rank_WR, weight_W)
     for w in range(windows):
         for r in range(ranks):
             energy += load_price(load_WR[w, r], base_W[w], load_slope, cap_W[w], load_steep) / windows
     best = copy_of_slot_P.copy()
     best_energy = energy
-    current_node = _peak_and_mean(node_WN, weight_W)
-    current_rank = _peak_and_mean(rank_WR, weight_W)
+    current_node = peak_and_mean(node_WN, weight_W)
+    current_rank = peak_and_mean(rank_WR, weight_W)
 
     warm = min(500, proposals // 10)
     changes = 0.0
@@ -261,13 +266,6 @@ def anneal_home(
                 - load_price(y, base_W[w], load_slope, cap_W[w], load_steep)
             )
         delta /= windows
-        if move_price > 0.0:
-            delta += move_price * (
-                np.float64(held_RE[r1, e1])
-                + np.float64(held_RE[r2, e2])
-                - np.float64(held_RE[r1, e2])
-                - np.float64(held_RE[r2, e1])
-            )
         threshold = -temperature * np.log(np.random.random() + 1e-300)
         n1 = r1 // ranks_per_node
         n2 = r2 // ranks_per_node
@@ -278,20 +276,20 @@ def anneal_home(
         new_node = current_node
         new_rank = current_rank
         if crosses:
-            _arrivals_after(node_occ[n1], node_once[n1], bits_PM[c1], bits_PM[c2], start_W, a_W)
-            _arrivals_after(node_occ[n2], node_once[n2], bits_PM[c2], bits_PM[c1], start_W, b_W)
+            arrivals_after(node_occ[n1], node_once[n1], bits_PM[c1], bits_PM[c2], start_W, a_W)
+            arrivals_after(node_occ[n2], node_once[n2], bits_PM[c2], bits_PM[c1], start_W, b_W)
             for w in range(windows):
                 a_W[w], node_WN[w, n1] = node_WN[w, n1], a_W[w]
                 b_W[w], node_WN[w, n2] = node_WN[w, n2], b_W[w]
-            new_node = _peak_and_mean(node_WN, weight_W)
+            new_node = peak_and_mean(node_WN, weight_W)
             delta += node_price * (new_node - current_node)
         if use_ranks:
-            _arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], start_W, c_W)
-            _arrivals_after(rank_occ[r2], rank_once[r2], bits_PM[c2], bits_PM[c1], start_W, d_W)
+            arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], start_W, c_W)
+            arrivals_after(rank_occ[r2], rank_once[r2], bits_PM[c2], bits_PM[c1], start_W, d_W)
             for w in range(windows):
                 c_W[w], rank_WR[w, r1] = rank_WR[w, r1], c_W[w]
                 d_W[w], rank_WR[w, r2] = rank_WR[w, r2], d_W[w]
-            new_rank = _peak_and_mean(rank_WR, weight_W)
+            new_rank = peak_and_mean(rank_WR, weight_W)
             delta += rank_price * (new_rank - current_rank)
         if step < warm:
             changes += abs(delta)
@@ -319,17 +317,17 @@ def anneal_home(
         current_rank = new_rank
         energy += delta
         if crosses:
-            _fill_group(
+            fill_group(
                 bits_PM, copy_of_slot_P, node_first_N[n1], node_first_N[n1 + 1], node_occ[n1], node_once[n1]
             )
-            _fill_group(
+            fill_group(
                 bits_PM, copy_of_slot_P, node_first_N[n2], node_first_N[n2 + 1], node_occ[n2], node_once[n2]
             )
         if use_ranks:
-            _fill_group(
+            fill_group(
                 bits_PM, copy_of_slot_P, rank_first_R[r1], rank_first_R[r1 + 1], rank_occ[r1], rank_once[r1]
             )
-            _fill_group(
+            fill_group(
                 bits_PM, copy_of_slot_P, rank_first_R[r2], rank_first_R[r2 + 1], rank_occ[r2], rank_once[r2]
             )
         if energy < best_energy - 1e-15:

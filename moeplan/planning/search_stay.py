@@ -73,8 +73,6 @@ def anneal_stay(
     rank_value,
     sweeps,
     proposals_per_layer,
-    held_LRE,
-    move_price,
     heat,
     exclusive,
     seed,
@@ -88,7 +86,6 @@ def anneal_stay(
         load_slope, load_steep, node_value, rank_value: seconds per load up to the cap and beyond it, per unit of flow
             kept in a node, and on a rank on top.
         sweeps, proposals_per_layer: the budget; every sweep visits all layers.
-        held_LRE, move_price: what each rank holds today, and the price of a copy it would have to be sent.
         heat: start temperature over the mean change of a proposal.
         exclusive: whether a rank may hold one copy of an expert at most (not so where ranks stand for nodes).
 
@@ -172,13 +169,6 @@ def anneal_stay(
                     price += load_price(y + q2, base, load_slope, cap, load_steep)
                     price -= load_price(y, base, load_slope, cap, load_steep)
                 gain = delta - price / windows
-                if move_price > 0.0:
-                    gain -= move_price * (
-                        np.float64(held_LRE[l, r1, e1])
-                        + np.float64(held_LRE[l, r2, e2])
-                        - np.float64(held_LRE[l, r1, e2])
-                        - np.float64(held_LRE[l, r2, e1])
-                    )
                 if sweep == 0:
                     changes += abs(gain)
                     tried += 1

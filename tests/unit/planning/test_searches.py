@@ -75,12 +75,12 @@ class Home:
                     total += steep * max(0.0, over - self.cap[w]) / self.windows
         return total
 
-    def search(self, proposals=20_000, seed=0, held=None, move_price=0.0):
+    def search(self, proposals=20_000, seed=0):
         slope, steep, node, rank = self.prices
         return anneal_home(
             self.bits, self.start, self.weight, self.expert, self.load, self.slots.copy(), self.rank_P, self.first_R,
             self.first_N, self.per_node, self.speed, self.base, self.cap, slope, steep, node, rank,
-            np.zeros((1, 1), bool) if held is None else held, move_price, 0.3, proposals, seed,
+            0.3, proposals, seed,
         )  # fmt: skip
 
 
@@ -132,14 +132,6 @@ def test_home_respects_a_cap_it_can_meet():
         found = home.search(20_000, seed)
         assert loads[found].reshape(4, 2).sum(axis=1).max() <= best * 1.02 + 1e-9
 
-
-def test_home_stays_put_where_moves_cost_more_than_they_bring():
-    home = Home(8, 4, 2, seed=2)
-    held = np.zeros((4, 8), bool)
-    held[home.rank_P, home.slots] = True
-    assert home.search(held=held, move_price=1e6).tolist() == home.slots.tolist()
-    moved = home.search(held=held, move_price=1e-9)
-    assert home.price(moved) < home.price(home.slots)
 
 
 def test_load_price_rises_to_the_slope_at_the_cap():
