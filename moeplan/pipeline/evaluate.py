@@ -84,7 +84,7 @@ def evaluate_plan(
         InputError: a file is wrong, or plan and trace are of different models.
     """
     from moeplan.artifacts.plan import Plan
-    from moeplan.errors import SpecError
+    from moeplan.errors import SpecError, UnknownNameError
     from moeplan.files import read_json
 
     path = plan_path / "plan.json" if plan_path.is_dir() else plan_path
@@ -95,7 +95,12 @@ def evaluate_plan(
             own = Plan.parse(document, str(path))
     if model_name is None and own is None:
         raise SpecError(f"{path} is not a plan of ours and does not name its model; give --model")
-    model = find_model(model_name or (own.model if own else ""))
+    try:
+        model = find_model(model_name or (own.model if own else ""))
+    except UnknownNameError as error:
+        if model_name is not None or own is None:
+            raise
+        raise SpecError(f"the plan's model ({own.model}) is not built in; give --model, its config.json") from error
     num_ranks = ranks or (own.num_ranks if own else None)
     num_nodes = nodes or (own.num_ranks // own.ranks_per_node if own else 1)
     loaded = load_placement(path, model=model, num_ranks=num_ranks, num_nodes=num_nodes)

@@ -144,6 +144,8 @@ def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
 def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
     if scenario.planner not in plugin_names("planners"):
         load_plugin("planners", scenario.planner)  # raises, with the names there are
+    if scenario.target is not None and scenario.target not in plugin_names("exporters"):
+        load_plugin("exporters", scenario.target)
     model, cluster = scenario.model_spec(), scenario.cluster_spec()
     messages: list[str] = []
     routing = read_routing(scenario.trace, model, format=scenario.trace_format, domain=domain)

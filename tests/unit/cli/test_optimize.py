@@ -1,0 +1,341 @@
+"""What scripts rely on: one JSON object, whole directories, one line and exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeplan.artifacts.plan import Plan
+from moeplan.cli import main
+
+CONFIG = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 3, "num_local_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def experts(tokens=1200, layers=3, count=8, seed=0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    block = (np.arange(count) % 2 == rng.integers(2, size=tokens)[:, None])[:, None]
+    score = rng.normal(0, 0.6, (layers, count)) + rng.gumbel(size=(tokens, layers, count)) + 3 * block
+    return np.argsort(-score, axis=2)[:, :, :2].astype(np.int16)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working directory with a model, a trace and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.json").write_text(json.dumps(CONFIG))
+    np.savez("trace.npz", experts=experts(), num_experts=8)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["moeplan", *map(str, words)])
+        with pytest.raises(SystemExit, match=r"^\d+$") as stop:
+            main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+BASE = ("optimize", "--model", "model.json", "--trace", "trace.npz", "--ranks", 4, "--nodes", 2)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_json_is_one_object_and_the_directory_is_the_plan(run, place):
+    code, out, err = run(*BASE, "--out", "plan", "--json", "--quiet")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    plan = Plan.load(place / "plan" / "plan.json")
+    assert found["sha256"] == plan.sha256
+    assert {k: v for k, v in found.items() if k not in ("sha256", "written")} == plan.model_dump(mode="json")
+    assert found["written"] == ["plan/plan.json", "plan/plan.html"]
+    assert sorted(files(place / "plan")) == ["plan.html", "plan.json"]
+    assert (plan.num_ranks, plan.ranks_per_node, plan.layer_ids, plan.num_redundant_experts) == (4, 2, (0, 1, 2), 0)
+    assert plan.rank_of_slot == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert (plan.objective.return_mode, plan.objective.dispatch, plan.workload.phase) == (
+        "return_home", "per_node", "prefill",
+    )  # fmt: skip
+    assert plan.status == "optimal"
+    assert plan.bounds[0].gap == 0
+    assert plan.prediction is not None
+    assert plan.prediction.baseline == "contiguous"
+    assert plan.prediction.time_s <= plan.prediction.baseline_time_s
+    assert plan.verdict is not None
+    assert "second half" in plan.verdict.held_out
+
+
+def test_messages_go_to_standard_error_and_quiet_silences_them(run):
+    code, out, err = run(*BASE, "--out", "plan", "--json")
+    assert code == 0
+    json.loads(out)
+    assert "wrote plan/plan.json" in err
+    assert run(*BASE, "--out", "plan", "--quiet") == (0, "", "")
+    code, out, err = run(*BASE, "--out", "plan")
+    assert code == 0
+    assert "rank" in out
+
+
+def test_a_scenario_file_does_what_options_do(run, place):
+    run(*BASE, "--out", "a", "--redundant", 4, "--seed", 3, "--planner", "greedy", "--batch-per-rank", 64, "--quiet")
+    Path("scenario.yaml").write_text(
+        "model: model.json\ntrace: trace.npz\nranks: 4\nnodes: 2\nredundant: 4\nseed: 3\nplanner: greedy\n"
+        "workload:\n  batch_per_rank: 64\nout: b\n"
+    )
+    assert run("optimize", "scenario.yaml", "--quiet")[0] == 0
+    assert files(place / "a") == files(place / "b")
+    # options win
+    run("optimize", "scenario.yaml", "--seed", 4, "--out", "c", "--quiet")
+    assert Plan.load(place / "c" / "plan.json").seed == 4
+
+
+def test_an_older_plan_is_replaced_whole_and_other_files_never(run, place):
+    run(*BASE, "--out", "plan", "--quiet", "--planner", "contiguous")
+    (place / "plan" / "stale.txt").write_text("old")
+    assert run(*BASE, "--out", "plan", "--quiet", "--planner", "greedy")[0] == 0
+    assert sorted(files(place / "plan")) == ["plan.html", "plan.json"]
+    assert Plan.load(place / "plan" / "plan.json").planner == "greedy"
+    foreign = place / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    code, _, err = run(*BASE, "--out", "foreign", "--quiet")
+    assert code == 2
+    assert "does not hold a plan" in err
+    assert files(foreign) == {"thesis.txt": b"mine"}
+    (place / "file").write_text("x")
+    assert run(*BASE, "--out", "file", "--quiet")[0] == 2
+    (place / "empty").mkdir()
+    assert run(*BASE, "--out", "empty", "--quiet", "--planner", "greedy")[0] == 0
+
+
+def save_counts(layers_experts: object) -> None:
+    Path("counts.json").write_text(json.dumps(layers_experts))
+
+
+def bombs() -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]" for i in range(8)]
+    Path("bomb.yaml").write_text("\n".join(lines) + "\n")
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (Path("exploded"),)
+
+    Path("bomb.pt").write_bytes(pickle.dumps(Bomb()))
+    np.savez("bomb.npz", experts=np.array([Bomb()], dtype=object), num_experts=8)
+
+
+COUNTS = ("--trace", "counts.json", "--out", "o")
+
+
+def good_counts() -> list[list[float]]:
+    return [[5.0, 4, 3, 2, 1, 2, 3, 4] for _ in range(3)]
+
+
+def with_entry(value: float) -> list[list[float]]:
+    counts = good_counts()
+    counts[1][2] = value
+    return counts
+
+
+BAD = {
+    "unknown planner": (lambda: None, (*BASE, "--planner", "greddy", "--out", "o"), "did you mean 'greedy'"),
+    "unknown model": (
+        lambda: None,
+        ("optimize", "--model", "deepsek-v2-lite", "--trace", "trace.npz", "--ranks", 4, "--out", "o"),
+        "did you mean 'deepseek-v2-lite'",
+    ),
+    "unknown cluster": (lambda: None, (*BASE, "--cluster", "h100-sxn", "--out", "o"), "did you mean 'h100-sxm"),
+    "unknown target": (lambda: None, (*BASE, "--target", "sglng", "--out", "o"), "did you mean 'sglang'"),
+    "no such trace": (lambda: None, (*BASE, "--trace", "nothing.npz", "--out", "o"), "nothing.npz"),
+    "another model's trace": (
+        lambda: np.savez("t.npz", experts=experts(count=16), num_experts=16),
+        (*BASE, "--trace", "t.npz", "--out", "o"), "16",
+    ),
+    "layers missing": (
+        lambda: np.savez("t.npz", experts=experts(layers=2), num_experts=8),
+        (*BASE, "--trace", "t.npz", "--out", "o"), "2",
+    ),
+    "id out of range": (
+        lambda: np.savez("t.npz", experts=np.where(experts() == 7, 8, experts()), num_experts=8),
+        (*BASE, "--trace", "t.npz", "--out", "o"), "outside 0..7",
+    ),
+    "no tokens": (
+        lambda: np.savez("t.npz", experts=experts()[:0], num_experts=8), (*BASE, "--trace", "t.npz", "--out", "o"),
+        "empty",
+    ),
+    "NaN": (lambda: save_counts(with_entry(float("nan"))), (*BASE, *COUNTS), "not finite|NaN|number"),
+    "negative": (lambda: save_counts(with_entry(-1.0)), (*BASE, *COUNTS), "negative"),
+    "ragged": (lambda: save_counts([*good_counts()[:2], [1.0]]), (*BASE, *COUNTS), "counts"),
+    "no counts": (lambda: save_counts([]), (*BASE, *COUNTS), "empty|shape|counts"),
+    "truncated": (
+        lambda: Path("t.npz").write_bytes(Path("trace.npz").read_bytes()[:900]),
+        (*BASE, "--trace", "t.npz", "--out", "o"), "t.npz",
+    ),
+    "pickle in npz": (bombs, (*BASE, "--trace", "bomb.npz", "--out", "o"), "bomb.npz"),
+    "pickle in pt": (bombs, (*BASE, "--trace", "bomb.pt", "--out", "o"), "bomb.pt"),
+    "alias bomb": (bombs, ("optimize", "bomb.yaml", "--out", "o"), "aliases"),
+    "fewer slots than experts": (
+        lambda: Path("cluster.yaml").write_text(
+            "name: few\naccelerator: h100-sxm\nnum_nodes: 1\nranks_per_node: 4\nranks:\n"
+            + "".join(f"  {r}:\n    slots: 1\n" for r in range(4))
+        ),
+        ("optimize", "--model", "model.json", "--trace", "trace.npz", "--cluster", "cluster.yaml", "--out", "o"),
+        r"4.*8|8.*4",
+    ),
+    "ranks not of the nodes": (
+        lambda: None, (*BASE[:-1], 3, "--out", "o"), "multiple",
+    ),
+    "unwritable": (
+        lambda: Path("wall").write_text("x"), (*BASE, "--planner", "contiguous", "--out", "wall/o"), "cannot write",
+    ),
+    "windows of nothing": (lambda: None, (*BASE, "--windows", "domain", "--out", "o"), "need a trace with domains"),
+    "bad unit": (lambda: None, (*BASE, "--max-imbalance", "lots", "--out", "o"), "max_imbalance"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(run, place, case):
+    make, words, message = BAD[case]
+    make()
+    before = sorted(str(p) for p in place.rglob("*"))
+    code, out, err = run(*words, "--json")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+    assert sorted(str(p) for p in place.rglob("*")) == before
+
+
+def test_missing_options_are_a_matter_of_usage(run):
+    for words, hint in (
+        (("optimize",), "--model"),
+        (("optimize", "--model", "model.json"), "--trace"),
+        (("optimize", "--model", "model.json", "--trace", "trace.npz"), "--ranks"),
+        (BASE, "--out"),
+        ((*BASE, "--redundant", "many", "--out", "o"), "many"),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert hint in err
+
+
+def test_a_model_larger_than_memory_says_by_how_much(run, place):
+    big = {**CONFIG, "hidden_size": 16384, "intermediate_size": 524288}
+    Path("model.json").write_text(json.dumps(big))
+    code, out, err = run(*BASE, "--out", "o")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "GiB" in err
+    assert not (place / "o").exists()
+
+
+@pytest.mark.parametrize("target", ["sglang", "trtllm"])
+def test_a_plan_and_its_exported_file_score_alike(run, place, target):
+    run(*BASE, "--redundant", 4, "--planner", "greedy", "--out", "plan", "--quiet")
+    name = "map.json" if target == "sglang" else "map.yaml"
+    assert (
+        run("export", "plan/plan.json", "--format", target, "--out", name, "--model", "model.json", "--quiet")[0] == 0
+    )
+    own = run(
+        "evaluate", "--plan", "plan/plan.json", "--trace", "trace.npz", "--model", "model.json", "--json", "--quiet"
+    )
+    foreign = run(
+        "evaluate", "--plan", name, "--trace", "trace.npz", "--model", "model.json", "--ranks", 4, "--nodes", 2,
+        "--json", "--quiet",
+    )  # fmt: skip
+    assert (own[0], own[2]) == (foreign[0], foreign[2]) == (0, "")
+    ours, theirs = json.loads(own[1]), json.loads(foreign[1])
+    assert (ours.pop("format"), theirs.pop("format")) == ("plan", target)
+    assert [ours.pop("model"), theirs.pop("model")]
+    ours.pop("messages"), theirs.pop("messages")
+    assert ours == theirs
+    plan = Plan.load(place / "plan" / "plan.json")
+    assert plan.prediction is not None
+    assert ours["time_s"] == pytest.approx(plan.prediction.time_s)
+    assert ours["layers"] == [row.model_dump(mode="json") for row in plan.evaluation]
+
+
+def test_evaluate_prints_a_table_and_names_what_it_lacks(run):
+    run(*BASE, "--planner", "greedy", "--out", "plan", "--quiet")
+    code, out, _ = run("evaluate", "--plan", "plan", "--trace", "trace.npz", "--model", "model.json")
+    assert code == 0
+    assert "max/mean load" in out
+    for plan in ("model.json", "plan"):  # no plan at all; a plan of a model that is not built in
+        code, out, err = run("evaluate", "--plan", plan, "--trace", "trace.npz")
+        assert (code, out) == (2, "")
+        assert "give --model" in err
+
+
+def test_a_plan_starts_from_the_one_in_use(run, place):
+    run(*BASE, "--planner", "contiguous", "--out", "now", "--quiet")
+    assert run(*BASE, "--planner", "greedy", "--current", "now/plan.json", "--out", "next", "--quiet")[0] == 0
+    plan = Plan.load(place / "next" / "plan.json")
+    assert plan.migration is not None
+    assert plan.verdict is not None
+    assert plan.prediction is not None
+    assert plan.prediction.baseline == "current"
+    assert plan.verdict.migration_s == plan.migration.seconds
+    again = run(*BASE, "--planner", "greedy", "--current", "next/plan.json", "--out", "same", "--json", "--quiet")
+    same = json.loads(again[1])
+    assert same["migration"]["moves"] == []
+    assert same["verdict"]["apply"] is False
+
+
+def moeplan(*words: object, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "moeplan.cli", *map(str, words)], env=os.environ | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_one_seed_gives_the_same_bytes_in_any_process_with_any_threads(place):
+    np.savez("wide.npz", experts=experts(tokens=1500, count=16), num_experts=16)
+    Path("model.json").write_text(json.dumps({**CONFIG, "num_local_experts": 16}))
+    words = ("optimize", "--model", "model.json", "--trace", "wide.npz", "--ranks", 4, "--nodes", 2, "--redundant", 4)
+    # each process sees another number of processors
+    code = "import os; os.cpu_count = lambda: {}; from moeplan.cli import main; main()"
+    for threads, out in ((1, "a"), (2, "b")):
+        subprocess.run(
+            [sys.executable, "-c", code.format(threads), *map(str, words), "--out", out, "--quiet"], check=True,
+            env=os.environ | {"PYTHONHASHSEED": str(threads), "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+    assert files(place / "a") == files(place / "b")
+    assert Plan.load(place / "a" / "plan.json").status == "feasible"
+
+
+@pytest.mark.parametrize("mode", ["return_home", "stay"])
+def test_ctrl_c_keeps_the_best_plan_so_far(place, mode):
+    np.savez("wide.npz", experts=experts(tokens=3000, layers=48, count=64), num_experts=64)
+    Path("model.json").write_text(json.dumps({**CONFIG, "num_local_experts": 64, "num_hidden_layers": 48}))
+    process = moeplan(
+        "optimize", "--model", "model.json", "--trace", "wide.npz", "--ranks", 8, "--nodes", 2, "--out", "plan",
+        "--return-mode", mode, "--json", MOEPLAN_TEST="1",
+    )  # fmt: skip
+    time.sleep(9)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    plan = Plan.load(place / "plan" / "plan.json")
+    assert plan.status == "interrupted"
+    assert json.loads(out)["status"] == "interrupted"
