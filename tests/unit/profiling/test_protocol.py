@@ -124,7 +124,7 @@ def test_a_kernel_that_the_device_lacks_is_named_and_the_rest_goes_on():
             raise RuntimeError("no kernel image is available\nfor execution")
         return 10.0
 
-    rig = _run([_series(label="a"), _series(label="b", high=64)], FakeTimer(law))
+    rig = _run([_series(label="a"), _series(label="b", high=64)], FakeTimer(law), budget=3.0)
     assert rig.left_out == ["a: fails here from size 181 on: no kernel image is available"]
     assert {row["label"] for _, row, _ in rig.journal.points.values()} == {"a", "b"}
 
