@@ -1,8 +1,8 @@
 """Planning figures, beside the peers in the same run: ``python benchmarks/planning.py [--section NAME] [--out FILE]``.
 
 Sections: ``routing`` (recorded DeepSeek-V2-Lite routing: plan on the first half of a task, score on the second),
-``replan`` (one task's plan on another task, within a migration budget), ``shapes`` (58 layers x 256 experts, 288 slots),
-``small`` (Mixtral, proven optimum beside MoETuner), ``unequal`` (8 of 32 ranks at 0.7x).
+``replan`` (one task's plan on another task, within a migration budget), ``shapes`` (58 layers x 256 experts, 288
+slots), ``small`` (Mixtral, proven optimum beside MoETuner), ``unequal`` (8 of 32 ranks at 0.7x).
 ``routing`` and ``replan`` read the public data named by MOEPLAN_DATA and are skipped without it. Peers: the EPLB policy
 (planner ``greedy``: the public code's answers up to ties), MoETuner, ExFlow, and the hypergraph partitioner
 Mt-KaHyPar where it is installed (``pip install moeplan[bench]``). All seeds are 0.
@@ -63,7 +63,9 @@ def problem_of(
     )
 
 
-def timed(planner: Callable[[PlanningProblem], PlanningResult], problem: PlanningProblem) -> tuple[PlanningResult, float]:
+def timed(
+    planner: Callable[[PlanningProblem], PlanningResult], problem: PlanningProblem
+) -> tuple[PlanningResult, float]:
     start = time.perf_counter()
     with threadpool_limits(1):
         result = planner(problem)
@@ -171,7 +173,8 @@ def replan(data: Path) -> Iterator[Row]:
             problem = problem_of("deepseek-v2-lite", now, ranks, nodes)
             full = timed(joint, problem)[0].placement
             start, best = objective_value(problem, current), objective_value(problem, full)
-            row: Row = {"from": old, "to": new, "ranks": ranks, "nodes": nodes, "full_moves": int(moves_needed(current, full).sum())}
+            moves = int(moves_needed(current, full).sum())
+            row: Row = {"from": old, "to": new, "ranks": ranks, "nodes": nodes, "full_moves": moves}
             for percent in (5, 25):
                 budget = now.num_layers * 64 * percent // 100
                 limited = problem_of("deepseek-v2-lite", now, ranks, nodes, current=current, max_moves=budget)
@@ -281,7 +284,8 @@ def verdicts(rows: dict[str, list[Row]]) -> list[Row]:
     if found := rows.get("replan"):
         for percent, target in ((5, 0.55), (25, 0.80)):
             least = min(r[f"gain_at_{percent}"] for r in found)
-            add(f"least part of the full re-plan's gain at {percent} % of bytes", least, f">= {target}", least >= target)
+            figure = f"least part of the full re-plan's gain at {percent} % of bytes"
+            add(figure, least, f">= {target}", least >= target)
     if found := rows.get("shapes"):
         worst = max(r["max_over_mean"] / r["eplb"] for r in found)
         add("load-only: worst max/mean load over EPLB's", worst, "<= 1", worst <= 1 + 1e-9)
@@ -294,9 +298,11 @@ def verdicts(rows: dict[str, list[Row]]) -> list[Row]:
         add("stay: slowest plan with its proof, s", slowest, "<= 30 on two idle cores", slowest <= 30)
         slowest = max(r["load_seconds"] for r in found)
         add("load-only: slowest plan, s", slowest, "<= 2 on two idle cores", slowest <= 2)
-        add("stay: largest joint gap", max(r["joint_gap"] for r in found), "below 0.20 is the aim", max(r["joint_gap"] for r in found) < 0.2)
+        gap = max(r["joint_gap"] for r in found)
+        add("stay: largest joint gap", gap, "below 0.20 is the aim", gap < 0.2)
     if found := rows.get("small"):
-        add("Mixtral: both proven optimal", float(sum(r["status"] == "optimal" for r in found)), "2", all(r["status"] == "optimal" for r in found))
+        proven = sum(r["status"] == "optimal" for r in found)
+        add("Mixtral: both proven optimal", float(proven), "2", proven == len(found))
         add("Mixtral: slowest, s", max(r["seconds"] for r in found), "< 20", max(r["seconds"] for r in found) < 20)
         least = min(r["moetuner_step_s"] / r["step_s"] for r in found)
         add("Mixtral: MoETuner's step over ours", least, ">= 1", least >= 1 - 1e-12)
@@ -323,7 +329,9 @@ def main() -> None:
                 PlanningProblem(
                     load=warm, experts_L=np.full(3, 16), slots_R=np.full(ranks, max(slots, 16 // ranks + (slots == 5))),
                     speed_R=np.ones(ranks), ranks_per_node=ranks // 2, objective=objective,
-                    costs=layer_costs(find_model("mixtral-8x7b"), sized_cluster("h100-sxm", ranks, 2), Workload(), objective),
+                    costs=layer_costs(
+                        find_model("mixtral-8x7b"), sized_cluster("h100-sxm", ranks, 2), Workload(), objective
+                    ),
                 )
             )  # fmt: skip
     for name in arguments.section or SECTIONS:
@@ -337,7 +345,8 @@ def main() -> None:
     judged = verdicts(rows)
     print()
     for line in judged:
-        print(f"{'reached ' if line['reached'] else 'NOT     '} {line['value']:10.4f}  {line['target']:32} {line['figure']}")
+        reached = "reached" if line["reached"] else "NOT"
+        print(f"{reached:8} {line['value']:10.4f}  {line['target']:32} {line['figure']}")
     if arguments.out:
         arguments.out.write_text(json.dumps({"figures": judged, "rows": rows}, indent=1) + "\n")
 
