@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from moeplan.costs.evaluation import transitions_of
 from moeplan.planning.balance import LayerLoad, balance_layer
 from moeplan.planning.budget import within_budget
 from moeplan.planning.exact import exact_placement
-from moeplan.planning.prepare import Prepared, copy_costs, layer_tokens, objective_value, prepare
+from moeplan.planning.prepare import Prepared, copy_costs, layer_tokens, objective_value, prepare, window_seconds
 from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 from moeplan.planning.search_home import anneal_home
 from moeplan.planning.search_load import rank_loads
@@ -40,6 +40,7 @@ __all__ = ["joint"]
 BALANCE_PROPOSALS = 40_000
 HOME_PROPOSALS = 50_000_000  # over the slots of a layer: its arrangements are the fewer
 STAY_SWEEPS, STAY_PROPOSALS, STAY_HEAT = 100, 5_000, 0.005
+ROUNDS = 3
 
 Rows = NDArray[np.int64]
 
@@ -93,15 +94,38 @@ def _each_layer(
 def joint(problem: PlanningProblem) -> PlanningResult:
     """Place all layers; see the module.
 
+    Where the worst windows count, the searches, which look at means, are repeated with more weight on the windows that
+    came out slowest (multiplicative weights, Freund & Schapire 1999), and the best plan for the objective is kept.
+
     Raises:
         InfeasibleError: fewer slots than experts.
     """
     require_room(problem)
     clock = _Clock(problem, time.monotonic())
-    ready = prepare(problem)
+    windows = len(problem.load.windows)
     if problem.current is not None and problem.max_moves is not None:
-        budgeted, note = within_budget(ready, problem.current, problem.max_moves)
+        budgeted, note = within_budget(prepare(problem), problem.current, problem.max_moves)
         return PlanningResult(budgeted, notes=(note,))
+    weight_W = np.full(windows, 1.0 / windows)
+    best = _plan(prepare(problem), clock)
+    if windows == 1 or problem.objective.aggregate == "mean":
+        return best
+    best_value = objective_value(problem, best.placement)
+    last = best
+    for _ in range(ROUNDS):
+        if clock.over():
+            break
+        seconds_W = window_seconds(problem, last.placement)
+        weight_W *= np.exp(8.0 * (seconds_W / seconds_W.mean() - 1.0))
+        weight_W /= weight_W.sum()
+        last = _plan(prepare(problem, weight_W), clock)
+        if (value := objective_value(problem, last.placement)) < best_value:
+            best, best_value = last, value
+    return replace(best, status=clock.status if best.status != "optimal" else best.status)
+
+
+def _plan(ready: Prepared, clock: _Clock) -> PlanningResult:
+    problem = ready.problem
     base_LP = _each_layer(
         clock,
         "balance load",

@@ -17,7 +17,16 @@ from moeplan.planning.balance import LayerLoad
 from moeplan.planning.problem import PlanningProblem
 from moeplan.planning.search_home import group_arrivals, pack_tokens
 
-__all__ = ["LayerTokens", "Prepared", "copy_costs", "layer_tokens", "live_speed", "objective_value", "prepare"]
+__all__ = [
+    "LayerTokens",
+    "Prepared",
+    "copy_costs",
+    "layer_tokens",
+    "live_speed",
+    "objective_value",
+    "prepare",
+    "window_seconds",
+]
 
 TIME_WINDOWS = 4  # a plan made for several stretches of time holds better on the next one than one for their sum
 MIN_WINDOW_TOKENS = 256
@@ -40,6 +49,7 @@ class Prepared:
     window_T: NDArray[np.int64] | None
     node_price_s: float
     rank_price_s: float
+    weight_W: NDArray[np.float64] | None = None
 
     @property
     def max_imbalance(self) -> float:
@@ -84,8 +94,11 @@ def _windows(
     return load_WLE, token_T, window_T[token_T]
 
 
-def prepare(problem: PlanningProblem) -> Prepared:
-    """Turn a problem into what the searches take."""
+def prepare(problem: PlanningProblem, weight_W: NDArray[np.float64] | None = None) -> Prepared:
+    """Turn a problem into what the searches take; ``weight_W`` are the windows' weights, summing to 1 (None: equal).
+
+    A window of more weight has its costs scaled up: the searches take means over windows.
+    """
     load_WLE, token_T, window_T = _windows(problem)
     costs, objective = problem.costs, problem.objective
     live = int((problem.slots_R > 0).sum())
@@ -108,6 +121,8 @@ def prepare(problem: PlanningProblem) -> Prepared:
             for c in range(1, most + 1)
         ]
         copy_WEC = np.stack(table, axis=2)
+        if weight_W is not None:
+            copy_WEC *= (weight_W * len(weight_W))[:, None, None]
         unit = float(copy_WEC[:, :, 0].sum(axis=1).mean()) / live_speed(problem)
         layers.append(
             LayerLoad(
@@ -127,6 +142,7 @@ def prepare(problem: PlanningProblem) -> Prepared:
         window_T=window_T,
         node_price_s=costs.tokens_per_step * costs.per_node_copy_s * (1 - 1 / nodes),
         rank_price_s=costs.tokens_per_step * costs.per_rank_copy_s,
+        weight_W=weight_W,
     )
 
 
@@ -173,7 +189,9 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     home_T = home_ranks(problem.load, np.flatnonzero(problem.slots_R > 0))[token_T]
     slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even")
     bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
-    weight_W = 1.0 / np.bincount(window_T) / len(cost_WP)
+    weight_W = 1.0 / np.maximum(np.bincount(window_T, minlength=len(cost_WP)), 1) / len(cost_WP)
+    if ready.weight_W is not None:
+        weight_W *= ready.weight_W * len(cost_WP)
 
     def busiest(first_G: NDArray[np.int64]) -> float:
         return float((group_arrivals(bits_PM, slots, first_G, start_W) * weight_W[:, None]).sum(axis=0).max())
@@ -186,7 +204,13 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     return LayerTokens(bits_PM, start_W, weight_W, cost_WP, slots, first_R, first_N, node_price, rank_price)
 
 
+def window_seconds(problem: PlanningProblem, placement: Placement) -> NDArray[np.float64]:
+    """Seconds of a step over all layers, per window."""
+    seconds_WL = evaluate(problem.load, placement, problem.costs, problem.objective, problem.speed_R).time_WL
+    total_W: NDArray[np.float64] = seconds_WL.sum(axis=1)
+    return total_W
+
+
 def objective_value(problem: PlanningProblem, placement: Placement) -> float:
     """Seconds of a step over all layers, aggregated over windows as the objective says."""
-    seconds_WL = evaluate(problem.load, placement, problem.costs, problem.objective, problem.speed_R).time_WL
-    return aggregate(seconds_WL.sum(axis=1), problem.objective)
+    return aggregate(window_seconds(problem, placement), problem.objective)
