@@ -149,7 +149,7 @@ def balance_layer(layer: LayerLoad, proposals: int, seed: int) -> NDArray[np.int
     replicate = bool(copies.max() > 1)
     one_per_rank = len(np.unique(layer.group_R)) == len(layer.speed_R)
     if replicate and (sizes == 2).all() and (layer.speed_R == 1).all() and one_per_rank:
-        folded = fold_search(layer.total_EC[:, 0], copies, floor, layer.most_copies, proposals, seed)
+        folded = fold_search(layer.total_EC[:, 0], copies, floor, layer.most_copies, 3 * proposals, seed)
         starts.append(_fold_pairs(layer, folded))
 
     def peak(slots: NDArray[np.int64]) -> float:

@@ -102,7 +102,7 @@ def fold_search(load_E, copies_E, floor, max_copies, proposals, seed):
     price = _fold_price(sorted_P, floor)
     best = copies_E.copy()
     best_price = price
-    temperature = 3e-3
+    temperature = 1e-3
     cooling = (1e-3) ** (1.0 / max(1, proposals))
     for _ in range(proposals):
         temperature *= cooling
