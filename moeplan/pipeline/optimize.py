@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.plan import LayerEvaluation, Plan, Prediction
+from moeplan.artifacts.plan import Bound, LayerEvaluation, Plan, Prediction
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
@@ -223,7 +223,11 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
     after = evaluate(job.load, placement, problem.costs, job.objective, problem.speed_R)
     before = evaluate(job.load, baseline, problem.costs, job.objective, problem.speed_R)
     progress("prove", 0.0)
-    bounds = bounds_of(problem, result, after)
+    bounds: tuple[Bound, ...] = ()
+    try:
+        bounds = bounds_of(problem, result, after)
+    except KeyboardInterrupt:  # the plan stands without its proof
+        interrupted, result = True, replace(result, status="interrupted")
     progress("prove", 1.0)
     migration = None
     if job.current is not None:
@@ -258,14 +262,19 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
         source=dict(problem.costs.source),
     )
     progress("hold out", 0.0)
-    best_possible = 1.0 - bounds[0].bound / base_s
-    held = _held_out(job, planner, placement, baseline, interrupted)
+    best_possible = 1.0 - bounds[0].bound / base_s if bounds else 1.0
+    try:
+        held = _held_out(job, planner, placement, baseline, interrupted)
+    except KeyboardInterrupt:
+        interrupted = True
+        held = _held_out(job, planner, placement, baseline, interrupted)
+    interrupted = interrupted or held.interrupted
     verdict = judge(baseline_name, held.before_W, held.after_W, best_possible, held.words, held.is_held_out, migration)
     progress("hold out", 1.0)
     plan = Plan(
         model=job.model.name,
         planner=scenario.planner,
-        status=result.status,
+        status="interrupted" if interrupted else result.status,
         seed=scenario.seed,
         num_experts=job.model.num_experts,
         experts_per_layer=job.model.experts_per_layer,
@@ -323,6 +332,7 @@ class _HeldOut:
     after_W: NDArray[np.float64]
     words: str
     is_held_out: bool
+    interrupted: bool
 
 
 def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement, interrupted: bool) -> _HeldOut:
@@ -340,19 +350,22 @@ def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement
         words = f"the second half of the trace in {count} windows, planned on the first"
     elif len(load.windows) >= 4:
         half = len(load.windows) // 2
-        first = replace(load, load_WLE=load.load_WLE[:half], windows=load.windows[:half], trace=None, window_T=None)
-        rest = replace(load, load_WLE=load.load_WLE[half:], windows=load.windows[half:], trace=None, window_T=None)
-        words = f"the last {len(rest.windows)} windows, planned on the first {half}"
+        if (load.load_WLE[:half].sum(axis=(0, 2)) > 0).all() and (load.load_WLE[half:].sum(axis=(0, 2)) > 0).all():
+            first, rest = (
+                replace(load, load_WLE=load.load_WLE[part], windows=load.windows[part], trace=None, window_T=None)
+                for part in (slice(half), slice(half, None))
+            )
+            words = f"the last {len(rest.windows)} windows, planned on the first {half}"
     problem = job.problem(load, no_progress)
     scored = placement
-    if first is not None and (first.load_WLE.sum(axis=(0, 2)) > 0).all():
+    if first is not None:
         result: PlanningResult = planner(job.problem(first, no_progress))
         if result.status == "interrupted":
             return _held_out(job, planner, placement, baseline, interrupted=True)
         scored = result.placement
     after = evaluate(rest, scored, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
     before = evaluate(rest, baseline, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
-    return _HeldOut(before, after, words, first is not None)
+    return _HeldOut(before, after, words, first is not None, interrupted)
 
 
 def write_plan(found: Optimized, out: Path) -> list[Path]:

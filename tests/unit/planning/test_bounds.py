@@ -18,8 +18,8 @@ from moeplan.errors import MoeplanError
 from moeplan.planning import bounds
 from moeplan.planning.bounds import bounds_of, fewest_groups, most_kept, pairs_bound
 from moeplan.planning.exact import arrangements, exact_placement
-from moeplan.planning.joint import joint, objective_value
-from moeplan.planning.prepare import prepare
+from moeplan.planning.joint import joint
+from moeplan.planning.prepare import objective_value, prepare
 from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 from moeplan.registry import load_plugin
 from moeplan.specs.workload import Objective

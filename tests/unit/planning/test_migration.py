@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import Migration, Move
 from moeplan.costs.counting import count_loads, count_trace
-from moeplan.planning.joint import joint, objective_value
+from moeplan.planning.joint import joint
 from moeplan.planning.migration import align, held_experts, migration_of, moves_needed
+from moeplan.planning.prepare import objective_value
 from moeplan.planning.simple import contiguous, random
 from moeplan.planning.verdict import judge
 from moeplan.specs.workload import Objective
@@ -136,8 +137,7 @@ def test_no_moves_take_no_time():
 
 
 @pytest.mark.parametrize("budget", [0, 3, 12])
-def test_a_budget_is_kept_and_used_for_gain(budget, monkeypatch):
-    monkeypatch.setattr("moeplan.planning.joint.BUDGET_PROPOSALS", 5_000)
+def test_a_budget_is_kept_and_used_for_gain(budget):
     problem = make_problem(layers=3, experts=16, ranks=4, ranks_per_node=2, tokens=800, sigma=1.0)
     now = contiguous(problem).placement
     result = joint(replace(problem, current=now, max_moves=budget))

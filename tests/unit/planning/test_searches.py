@@ -133,7 +133,6 @@ def test_home_respects_a_cap_it_can_meet():
         assert loads[found].reshape(4, 2).sum(axis=1).max() <= best * 1.02 + 1e-9
 
 
-
 def test_load_price_rises_to_the_slope_at_the_cap():
     assert load_price(0.9, 1.0, 3.0, 0.2, 7.0) == 0.0
     assert load_price(1.2, 1.0, 3.0, 0.2, 7.0) == pytest.approx(0.3)
@@ -189,7 +188,7 @@ def test_stay_returns_the_value_of_what_it_returns(seed, copies):
 
     value = anneal_stay(
         flow, back, rows, share, cost, rank_P, 2, speed, base, cap, slope, steep, node_value, rank_value, 30, 300,
-        np.zeros((1, 1, 1), bool), 0.0, 0.4, True, seed,
+        0.4, True, seed,
     )  # fmt: skip
     kept = slow_kept(flow, rows, share, rank_P, 2, node_value, rank_value)
     assert kept_value(flow, rows, share, rank_P, 4, 2, node_value, rank_value) == pytest.approx(kept)
@@ -211,7 +210,7 @@ def test_stay_reaches_the_best_of_all_chains():
         rows, cost = np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), np.ones((2, 1, 4))
         return anneal_stay(
             flow, np.ascontiguousarray(flow.transpose(0, 2, 1)), rows, share.copy(), cost, rank_P, 2, np.ones(4),
-            np.ones((2, 1)), np.ones((2, 1)), 0.1, 1.0, 0.5, 0.25, 50, 300, np.zeros((1, 1, 1), bool), 0.0, 0.4, True,
+            np.ones((2, 1)), np.ones((2, 1)), 0.1, 1.0, 0.5, 0.25, 50, 300, 0.4, True,
             seed,
         )  # fmt: skip
 
