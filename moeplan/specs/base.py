@@ -17,10 +17,13 @@ def validation_message(where: str, error: ValidationError) -> str:
     """One line per wrong field: path (value): what is wrong."""
     lines = []
     for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"]) or "document"
+        path, message = ".".join(str(part) for part in item["loc"]), item["msg"].removeprefix("Value error, ")
+        if not path and item["type"] == "value_error":  # between fields, which the message names
+            lines.append(message)
+            continue
         value = item["input"]
         shown = f" ({value!r})" if isinstance(value, (str, int, float, bool)) and item["type"] != "missing" else ""
-        lines.append(f"{path}{shown}: {item['msg'].removeprefix('Value error, ')}")
+        lines.append(f"{path or 'document'}{shown}: {message}")
     return f"{where}: " + "; ".join(lines)
 
 

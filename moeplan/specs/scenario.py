@@ -93,6 +93,9 @@ class Scenario(Spec):
             raise ValueError(
                 f"ranks ({self.ranks}) is not a multiple of nodes ({self.nodes}); every node holds as many"
             )
+        for name in ("migration_size", "migration_time"):
+            if getattr(self, name) is not None and self.current is None:
+                raise ValueError(f"{name} limits what is moved from current, which is not given; name the file")
         return self
 
     @classmethod
