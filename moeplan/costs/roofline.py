@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from moeplan.errors import SpecError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
 
@@ -63,21 +64,33 @@ def internode_bandwidth(cluster: ClusterSpec) -> float:
 
     ``flat`` and ``nvl72`` join nodes by the scale-up network, ``explicit`` by the links given, the others
     by one NIC per rank.
+
+    Raises:
+        SpecError: explicit links leave a node without a way to it.
     """
     per_node = cluster.ranks_per_node
     if cluster.topology in ("flat", "nvl72"):
         return per_node * cluster.accelerator.scale_up_bandwidth
     if cluster.topology != "explicit":
         return per_node * cluster.accelerator.nic_bandwidth
-    inside = [
-        {f"node{node}", *(f"rank{rank}" for rank in range(node * per_node, (node + 1) * per_node))}
-        for node in range(cluster.num_nodes)
-    ]
-    return min(
-        sum(
-            link.bandwidth
-            for link in cluster.links
-            if (link.target in names) != (link.source in names) and (link.target in names or link.duplex)
-        )
-        for names in inside
-    )
+    return min(_into_node(cluster, node) for node in range(cluster.num_nodes))
+
+
+def _into_node(cluster: ClusterSpec, node: int) -> float:
+    """Most bytes per second that explicit links carry from all other nodes to ``node``: a maximum flow."""
+    import networkx as nx  # here, as only explicit links need it
+
+    per_node = cluster.ranks_per_node
+    ends = {f"rank{rank}": rank // per_node == node for rank in range(cluster.num_ranks)}
+    ends |= {f"node{other}": other == node for other in range(cluster.num_nodes)}
+    graph: nx.DiGraph[str | bool] = nx.DiGraph()
+    graph.add_nodes_from((True, False))  # this node, and all others together
+    for link in cluster.links:
+        a, b = ends.get(link.source, link.source), ends.get(link.target, link.target)
+        for source, target in ((a, b), (b, a))[: 1 + link.duplex]:
+            known = graph.get_edge_data(source, target, {"capacity": 0.0})["capacity"]
+            graph.add_edge(source, target, capacity=known + link.bandwidth)
+    flow = float(nx.maximum_flow_value(graph, False, True))
+    if flow <= 0:
+        raise SpecError(f"links: none lead from other nodes to the ranks of node {node}; add those that join them")
+    return flow

@@ -6,6 +6,7 @@ import pytest
 
 from moeplan.costs.operating_point import layer_costs
 from moeplan.costs.roofline import expected_active, internode_bandwidth, token_bytes
+from moeplan.errors import SpecError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Objective, Workload
@@ -76,6 +77,16 @@ def test_nodes_are_joined_by_what_the_topology_says() -> None:
         {"source": "switch", "target": "node1", "bandwidth": "5 GB/s", "latency": "5 us", "duplex": True},
     ]
     assert internode_bandwidth(cluster(topology="explicit", links=links)) == 5e9
+    # Switches inside the nodes: what enters a node is what passes between the switches, not what leaves the ranks.
+    figures = {"bandwidth": "400 GB/s", "latency": "3 us"}
+    ranks = [{"source": f"rank{r}", "target": f"sw{r // 4}"} | figures for r in range(8)]
+    joined = {"source": "sw0", "target": "sw1", "bandwidth": "10 GB/s", "latency": "8 us"}
+    assert internode_bandwidth(cluster(topology="explicit", links=[*ranks, joined])) == 10e9
+    assert internode_bandwidth(cluster(topology="explicit", links=[*ranks, joined, joined])) == 20e9
+    with pytest.raises(SpecError, match=r"links: none lead from other nodes to the ranks of node 0"):
+        internode_bandwidth(cluster(topology="explicit", links=ranks))
+    with pytest.raises(SpecError, match=r"links: none lead from other nodes to the ranks of node 0"):
+        internode_bandwidth(cluster(topology="explicit", links=[*ranks, joined | {"duplex": False}]))
 
 
 def test_expected_active_counts_distinct_experts() -> None:
