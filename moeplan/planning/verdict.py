@@ -38,7 +38,8 @@ def judge(
         half = t * float(gain_W.std(ddof=1)) / len(gain_W) ** 0.5
     else:
         half = abs(mean)  # one window says nothing about the spread
-    low, high = mean - half, mean + half
+    # No placement gains more than the bound, however wide the spread.
+    low, high = mean - half, min(mean + half, max(mean, best_possible_gain))
     migration_s = None if migration is None else migration.seconds
     saved = mean / (1.0 - mean) if mean < 1 else np.inf  # seconds saved per second run under the plan
     break_even = None

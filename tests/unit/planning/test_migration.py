@@ -165,6 +165,13 @@ def test_a_gain_that_holds_is_worth_applying():
     assert "19.0%" in verdict.reason
 
 
+def test_no_end_of_the_interval_is_beyond_the_largest_possible_gain():
+    seen = judge("contiguous", np.array([1.0]), np.array([0.6]), 0.45, "the data planned on", False, None)
+    assert (seen.expected_gain_low, seen.expected_gain_high) == (pytest.approx(0.0), 0.45)
+    spread = judge("contiguous", np.ones(3), np.array([0.8, 0.5, 0.9]), 0.3, "the rest", True, None)
+    assert spread.expected_gain_low < 0 < spread.expected_gain_high == 0.3
+
+
 def test_break_even_is_when_the_time_saved_has_paid_for_the_moves():
     verdict = judge("current", np.array([1.0, 1.0]), np.array([0.8, 0.8]), 0.5, "the rest", True, moved(3.0))
     # a step of 0.8 s saves 0.2 s: 15 steps save 3 s and take 12 s
