@@ -166,6 +166,11 @@ FAILED = cluster_for("h100", 2, 2).model_copy(update={"ranks": {1: RankSpec(fail
             InfeasibleError,
             r"experts and a split of the others exceed it by 1.5 GiB; use fewer --redundant",
         ),
+        (
+            {"target": "megatron", "equal_slots": True, "num_redundant": 4},
+            SpecError,
+            r"megatron holds every expert once, but --redundant is 4; leave it out",
+        ),
     ],
 )
 def test_each_way_to_be_wrong_is_one_clear_error(change, kind, message):
