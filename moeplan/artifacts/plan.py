@@ -160,6 +160,8 @@ class Plan(_Paper):
                 f"{where}: schema_version ({value['schema_version']!r}) is not {SCHEMA_VERSION};"
                 " plan again with this version"
             )
+        if isinstance(value, dict) and not {"planner", "model"} & value.keys():
+            raise PlanError(f"{where} is not a plan; 'moeplan import' makes one of another engine's file")
         try:
             plan = cls.model_validate(value)
         except ValidationError as error:

@@ -64,7 +64,7 @@ def export_plan(
         PlanError: not a plan, or not of ``model``. ExportError: the format cannot express it.
     """
     exporter: Exporter = load_plugin("exporters", format_name)
-    plan = Plan.load(plan_path)
+    plan = Plan.load(plan_path / "plan.json" if plan_path.is_dir() else plan_path)
     given: dict[str, Any] = {
         "num_layers": num_layers,
         "variant": variant,
@@ -137,6 +137,7 @@ def load_placement(
     Raises:
         InputError: unreadable or of no known format. PlanError: it does not fit the model or ranks.
     """
+    path = path / "plan.json" if (path / "plan.json").is_file() else path
     document = read_placement_document(path)
     if isinstance(document, dict) and {"schema_version", "planner"} <= set(document):
         plan = Plan.parse(document, str(path))

@@ -47,6 +47,10 @@ def test_a_built_in_model_needs_no_options_either_way(name, tmp_path):
 def test_a_plan_is_loaded_as_it_is(plan_path):
     loaded = load_placement(plan_path, model=MODEL)
     assert (loaded.format, loaded.plan) == ("plan", Plan.load(plan_path))
+    (directory := plan_path.parent / "out").mkdir()
+    (directory / "plan.json").write_bytes(plan_path.read_bytes())
+    assert load_placement(directory, model=MODEL).plan == loaded.plan
+    assert export_plan(directory, "sglang", directory / "a.json") == [directory / "a.json"]
     with pytest.raises(PlanError, match=r"num_ranks \(8\) is not --ranks \(4\)"):
         load_placement(plan_path, model=MODEL, num_ranks=4)
     with pytest.raises(PlanError, match=r"num_experts \(64\) is not that of DeepSeek-V3 \(256\)"):
@@ -91,6 +95,8 @@ def test_files_that_are_no_placement(plan_path, tmp_path):
         import_plan(tmp_path / "a.json", model=MODEL, num_ranks=8, num_nodes=3)
     out = tmp_path / "b.json"
     export_plan(plan_path, "sglang", out)
+    with pytest.raises(PlanError, match=r"b.json is not a plan; 'moeplan import' makes one"):
+        Plan.load(out)
     with pytest.raises(PlanError, match="80 slots do not divide over 7 ranks"):
         import_plan(out, model=MODEL, num_ranks=7)
     document = json.loads(out.read_text())
