@@ -241,6 +241,11 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
             job.scale_up,
             job.cluster.accelerator.nic_bandwidth,
         )
+        if job.max_moves is not None and len(migration.moves) > job.max_moves:
+            raise InfeasibleError(
+                f"planner {scenario.planner} moves {len(migration.moves)} experts, but the migration budget allows"
+                f" {job.max_moves}; allow more, or use planner joint, which plans within a budget"
+            )
         limit = scenario.migration_time
         if limit is not None and migration.seconds > limit * 1.001:
             raise InfeasibleError(

@@ -294,6 +294,10 @@ def test_a_plan_starts_from_the_one_in_use(run, place):
     assert plan.prediction is not None
     assert plan.prediction.baseline == "current"
     assert plan.verdict.migration_s == plan.migration.seconds
+    budget = ("--current", "now/plan.json", "--migration-size", "1 B", "--quiet")
+    code, _, err = run(*BASE, "--planner", "greedy", *budget, "--out", "over")
+    assert (code, Path("over").exists()) == (2, False)
+    assert re.search(r"planner greedy moves \d+ experts, but the migration budget allows 0; .*joint", err)
     again = run(*BASE, "--planner", "greedy", "--current", "next/plan.json", "--out", "same", "--json", "--quiet")
     same = json.loads(again[1])
     assert same["migration"]["moves"] == []
