@@ -211,6 +211,11 @@ def test_what_a_person_should_know_is_a_warning(change, message):
     assert message in warnings[0]
 
 
+def test_ranks_left_without_a_slot_are_told():
+    found = require(run_checks(bundle(slots_R=np.array([4, 4, 0, 0]))))
+    assert "2 working ranks have no slot, so compute no experts; add 2 to --redundant to use them" in found
+
+
 def test_experts_beyond_a_layers_own_number_must_have_no_tokens():
     model = MODEL.model_copy(update={"experts_per_layer": (4, 8, 8)})
     with pytest.raises(TraceError, match="trace sends tokens of layer 1 beyond the 4 experts it has in toy"):
