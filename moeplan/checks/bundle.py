@@ -189,7 +189,7 @@ def slots_for_ranks(b: Bundle) -> Iterator[Finding]:
     if failed:
         yield warning(f"ranks {_some(failed)} have failed and hold nothing")
     if idle := len(set(np.flatnonzero(b.slots_R == 0).tolist()) - set(failed)):
-        yield warning(f"{idle} working ranks have no slot, so compute no experts; add {idle} to --redundant to use them")
+        yield warning(f"{idle} working ranks have no slot and compute nothing; add {idle} to --redundant to use them")
 
 
 def slots_for_experts(b: Bundle) -> Iterator[Finding]:

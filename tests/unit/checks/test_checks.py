@@ -213,7 +213,7 @@ def test_what_a_person_should_know_is_a_warning(change, message):
 
 def test_ranks_left_without_a_slot_are_told():
     found = require(run_checks(bundle(slots_R=np.array([4, 4, 0, 0]))))
-    assert "2 working ranks have no slot, so compute no experts; add 2 to --redundant to use them" in found
+    assert "2 working ranks have no slot and compute nothing; add 2 to --redundant to use them" in found
 
 
 def test_experts_beyond_a_layers_own_number_must_have_no_tokens():
