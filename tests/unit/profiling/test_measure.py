@@ -26,7 +26,7 @@ def measured(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("profiles") / "tiny"
     parts = ("system", "memory", "experts", "attention", "dense")
     request = ProfileRequest(
-        parts=parts, sizes=TINY, dtypes=("fp32",), ep=(1, 2), max_tokens=64, budget_s=6.0, threads=1
+        parts=parts, sizes=TINY, dtypes=("fp32",), ep=(1, 2), max_tokens=64, budget_s=10.0, threads=1
     )
     answer = measure_profile(request, out)
     assert set(answer["rows"]) == {"memory", "experts", "attention", "gemm", "elementwise"}
