@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeplan.errors import SpecError
+from moeplan.pipeline.optimize import optimize, write_plan
+from moeplan.specs.scenario import Scenario
+from moeplan.testing.exporters import tiny_model
+
+MODEL = tiny_model().model_dump(mode="json", exclude_unset=True)
+
+
+def scenario(trace: Path, **fields: object) -> Scenario:
+    given = {"model": MODEL, "trace": str(trace), "ranks": 4, "nodes": 2, "planner": "greedy", **fields}
+    return Scenario.parse(given, "test")
+
+
+@pytest.fixture
+def tokens(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    chosen = np.argsort(rng.gumbel(size=(1600, 3, 8)) + rng.normal(size=(3, 8)), axis=2)[:, :, :2]
+    np.savez(tmp_path / "t.npz", experts=chosen.astype(np.int16), num_experts=8)
+    return tmp_path / "t.npz"
+
+
+def test_the_gain_is_measured_on_tokens_the_plan_has_not_seen(tokens):
+    found = optimize(scenario(tokens))
+    assert found.plan.verdict is not None
+    assert found.plan.verdict.held_out == "the second half of the trace in 4 windows, planned on the first"
+    assert found.plan.verdict.expected_gain_low <= found.plan.verdict.expected_gain
+    assert found.plan.prediction is not None
+    assert found.plan.prediction.time_s == pytest.approx(found.evaluation.time_WL.sum())
+    assert found.plan.prediction.baseline_time_s == pytest.approx(found.baseline_evaluation.time_WL.sum())
+    assert found.plan.layer_ids == (1, 2, 4)
+    assert not found.interrupted
+
+
+@pytest.mark.parametrize("stage", ["prove", "hold out"])
+def test_ctrl_c_after_the_search_keeps_the_plan(tokens, stage, monkeypatch):
+    calls = []
+
+    def stop(*_words):
+        if not calls:
+            calls.append(1)
+            raise KeyboardInterrupt
+        return original(*_words)
+
+    name = "bounds_of" if stage == "prove" else "_held_out"
+    import moeplan.pipeline.optimize as module
+
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, stop)
+    found = optimize(scenario(tokens))
+    assert (found.interrupted, found.plan.status) == (True, "interrupted")
+    assert found.plan.verdict is not None
+    assert found.plan.verdict.apply is False
+    assert "interrupted" in found.plan.verdict.held_out or stage == "prove"
+    assert bool(found.plan.bounds) == (stage == "hold out")
+
+
+def test_windows_of_counts_are_held_out_only_where_both_halves_have_tokens(tmp_path):
+    counts = np.random.default_rng(0).integers(1, 90, (4, 3, 8)).astype(float)
+    np.save(tmp_path / "c.npy", counts)
+    verdict = optimize(scenario(tmp_path / "c.npy")).plan.verdict
+    assert verdict is not None
+    assert verdict.held_out == "the last 2 windows, planned on the first 2"
+    counts[:2, 1] = 0  # a layer that was quiet at first
+    np.save(tmp_path / "c.npy", counts)
+    verdict = optimize(scenario(tmp_path / "c.npy")).plan.verdict
+    assert verdict is not None
+    assert (verdict.apply, "nothing could be held out" in verdict.held_out) == (False, True)
+
+
+def test_a_plan_is_written_whole(tokens, tmp_path):
+    found = optimize(scenario(tokens))
+    written = write_plan(found, tmp_path / "out")
+    assert [path.name for path in written] == ["plan.json", "plan.html"]
+    assert json.loads(written[0].read_text())["seed"] == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x").write_text("")
+    with pytest.raises(SpecError, match="does not hold a plan"):
+        write_plan(found, tmp_path / "other")
