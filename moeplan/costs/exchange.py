@@ -242,7 +242,9 @@ def exchange_costs(
             both = balanced_copies(dispatch, model.top_k, num_ranks, num_nodes)
             return both[0] if between else both[1]
 
-        found = _pair(profile, mode, model, nodes, ranks, activation_dtype) if profile and usable else None
+        # Tables were measured on the machine's own network: links given one by one are another.
+        covered = usable and not (between and cluster.topology == "explicit")
+        found = _pair(profile, mode, model, nodes, ranks, activation_dtype) if profile and covered else None
         if found is not None:
             at = found[0]
             same = at.nodes == nodes if mode != "nvlink" else at.ranks == ranks

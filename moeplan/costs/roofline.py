@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
 from moeplan.errors import SpecError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
@@ -27,6 +31,7 @@ __all__ = [
 
 # Streaming kernels reach about this share of the data sheet's memory bandwidth.
 MEMORY_EFFICIENCY = 0.8
+_FLOW_UNIT = 1e6  # link bandwidths are counted in MB/s to find a flow
 RELATIVE_ERROR = 0.5  # a bound that real kernels miss by up to about 2x
 
 
@@ -78,19 +83,22 @@ def internode_bandwidth(cluster: ClusterSpec) -> float:
 
 def _into_node(cluster: ClusterSpec, node: int) -> float:
     """Most bytes per second that explicit links carry from all other nodes to ``node``: a maximum flow."""
-    import networkx as nx  # here, as only explicit links need it
-
     per_node = cluster.ranks_per_node
-    ends = {f"rank{rank}": rank // per_node == node for rank in range(cluster.num_ranks)}
-    ends |= {f"node{other}": other == node for other in range(cluster.num_nodes)}
-    graph: nx.DiGraph[str | bool] = nx.DiGraph()
-    graph.add_nodes_from((True, False))  # this node, and all others together
+    inside = {f"rank{rank}" for rank in range(node * per_node, (node + 1) * per_node)} | {f"node{node}"}
+    others = {f"rank{rank}" for rank in range(cluster.num_ranks)} | {f"node{n}" for n in range(cluster.num_nodes)}
+    # All other nodes together are 0, this one is 1.
+    number = {end: 1 if end in inside else 0 for end in inside | others}
     for link in cluster.links:
-        a, b = ends.get(link.source, link.source), ends.get(link.target, link.target)
-        for source, target in ((a, b), (b, a))[: 1 + link.duplex]:
-            known = graph.get_edge_data(source, target, {"capacity": 0.0})["capacity"]
-            graph.add_edge(source, target, capacity=known + link.bandwidth)
-    flow = float(nx.maximum_flow_value(graph, False, True))
+        for end in (link.source, link.target):
+            number.setdefault(end, len(set(number.values())))
+    size = max(number.values()) + 1
+    capacity = np.zeros((size, size))
+    for link in cluster.links:
+        ends = (number[link.source], number[link.target])
+        for source, target in (ends, ends[::-1])[: 1 + link.duplex]:
+            capacity[source, target] += link.bandwidth / _FLOW_UNIT
+    np.fill_diagonal(capacity, 0.0)
+    flow = _FLOW_UNIT * float(maximum_flow(csr_array(np.rint(capacity).astype(np.int32)), 0, 1).flow_value)
     if flow <= 0:
         raise SpecError(f"links: none lead from other nodes to the ranks of node {node}; add those that join them")
     return flow

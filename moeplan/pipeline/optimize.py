@@ -32,6 +32,7 @@ from moeplan.pipeline.show import evidence_of, page_of
 from moeplan.planning.bounds import bounds_of
 from moeplan.planning.migration import align, migration_of
 from moeplan.planning.problem import PlanningProblem, PlanningResult, no_progress
+from moeplan.planning.shares import weighted_shares
 from moeplan.planning.simple import contiguous
 from moeplan.planning.verdict import judge
 from moeplan.registry import load_plugin, plugin_names
@@ -155,6 +156,11 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
     if "batch_per_rank" not in given and phase == "decode":
         workload = workload.model_copy(update={"batch_per_rank": DECODE_BATCH})
     objective = scenario.objective
+    if scenario.target is not None and objective.replica_split == "weighted":
+        raise SpecError(
+            f"replica_split (weighted) cannot be expressed by target ({scenario.target}), whose engine splits tokens"
+            " its own way; leave --split out"
+        )
     if scenario.target is not None and "replica_split" not in objective.model_fields_set:
         objective = objective.model_copy(update={"replica_split": _SPLIT_OF_TARGET.get(scenario.target, "even")})
     load = windows_of(routing, windows)
@@ -216,6 +222,9 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
     placement = result.placement
     if job.current is not None and job.max_moves is None:
         placement = align(job.current, placement, problem)
+        result = replace(result, placement=placement)
+    if job.objective.replica_split == "weighted":
+        placement = weighted_shares(placement, job.load.load_LE, problem.speed_R)
         result = replace(result, placement=placement)
     interrupted = result.status == "interrupted"
     baseline_name = "current" if job.current is not None else "contiguous"
@@ -289,6 +298,7 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
         layer_ids=job.load.layer_ids,
         physical_to_logical_map=tuple(tuple(row) for row in placement.physical_to_logical_LP.tolist()),
         rank_of_slot=tuple(placement.rank_of_slot_P.tolist()),
+        share=None if placement.share_LP is None else tuple(tuple(row) for row in placement.share_LP.tolist()),
         replicas=tuple(tuple(row) for row in placement.replicas_LE.tolist()),
         objective=job.objective,
         workload=job.workload,
@@ -365,6 +375,9 @@ def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement
     scored = placement
     if first is not None:
         result: PlanningResult = planner(job.problem(first, no_progress))
+        if job.objective.replica_split == "weighted":
+            shared = weighted_shares(result.placement, first.load_LE, problem.speed_R)
+            result = replace(result, placement=shared)
         if result.status == "interrupted":
             return _held_out(job, planner, placement, baseline, interrupted=True)
         scored = result.placement

@@ -52,7 +52,8 @@ def _token_load_bound(problem: PlanningProblem, layer: int, value: float) -> flo
     scaled = load_E / load_E.sum() * float(problem.speed_R[problem.slots_R > 0].sum())
     most = _most_copies(problem, layer)
     bound = load_bound(_layer_load(problem, scaled[:, None] / np.arange(1, most + 1)))
-    two_each = (problem.slots_R == 2).all() and (problem.speed_R == 1).all()
+    even = problem.objective.replica_split != "weighted"
+    two_each = even and (problem.slots_R == 2).all() and (problem.speed_R == 1).all()
     if two_each and problem.num_slots > experts and value > bound * 1.001:
         bound = fold_bound(scaled, problem.num_ranks, bound, value)
     return bound

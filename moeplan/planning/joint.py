@@ -33,6 +33,7 @@ from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 from moeplan.planning.search_home import anneal_home
 from moeplan.planning.search_load import rank_loads
 from moeplan.planning.search_stay import anneal_stay
+from moeplan.planning.slots import rank_loads as token_loads
 from moeplan.planning.slots import require_room, separate_copies
 
 __all__ = ["joint"]
@@ -194,10 +195,19 @@ def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
         notes.append(f"the search looks at {len(ready.token_T)} of {trace.num_tokens} tokens, evenly spaced")
 
     def search(layer: int) -> Rows:
-        return _search_layer(
-            ready, layer, base_LP[layer], _limits(ready, layer, base_LP[layer])        )
+        base_P = base_LP[layer]
+        found_P = _search_layer(ready, layer, base_P, _limits(ready, layer, base_P))
+        # Windows hold the search to the limit; all of them together must keep it as well.
+        limit = _busiest(problem, layer, base_P) * (1 + ready.max_imbalance)
+        return found_P if _busiest(problem, layer, found_P) <= limit * (1 + 1e-9) else base_P
 
     return _each_layer(clock, "search traffic", len(base_LP), search, base_LP)
+
+
+def _busiest(problem: PlanningProblem, layer: int, row_P: Rows) -> float:
+    """Tokens of the busiest rank over its speed, all windows together."""
+    load_R = token_loads(row_P, problem.rank_of_slot_P, problem.load.load_LE[layer], problem.num_ranks)
+    return float((load_R / problem.speed_R).max())
 
 
 def _search_layer(ready: Prepared, layer: int, row_P: Rows, limits: _Limits) -> Rows:

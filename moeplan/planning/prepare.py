@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 TIME_WINDOWS = 4  # a plan made for several stretches of time holds better on the next one than one for their sum
-MIN_WINDOW_TOKENS = 256
+MIN_WINDOW_TOKENS = 1024  # shorter stretches differ by chance
 MAX_SEARCH_TOKENS = 32768
 
 

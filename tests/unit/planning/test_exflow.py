@@ -55,10 +55,7 @@ def test_the_sweeps_cannot_be_bettered_in_one_layer(seed: int) -> None:
     reached = hops(level.transitions_LEE, group_LE)
     for layer in range(4):
         for group_E in _halves(4):
-            assert (
-                reached
-                <= hops(level.transitions_LEE, [*group_LE[:layer], group_E, *group_LE[layer + 1 :]]) + 1e-9
-            )
+            assert reached <= hops(level.transitions_LEE, [*group_LE[:layer], group_E, *group_LE[layer + 1 :]]) + 1e-9
 
 
 def test_closed_groups_are_kept_closed() -> None:

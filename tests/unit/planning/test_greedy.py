@@ -37,9 +37,7 @@ def test_replica_counts_minimise_the_largest_load_per_copy() -> None:
     for _ in range(20):
         weight_E = rng.integers(1, 100, 4).astype(float)
         replicas_E = rebalance_experts(weight_E[None], 8, 1, 1, 2)[2][0]
-        best = min(
-            max(weight_E / counts) for counts in itertools.product(range(1, 6), repeat=4) if sum(counts) == 8
-        )
+        best = min(max(weight_E / counts) for counts in itertools.product(range(1, 6), repeat=4) if sum(counts) == 8)
         assert max(weight_E / replicas_E) == pytest.approx(best)
 
 

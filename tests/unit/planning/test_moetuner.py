@@ -40,9 +40,7 @@ def test_clusters_are_as_even_as_brute_force(balance: str, equal_sizes: bool) ->
 
         counts_XG = np.stack([(every_XE == c).sum(axis=1) for c in range(3)], axis=1)
         fits_X = (
-            (counts_XG == size_G).all(axis=1)
-            if equal_sizes
-            else ((counts_XG >= 1) & (counts_XG <= size_G)).all(axis=1)
+            (counts_XG == size_G).all(axis=1) if equal_sizes else ((counts_XG >= 1) & (counts_XG <= size_G)).all(axis=1)
         )
         best = min(cost(cluster_E) for cluster_E in every_XE[fits_X])
         assert cost(found_E) == pytest.approx(best)
@@ -109,9 +107,7 @@ def test_one_step_of_the_sweeps_is_exact_and_more_layers_stay_close() -> None:
         two[2][1, 0, 3] = False
         first_LG = by_sweeps(*two, sweeps=0)
         best = min(
-            slowest_pairs(two[0], two[1], np.array([range(5), perm]))
-            for perm in permutations(range(5))
-            if perm[3] != 0
+            slowest_pairs(two[0], two[1], np.array([range(5), perm])) for perm in permutations(range(5)) if perm[3] != 0
         )
         assert slowest_pairs(two[0], two[1], first_LG) == pytest.approx(best)
         many = _chain(seed, 8, 5)

@@ -49,9 +49,7 @@ def test_random_depends_on_the_seed_and_on_the_layer() -> None:
 @given(data=st.data())
 def test_separate_copies_never_leaves_two_on_a_rank_nor_loses_an_expert(data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 6))
-    sizes = data.draw(
-        st.lists(st.integers(0, experts), min_size=1, max_size=5).filter(lambda s: sum(s) >= experts)
-    )
+    sizes = data.draw(st.lists(st.integers(0, experts), min_size=1, max_size=5).filter(lambda s: sum(s) >= experts))
     spare = data.draw(
         st.lists(st.integers(0, experts - 1), min_size=sum(sizes) - experts, max_size=sum(sizes) - experts)
     )
@@ -83,9 +81,7 @@ def test_separate_copies_takes_the_swap_that_leaves_the_lowest_busiest_rank() ->
 def test_separate_copies_stays_in_the_node_where_asked() -> None:
     ranks_P = np.repeat(np.arange(4, dtype=np.int32), 2)
     row_P = np.array([0, 0, 1, 2, 3, 4, 5, 6])
-    result_P, _, _ = separate_copies(
-        row_P, ranks_P, np.array([9.0, 5, 5, 0, 0, 0, 0]), np.ones(4), ranks_per_node=2
-    )
+    result_P, _, _ = separate_copies(row_P, ranks_P, np.array([9.0, 5, 5, 0, 0, 0, 0]), np.ones(4), ranks_per_node=2)
     assert set(result_P[:4]) == {0, 1, 2}
 
 
