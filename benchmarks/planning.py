@@ -26,6 +26,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.evaluation import Evaluation, evaluate
 from moeplan.costs.operating_point import layer_costs
+from moeplan.files import write_text
 from moeplan.pipeline.inputs import profile_of
 from moeplan.planning.bounds import bounds_of
 from moeplan.planning.joint import joint
@@ -342,14 +343,14 @@ def main() -> None:
         rows[name] = []
         for row in SECTIONS[name](data or Path()):
             rows[name].append(row)
+            if arguments.out:  # a long run that is stopped keeps what it has
+                write_text(arguments.out, json.dumps({"figures": verdicts(rows), "rows": rows}, indent=1) + "\n")
             print(name, json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
     judged = verdicts(rows)
     print()
     for line in judged:
         reached = "reached" if line["reached"] else "NOT"
         print(f"{reached:8} {line['value']:10.4f}  {line['target']:32} {line['figure']}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"figures": judged, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
