@@ -344,9 +344,12 @@ def main() -> None:
         for row in SECTIONS[name](data or Path()):
             rows[name].append(row)
             if arguments.out:  # a long run that is stopped keeps what it has
-                write_text(arguments.out, json.dumps({"figures": verdicts(rows), "rows": rows}, indent=1) + "\n")
+                write_text(arguments.out, json.dumps({"rows": rows}, indent=1) + "\n")
             print(name, json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
     judged = verdicts(rows)
+    if arguments.out:
+        about = {"date": time.strftime("%Y-%m-%d"), "command": "python benchmarks/planning.py", "cores": os.cpu_count()}
+        write_text(arguments.out, json.dumps({"about": about, "figures": judged, "rows": rows}, indent=1) + "\n")
     print()
     for line in judged:
         reached = "reached" if line["reached"] else "NOT"
