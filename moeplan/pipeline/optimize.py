@@ -223,9 +223,8 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
     if job.current is not None and job.max_moves is None:
         placement = align(job.current, placement, problem)
         result = replace(result, placement=placement)
-    if job.objective.replica_split == "weighted":
-        placement = weighted_shares(placement, job.load.load_LE, problem.speed_R)
-        result = replace(result, placement=placement)
+    placement = _with_shares(problem, placement)
+    result = replace(result, placement=placement)
     interrupted = result.status == "interrupted"
     baseline_name = "current" if job.current is not None else "contiguous"
     baseline = job.current if job.current is not None else contiguous(problem).placement
@@ -321,6 +320,13 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
     return Optimized(plan, job.load, baseline, after, before, job.messages, interrupted, problem.speed_R)
 
 
+def _with_shares(problem: PlanningProblem, placement: Placement) -> Placement:
+    """The placement with weighted copies where the objective asks for them."""
+    if problem.objective.replica_split != "weighted":
+        return placement
+    return weighted_shares(placement, problem.load.load_LE, problem.speed_R)
+
+
 def layer_evaluations(layer_ids: tuple[int, ...], found: Evaluation) -> tuple[LayerEvaluation, ...]:
     """Per-layer figures, averaged over windows."""
     counts = found.counts
@@ -374,13 +380,11 @@ def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement
     problem = job.problem(load, no_progress)
     scored = placement
     if first is not None:
-        result: PlanningResult = planner(job.problem(first, no_progress))
-        if job.objective.replica_split == "weighted":
-            shared = weighted_shares(result.placement, first.load_LE, problem.speed_R)
-            result = replace(result, placement=shared)
+        seen_problem = job.problem(first, no_progress)
+        result: PlanningResult = planner(seen_problem)
         if result.status == "interrupted":
             return _held_out(job, planner, placement, baseline, interrupted=True)
-        scored = result.placement
+        scored = _with_shares(seen_problem, result.placement)
     after = evaluate(rest, scored, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
     before = evaluate(rest, baseline, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
     return _HeldOut(before, after, words, first is not None, interrupted)
