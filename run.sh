@@ -31,7 +31,7 @@ demo() {
 
 # Every check runs, whatever the one before it found; the exit code is 1 when any failed.
 run_tests() {
-    install test '.[dev,torch]'
+    install test '.[dev,torch,hf]'
     failed=
     check() {
         echo "== $1"
