@@ -202,14 +202,30 @@ def expert_costs(
     Of several kernels the fastest serves, for a rank of ``local_experts`` with ``mean_pairs`` tokens each that
     gets the part ``arriving`` of the group's tokens, among those of ``backend`` where it is named.
     """
-    hidden, inter = model.hidden_size, model.expert_intermediate_size
+    shape = (model.hidden_size, model.expert_intermediate_size)
+    fits = _measured(profile, *shape, dtype, tp, backend) if profile is not None else ()
+    if not fits:
+        return _roofline(model, accelerator, dtype, tp)
+
+    def rank_s(fits: tuple[ExpertCosts, ExpertCosts]) -> float:
+        fit = fits[0]
+        return fit.shared_s(mean_pairs * arriving) + local_experts * float(fit.expected_s(mean_pairs))
+
+    return min(fits, key=rank_s)[1]
+
+
+@lru_cache(maxsize=64)
+def _measured(
+    profile: HardwareProfile, hidden: int, inter: int, dtype: Dtype, tp: int, backend: str | None
+) -> tuple[tuple[ExpertCosts, ExpertCosts], ...]:
+    """Every kernel measured at this shape or the nearest: as fitted, and brought to the shape asked for."""
     where: dict[str, Any] = {"distribution": "balanced", "direction": "forward", "scope": "experts"}
     where["dtype"] = TABLE_DTYPES.get(dtype, (dtype,))
     if backend:
         where["backend"] = backend
-    rows = profile.select("experts", **where) if profile else None
-    if profile is None or rows is None or not rows.num_rows:
-        return _roofline(model, accelerator, dtype, tp)
+    rows = profile.select("experts", **where)
+    if not rows.num_rows:
+        return ()
     shapes = np.stack([rows[c].to_numpy() for c in ("hidden", "inter", "tp")], 1)
     exact = (shapes == (hidden, inter, tp)).all(1)
     factor, note = 1.0, ""
@@ -220,21 +236,14 @@ def expert_costs(
         nearest = shapes[int(distance.argmin())]
         factor = hidden * (inter / tp) / float(nearest[0] * nearest[1] / nearest[2])
         note = f", scaled from {nearest[0]} x {nearest[1]} (tp {nearest[2]})"
-    fits = [fit for name, part in _families(rows.filter(pa.array(exact))) if (fit := _fit_rows(name, part))]
-    if not fits:
-        return _roofline(model, accelerator, dtype, tp)
 
-    def rank_s(fit: ExpertCosts) -> float:
-        return fit.shared_s(mean_pairs * arriving) + local_experts * float(fit.expected_s(mean_pairs))
+    def scaled(fit: ExpertCosts) -> ExpertCosts:
+        error = fit.relative_error if not note else max(fit.relative_error, roofline.RELATIVE_ERROR / 2)
+        kind = "measured" if not note else "modelled"
+        source = f"{kind}: {fit.source}{note}"
+        return ExpertCosts(
+            fit.pairs_m, fit.weight_m * factor, fit.shared_m * factor, error, source, extrapolated=bool(note)
+        )
 
-    best = min(fits, key=rank_s)
-    error = best.relative_error if not note else max(best.relative_error, roofline.RELATIVE_ERROR / 2)
-    kind = "measured" if not note else "modelled"
-    return ExpertCosts(
-        best.pairs_m,
-        best.weight_m * factor,
-        best.shared_m * (factor if note else 1.0),
-        error,
-        f"{kind}: {best.source}{note}",
-        extrapolated=bool(note),
-    )
+    families = _families(rows.filter(pa.array(exact)))
+    return tuple((fit, scaled(fit)) for name, part in families if (fit := _fit_rows(name, part)))

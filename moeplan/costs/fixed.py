@@ -24,11 +24,14 @@ __all__ = ["FixedCosts", "fixed_costs"]
 @dataclass(frozen=True, slots=True)
 class FixedCosts:
     """``layer_s``: attention, router, norms, permutation and host overhead of one MoE layer; ``shared_s``: its
-    shared experts; ``other_s``: dense layers, embedding and head of the whole step."""
+    shared experts; ``other_s``: dense layers, embedding and head of the whole step. ``kernel_s`` is the attention
+    kernel's part of ``layer_s``, which depends on the context; ``other_s`` holds it ``other_kernels`` times."""
 
     layer_s: float
     shared_s: float
     other_s: float
+    kernel_s: float
+    other_kernels: int
     relative_error: float
     source: Mapping[str, str]
     extrapolated: bool
@@ -58,6 +61,7 @@ def fixed_costs(
     links = CollectiveCosts(cluster, profile)
     tokens = batch * tp
     decode = workload.phase == "decode"
+    kernel_s = 0.0
     parts: dict[str, list[Seconds]] = {"attention": [], "router, norms, permutation": [], "links": []}
     if model.attention is not None:
         attention = AttentionCosts(model.attention, hidden, device, decode, dense, kv_dtype, profile, tp)
@@ -73,6 +77,7 @@ def fixed_costs(
             if cp > 1:
                 gathered = tokens * cp * model.attention.kv_elements_per_token * 2
                 parts["links"].append(links.seconds("all_gather", cp, gathered))
+        kernel_s = parts["attention"][0].total
         parts["attention"].append(attention.projections(tokens))
     parts["router, norms, permutation"] += [
         dense.product(tokens / tp, model.num_experts, hidden),
@@ -94,7 +99,8 @@ def fixed_costs(
         others[0] = dense.product(max(1.0, tokens / workload.context), model.vocab_size / tp, hidden)
     num_dense = model.num_layers - model.num_moe_layers
     other = sum(s.total for s in others)
-    if num_dense and model.dense_intermediate_size:
+    other_kernels = num_dense if model.dense_intermediate_size else 0
+    if other_kernels:
         block = dense.ffn(tokens, hidden, model.dense_intermediate_size / tp, model.gated_ffn)
         router = sum(s.total for s in parts["router, norms, permutation"])
         other += num_dense * (block.total + layer - router)
@@ -108,6 +114,8 @@ def fixed_costs(
         layer_s=layer,
         shared_s=sum(s.total for s in shared),
         other_s=other,
+        kernel_s=kernel_s,
+        other_kernels=other_kernels,
         relative_error=sum(s.total * s.relative_error for s in every) / total if total else 0.0,
         source=source,
         extrapolated=any(s.extrapolated and s.total > 0.05 * total for s in every),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,23 @@ class Seconds:
         return float(self.value.sum())
 
 
+@lru_cache(maxsize=256)
+def _fitted(
+    profile: HardwareProfile, table: str, axes: tuple[str, ...], names: tuple[tuple[str, Any], ...]
+) -> tuple[GridInterpolator, str, Floats, Floats] | None:
+    """Interpolator, source, lowest and highest coordinates; fitted once per profile and kernel."""
+    rows = profile.select(table, **dict(names))
+    if not rows.num_rows:
+        return None
+    kernels = [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
+    values, counts = np.unique(np.array(kernels), return_counts=True)
+    source = str(values[counts.argmax()])
+    mine = np.array(kernels) == source
+    coords = np.stack([rows[axis].to_numpy()[mine].astype(float) for axis in axes], 1)
+    model = GridInterpolator(np.zeros(len(coords), np.int64), coords, rows["latency_us"].to_numpy()[mine])
+    return model, source, coords.min(0), coords.max(0)
+
+
 class TableCosts:
     """Rows of one table that equal ``names``, over numeric ``axes`` (the size first).
 
@@ -54,16 +72,10 @@ class TableCosts:
     ) -> None:
         self._law, self._sheet = law, f"roofline of {device}"
         self._model: GridInterpolator | None = None
-        rows = profile.select(table, **names) if profile is not None else None
-        if rows is None or not rows.num_rows:
-            return
-        kernels = [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
-        values, counts = np.unique(np.array(kernels), return_counts=True)
-        self._source = str(values[counts.argmax()])
-        mine = np.array(kernels) == self._source
-        coords = np.stack([rows[axis].to_numpy()[mine].astype(float) for axis in axes], 1)
-        self._low, self._high = coords.min(0), coords.max(0)
-        self._model = GridInterpolator(np.zeros(len(coords), np.int64), coords, rows["latency_us"].to_numpy()[mine])
+        key = tuple(sorted((c, tuple(v) if isinstance(v, (list, tuple)) else v) for c, v in names.items()))
+        fitted = _fitted(profile, table, axes, key) if profile is not None else None
+        if fitted is not None:
+            self._model, self._source, self._low, self._high = fitted
 
     def seconds(self, *coords: Any) -> Seconds:
         """Seconds at coordinates (numbers or arrays of one shape), one argument per axis."""
