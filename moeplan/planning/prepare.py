@@ -160,9 +160,11 @@ class LayerTokens:
     """One layer as the token searches take it: the copy in slot ``s`` of the start is copy ``s``.
 
     Without tokens, or where dispatch does not look at them, there are no bits and nothing is charged for them.
+    ``away_NM``: tokens that are not at home in each node; where homes are not recorded, all of them.
     """
 
     bits_PM: NDArray[np.uint64]
+    away_NM: NDArray[np.uint64]
     start_W: NDArray[np.int64]
     weight_W: NDArray[np.float64]
     cost_WP: NDArray[np.float64]
@@ -185,23 +187,28 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     if trace is None or token_T is None or window_T is None or blind:
         bits_PM, start_W = np.zeros((len(row_P), 0), np.uint64), np.zeros(len(cost_WP) + 1, np.int64)
         weight_W = np.full(len(cost_WP), 1.0 / len(cost_WP))
-        return LayerTokens(bits_PM, start_W, weight_W, cost_WP, slots, first_R, first_N, 0.0, 0.0)
+        away_NM = np.zeros((problem.num_nodes, 0), np.uint64)
+        return LayerTokens(bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, 0.0, 0.0)
     home_T = home_ranks(problem.load, np.flatnonzero(problem.slots_R > 0))[token_T]
     slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even")
     bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
+    everyone_GM = ~np.zeros((1, bits_PM.shape[1]), np.uint64)
+    away_NM, node_price, rank_price = everyone_GM.repeat(problem.num_nodes, 0), ready.node_price_s, ready.rank_price_s
+    if trace.source_rank_T is not None and problem.objective.dispatch == "per_node" and problem.num_nodes > 1:
+        away_NM = ~pack_tokens((home_T // problem.ranks_per_node)[:, None], window_T, problem.num_nodes)[0]
+        node_price /= 1 - 1 / problem.num_nodes  # the share that is at home by chance is now counted
     weight_W = 1.0 / np.maximum(np.bincount(window_T, minlength=len(cost_WP)), 1) / len(cost_WP)
     if ready.weight_W is not None:
         weight_W *= ready.weight_W * len(cost_WP)
 
-    def busiest(first_G: NDArray[np.int64]) -> float:
-        return float((group_arrivals(bits_PM, slots, first_G, start_W) * weight_W[:, None]).sum(axis=0).max())
+    def busiest(first_G: NDArray[np.int64], away_GM: NDArray[np.uint64]) -> float:
+        return float((group_arrivals(bits_PM, slots, first_G, away_GM, start_W) * weight_W[:, None]).sum(axis=0).max())
 
     # Dispatch takes the slower of two paths. Fewer nodes also means fewer ranks, not the other way round: ranks are
     # left out where nodes decide, nodes never.
-    node_price, rank_price = ready.node_price_s, ready.rank_price_s
-    if busiest(first_N) * node_price >= 1.3 * busiest(first_R) * rank_price:
+    if busiest(first_N, away_NM) * node_price >= 1.3 * busiest(first_R, everyone_GM) * rank_price:
         rank_price = 0.0
-    return LayerTokens(bits_PM, start_W, weight_W, cost_WP, slots, first_R, first_N, node_price, rank_price)
+    return LayerTokens(bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, node_price, rank_price)
 
 
 def window_seconds(problem: PlanningProblem, placement: Placement) -> NDArray[np.float64]:

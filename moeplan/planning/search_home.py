@@ -3,7 +3,8 @@
 Each layer is a balanced hypergraph partition: tokens are hyperedges over the copies of their experts, nodes and
 ranks are the parts, and what a token pays is the number of distinct parts it touches (the connectivity objective).
 Tokens are bits: the tokens that touch a group are one bit row, so that a proposed swap of two copies is priced,
-exactly, by a few word operations and population counts per 64 tokens.
+exactly, by a few word operations and population counts per 64 tokens. A token that is at home in a node does not
+arrive there: where homes are recorded, ``away_NM`` holds, for each node, the tokens that come from elsewhere.
 
 ``P`` copies (one per slot), ``G`` groups (ranks or nodes), ``M`` words of 64 tokens, ``W`` windows, ``R`` ranks.
 """
@@ -66,8 +67,10 @@ def pack_tokens(
 
 
 @njit(cache=True, nogil=True)
-def fill_group(bits_PM, copy_of_slot_P, first, last, occupied_M, once_M):
-    """Tokens that touch the slots ``first..last-1`` at all, and those that touch exactly one of them."""
+def fill_group(bits_PM, copy_of_slot_P, first, last, away_M, occupied_M, once_M):
+    """Of the tokens ``away_M`` those that touch the slots ``first..last-1`` at all, and those that touch one of them
+    exactly.
+    """
     words = bits_PM.shape[1]
     for m in range(words):
         occupied_M[m] = np.uint64(0)
@@ -76,7 +79,7 @@ def fill_group(bits_PM, copy_of_slot_P, first, last, occupied_M, once_M):
         c = copy_of_slot_P[s]
         if c >= 0:
             for m in range(words):
-                bit = bits_PM[c, m]
+                bit = bits_PM[c, m] & away_M[m]
                 once_M[m] = (once_M[m] & ~bit) | (bit & ~occupied_M[m])
                 occupied_M[m] |= bit
 
@@ -91,18 +94,21 @@ def _arrivals(occupied_M, start_W, out_W):
 
 
 @njit(cache=True, nogil=True)
-def arrivals_after(occupied_M, once_M, leaving_M, coming_M, start_W, out_W):
+def arrivals_after(occupied_M, once_M, leaving_M, coming_M, away_M, start_W, out_W):
     """Distinct tokens of a group per window once one copy has left and another has come."""
     for w in range(len(start_W) - 1):
         n = np.uint64(0)
         for m in range(start_W[w], start_W[w + 1]):
-            n += _popcount((occupied_M[m] & ~(once_M[m] & leaving_M[m])) | coming_M[m])
+            n += _popcount((occupied_M[m] & ~(once_M[m] & leaving_M[m])) | (coming_M[m] & away_M[m]))
         out_W[w] = np.float64(n)
 
 
 @njit(cache=True, nogil=True)
-def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, start_W):
-    """Distinct tokens that touch each group, per window: ``[W, G]``. ``group_first_G`` has the end appended."""
+def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, away_GM, start_W):
+    """Distinct tokens that touch each group from outside, per window: ``[W, G]``.
+
+    ``group_first_G`` has the end appended; ``away_GM`` with one row serves all groups.
+    """
     groups = len(group_first_G) - 1
     windows = len(start_W) - 1
     out_WG = np.zeros((windows, groups))
@@ -110,7 +116,8 @@ def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, start_W):
     once_M = np.empty(bits_PM.shape[1], np.uint64)
     row_W = np.empty(windows)
     for g in range(groups):
-        fill_group(bits_PM, copy_of_slot_P, group_first_G[g], group_first_G[g + 1], occupied_M, once_M)
+        away_M = away_GM[min(g, len(away_GM) - 1)]
+        fill_group(bits_PM, copy_of_slot_P, group_first_G[g], group_first_G[g + 1], away_M, occupied_M, once_M)
         _arrivals(occupied_M, start_W, row_W)
         out_WG[:, g] = row_W
     return out_WG
@@ -146,6 +153,7 @@ def load_price(load, base, slope, cap, steep):
 @njit(cache=True, nogil=True)
 def anneal_home(
     bits_PM,
+    away_NM,
     start_W,
     weight_W,
     expert_of_copy_P,
@@ -170,6 +178,7 @@ def anneal_home(
 
     Args:
         bits_PM, start_W: from :func:`pack_tokens`.
+        away_NM: tokens that are not at home in each node; all ones where homes are unknown.
         weight_W: price weight of each window (times 1 / its tokens).
         load_WP: load of each copy per window, scaled so that the mean over ranks is 1.
         copy_of_slot_P: start; the copy in each slot, -1 for an empty one.
@@ -186,6 +195,7 @@ def anneal_home(
     nodes = len(node_first_N) - 1
     windows = len(start_W) - 1
     words = bits_PM.shape[1]
+    all_M = ~np.zeros(words, np.uint64)
     use_nodes = node_price > 0.0 and nodes > 1
     use_ranks = rank_price > 0.0 and ranks > 1
 
@@ -212,14 +222,14 @@ def anneal_home(
     if use_nodes:
         for n in range(nodes):
             fill_group(
-                bits_PM, copy_of_slot_P, node_first_N[n], node_first_N[n + 1], node_occ[n], node_once[n]
+                bits_PM, copy_of_slot_P, node_first_N[n], node_first_N[n + 1], away_NM[n], node_occ[n], node_once[n]
             )
             _arrivals(node_occ[n], start_W, a_W)
             node_WN[:, n] = a_W
     if use_ranks:
         for r in range(ranks):
             fill_group(
-                bits_PM, copy_of_slot_P, rank_first_R[r], rank_first_R[r + 1], rank_occ[r], rank_once[r]
+                bits_PM, copy_of_slot_P, rank_first_R[r], rank_first_R[r + 1], all_M, rank_occ[r], rank_once[r]
             )
             _arrivals(rank_occ[r], start_W, a_W)
             rank_WR[:, r] = a_W
@@ -276,16 +286,16 @@ def anneal_home(
         new_node = current_node
         new_rank = current_rank
         if crosses:
-            arrivals_after(node_occ[n1], node_once[n1], bits_PM[c1], bits_PM[c2], start_W, a_W)
-            arrivals_after(node_occ[n2], node_once[n2], bits_PM[c2], bits_PM[c1], start_W, b_W)
+            arrivals_after(node_occ[n1], node_once[n1], bits_PM[c1], bits_PM[c2], away_NM[n1], start_W, a_W)
+            arrivals_after(node_occ[n2], node_once[n2], bits_PM[c2], bits_PM[c1], away_NM[n2], start_W, b_W)
             for w in range(windows):
                 a_W[w], node_WN[w, n1] = node_WN[w, n1], a_W[w]
                 b_W[w], node_WN[w, n2] = node_WN[w, n2], b_W[w]
             new_node = peak_and_mean(node_WN, weight_W)
             delta += node_price * (new_node - current_node)
         if use_ranks:
-            arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], start_W, c_W)
-            arrivals_after(rank_occ[r2], rank_once[r2], bits_PM[c2], bits_PM[c1], start_W, d_W)
+            arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], all_M, start_W, c_W)
+            arrivals_after(rank_occ[r2], rank_once[r2], bits_PM[c2], bits_PM[c1], all_M, start_W, d_W)
             for w in range(windows):
                 c_W[w], rank_WR[w, r1] = rank_WR[w, r1], c_W[w]
                 d_W[w], rank_WR[w, r2] = rank_WR[w, r2], d_W[w]
@@ -318,17 +328,19 @@ def anneal_home(
         energy += delta
         if crosses:
             fill_group(
-                bits_PM, copy_of_slot_P, node_first_N[n1], node_first_N[n1 + 1], node_occ[n1], node_once[n1]
+                bits_PM, copy_of_slot_P, node_first_N[n1], node_first_N[n1 + 1], away_NM[n1], node_occ[n1],
+                node_once[n1],
             )
             fill_group(
-                bits_PM, copy_of_slot_P, node_first_N[n2], node_first_N[n2 + 1], node_occ[n2], node_once[n2]
+                bits_PM, copy_of_slot_P, node_first_N[n2], node_first_N[n2 + 1], away_NM[n2], node_occ[n2],
+                node_once[n2],
             )
         if use_ranks:
             fill_group(
-                bits_PM, copy_of_slot_P, rank_first_R[r1], rank_first_R[r1 + 1], rank_occ[r1], rank_once[r1]
+                bits_PM, copy_of_slot_P, rank_first_R[r1], rank_first_R[r1 + 1], all_M, rank_occ[r1], rank_once[r1]
             )
             fill_group(
-                bits_PM, copy_of_slot_P, rank_first_R[r2], rank_first_R[r2 + 1], rank_occ[r2], rank_once[r2]
+                bits_PM, copy_of_slot_P, rank_first_R[r2], rank_first_R[r2 + 1], all_M, rank_occ[r2], rank_once[r2]
             )
         if energy < best_energy - 1e-15:
             best_energy = energy

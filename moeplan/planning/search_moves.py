@@ -35,6 +35,7 @@ def _load_seconds(power_W, ranks, seconds):
 @njit(cache=True, nogil=True)
 def descend(
     bits_PM,
+    away_NM,
     start_W,
     weight_W,
     expert_of_copy_P,
@@ -65,6 +66,7 @@ def descend(
     np.random.seed(seed)
     slots, ranks, nodes = len(copy_of_slot_P), len(speed_R), len(node_first_N) - 1
     windows, words = len(weight_W), bits_PM.shape[1]
+    all_1M = ~np.zeros((1, words), np.uint64)
     copy_of_slot_P = copy_of_slot_P.copy()
     trail_SP = np.zeros((steps, slots), np.int64)
     moves_S = np.zeros(steps, np.int64)
@@ -80,11 +82,11 @@ def descend(
     node_occ, node_once = np.zeros((nodes, words), np.uint64), np.zeros((nodes, words), np.uint64)
     rank_occ, rank_once = np.zeros((ranks, words), np.uint64), np.zeros((ranks, words), np.uint64)
     for n in range(nodes):
-        fill_group(bits_PM, copy_of_slot_P, node_first_N[n], node_first_N[n + 1], node_occ[n], node_once[n])
+        fill_group(bits_PM, copy_of_slot_P, node_first_N[n], node_first_N[n + 1], away_NM[n], node_occ[n], node_once[n])
     for r in range(ranks):
-        fill_group(bits_PM, copy_of_slot_P, rank_first_R[r], rank_first_R[r + 1], rank_occ[r], rank_once[r])
-    node_WN = group_arrivals(bits_PM, copy_of_slot_P, node_first_N, start_W)
-    rank_WR = group_arrivals(bits_PM, copy_of_slot_P, rank_first_R, start_W)
+        fill_group(bits_PM, copy_of_slot_P, rank_first_R[r], rank_first_R[r + 1], all_1M[0], rank_occ[r], rank_once[r])
+    node_WN = group_arrivals(bits_PM, copy_of_slot_P, node_first_N, away_NM, start_W)
+    rank_WR = group_arrivals(bits_PM, copy_of_slot_P, rank_first_R, all_1M, start_W)
     a_W, b_W, c_W, d_W = np.empty(windows), np.empty(windows), np.empty(windows), np.empty(windows)
     power_W, new_W = np.zeros(windows), np.zeros(windows)
     live = 0
@@ -133,8 +135,8 @@ def descend(
             then = _load_seconds(new_W, live, load_seconds)
             n1, n2 = r1 // ranks_per_node, r2 // ranks_per_node
             if node_price > 0.0 and n1 != n2:
-                arrivals_after(node_occ[n1], node_once[n1], bits_PM[c1], bits_PM[c2], start_W, a_W)
-                arrivals_after(node_occ[n2], node_once[n2], bits_PM[c2], bits_PM[c1], start_W, b_W)
+                arrivals_after(node_occ[n1], node_once[n1], bits_PM[c1], bits_PM[c2], away_NM[n1], start_W, a_W)
+                arrivals_after(node_occ[n2], node_once[n2], bits_PM[c2], bits_PM[c1], away_NM[n2], start_W, b_W)
                 for w in range(windows):
                     a_W[w], node_WN[w, n1] = node_WN[w, n1], a_W[w]
                     b_W[w], node_WN[w, n2] = node_WN[w, n2], b_W[w]
@@ -144,8 +146,8 @@ def descend(
             else:
                 then += node_price * peak_and_mean(node_WN, weight_W)
             if rank_price > 0.0:
-                arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], start_W, c_W)
-                arrivals_after(rank_occ[r2], rank_once[r2], bits_PM[c2], bits_PM[c1], start_W, d_W)
+                arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], all_1M[0], start_W, c_W)
+                arrivals_after(rank_occ[r2], rank_once[r2], bits_PM[c2], bits_PM[c1], all_1M[0], start_W, d_W)
                 for w in range(windows):
                     c_W[w], rank_WR[w, r1] = rank_WR[w, r1], c_W[w]
                     d_W[w], rank_WR[w, r2] = rank_WR[w, r2], d_W[w]
@@ -176,10 +178,12 @@ def descend(
             load_WR[w, r2] -= q / speed_R[r2]
         for r in (r1, r2):
             n = r // ranks_per_node
-            fill_group(bits_PM, copy_of_slot_P, rank_first_R[r], rank_first_R[r + 1], rank_occ[r], rank_once[r])
-            fill_group(bits_PM, copy_of_slot_P, node_first_N[n], node_first_N[n + 1], node_occ[n], node_once[n])
-        node_WN = group_arrivals(bits_PM, copy_of_slot_P, node_first_N, start_W)
-        rank_WR = group_arrivals(bits_PM, copy_of_slot_P, rank_first_R, start_W)
+            first, last = rank_first_R[r], rank_first_R[r + 1]
+            fill_group(bits_PM, copy_of_slot_P, first, last, all_1M[0], rank_occ[r], rank_once[r])
+            first, last = node_first_N[n], node_first_N[n + 1]
+            fill_group(bits_PM, copy_of_slot_P, first, last, away_NM[n], node_occ[n], node_once[n])
+        node_WN = group_arrivals(bits_PM, copy_of_slot_P, node_first_N, away_NM, start_W)
+        rank_WR = group_arrivals(bits_PM, copy_of_slot_P, rank_first_R, all_1M, start_W)
         moved += best_brought
         trail_SP[step] = copy_of_slot_P
         moves_S[step] = moved

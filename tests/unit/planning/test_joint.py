@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_loads
 from moeplan.errors import InfeasibleError
 from moeplan.planning.joint import joint
@@ -166,3 +168,20 @@ def test_a_budget_needs_the_slots_of_today():
     with pytest.raises(InfeasibleError, match="return_home only"):
         joint(stay)
     assert moves_needed(now, joint(replace(problem, current=now, max_moves=0)).placement).sum() == 0
+
+
+def test_tokens_find_their_experts_in_their_home_node():
+    problem = make_problem(layers=2, experts=16, ranks=4, ranks_per_node=2, tokens=400)
+    rng = np.random.default_rng(3)
+    home_T = rng.integers(4, size=400).astype(np.int32)
+    # Each node's tokens like one half of the experts: odd ones from node 0, even ones from node 1.
+    likes = (home_T[:, None] // 2) != np.arange(16) % 2
+    scores_TLE = rng.gumbel(size=(400, 2, 16)) + 2.5 * likes[:, None]
+    experts_TLK = np.argsort(-scores_TLE, axis=2)[:, :, :2].astype(np.int32)
+    trace = RoutingTrace(experts_TLK, 16, (0, 1), source_rank_T=home_T)
+    load_WLE = np.stack([np.bincount(experts_TLK[:, l].ravel(), minlength=16) for l in range(2)])[None].astype(float)
+    load = ExpertLoad(load_WLE, ("all",), (0, 1), top_k=2, trace=trace)
+    problem = replace(problem, load=load, objective=Objective(max_imbalance="30 %", kind="traffic"))
+    found = joint(problem).placement
+    node_LE = np.stack([found.node_of_slot_P[np.argsort(row)] for row in found.physical_to_logical_LP])
+    assert (node_LE != np.arange(16) % 2).all()

@@ -12,12 +12,12 @@ from moeplan.planning.search_home import anneal_home, group_arrivals, load_price
 from moeplan.planning.search_stay import anneal_stay, kept_value
 
 
-def slow_arrivals(copies_TK, window_T, copy_of_slot_P, first_G, windows):
-    """Distinct tokens that touch each group, one token at a time."""
+def slow_arrivals(copies_TK, window_T, copy_of_slot_P, first_G, windows, home_T=None):
+    """Distinct tokens that touch each group but their home, one token at a time."""
     out = np.zeros((windows, len(first_G) - 1))
-    for chosen, w in zip(copies_TK, window_T, strict=True):
+    for t, (chosen, w) in enumerate(zip(copies_TK, window_T, strict=True)):
         for g in range(len(first_G) - 1):
-            out[w, g] += bool(
+            out[w, g] += (home_T is None or home_T[t] != g) and bool(
                 set(copy_of_slot_P[first_G[g] : first_G[g + 1]].tolist()) & set(chosen[chosen >= 0].tolist())
             )
     return out
@@ -37,16 +37,26 @@ def test_group_arrivals_count_distinct_tokens():
     bits, start = pack_tokens(copies_TK, window_T, 9)
     slots, first = rng.permutation(9), np.array([0, 2, 2, 5, 9])
     slots[4] = -1
-    found = group_arrivals(bits, slots, first, start)
+    everyone = ~np.zeros((1, bits.shape[1]), np.uint64)
+    found = group_arrivals(bits, slots, first, everyone, start)
     np.testing.assert_array_equal(found, slow_arrivals(copies_TK, window_T, slots, first, 3))
+    home_T = rng.integers(4, size=len(window_T))
+    away = ~pack_tokens(home_T[:, None].astype(np.int32), window_T, 4)[0]
+    found = group_arrivals(bits, slots, first, away, start)
+    np.testing.assert_array_equal(found, slow_arrivals(copies_TK, window_T, slots, first, 3, home_T))
 
 
 class Home:
     """A small layer, its price of any arrangement worked out slowly, and the search's answer."""
 
-    def __init__(self, copies=6, ranks=4, per_node=2, empty=0, windows=2, seed=0, speeds=None, node=1.0, rank=0.3):
+    def __init__(self, copies=6, ranks=4, per_node=2, empty=0, windows=2, seed=0, speeds=None, node=1.0, rank=0.3,
+                 homes=False):
         self.copies_TK, self.window_T, rng = some_tokens(copies, windows=windows, seed=seed)
         self.bits, self.start = pack_tokens(self.copies_TK, self.window_T, copies)
+        self.home_T = rng.integers(ranks // per_node, size=len(self.window_T)) if homes else None
+        self.away = ~np.zeros((ranks // per_node, self.bits.shape[1]), np.uint64)
+        if self.home_T is not None:
+            self.away = ~pack_tokens(self.home_T[:, None], self.window_T, ranks // per_node)[0]
         size = -(-(copies + empty) // ranks)
         self.slots = np.concatenate([np.arange(copies), np.full(ranks * size - copies, -1)])
         self.rank_P = np.repeat(np.arange(ranks, dtype=np.int32), size)
@@ -63,8 +73,8 @@ class Home:
     def price(self, slots) -> float:
         slope, steep, node, rank = self.prices
         total = 0.0
-        for value, first in ((node, self.first_N), (rank, self.first_R)):
-            arrivals = slow_arrivals(self.copies_TK, self.window_T, slots, first, self.windows)
+        for value, first, home_T in ((node, self.first_N, self.home_T), (rank, self.first_R, None)):
+            arrivals = slow_arrivals(self.copies_TK, self.window_T, slots, first, self.windows, home_T)
             total += value * float((self.weight * 0.5 * (arrivals.max(axis=1) + arrivals.mean(axis=1))).sum())
         for w in range(self.windows):
             for r, speed in enumerate(self.speed):
@@ -78,21 +88,24 @@ class Home:
     def search(self, proposals=20_000, seed=0):
         slope, steep, node, rank = self.prices
         return anneal_home(
-            self.bits, self.start, self.weight, self.expert, self.load, self.slots.copy(), self.rank_P, self.first_R,
-            self.first_N, self.per_node, self.speed, self.base, self.cap, slope, steep, node, rank,
+            self.bits, self.away, self.start, self.weight, self.expert, self.load, self.slots.copy(), self.rank_P,
+            self.first_R, self.first_N, self.per_node, self.speed, self.base, self.cap, slope, steep, node, rank,
             0.3, proposals, seed,
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("copies", "ranks", "per_node"), [(8, 4, 2), (6, 3, 3), (6, 2, 1)])
-def test_home_finds_the_cheapest_arrangement(copies, ranks, per_node, seed):
-    home = Home(copies, ranks, per_node, seed=seed)
+@pytest.mark.parametrize(
+    ("copies", "ranks", "per_node", "homes"), [(8, 4, 2, False), (6, 3, 3, False), (6, 2, 1, False), (6, 2, 1, True)]
+)
+def test_home_finds_the_cheapest_arrangement(copies, ranks, per_node, homes, seed):
+    home = Home(copies, ranks, per_node, seed=seed, homes=homes)
     found = home.search(8_000, seed)
     assert sorted(found.tolist()) == list(range(copies))
     # nodes and ranks are alike: one arrangement of each kind is enough for six copies; eight are sampled by swaps
     if copies == 6:
         every = [np.argsort(row, kind="stable") for row in arrangements(copies, ranks)]
+        every += [np.roll(slots, copies // ranks) for slots in every]  # where homes count, nodes are not alike
         assert home.price(found) == pytest.approx(min(home.price(slots) for slots in every), abs=1e-12)
     for s in range(copies):
         for q in range(s):
