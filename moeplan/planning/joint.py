@@ -215,8 +215,8 @@ def _search_layer(ready: Prepared, layer: int, row_P: Rows, limits: _Limits) -> 
     problem, data = ready.problem, layer_tokens(ready, layer, row_P)
     best = anneal_home(
         data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
-        problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R, limits.base_W, limits.cap_W,
-        limits.slope, limits.steep, data.node_price, data.rank_price, 0.3,
+        problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R,
+        limits.base_W, limits.cap_W, limits.slope, limits.steep, data.node_price, data.rank_price, 0.3,
         HOME_PROPOSALS // len(row_P), problem.seed * 2003 + layer,
     )  # fmt: skip
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
