@@ -18,6 +18,8 @@ __all__ = [
     "BytesPerSecond",
     "FlopsPerSecond",
     "Fraction",
+    "PerSecond",
+    "Price",
     "Seconds",
     "Watts",
     "format_quantity",
@@ -45,6 +47,8 @@ _UNITS: dict[str, dict[str, float]] = {
     | {f"{p}FLOP/s": f for p, f in _DECIMAL.items()},
     "a fraction": {"%": 0.01},
     "watts": {"W": 1.0, "kW": 1e3},
+    "events per second": {"/s": 1.0, "/min": 1 / 60, "/h": 1 / 3600},
+    "US dollars per hour": {"USD/h": 1.0},
 }
 _EXAMPLE = {
     "bytes": "141 GiB",
@@ -53,6 +57,8 @@ _EXAMPLE = {
     "floating-point operations per second": "989 TFLOPS",
     "a fraction": "5 %",
     "watts": "700 W",
+    "events per second": "12 /s",
+    "US dollars per hour": "2 USD/h",
 }
 _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+)\s*(\S*)\s*")
 
@@ -111,3 +117,5 @@ Seconds = Annotated[float, *_quantity("seconds")]
 FlopsPerSecond = Annotated[float, *_quantity("floating-point operations per second")]
 Fraction = Annotated[float, *_quantity("a fraction")]
 Watts = Annotated[float, *_quantity("watts")]
+PerSecond = Annotated[float, *_quantity("events per second")]
+Price = Annotated[float, *_quantity("US dollars per hour")]

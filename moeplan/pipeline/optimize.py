@@ -149,7 +149,7 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
         load_plugin("exporters", scenario.target)
     model, cluster = scenario.model_spec(), scenario.cluster_spec()
     messages: list[str] = []
-    routing = read_routing(scenario.trace, model, format=scenario.trace_format, domain=domain)
+    routing = read_routing(scenario.recording, model, format=scenario.trace_format, domain=domain)
     given = scenario.workload.model_fields_set
     routing, phase = in_phase(routing, scenario.workload.phase if "phase" in given else None)
     workload = scenario.workload.model_copy(update={"phase": phase})
@@ -309,7 +309,7 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
         notes=result.notes,
         provenance={
             "moeplan": version("moeplan"),
-            "trace_sha256": sha256_file(scenario.trace) if scenario.trace.is_file() else "directory",
+            "trace_sha256": sha256_file(scenario.recording) if scenario.recording.is_file() else "directory",
             "model_sha256": sha256_bytes(canonical_json(job.model.model_dump(mode="json")).encode()),
             "cluster_sha256": sha256_bytes(canonical_json(job.cluster.model_dump(mode="json")).encode()),
             "cluster": job.cluster.name,

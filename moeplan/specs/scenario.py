@@ -1,4 +1,4 @@
-"""Scenarios: one planning job as a file; every option of ``moeplan optimize`` has a field here."""
+"""Scenarios: one planning or simulation job as a file; every option of ``moeplan optimize`` has a field here."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.clusters import DEFAULT_CLUSTER, cluster_from_mapping, sized_cluster
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
+from moeplan.specs.serving import ServingSpec
 from moeplan.specs.workload import Objective, Workload
 from moeplan.units import Bytes, Seconds
 
 __all__ = ["Scenario"]
 
 _FILES = ("trace", "current", "out")
+_INNER_FILES = (("serving", "requests", "file"), ("serving", "prefill", "placement"))
 _NAMES_OR_FILES = ("model", "cluster")
 
 
@@ -32,13 +34,15 @@ def _named_or_cluster(value: Any, info: ValidationInfo) -> Any:
 
 
 class Scenario(Spec):
-    """One planning job. Paths in a scenario file are relative to that file."""
+    """One planning or simulation job. Paths in a scenario file are relative to that file."""
 
     schema_version: Literal[1] = 1
     model: Annotated[str | ModelSpec, BeforeValidator(_named_or_model)] = Field(
         description="a built-in name, a path, or the fields of a model"
     )
-    trace: Path = Field(description="recorded routing or expert counts")
+    trace: Path | None = Field(
+        None, description="recorded routing or expert counts; needed but where every expert is loaded alike"
+    )
     trace_format: str | None = Field(
         None, description="name of a trace reader; left out: recognised from the file"
     )
@@ -79,6 +83,11 @@ class Scenario(Spec):
         None, description="engine the plan is for: what it cannot express is not planned"
     )
     out: Path | None = Field(None, description="directory that is written")
+    serving: ServingSpec | None = Field(None, description="what moeplan simulate serves; current is the placement")
+    sweep: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict,
+        description="moeplan simulate: values of fields, by dotted name; every combination is one case",
+    )
 
     @field_validator("redundant", mode="before")
     @classmethod
@@ -126,7 +135,24 @@ class Scenario(Spec):
                     place = path.parent / value
                     if key in _FILES or names_a_file(place):
                         document[key] = str(place)
+            for *way, key in _INNER_FILES:
+                inner: Any = document
+                for name in way:
+                    inner = inner.get(name) if isinstance(inner, dict) else None
+                if isinstance(inner, dict) and isinstance(inner.get(key), str):
+                    inner[key] = str(path.parent / inner[key])
         return cls.parse(document, str(path))
+
+    @property
+    def recording(self) -> Path:
+        """The trace, which this job needs.
+
+        Raises:
+            SpecError: the scenario names none.
+        """
+        if self.trace is None:
+            raise SpecError("trace is missing; give recorded routing or expert counts")
+        return self.trace
 
     def model_spec(self) -> ModelSpec:
         """The model, looked up.

@@ -1,0 +1,212 @@
+"""What a serving simulation is asked: requests, engine, routing of requests, objectives, re-balancing, faults.
+
+A service has ``instances`` equal engine instances of ``ranks`` accelerators each (the scenario's). An instance holds
+``ranks / (tp * pp)`` attention data-parallel groups, and each group a queue, a batch and a KV cache of its own; all
+groups of an instance step together, because every MoE layer exchanges tokens among all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from moeplan.specs.base import Spec
+from moeplan.units import BytesPerSecond, Fraction, PerSecond, Price, Seconds
+
+__all__ = [
+    "Arrivals",
+    "EngineSpec",
+    "ExpertLoadSpec",
+    "FaultSpec",
+    "LengthSpec",
+    "PrefillPoolSpec",
+    "RebalanceSpec",
+    "RequestsSpec",
+    "RouterPolicy",
+    "ServingSpec",
+    "SloSpec",
+]
+
+Arrivals = Literal["file", "poisson", "gamma", "constant", "bursts", "closed-loop"]
+RouterPolicy = Literal["round-robin", "least-loaded", "prefix-aware"]
+
+
+class LengthSpec(Spec):
+    """Tokens of a prompt or an answer: one number, uniform between two, or log-normal by mean and cv."""
+
+    fixed: int | None = Field(None, gt=0)
+    low: int | None = Field(None, gt=0, description="uniform from low to high, both included")
+    high: int | None = Field(None, gt=0)
+    mean: float | None = Field(None, ge=1, description="log-normal, rounded, at least 1")
+    cv: float | None = Field(None, gt=0, description="standard deviation over mean")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        given = {name for name in ("fixed", "low", "high", "mean", "cv") if getattr(self, name) is not None}
+        if given not in ({"fixed"}, {"low", "high"}, {"mean", "cv"}):
+            raise ValueError("give a number, or low and high, or mean and cv")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high})")
+        return self
+
+
+def _length(value: Any) -> Any:
+    return {"fixed": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Length = Annotated[LengthSpec, BeforeValidator(_length)]
+
+
+class RequestsSpec(Spec):
+    """Which requests come, and when."""
+
+    file: Path | None = Field(None, description="recorded requests: lengths, and arrival times where it has them")
+    format: str | None = Field(None, description="name of a request reader; left out: recognised from the file")
+    arrivals: Arrivals | None = Field(None, description="left out: the file's times where it has them, else poisson")
+    rate: PerSecond | None = Field(None, description="mean arrivals, as in '12 /s'; poisson, gamma, constant, bursts")
+    cv: float = Field(1.0, gt=0, description="gamma: standard deviation of the gaps over their mean; above 1 bursty")
+    burst_size: int = Field(10, gt=0, description="bursts: requests that come at one instant")
+    concurrency: int | None = Field(None, gt=0, description="closed-loop: requests in the system at any time")
+    think_time: Seconds = Field("0 s", description="closed-loop: from an answer to the next request")  # type: ignore[assignment]
+    input_tokens: Length | None = Field(None, description="instead of the file's")
+    output_tokens: Length | None = Field(None, description="instead of the file's")
+    count: int | None = Field(None, description="requests simulated; left out: all of the file, or those of duration")
+    duration: Seconds | None = Field(None, description="no request comes after this time")
+    time_scale: float = Field(1.0, gt=0, description="file: arrival times are divided by this; 2 doubles the load")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"count ({self.count}) leaves no request to simulate; give 1 or more")
+        if self.file is None and (self.input_tokens is None or self.output_tokens is None):
+            raise ValueError("without a file give both input_tokens and output_tokens")
+        if self.file is None and self.arrivals in (None, "file"):
+            raise ValueError("arrivals: without a file choose poisson, gamma, constant, bursts or closed-loop")
+        open_loop = self.arrivals in ("poisson", "gamma", "constant", "bursts")
+        if open_loop and not self.rate:
+            raise ValueError(f"arrivals ({self.arrivals}) needs rate, above 0, as in '12 /s'")
+        if self.arrivals == "closed-loop" and self.concurrency is None:
+            raise ValueError("arrivals (closed-loop) needs concurrency")
+        if self.file is None and self.count is None and self.duration is None:
+            raise ValueError("give count or duration, or the simulation never ends")
+        return self
+
+
+class EngineSpec(Spec):
+    """One engine instance. Limits are per attention data-parallel group, as engines set them."""
+
+    max_num_seqs: int = Field(256, gt=0, description="sequences decoded together")
+    max_num_batched_tokens: int = Field(8192, gt=0, description="tokens of one step")
+    chunked_prefill: bool = Field(
+        True, description="prompts are cut to fit a step beside decodes; off: whole prompts first, decodes wait"
+    )
+    block_size: int = Field(16, gt=0, description="tokens of one KV-cache block")
+    memory_fraction: Fraction = Field("90 %", description="of device memory that weights and KV cache take")  # type: ignore[assignment]
+    kv_dtype: Literal["bf16", "fp8"] = "bf16"
+    preemption: Literal["recompute", "swap"] = Field("recompute", description="of the newest, when the KV cache is full")
+    prefix_caching: bool = Field(False, description="finished prompts' blocks serve later prompts that begin alike")
+    max_waiting: int | None = Field(None, gt=0, description="waiting requests per group; one more is rejected")
+    tp: int = Field(1, gt=0, description="ranks that split attention and dense parts")
+    pp: int = Field(1, gt=0, description="pipeline stages; each holds its layers' experts on ranks / pp")
+    overlap: Literal["none", "shared_expert", "two_batch", "shortcut"] = "none"
+    backend: str | None = Field(None, description="kernels of this framework only, where tables name several")
+    launches_per_layer: int = Field(0, ge=0, description="times the profile's launch latency: host overhead")
+    step_overhead: Seconds = Field("0 s", description="of the host between steps: scheduling, sampling")  # type: ignore[assignment]
+
+
+class PrefillPoolSpec(Spec):
+    """Instances that only prefill; their KV cache travels to the decode instances."""
+
+    ranks: int = Field(gt=0, description="accelerators of one prefill instance")
+    nodes: int | None = Field(None, gt=0)
+    instances: int = Field(1, gt=0)
+    engine: EngineSpec = EngineSpec()
+    placement: Path | None = Field(None, description="plan or engine's file; left out: contiguous")
+    link: BytesPerSecond | None = Field(
+        None, description="KV cache out of one rank; left out: the accelerator's NIC bandwidth"
+    )
+
+
+class ExpertLoadSpec(Spec):
+    """How the recorded routing is played while the service runs."""
+
+    mode: Literal["replay", "sample", "mean", "balanced"] = Field(
+        "replay",
+        description="windows of the trace in their order; draws with the trace's statistics; all of it together;"
+        " or every expert alike",
+    )
+    windows: int = Field(8, gt=0, description="replay: parts the trace is cut into; sample: different draws")
+    window: Seconds = Field("10 s", description="replay, sample: how long one of them lasts; the drift")  # type: ignore[assignment]
+    sample_tokens: int = Field(4096, gt=0, description="sample: tokens of one draw")
+
+
+class SloSpec(Spec):
+    """Limits that a request must keep to count as goodput."""
+
+    ttft: Seconds | None = Field(None, description="arrival to first token")
+    tpot: Seconds | None = Field(None, description="mean time per further token")
+    e2e: Seconds | None = Field(None, description="arrival to last token")
+
+
+class RebalanceSpec(Spec):
+    """Planning again while the service runs."""
+
+    interval: Seconds = Field(description="from one re-balancing to the next")
+    window: Seconds = Field(description="of the past whose load is planned for")
+    planner: str = Field("greedy", description="any planner")
+    apply: Literal["layer-wise", "bulk"] = Field(
+        "layer-wise", description="one layer's experts move between two steps, or all in one stall"
+    )
+    delay: Seconds = Field("0 s", description="of planning, while the service goes on")  # type: ignore[assignment]
+
+
+class FaultSpec(Spec):
+    """Something breaks. Rank numbers count inside an instance."""
+
+    kind: Literal["rank-loss", "slow-rank", "slow-link"]
+    at: Seconds
+    until: Seconds | None = Field(None, description="left out: to the end")
+    instance: int = Field(0, ge=0)
+    rank: int = Field(ge=0)
+    speed: float | None = Field(None, gt=0, description="slow-rank, slow-link: part of the usual speed that is left")
+    detect: Seconds = Field("10 s", description="rank-loss: from the loss to the new plan, without service")  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.kind == "rank-loss") == (self.speed is not None):
+            raise ValueError(f"{self.kind} {'has no' if self.speed else 'needs'} speed")
+        if self.until is not None and self.until <= self.at:
+            raise ValueError(f"until ({self.until:g} s) is not after at ({self.at:g} s)")
+        return self
+
+
+class ServingSpec(Spec):
+    """A serving simulation."""
+
+    requests: RequestsSpec
+    engine: EngineSpec = EngineSpec()
+    role: Literal["both", "prefill", "decode"] = Field(
+        "both", description="prefill: requests end with their first token; decode: they come with their KV cache"
+    )
+    instances: int = Field(1, gt=0, description="equal instances of scenario.ranks each")
+    prefill: PrefillPoolSpec | None = Field(None, description="disaggregation: prefill on instances of their own")
+    router: RouterPolicy = Field("least-loaded", description="which group of which instance a request goes to")
+    experts: ExpertLoadSpec = ExpertLoadSpec()
+    slo: SloSpec = SloSpec()
+    rebalance: RebalanceSpec | None = None
+    faults: tuple[FaultSpec, ...] = ()
+    warmup: Seconds = Field("0 s", description="requests that come before are simulated, not reported")  # type: ignore[assignment]
+    price: Price | None = Field(None, description="of one accelerator, as in '2 USD/h'")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.prefill is not None and self.role != "both":
+            raise ValueError(f"role ({self.role}) is of one pool; leave it out with prefill, which makes two")
+        if self.requests.duration is not None and self.warmup >= self.requests.duration:
+            raise ValueError(
+                f"warmup ({self.warmup:g} s) reaches requests.duration ({self.requests.duration:g} s): zero requests"
+                " are left to report; shorten it"
+            )
+        return self
