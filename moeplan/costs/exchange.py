@@ -14,6 +14,7 @@ copy means depends on the dispatch kind: per (token, expert), per (token, rank) 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,16 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Phase
 
-__all__ = ["MODES", "ExchangeCosts", "PathCosts", "balanced_copies", "exchange_costs", "mode_of", "touched"]
+__all__ = [
+    "MODES",
+    "ExchangeCosts",
+    "PathCosts",
+    "balanced_copies",
+    "exchange_costs",
+    "mode_of",
+    "touched",
+    "touched_share",
+]
 
 Floats = NDArray[np.float64]
 
@@ -52,6 +62,12 @@ def mode_of(dispatch: DispatchKind, phase: Phase) -> str:
 def touched(places: int, top_k: int) -> float:
     """Distinct places among ``n`` that ``K`` even choices touch: n (1 - (1 - 1/n)^K)."""
     return places * (1 - (1 - 1 / places) ** top_k)
+
+
+def touched_share(part: Floats, top_k: int) -> Floats:
+    """Share of tokens that touch a place which gets ``part`` of all independent choices: 1 - (1 - p)^K."""
+    share: Floats = -np.expm1(top_k * np.log1p(-np.minimum(part, 1 - 1e-12)))
+    return share
 
 
 def balanced_copies(dispatch: DispatchKind, top_k: int, num_ranks: int, num_nodes: int) -> tuple[float, float]:
@@ -85,6 +101,12 @@ class PathCosts:
         inner = float(np.interp(tokens_per_rank, self.tokens_b, self.seconds_b))
         beyond = max(1.0, tokens_per_rank / float(self.tokens_b[-1]))
         return self.fixed_s + max(0.0, inner - self.fixed_s) * beyond
+
+    def per_copy_s(self, tokens_per_rank: float) -> float:
+        """Seconds per token of a rank's batch and copy, beyond the fixed part; 0 where nothing is sent."""
+        if self.copies_per_token == 0:
+            return 0.0
+        return (self.balanced_s(tokens_per_rank) - self.fixed_s) / (tokens_per_rank * self.copies_per_token)
 
     def time_s(self, tokens_per_rank: float, alpha: Any) -> Any:
         """``t0 + alpha (T_balanced - t0)``; ``alpha`` may be an array."""
@@ -180,6 +202,7 @@ def _measured(
     return None
 
 
+@lru_cache(maxsize=64)
 def _pair(
     profile: HardwareProfile, mode: str, model: ModelSpec, nodes: int, ranks: int, activation: Dtype
 ) -> list[_Curve] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
-from moeplan.costs.exchange import PathCosts, exchange_costs, touched
+from moeplan.costs.exchange import exchange_costs, touched
 from moeplan.costs.experts import expert_costs
 from moeplan.costs.layer import LayerCosts
 from moeplan.specs.cluster import ClusterSpec
@@ -20,13 +20,6 @@ __all__ = ["layer_costs", "live_ranks"]
 def live_ranks(cluster: ClusterSpec) -> int:
     """Ranks that have not failed."""
     return sum(not cluster.rank(rank).failed for rank in range(cluster.num_ranks))
-
-
-def _per_copy(path: PathCosts, tokens_per_rank: int) -> float:
-    """Seconds per token of a rank's batch and copy, beyond the fixed part."""
-    if path.copies_per_token == 0:
-        return 0.0
-    return (path.balanced_s(tokens_per_rank) - path.fixed_s) / (tokens_per_rank * path.copies_per_token)
 
 
 def layer_costs(
@@ -66,10 +59,10 @@ def layer_costs(
     )
     inside, between = exchange.inside, exchange.between
     slower = inside if between is None else max(inside, between, key=lambda path: path.balanced_s(batch))
-    exchange_fixed, per_node, per_rank = slower.fixed_s, 0.0, _per_copy(inside, batch)
+    exchange_fixed, per_node, per_rank = slower.fixed_s, 0.0, inside.per_copy_s(batch)
     if between is not None:
         # A node's copies come in over all its ranks' NICs.
-        per_node = _per_copy(between, batch) / cluster.ranks_per_node
+        per_node = between.per_copy_s(batch) / cluster.ranks_per_node
     elif cluster.num_nodes > 1:
         per_node = per_rank / cluster.ranks_per_node
     if objective.dispatch == "allgather":

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.profile import HardwareProfile
-from moeplan.costs.exchange import ExchangeCosts, exchange_costs, touched
+from moeplan.costs.exchange import ExchangeCosts, exchange_costs, touched, touched_share
 from moeplan.costs.experts import ExpertCosts, expert_costs
 from moeplan.costs.fixed import FixedCosts, fixed_costs
 from moeplan.costs.memory import RankMemory, memory_report
@@ -34,7 +34,7 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import DispatchKind, Workload
 
-__all__ = ["Overlap", "StepCost", "StepModel", "Technique", "step"]
+__all__ = ["BatchParts", "Overlap", "StepCost", "StepModel", "Technique", "step"]
 
 Floats = NDArray[np.float64]
 Overlap = Literal["none", "shared_expert", "two_batch", "shortcut"]
@@ -82,6 +82,22 @@ class StepCost:
     memory: tuple[RankMemory, ...]
     source: Mapping[str, str]
     extrapolated: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchParts:
+    """What one batch of a step is made of (two of them under ``two_batch``), for who plays it event by event.
+
+    ``expert_s_LR`` and ``pairs_LR``: seconds and (token, expert) pairs of each rank; ``attention_s`` and
+    ``shared_s`` of one layer; ``exchange`` gives seconds per copy at ``tokens`` over all ranks.
+    """
+
+    tokens: int
+    attention_s: float
+    shared_s: float
+    expert_s_LR: Floats
+    pairs_LR: Floats
+    exchange: ExchangeCosts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,12 +205,11 @@ class StepModel:
         pairs_LN = pairs_LR.reshape(len(pairs_LR), nodes, -1).sum(2)
         if how == "allgather":
             away = 1 - 1 / nodes
-            return np.full(pairs_LN.shape, tokens * away), np.full(pairs_LR.shape, float(tokens))
+            return np.full(pairs_LN.shape, tokens * away), np.full(pairs_LR.shape, tokens * (1 - 1 / self.live.sum()))
         whole = tokens * top_k
 
         def merged(pairs: Floats) -> Floats:
-            touches: Floats = tokens * -np.expm1(top_k * np.log1p(-np.minimum(pairs / whole, 1 - 1e-12)))
-            return touches
+            return tokens * touched_share(pairs / whole, top_k)
 
         rank = pairs_LR if how == "per_expert" else merged(pairs_LR)
         by_rank = rank.reshape(pairs_LN.shape[0], nodes, -1)
@@ -282,6 +297,25 @@ class StepModel:
             source=source | dict(fixed.source),
             extrapolated=tuple(name for name, (_, _, beyond) in parts.items() if beyond),
         )
+
+    def batches(self, placement: Placement, load_LE: Floats) -> tuple[BatchParts, ...]:
+        """The batches of a step, apart: one, or two half ones under ``two_batch``."""
+
+        def parts(part: _Part) -> BatchParts:
+            expert, _, _, _ = self._layers(placement, load_LE, part, None)
+            pairs_LP = self._pairs_LP(placement, load_LE, part)
+            pairs_LR = np.zeros((len(pairs_LP), self.cluster.num_ranks))
+            np.add.at(pairs_LR.T, placement.rank_of_slot_P, pairs_LP.T)
+            return BatchParts(
+                part.tokens, part.fixed.layer_s, part.fixed.shared_s, expert, pairs_LR, part.exchange
+            )
+
+        return (parts(self._half),) * 2 if self.technique.overlap == "two_batch" else (parts(self._whole),)
+
+    @property
+    def other_s(self) -> float:
+        """Dense layers, embedding and head of a step."""
+        return self._whole.fixed.other_s
 
     # ------------------------------------------------------------------ incremental
 

@@ -1,0 +1,161 @@
+"""Copies of tokens from rank to rank in one layer: counted on a trace under a placement, or expected from loads.
+
+A copy takes one or two hops. ``between`` goes over the NICs of two ranks, ``inside`` over scale-up links. With
+``per_node`` dispatch and ``allgather`` a token goes once to each node it touches, to the rank with its home's place
+in that node, which passes it on inside (the forwarding of DeepEP's normal kernels); a copy that is passed on crosses
+the port of the rank that gets it even where that is the forwarder. Combine takes the same ways back.
+
+``T`` tokens, ``L`` layers, ``K`` top-k, ``R`` ranks, ``N`` nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.counting import choose_slots, home_ranks
+from moeplan.costs.exchange import touched_share
+from moeplan.errors import PlanError
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.workload import DispatchKind, ReplicaSplit
+
+__all__ = ["Traffic", "counted_traffic", "expected_traffic", "is_joined"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Traffic:
+    """Copies per token of a step: ``between_LRR`` from rank to rank of another node, ``inside_LRR`` in a node."""
+
+    between_LRR: Floats
+    inside_LRR: Floats
+
+    def arrivals(self, ranks_per_node: int) -> tuple[Floats, Floats]:
+        """Copies per token into nodes from others ``[L, N]`` and into ranks ``[L, R]``, as ``StepModel.step`` takes."""
+        into_LR = self.between_LRR.sum(1)
+        node_LN = into_LR.reshape(len(into_LR), -1, ranks_per_node).sum(2)
+        return node_LN, self.inside_LRR.sum(1)
+
+
+def is_joined(cluster: ClusterSpec) -> bool:
+    """Whether one scale-up network joins all ranks."""
+    return cluster.topology in ("flat", "nvl72") or cluster.num_nodes == 1
+
+
+@njit(cache=True, nogil=True)
+def _count(slot_TK, home_T, rank_of_slot_P, per_node, per_expert, forward, peer_RN, between, inside):
+    """Adds one layer's hops. ``forward``: once per node, then passed on inside it."""
+    seen_rank = np.full(inside.shape[0], -1, np.int64)
+    seen_node = np.full(inside.shape[0] // per_node, -1, np.int64)
+    for t in range(slot_TK.shape[0]):
+        home = home_T[t]
+        for k in range(slot_TK.shape[1]):
+            s = slot_TK[t, k]
+            if s < 0:
+                continue
+            r = rank_of_slot_P[s]
+            if r == home or (not per_expert and seen_rank[r] == t):
+                continue
+            seen_rank[r] = t
+            node = r // per_node
+            if node == home // per_node:
+                inside[home, r] += 1.0
+            elif forward:
+                peer = peer_RN[home, node]
+                inside[peer, r] += 1.0
+                if seen_node[node] != t:
+                    seen_node[node] = t
+                    between[home, peer] += 1.0
+            else:
+                between[home, r] += 1.0
+
+
+def _peers(cluster: ClusterSpec, live_R: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """``[R, N]``: the rank of a node that takes a rank's tokens in; the next one that works, where that failed."""
+    per_node = cluster.ranks_per_node
+    peer_RN = np.zeros((cluster.num_ranks, cluster.num_nodes), np.int64)
+    for node in range(cluster.num_nodes):
+        ranks = np.flatnonzero(live_R[node * per_node : (node + 1) * per_node])
+        for rank in range(cluster.num_ranks):
+            if len(ranks):
+                place = int(np.searchsorted(ranks, rank % per_node)) % len(ranks)
+                peer_RN[rank, node] = node * per_node + ranks[place]
+    return peer_RN
+
+
+def counted_traffic(
+    load: ExpertLoad, placement: Placement, cluster: ClusterSpec, dispatch: DispatchKind, split: ReplicaSplit = "even"
+) -> Traffic:
+    """Count every token of ``load.trace``; homes are those recorded, or ranks in turn.
+
+    Raises:
+        PlanError: the load has no tokens, or the placement is of another cluster or model.
+    """
+    trace = load.trace
+    if trace is None:
+        raise PlanError("a traffic matrix needs token-level routing, but the input holds counts only")
+    if placement.num_ranks != cluster.num_ranks or trace.num_layers != placement.num_layers:
+        raise PlanError(
+            f"placement ({placement.num_layers} layers, {placement.num_ranks} ranks) does not fit the trace"
+            f" ({trace.num_layers} layers) and cluster.num_ranks ({cluster.num_ranks})"
+        )
+    live_R = _live(cluster)
+    if dispatch == "allgather":
+        return expected_traffic(np.zeros((trace.num_layers, cluster.num_ranks)), cluster, dispatch, trace.top_k)
+    home_T = home_ranks(load, np.flatnonzero(live_R))
+    L, R = placement.num_layers, placement.num_ranks
+    between, inside = np.zeros((L, R, R)), np.zeros((L, R, R))
+    per_node = R if is_joined(cluster) else cluster.ranks_per_node
+    peer_RN = _peers(cluster, live_R)
+    for layer in range(L):
+        slot_TK = choose_slots(trace.experts_TLK[:, layer], home_T, placement, layer, split)
+        _count(
+            slot_TK, home_T, placement.rank_of_slot_P, per_node, dispatch == "per_expert", dispatch == "per_node",
+            peer_RN, between[layer], inside[layer],
+        )  # fmt: skip
+    return Traffic(between / trace.num_tokens, inside / trace.num_tokens)
+
+
+def _live(cluster: ClusterSpec) -> NDArray[np.bool_]:
+    return np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
+
+
+def expected_traffic(share_LR: Floats, cluster: ClusterSpec, dispatch: DispatchKind, top_k: int) -> Traffic:
+    """Traffic with homes spread evenly and a token's K choices independent, as ``StepModel`` takes them.
+
+    ``share_LR``: part of all (token, expert) pairs that each rank works on (not looked at for ``allgather``).
+    """
+    live_R = _live(cluster)
+    R, per_node = cluster.num_ranks, cluster.ranks_per_node
+    home_R = live_R / live_R.sum()
+    node_R = np.arange(R) // per_node
+    same_node = np.ones((R, R), bool) if is_joined(cluster) else node_R[:, None] == node_R[None, :]
+    others = ~np.eye(R, dtype=bool)
+    if dispatch == "allgather":
+        rank_LR = np.broadcast_to(live_R.astype(float), share_LR.shape)
+    else:
+        rank_LR = share_LR * top_k if dispatch == "per_expert" else touched_share(share_LR, top_k)
+    direct_LRR = home_R[None, :, None] * rank_LR[:, None, :]
+    inside_LRR = direct_LRR * (same_node & others)
+    between_LRR = direct_LRR * ~same_node
+    if dispatch in ("per_node", "allgather") and not same_node.all():
+        peer_RN = _peers(cluster, live_R)
+        if dispatch == "allgather":
+            node_LN = np.ones((len(share_LR), cluster.num_nodes))
+        else:
+            node_LN = touched_share(share_LR.reshape(len(share_LR), -1, per_node).sum(2), top_k)
+        between_LRR = np.zeros_like(direct_LRR)
+        for home in np.flatnonzero(live_R):
+            for node in range(cluster.num_nodes):
+                if node == node_R[home]:
+                    continue
+                peer, members = peer_RN[home, node], slice(node * per_node, (node + 1) * per_node)
+                between_LRR[:, home, peer] += home_R[home] * node_LN[:, node]
+                inside_LRR[:, peer, members] += direct_LRR[:, home, members]
+    return Traffic(between_LRR, inside_LRR)

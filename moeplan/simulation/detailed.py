@@ -1,0 +1,331 @@
+"""One step, event by event: every layer on every rank, every copy of a token over the links it takes.
+
+The same costs as the step mode, played out. Attention, dense parts and experts take the seconds of
+:class:`~moeplan.costs.step.StepModel`; dispatch and combine are transfers of the true rank-to-rank traffic over the
+links of the topology, which share them max-min fairly (:mod:`moeplan.simulation.links`). A link's capacity is what
+the cost model's exchange reaches on it: the bytes of a copy over its seconds. Half of an exchange's fixed part
+comes before dispatch, half before combine.
+
+``sync="phases"`` is what the step mode assumes: nobody goes on before an exchange has ended for everybody.
+``sync="none"`` lets a rank go on as soon as its own tokens are there.
+
+With ``phases`` both modes agree where the step mode's formulas hold: copies between nodes spread over a node's NICs
+(``per_node`` and ``allgather`` do; ``per_rank`` and ``per_expert`` load the NIC of the busiest rank, which the step
+mode takes as the node's mean), and under ``two_batch`` even load and one of computing and exchanging always busy. Else
+the step mode's two-batch time is a bound from below (neither is always busy) or above (stragglers of one layer are
+made up for while the other batch computes).
+
+``L`` MoE layers, ``R`` ranks, ``X`` links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from moeplan.artifacts.event_log import EventLog, EventRecorder
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.exchange import ExchangeCosts
+from moeplan.costs.roofline import token_bytes
+from moeplan.costs.step import BatchParts, StepModel
+from moeplan.costs.traffic import Traffic, expected_traffic
+from moeplan.errors import InputError
+from moeplan.simulation.links import Links
+from moeplan.topology import Topology, build
+
+__all__ = ["DetailedStep", "Sync", "simulate_step"]
+
+Floats = NDArray[np.float64]
+Sync = Literal["phases", "none"]
+_Process = Generator[simpy.Event, Any, None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DetailedStep:
+    """What a step did. ``link_bytes_X`` over the links ``links_X`` (source, target); ``busy_s_R`` each rank's
+    seconds of computing; ``exchange_s`` seconds during which some exchange was under way."""
+
+    total_s: float
+    log: EventLog
+    links_X: tuple[tuple[str, str], ...]
+    link_bytes_X: Floats
+    busy_s_R: Floats
+    exchange_s: float
+
+
+def simulate_step(
+    model: StepModel,
+    placement: Placement,
+    load_LE: Floats,
+    traffic: Traffic | None = None,
+    *,
+    sync: Sync = "phases",
+    link_speed: Mapping[tuple[str, str], float] | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> DetailedStep:
+    """Play one step of ``model`` under ``placement`` and ``load_LE`` (any scale).
+
+    ``traffic`` per token of the step; left out: expected from the load, homes spread evenly. ``link_speed``: links
+    (source, target, as ``Topology.links`` names them) that run at another speed than built.
+
+    Raises:
+        InputError: placement, load, traffic and cluster do not fit each other; an unknown link.
+    """
+    R, L = model.cluster.num_ranks, load_LE.shape[0]
+    if placement.num_ranks != R or placement.num_layers != L or load_LE.shape[1] != placement.num_experts:
+        raise InputError(
+            f"placement ({placement.num_layers} layers, {placement.num_experts} experts, {placement.num_ranks}"
+            f" ranks) and load {load_LE.shape} on cluster.num_ranks ({R}) are not of one model and cluster"
+        )
+    if traffic is not None and traffic.inside_LRR.shape != (L, R, R):
+        raise InputError(f"traffic {traffic.inside_LRR.shape} is not [{L} layers, {R} ranks, {R} ranks]")
+    batches = model.batches(placement, load_LE)
+    if traffic is None:
+        share_LR = batches[0].pairs_LR / batches[0].pairs_LR.sum(1, keepdims=True)
+        traffic = expected_traffic(share_LR, model.cluster, model.technique.dispatch, model.model.top_k)
+    return _Step(model, batches, traffic, sync, link_speed or {}).run(origin or {})
+
+
+def _capacity_X(topology: Topology, exchange: ExchangeCosts, tokens_per_rank: float, wire: float) -> Floats:
+    """Bytes per second of each link when the cost model's exchange runs over it."""
+    cluster = topology.cluster
+    built_X = np.array([link.bandwidth_bytes_per_s for link in topology.links])
+    if cluster.topology == "explicit":
+        return built_X
+    paths = {"scale-up": exchange.inside, "network": exchange.between}
+    nominal = {"scale-up": cluster.accelerator.scale_up_bandwidth, "network": cluster.accelerator.nic_bandwidth}
+    reached = {}
+    for name, path in paths.items():
+        seconds = 0.0 if path is None else path.per_copy_s(tokens_per_rank)
+        reached[name] = wire / seconds / nominal[name] if seconds > 0 else 1.0
+    outside = ("nic", "rail", "spine")
+    network = [link.source.startswith(outside) or link.target.startswith("nic") for link in topology.links]
+    return built_X * np.where(network, reached["network"], reached["scale-up"])
+
+
+class _Exchange:
+    """One dispatch or combine of one batch: who has come in, and what is still on its way to whom."""
+
+    def __init__(self, step: _Step, kind: str, layer: int, batch: int) -> None:
+        self.step, self.kind, self.layer, self.batch = step, kind, layer, batch
+        env, R = step.env, step.num_ranks
+        self.ready_R = [env.event() for _ in range(R)]
+        self.entered = 0
+        self.start_s = 0.0
+        self.missing_R = np.zeros(R, np.int64)
+        parts = step.batches[batch]
+        share = step.wire[kind] * parts.tokens
+        between_RR, inside_RR = step.traffic.between_LRR[layer] * share, step.traffic.inside_LRR[layer] * share
+        if kind == "combine":
+            between_RR, inside_RR = between_RR.T, inside_RR.T
+        self.hops = []
+        for matrix_RR, latency_s in ((inside_RR, step.latency_s[0]), (between_RR, step.latency_s[1])):
+            source_F, target_F = np.nonzero(matrix_RR)
+            self.hops.append((source_F, target_F, matrix_RR[source_F, target_F], latency_s))
+            np.add.at(self.missing_R, target_F, 1)
+        self.sent_R = inside_RR.sum(1) + between_RR.sum(1)
+
+    def enter(self, rank: int) -> simpy.Event:
+        """Rank comes in; the event is its leave to go on."""
+        self.entered += 1
+        if self.step.sync == "none":
+            self.step.env.process(self._send(rank))
+        elif self.entered == self.step.num_live:
+            self.step.env.process(self._together())
+        return self.ready_R[rank]
+
+    def _together(self) -> _Process:
+        with self.step.wire_in_use.request() as turn:
+            yield turn
+            self.start_s = self.step.env.now
+            yield self.step.env.process(self._send(None))
+            yield self.step.env.all_of(self.ready_R)
+
+    def _send(self, rank: int | None) -> _Process:
+        """Start the transfers of one rank, or of all; each path after its own fixed part."""
+        env, was = self.step.env, 0.0
+        order = sorted(range(2), key=lambda i: self.hops[i][3])
+        for i in order:
+            source_F, target_F, size_F, latency_s = self.hops[i]
+            yield env.timeout(latency_s - was)
+            was = latency_s
+            mine = np.ones(len(size_F), bool) if rank is None else source_F == rank
+            if mine.any():
+                self.step.send(i, self.kind, source_F[mine], target_F[mine], size_F[mine], self._arrived)
+        for target in range(self.step.num_ranks) if rank is None else (rank,):
+            if not self.missing_R[target]:
+                self._let_go(target)
+
+    def _arrived(self, target: int) -> None:
+        self.missing_R[target] -= 1
+        if not self.missing_R[target]:
+            self._let_go(target)
+
+    def _let_go(self, rank: int) -> None:
+        """In ``phases`` nobody goes before all are through."""
+        if self.step.sync == "phases":
+            if self.missing_R.any():
+                return
+            ranks = range(self.step.num_ranks)
+        else:
+            ranks = range(rank, rank + 1)
+        for r in ranks:
+            if not self.ready_R[r].triggered:
+                self.ready_R[r].succeed()
+
+
+class _Step:
+    """State of one run."""
+
+    def __init__(
+        self,
+        model: StepModel,
+        batches: tuple[BatchParts, ...],
+        traffic: Traffic,
+        sync: Sync,
+        link_speed: Mapping[tuple[str, str], float],
+    ) -> None:
+        self.model, self.batches, self.traffic, self.sync = model, batches, traffic, sync
+        self.cluster, self.num_ranks = model.cluster, model.cluster.num_ranks
+        self.live = [int(r) for r in np.flatnonzero(model.live)]
+        self.num_live = len(self.live)
+        self.env = simpy.Environment()
+        self.recorder = EventRecorder()
+        self.busy_s_R = np.zeros(self.num_ranks)
+        self.spans: list[tuple[float, float]] = []
+        hidden, topology = model.model.hidden_size, build(self.cluster)
+        out = token_bytes(hidden, model.workload.activation_dtype)
+        self.wire = {"dispatch": out, "combine": token_bytes(hidden, "bf16")}
+        parts = batches[0]
+        exchange = parts.exchange
+        capacity_X = _capacity_X(topology, exchange, parts.tokens / self.num_live, sum(self.wire.values()))
+        self.links_X = tuple((link.source, link.target) for link in topology.links)
+        for name, speed in link_speed.items():
+            if name not in self.links_X:
+                raise InputError(f"link_speed names {name[0]} -> {name[1]}, which is not a link of the cluster")
+            capacity_X[self.links_X.index(name)] *= speed
+        between = exchange.between
+        self.latency_s = (exchange.inside.fixed_s / 2, 0.0 if between is None else between.fixed_s / 2)
+        self.links = Links(self.env, capacity_X)
+        routes = topology.incidence.tocsc()
+        self._first, self._route = routes.indptr.astype(np.int64), routes.indices.astype(np.int64)
+        self._port_in = {t: x for x, (s, t) in enumerate(self.links_X) if s.startswith("domain")}
+        self._port_out = {s: x for x, (s, t) in enumerate(self.links_X) if t.startswith("domain")}
+        self.wire_in_use = simpy.Resource(self.env)
+        self.exchanges: dict[tuple[int, int, str], _Exchange] = {}
+        self.compute_R = [simpy.Resource(self.env) for _ in range(self.num_ranks)]
+
+    def send(self, path: int, kind: str, source_F: Any, target_F: Any, size_F: Floats, arrived: Any) -> None:
+        """Hand transfers to the links: the route of each pair, or the one port a forwarder's own copy crosses."""
+        routes = []
+        for source, target in zip(source_F, target_F, strict=True):
+            pair = source * self.num_ranks + target
+            route = self._route[self._first[pair] : self._first[pair + 1]]
+            if source == target:
+                ports = self._port_in if kind == "dispatch" else self._port_out
+                port = ports.get(f"rank{source}")
+                route = np.zeros(0, np.int64) if port is None else np.array([port])
+            routes.append(route)
+        count_F = np.array([len(route) for route in routes], np.int64)
+        self.links.send(count_F, np.concatenate(routes), size_F, [int(t) for t in target_F], arrived)
+
+    # ------------------------------------------------------------------ what a rank does
+
+    def _exchange(self, rank: int, kind: str, layer: int, batch: int) -> _Process:
+        key = (layer, batch, kind)
+        if key not in self.exchanges:
+            self.exchanges[key] = _Exchange(self, kind, layer, batch)
+        exchange = self.exchanges[key]
+        came = self.env.now
+        yield exchange.enter(rank)
+        start = exchange.start_s if self.sync == "phases" else came
+        self.recorder.add(
+            kind, start, self.env.now - start, rank=rank, layer=layer, step=0, amount=float(exchange.sent_R[rank])
+        )
+        self.spans.append((start, self.env.now))
+
+    def _work(self, rank: int, layer: int, *parts: tuple[str, float, float]) -> _Process:
+        """Compute (kind, seconds, amount) one after another, without another batch in between."""
+        with self.compute_R[rank].request() as turn:
+            yield turn
+            for kind, seconds, amount in parts:
+                if seconds <= 0:
+                    continue
+                start = self.env.now
+                yield self.env.timeout(seconds)
+                self.busy_s_R[rank] += seconds
+                self.recorder.add(kind, start, seconds, rank=rank, layer=layer, step=0, amount=amount)
+
+    def _moe(self, rank: int, layer: int, batch: int, beside_s: float = 0.0) -> _Process:
+        """Dispatch, experts, combine; ``beside_s`` of the shared expert fill the exchanges."""
+        parts, left_s = self.batches[batch], beside_s
+        for kind in ("dispatch", "combine"):
+            start = self.env.now
+            yield from self._exchange(rank, kind, layer, batch)
+            waited = self.env.now - start
+            last = kind == "combine"
+            now = left_s if last else min(left_s, waited)
+            if now > 0:
+                self.recorder.add("shared", start, now, rank=rank, layer=layer, step=0)
+                self.busy_s_R[rank] += now
+                yield self.env.timeout(max(0.0, now - waited))
+            left_s -= now
+            if not last:
+                seconds, pairs = float(parts.expert_s_LR[layer, rank]), float(parts.pairs_LR[layer, rank])
+                yield from self._work(rank, layer, ("experts", seconds, pairs))
+
+    def _layers(self, rank: int, batch: int) -> _Process:
+        parts, overlap = self.batches[batch], self.model.technique.overlap
+        attention, shared = ("attention", parts.attention_s, 0.0), ("shared", parts.shared_s, 0.0)
+        for layer in range(len(parts.expert_s_LR)):
+            if overlap == "shortcut":
+                moe = self.env.process(self._moe(rank, layer, batch))
+                start = self.env.now
+                yield self.env.timeout(parts.attention_s + parts.shared_s)
+                self.busy_s_R[rank] += parts.attention_s + parts.shared_s
+                self.recorder.add("attention", start, parts.attention_s, rank=rank, layer=layer, step=0)
+                self.recorder.add(
+                    "shared", start + parts.attention_s, parts.shared_s, rank=rank, layer=layer, step=0
+                )
+                yield moe
+            elif overlap == "shared_expert":
+                yield from self._work(rank, layer, attention)
+                yield from self._moe(rank, layer, batch, parts.shared_s)
+            else:
+                yield from self._work(rank, layer, attention, shared)
+                yield from self._moe(rank, layer, batch)
+
+    def _rank(self, rank: int) -> _Process:
+        seconds = self.model.other_s
+        yield self.env.timeout(seconds)
+        self.recorder.add("dense", 0.0, seconds, rank=rank, step=0)
+        self.busy_s_R[rank] += seconds
+        yield self.env.all_of([self.env.process(self._layers(rank, b)) for b in range(len(self.batches))])
+
+    def run(self, origin: Mapping[str, Any]) -> DetailedStep:
+        """Play it to its end."""
+        done = self.env.all_of([self.env.process(self._rank(r)) for r in self.live])
+        self.env.run(until=done)
+        total = self.env.now
+        tokens = sum(parts.tokens for parts in self.batches)
+        self.recorder.add("step", 0.0, total, step=0, amount=float(tokens))
+        log = self.recorder.build(
+            "simulated", self.num_ranks, self.cluster.num_nodes, {"fidelity": "detailed", "sync": self.sync, **origin}
+        )
+        return DetailedStep(
+            total, log, self.links_X, self.links.moved_X, self.busy_s_R, _covered(self.spans)
+        )
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds covered by at least one span."""
+    total, end = 0.0, 0.0
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
