@@ -35,12 +35,14 @@ class TraceCounts:
     """Counts per window; tokens and pairs as parts of the window's tokens, so that windows compare.
 
     ``pairs_WLR``: (token, expert) pairs a rank works on, per token. ``node_arrivals_WLN``: tokens that touch a
-    node and come from another one. ``rank_arrivals_WLR``: tokens that touch a rank. ``nodes_per_token_WL`` and
+    node and come from another one, ``node_pair_arrivals_WLN`` the (token, expert) pairs of theirs there.
+    ``rank_arrivals_WLR``: tokens that touch a rank. ``nodes_per_token_WL`` and
     ``ranks_per_token_WL``: distinct ones a token touches, its home not counted apart.
     """
 
     pairs_WLR: NDArray[np.float64]
     node_arrivals_WLN: NDArray[np.float64]
+    node_pair_arrivals_WLN: NDArray[np.float64]
     rank_arrivals_WLR: NDArray[np.float64]
     nodes_per_token_WL: NDArray[np.float64]
     ranks_per_token_WL: NDArray[np.float64]
@@ -154,9 +156,9 @@ def choose_slots(
 
 @njit(cache=True, nogil=True)
 def _count(
-    slot_TK, home_T, window_T, rank_of_slot_P, per_node, homes_known, pairs, nodes_in, ranks_in, nodes, ranks
+    slot_TK, home_T, window_T, rank_of_slot_P, per_node, homes_known, pairs, nodes_in, pairs_in, ranks_in, nodes, ranks
 ):
-    """Adds one layer's counts to the window rows of the five result arrays."""
+    """Adds one layer's counts to the window rows of the six result arrays."""
     num_nodes = nodes_in.shape[1]
     seen_rank = np.full(pairs.shape[1], -1, np.int64)
     seen_node = np.full(num_nodes, -1, np.int64)
@@ -169,18 +171,19 @@ def _count(
                 continue
             r = rank_of_slot_P[s]
             pairs[w, r] += 1.0
+            n = r // per_node
+            from_elsewhere = elsewhere
+            if homes_known:
+                from_elsewhere = 1.0 if home_T[t] // per_node != n else 0.0
+            pairs_in[w, n] += from_elsewhere
             if seen_rank[r] != t:
                 seen_rank[r] = t
                 ranks_in[w, r] += 1.0
                 ranks[w] += 1.0
-                n = r // per_node
                 if seen_node[n] != t:
                     seen_node[n] = t
                     nodes[w] += 1.0
-                    if not homes_known:
-                        nodes_in[w, n] += elsewhere
-                    elif home_T[t] // per_node != n:
-                        nodes_in[w, n] += 1.0
+                    nodes_in[w, n] += from_elsewhere
 
 
 def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "even") -> TraceCounts:
@@ -210,17 +213,20 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
     if int(window_T.max()) >= W:
         raise PlanError(f"the trace names window {int(window_T.max())} but the load has {W} windows")
     pairs, arrivals = np.zeros((W, L, R)), np.zeros((W, L, R))
-    nodes_in, nodes, ranks = np.zeros((W, L, N)), np.zeros((W, L)), np.zeros((W, L))
+    nodes_in, pairs_in = np.zeros((W, L, N)), np.zeros((W, L, N))
+    nodes, ranks = np.zeros((W, L)), np.zeros((W, L))
     for layer in range(L):
         slot_TK = choose_slots(trace.experts_TLK[:, layer], home_T, placement, layer, split)
         _count(
             slot_TK, home_T, window_T, placement.rank_of_slot_P, placement.ranks_per_node, homes_known,
-            pairs[:, layer], nodes_in[:, layer], arrivals[:, layer], nodes[:, layer], ranks[:, layer],
+            pairs[:, layer], nodes_in[:, layer], pairs_in[:, layer], arrivals[:, layer], nodes[:, layer],
+            ranks[:, layer],
         )  # fmt: skip
     tokens_W = np.maximum(np.bincount(window_T, minlength=W), 1).astype(np.float64)
     return TraceCounts(
         pairs_WLR=pairs / tokens_W[:, None, None],
         node_arrivals_WLN=nodes_in / tokens_W[:, None, None],
+        node_pair_arrivals_WLN=pairs_in / tokens_W[:, None, None],
         rank_arrivals_WLR=arrivals / tokens_W[:, None, None],
         nodes_per_token_WL=nodes / tokens_W[:, None],
         ranks_per_token_WL=ranks / tokens_W[:, None],

@@ -115,8 +115,9 @@ def evaluate(
     """Seconds, loads and distinct nodes of a placement on a load.
 
     Exchange in ``return_home``: the slower of the busiest node's arrivals and the busiest rank's, by dispatch kind
-    (``per_expert`` sends one copy per pair; ``allgather`` does not depend on the placement). In ``stay``: transitions
-    that leave the rank pay the scale-up price, those that leave the node the node price, spread over ranks and nodes.
+    (``per_expert`` sends one copy per pair, from the recorded homes or from any node alike; ``allgather`` does not
+    depend on the placement). In ``stay``: transitions that leave the rank pay the scale-up price, those that leave the
+    node the node price, spread over ranks and nodes.
 
     Raises:
         PlanError: load and placement are not of one model.
@@ -147,9 +148,11 @@ def evaluate(
             exchange += copies * hops
     elif objective.dispatch == "per_expert":
         pairs_WLR = load_WLR / np.maximum(load_WLR.sum(axis=2, keepdims=True), _TINY) * top_k
-        node = pairs_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3).max(axis=2) * (
-            1 - 1 / placement.num_nodes
-        )
+        if counts is not None and load.trace is not None and load.trace.source_rank_T is not None:
+            node = counts.node_pair_arrivals_WLN.max(axis=2)
+        else:
+            node = pairs_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3).max(axis=2)
+            node *= 1 - 1 / placement.num_nodes
         exchange += T * np.maximum(
             node * costs.per_node_copy_s, pairs_WLR.max(axis=2) * costs.per_rank_copy_s
         )

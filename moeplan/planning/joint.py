@@ -28,7 +28,15 @@ from moeplan.costs.evaluation import transitions_of
 from moeplan.planning.balance import LayerLoad, balance_layer
 from moeplan.planning.budget import within_budget
 from moeplan.planning.exact import exact_placement
-from moeplan.planning.prepare import Prepared, copy_costs, layer_tokens, objective_value, prepare, window_seconds
+from moeplan.planning.prepare import (
+    Prepared,
+    copy_costs,
+    layer_tokens,
+    merges_or_knows_homes,
+    objective_value,
+    prepare,
+    window_seconds,
+)
 from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 from moeplan.planning.search_home import anneal_home
 from moeplan.planning.search_load import rank_loads
@@ -185,7 +193,7 @@ def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
     """``return_home``: trade load for fewer nodes per token, layer by layer."""
     problem = ready.problem
     trace = problem.load.trace
-    if problem.objective.dispatch in ("per_expert", "allgather"):
+    if not merges_or_knows_homes(problem):
         notes.append(f"dispatch {problem.objective.dispatch}: placement changes load only, traffic is not searched")
         return base_LP
     if trace is None or ready.token_T is None:

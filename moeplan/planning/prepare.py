@@ -23,6 +23,7 @@ __all__ = [
     "copy_costs",
     "layer_tokens",
     "live_speed",
+    "merges_or_knows_homes",
     "objective_value",
     "prepare",
     "window_seconds",
@@ -175,6 +176,21 @@ class LayerTokens:
     rank_price: float
 
 
+def _homes_apart(problem: PlanningProblem) -> bool:
+    """Whether tokens are known to come from this node or that."""
+    trace = problem.load.trace
+    return trace is not None and trace.source_rank_T is not None and problem.num_nodes > 1
+
+
+def merges_or_knows_homes(problem: PlanningProblem) -> bool:
+    """Whether an arrangement of equal load can send fewer copies than another.
+
+    Copies per expert do not merge: all arrangements send as many, but those to a token's own node travel nowhere.
+    """
+    dispatch = problem.objective.dispatch
+    return dispatch in ("per_node", "per_rank") or (dispatch == "per_expert" and _homes_apart(problem))
+
+
 def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> LayerTokens:
     """Bits, costs and prices of one layer, its experts placed as ``row_P``."""
     problem = ready.problem
@@ -183,21 +199,24 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     first_R = np.concatenate([[0], np.cumsum(problem.slots_R)]).astype(np.int64)
     first_N = first_R[:: problem.ranks_per_node].copy()
     slots = np.where(row_P == EMPTY, -1, np.arange(len(row_P)))
-    blind = problem.objective.dispatch in ("per_expert", "allgather")
-    if trace is None or token_T is None or window_T is None or blind:
+    dispatch = problem.objective.dispatch
+    if trace is None or token_T is None or window_T is None or not merges_or_knows_homes(problem):
         bits_PM, start_W = np.zeros((len(row_P), 0), np.uint64), np.zeros(len(cost_WP) + 1, np.int64)
         weight_W = np.full(len(cost_WP), 1.0 / len(cost_WP))
         away_NM = np.zeros((problem.num_nodes, 0), np.uint64)
         return LayerTokens(bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, 0.0, 0.0)
     home_T = home_ranks(problem.load, np.flatnonzero(problem.slots_R > 0))[token_T]
     slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even")
+    weight_W = 1.0 / np.maximum(np.bincount(window_T, minlength=len(cost_WP)), 1) / len(cost_WP)
+    if dispatch == "per_expert":  # every pair is a token of its own
+        home_T, window_T = (np.repeat(x_T, slot_TK.shape[1]) for x_T in (home_T, window_T))
+        slot_TK = slot_TK.reshape(-1, 1)
     bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
     everyone_GM = ~np.zeros((1, bits_PM.shape[1]), np.uint64)
     away_NM, node_price, rank_price = everyone_GM.repeat(problem.num_nodes, 0), ready.node_price_s, ready.rank_price_s
-    if trace.source_rank_T is not None and problem.objective.dispatch == "per_node" and problem.num_nodes > 1:
+    if dispatch in ("per_node", "per_expert") and _homes_apart(problem):
         away_NM = ~pack_tokens((home_T // problem.ranks_per_node)[:, None], window_T, problem.num_nodes)[0]
         node_price /= 1 - 1 / problem.num_nodes  # the share that is at home by chance is now counted
-    weight_W = 1.0 / np.maximum(np.bincount(window_T, minlength=len(cost_WP)), 1) / len(cost_WP)
     if ready.weight_W is not None:
         weight_W *= ready.weight_W * len(cost_WP)
 

@@ -62,13 +62,15 @@ def test_exchange_in_return_home(windows, dispatch, per_node):
     assert found.time_WL == pytest.approx(found.expert_WL + found.exchange_WL)
 
 
-def test_recorded_homes_decide_what_arrives_from_other_nodes():
+@pytest.mark.parametrize("dispatch", ["per_node", "per_expert"])
+def test_recorded_homes_decide_what_arrives_from_other_nodes(dispatch):
     source = np.array([0, 1, 2, 3, 2, 0], np.int32)
-    found = evaluate(load(source=source), plan(), COSTS, Objective())
+    found = evaluate(load(source=source), plan(), COSTS, Objective(dispatch=dispatch))
     for layer in range(2):
         node, rank = np.zeros(2), np.zeros(4)
         for home, chosen in zip(source, TOKENS[:, layer], strict=True):
-            for n in {rank_of(layer)[e] // 2 for e in chosen}:
+            nodes = [rank_of(layer)[e] // 2 for e in chosen]
+            for n in set(nodes) if dispatch == "per_node" else nodes:
                 node[n] += (home // 2 != n) / 6
             for e in chosen:
                 rank[rank_of(layer)[e]] += 1 / 6

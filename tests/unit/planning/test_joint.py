@@ -170,7 +170,8 @@ def test_a_budget_needs_the_slots_of_today():
     assert moves_needed(now, joint(replace(problem, current=now, max_moves=0)).placement).sum() == 0
 
 
-def test_tokens_find_their_experts_in_their_home_node():
+@pytest.mark.parametrize("dispatch", ["per_node", "per_expert"])
+def test_tokens_find_their_experts_in_their_home_node(dispatch):
     problem = make_problem(layers=2, experts=16, ranks=4, ranks_per_node=2, tokens=400)
     rng = np.random.default_rng(3)
     home_T = rng.integers(4, size=400).astype(np.int32)
@@ -181,7 +182,7 @@ def test_tokens_find_their_experts_in_their_home_node():
     trace = RoutingTrace(experts_TLK, 16, (0, 1), source_rank_T=home_T)
     load_WLE = np.stack([np.bincount(experts_TLK[:, l].ravel(), minlength=16) for l in range(2)])[None].astype(float)
     load = ExpertLoad(load_WLE, ("all",), (0, 1), top_k=2, trace=trace)
-    problem = replace(problem, load=load, objective=Objective(max_imbalance="30 %", kind="traffic"))
+    problem = replace(problem, load=load, objective=Objective(max_imbalance="30 %", dispatch=dispatch))
     found = joint(problem).placement
     node_LE = np.stack([found.node_of_slot_P[np.argsort(row)] for row in found.physical_to_logical_LP])
     assert (node_LE != np.arange(16) % 2).all()
