@@ -11,6 +11,7 @@
     │   └── UnknownNameError  a plugin, model or accelerator name
     ├── InfeasibleError       no placement satisfies the limits        exit code 2
     ├── ExportError           the target format cannot express a plan  exit code 2
+    ├── RunError              a live run failed: a rank, a link        exit code 2
     └── MissingExtraError     an optional package is not installed     exit code 2
 
 A message reads: path (value), relation, other path (value); what to do.
@@ -29,6 +30,7 @@ __all__ = [
     "MoeplanError",
     "PlanError",
     "ProfileError",
+    "RunError",
     "SpecError",
     "TraceError",
     "UnknownNameError",
@@ -77,6 +79,10 @@ class InfeasibleError(MoeplanError):
 
 class ExportError(MoeplanError):
     """The target format cannot express this plan; the message gives the reason."""
+
+
+class RunError(MoeplanError):
+    """A run on real ranks failed; the message names the rank and what it was doing."""
 
 
 class MissingExtraError(MoeplanError):

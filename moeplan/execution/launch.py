@@ -1,0 +1,255 @@
+"""Ranks: local processes started here, or those that torchrun started.
+
+A rank that fails, dies or never joins ends the others, and one error names it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from moeplan import errors
+from moeplan.errors import InputError, MoeplanError, RunError
+
+__all__ = ["Launch", "Rank", "join_torchrun", "run_ranks", "under_torchrun"]
+
+_GRACE_S = 3.0
+_FAILED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How ranks are started. ``port`` 0: any free one. Timeouts: for all to join, and for one exchange."""
+
+    ranks: int
+    device: str = "cpu"
+    port: int = 0
+    join_timeout_s: float = 60.0
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What a rank's function is told: its number, how many there are, its device, and a line to whoever started it."""
+
+    rank: int
+    world: int
+    device: str
+    send: Callable[[Any], None]
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or another launcher with its environment) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _join(store: Any, rank: int, world: int, launch: Launch) -> None:
+    """Meet all other ranks at the store, then make the process group.
+
+    Raises:
+        RunError: a rank did not come in time; it is named.
+    """
+    import torch
+    import torch.distributed as dist
+
+    place = f"moeplan/joined/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store.set(f"{place}/{rank}", "1")
+    until = time.monotonic() + launch.join_timeout_s
+    missing = [other for other in range(world) if other != rank]
+    while missing:
+        missing = [other for other in missing if not store.check([f"{place}/{other}"])]
+        if missing and time.monotonic() > until:
+            names = ", ".join(map(str, missing))
+            raise RunError(
+                f"rank {names} did not join within {launch.join_timeout_s:g} s; {world - len(missing)} of {world} ranks"
+                " are there: is it started, and can it reach the store?"
+            )
+        if missing:
+            time.sleep(0.01)
+    if launch.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    dist.init_process_group(
+        "nccl" if launch.device == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=launch.timeout_s),
+    )
+
+
+def join_torchrun(launch: Launch) -> Rank:
+    """Join as the rank that torchrun made this process.
+
+    Raises:
+        RunError: a rank did not come in time, or the store cannot be reached.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        wait_for = datetime.timedelta(seconds=launch.join_timeout_s)
+        store = dist.TCPStore(host, port, None, rank == 0 and not agent, timeout=wait_for, wait_for_workers=False)
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        raise RunError(f"rank {rank} cannot reach the store: {_first_line(error)}") from error
+    _join(store, rank, world, launch)
+    return Rank(rank, world, launch.device, lambda _message: None)
+
+
+# ---------------------------------------------------------------------- started here
+
+
+def _body(launch: Launch, rank: int, port: int, target: Callable[..., Any], args: Any, link: Connection) -> None:
+    """A local rank: joins, works, and says over ``link`` how it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started us ends us
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        wait_for = datetime.timedelta(seconds=launch.join_timeout_s)
+        store = dist.TCPStore(
+            "127.0.0.1", port, None, rank == 0, timeout=wait_for, wait_for_workers=False
+        )
+        _join(store, rank, launch.ranks, launch)
+        answer = target(Rank(rank, launch.ranks, launch.device, lambda message: link.send(("message", message))), *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        link.send(("done", answer))
+        link.close()
+    except (MoeplanError, RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError) as error:
+        text = str(error) if isinstance(error, MoeplanError) else f"{_first_line(error)} ({_where(error)})"
+        link.send(("failed", type(error).__name__, text))
+        link.close()
+        os._exit(_FAILED)  # other ranks may be gone: no tidy end of the process group
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _where(error: BaseException) -> str:
+    """File and line in this project, or the last one."""
+    trace, place = error.__traceback__, "?"
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "site-packages" not in code.co_filename or place == "?":
+            place = f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} in {code.co_name}"  # noqa: PTH119
+        trace = trace.tb_next
+    return place
+
+
+def _port(launch: Launch) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", launch.port))
+        except (OSError, OverflowError) as error:
+            raise RunError(f"port ({launch.port}) cannot be used: {error}; choose another, or 0 for any") from error
+        return int(probe.getsockname()[1])
+
+
+def run_ranks(
+    launch: Launch,
+    target: Callable[..., Any],
+    *args: Any,
+    on_message: Callable[[int, Any], None] = lambda _rank, _message: None,
+    started: Callable[[list[int]], None] = lambda _pids: None,
+) -> list[Any]:
+    """Start ``launch.ranks`` processes and return what ``target(rank: Rank, *args)`` answered on each.
+
+    ``target`` must be importable by name, and answer plain values or arrays (tensors cannot outlive their process).
+    The default process group stands while it runs. ``on_message`` gets what a rank sends, ``started`` the process ids.
+
+    Raises:
+        RunError: a rank died, failed or never joined; the others are ended. An error of :mod:`moeplan.errors` that a
+            rank raised is raised here, once.
+    """
+    if launch.ranks < 1:
+        raise InputError(f"ranks ({launch.ranks}) must be positive")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context: Any = get_context("forkserver" if launch.device == "cpu" and sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(["moeplan.execution.layer"])  # torch is imported once, not by every rank
+    port = _port(launch)
+    links, processes = [], []
+    try:
+        for rank in range(launch.ranks):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_body, args=(launch, rank, port, target, args, there), daemon=True)
+            process.start()
+            there.close()
+            links.append(here)
+            processes.append(process)
+        started([process.pid or 0 for process in processes])
+        return _supervise(processes, links, on_message)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for link in links:
+            link.close()
+
+
+def _supervise(
+    processes: list[Any], links: list[Connection], on_message: Callable[[int, Any], None]
+) -> list[Any]:
+    answers: dict[int, Any] = {}
+    failures: list[tuple[int, str, str]] = []
+    open_links: dict[Any, int] = {link: rank for rank, link in enumerate(links)}
+    trouble_at: float | None = None
+    while open_links and (trouble_at is None or time.monotonic() - trouble_at < _GRACE_S):
+        for link in wait(list(open_links), timeout=0.1):
+            rank = open_links[link]
+            try:
+                kind, *what = link.recv()  # type: ignore[union-attr, call-arg]
+            except (EOFError, OSError):
+                del open_links[link]
+                processes[rank].join()
+                if rank not in answers and processes[rank].exitcode != _FAILED:
+                    failures.insert(0, (rank, "died", _cause(processes[rank].exitcode)))
+                    trouble_at = trouble_at or time.monotonic()
+                continue
+            if kind == "message":
+                on_message(rank, what[0])
+            elif kind == "done":
+                answers[rank] = what[0]
+            else:
+                failures.append((rank, str(what[0]), str(what[1])))
+                trouble_at = trouble_at or time.monotonic()
+    if not failures:
+        return [answers[rank] for rank in range(len(processes))]
+    raise _worst(failures)
+
+
+def _cause(code: int) -> str:
+    return f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+
+def _worst(failures: list[tuple[int, str, str]]) -> MoeplanError:
+    """One error for all: a death before what a rank was told, before an exchange that failed because of either."""
+    for rank, kind, text in failures:
+        if kind == "died":
+            return RunError(f"rank {rank} died {text}; the other ranks were ended")
+    for _rank, kind, text in failures:
+        known = getattr(errors, kind, None)
+        if isinstance(known, type) and issubclass(known, MoeplanError):
+            odd = issubclass(known, (errors.UnknownNameError, errors.MissingExtraError))  # made of other words
+            return RunError(text) if odd else known(text)
+    order = sorted(failures, key=lambda failure: failure[1] in ("RuntimeError", "DistBackendError", "DistNetworkError"))
+    rank, _kind, text = order[0]
+    return RunError(f"rank {rank} failed: {text}; the other ranks were ended")
