@@ -209,7 +209,8 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even")
     weight_W = 1.0 / np.maximum(np.bincount(window_T, minlength=len(cost_WP)), 1) / len(cost_WP)
     if dispatch == "per_expert":  # every pair is a token of its own
-        home_T, window_T = (np.repeat(x_T, slot_TK.shape[1]) for x_T in (home_T, window_T))
+        home_T = np.repeat(home_T, slot_TK.shape[1])
+        window_T = np.repeat(window_T, slot_TK.shape[1])
         slot_TK = slot_TK.reshape(-1, 1)
     bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
     everyone_GM = ~np.zeros((1, bits_PM.shape[1]), np.uint64)
