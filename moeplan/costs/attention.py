@@ -9,6 +9,8 @@ stored numbers, with ``r`` the latent's rank and ``p`` its rotary part (DeepSeek
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,7 +27,7 @@ Floats = NDArray[np.float64]
 
 
 class AttentionCosts:
-    """Attention of one layer with ``1 / tp`` of its heads on a rank, in one phase."""
+    """Attention of one layer with ``1 / tp`` of its heads on a rank, in one phase; rows of ``backend`` if named."""
 
     def __init__(
         self,
@@ -37,6 +39,8 @@ class AttentionCosts:
         kv_dtype: Dtype = "bf16",
         profile: HardwareProfile | None = None,
         tp: int = 1,
+        backend: str | None = None,
+        window: int = 0,
     ) -> None:
         self._spec, self._hidden, self._dense = attention, hidden, dense
         self._decode, self._tp = decode, tp
@@ -49,6 +53,7 @@ class AttentionCosts:
         def law(coords: Floats) -> Floats:
             context, batch = coords.T
             query = np.ones_like(context) if decode else context
+            context = np.minimum(context, window) if window else context
             if attention.is_mla and decode:
                 work = 2 * batch * heads * context * (2 * rank + rotary)
             else:
@@ -64,19 +69,19 @@ class AttentionCosts:
             "heads": int(heads),
             "kv_heads": 1 if attention.is_mla else int(kv_heads),
             "head_dim": attention.head_dim,
-            "window": 0,
+            "window": window,
             "dtype": "bf16",
             "kv_dtype": kv_dtype,
             "direction": "forward",
-        }
+        } | ({"backend": backend} if backend else {})
         self._kernel = TableCosts(profile, "attention", ("context_tokens", "batch"), names, law, accelerator.name)
 
-    def kernel(self, batch: float, context: float) -> Seconds:
+    def kernel(self, batch: Any, context: Any) -> Seconds:
         """Attention alone over ``batch`` sequences; in prefill all ``context`` tokens are new."""
         return self._kernel.seconds(context, batch)
 
-    def projections(self, tokens: float) -> Seconds:
-        """Products before and after the kernel for ``tokens`` new tokens."""
+    def projections(self, tokens: Any) -> Seconds:
+        """Products before and after the kernel for ``tokens`` new tokens, each on the last axis."""
         a, tp, hidden = self._spec, self._tp, self._hidden
         if a.kv_lora_rank is None:
             shapes: list[tuple[float, float]] = [((a.num_heads + 2 * a.num_kv_heads) * a.head_dim / tp, hidden)]
@@ -89,4 +94,4 @@ class AttentionCosts:
             shapes += [(a.num_heads * (nope + a.head_dim) / tp, a.kv_lora_rank)]
         shapes += [(hidden, a.num_heads * a.head_dim / tp)]
         widths, inner = np.array(shapes, float).T
-        return self._dense.product(tokens, widths, inner)
+        return self._dense.product(np.asarray(tokens, float)[..., None], widths, inner)

@@ -23,9 +23,15 @@ Floats = NDArray[np.float64]
 
 
 class DenseCosts:
-    """Products with weights of one type on one device; measured where the profile has them."""
+    """Products with weights of one type on one device; measured where the profile has them, by ``backend`` if named."""
 
-    def __init__(self, accelerator: AcceleratorSpec, dtype: Dtype, profile: HardwareProfile | None = None) -> None:
+    def __init__(
+        self,
+        accelerator: AcceleratorSpec,
+        dtype: Dtype,
+        profile: HardwareProfile | None = None,
+        backend: str | None = None,
+    ) -> None:
         self._bandwidth = roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
         width, flops = DTYPE_BYTES[dtype], roofline.matmul_flops(accelerator, dtype)
 
@@ -35,7 +41,8 @@ class DenseCosts:
             seconds: Floats = np.maximum(moved, 2 * m * n * k / flops)
             return seconds
 
-        names = {"dtype": TABLE_DTYPES.get(dtype, (dtype,)), "batch": 1, "direction": "forward"}
+        names: dict[str, Any] = {"dtype": TABLE_DTYPES.get(dtype, (dtype,)), "batch": 1, "direction": "forward"}
+        names |= {"backend": backend} if backend else {}
         self._products = TableCosts(profile, "gemm", ("m", "n", "k"), names, law, accelerator.name)
         self._device = accelerator.name
 
@@ -43,10 +50,10 @@ class DenseCosts:
         """``[m, k] x [k, n]``."""
         return self._products.seconds(tokens, columns, inner)
 
-    def ffn(self, tokens: float, hidden: int, inter: float, gated: bool) -> Seconds:
-        """Up (and gate) and down products of a feed-forward block."""
+    def ffn(self, tokens: Any, hidden: int, inter: float, gated: bool) -> Seconds:
+        """Up (and gate) and down products of a feed-forward block, on the last axis."""
         widths = np.array([inter * (2 if gated else 1), hidden])
-        return self.product(tokens, widths, np.array([hidden, inter]))
+        return self.product(np.asarray(tokens, float)[..., None], widths, np.array([hidden, inter]))
 
     def passes(self, elements: float, count: float = 1.0) -> Seconds:
         """``count`` reads and writes of bf16 activations: norms, router top-k, permutation, embedding rows."""

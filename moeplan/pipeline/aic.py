@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _subset(name: str, table: pa.Table, models: list[ModelSpec]) -> pa.Table:
             for tp in (1, 2, 4, 8)
         }
         shape = zip(*(table[c].to_pylist() for c in ("kind", "heads", "kv_heads", "head_dim")), strict=True)
-        return table.filter(pa.array([key in heads for key in shape], pa.bool_()))
+        return table.filter(pa.array([key in heads or key[0] not in ("gqa", "mla") for key in shape], pa.bool_()))
     if name == "gemm":
         return table.filter(member("m", _GEMM_M))
     return table
@@ -132,14 +132,17 @@ def _newest_per_shape(table: pa.Table, sources: dict[str, Source]) -> pa.Table:
 
 
 def read_system(
-    root: Path, system: str, copies: dict[Path, str], subset: bool = False
+    root: Path, system: str, copies: dict[Path, str], models: Sequence[ModelSpec] = (), hybrid: bool = False
 ) -> tuple[dict[str, pa.Table], dict[str, Source], dict[str, dict[str, int]]]:
-    """(tables with marks, their sources, table -> reason -> rows set aside) of one system."""
-    models = [find_model(name) for name in MAIN_MODELS] if subset else []
+    """(tables with marks, their sources, table -> reason -> rows set aside) of one system.
+
+    ``models``: only the rows that these need; ``hybrid``: linear and sparse attention too.
+    """
+    subset = bool(models)
     pieces: dict[str, list[pa.Table]] = {}
     sources: dict[str, Source] = {}
     rejected: dict[str, Counter[str]] = {}
-    files = list(aic.files_of(root, system))
+    files = list(aic.files_of(root, system, hybrid))
     for file in _newest(files) if subset else files:
         rows = aic.read_rows(file)
         device = str(rows["device"][0].as_py()) if "device" in rows.column_names else ""
@@ -150,7 +153,7 @@ def read_system(
             count = rejected.setdefault(name, Counter())
             count["no_latency"] += rows.num_rows - table.num_rows
             if subset:
-                table = _subset(name, table, models)
+                table = _subset(name, table, list(models))
             table, repeats = _merge_repeats(table)
             count["repeated"] += repeats
             marked = HardwareProfile(_bare(system), {name: table}).table(name)
@@ -209,10 +212,11 @@ def import_aic(
     names = [aic.find_system(root, name) for name in systems] or aic.systems(root)
     progress("look for copied tables", 0.0)
     copies = _copies(root)
+    models = [find_model(name) for name in MAIN_MODELS] if subset else []
     answer = []
     for number, system in enumerate(names):
         progress("import", number / len(names))
-        tables, sources, rejected = read_system(root, system, copies, subset)
+        tables, sources, rejected = read_system(root, system, copies, models)
         name = system.replace("_", "-")
         options = f"--systems {system} --out DIR" + " --subset" * subset
         meta = ProfileMeta(

@@ -108,12 +108,12 @@ class AicFile:
         return Source(kind="imported", title=title, version=self.version, device=device, licence=LICENCE, note=note)
 
 
-def files_of(root: Path, system: str) -> Iterator[AicFile]:
-    """Table files of a system that :func:`convert` understands."""
+def files_of(root: Path, system: str, hybrid: bool = False) -> Iterator[AicFile]:
+    """Table files of a system that :func:`convert` understands; ``hybrid``: linear and sparse attention too."""
     for path in sorted((root / "data" / system).rglob("*_perf.parquet")):
         family, framework, version = path.parts[-4:-1]
         file = AicFile(system, family, framework, version, path)
-        if file.kind in _CONVERTERS:
+        if file.kind in _CONVERTERS and (hybrid or file.kind not in _HYBRID):
             yield file
 
 
@@ -353,6 +353,60 @@ def _bmm(rows: pa.Table, file: AicFile) -> _Converted:
     )
 
 
+def _gated_delta(rows: pa.Table, file: AicFile) -> _Converted:
+    """Gated DeltaNet layers: a convolution and a recurrence, two rows of one layer."""
+    names = _text(rows, "phase").to_pylist()
+    decode = np.array([name == "generation" for name in names])
+    length = np.where(decode, 1, _ints(rows, "seq_len"))
+    yield (
+        "attention",
+        {
+            "kind": _same("gated_delta", rows),
+            "phase": np.where(decode, "decode", "prefill").tolist(),
+            "batch": rows["batch_size"],
+            "query_tokens": length,
+            "context_tokens": length,
+            "heads": rows["num_v_heads"],
+            "kv_heads": rows["num_k_heads"],
+            "head_dim": rows["head_v_dim"],
+            "dtype": _same("bf16", rows),
+            "kv_dtype": _same("bf16", rows),
+            "kernel": rows["kernel_source"],
+            "latency_us": _us(rows, "latency"),
+        },
+    )
+
+
+def _sparse_mla(rows: pa.Table, file: AicFile) -> _Converted:
+    """DeepSeek sparse attention with its indexer and projections; prefill without a cached prefix only."""
+    decode = "generation" in file.kind
+    inputs, step = _ints(rows, "isl"), _ints(rows, "step")
+    partial = pc.match_substring(_text(rows, "op_name"), "skip").to_numpy(zero_copy_only=False)
+    left_out = partial if decode else partial | (step > 0)
+    glm = pc.starts_with(_text(rows, "architecture"), "Glm").to_numpy(zero_copy_only=False)
+    yield (
+        "attention",
+        {
+            "kind": _same("sparse_mla", rows),
+            "phase": _same("decode" if decode else "prefill", rows),
+            "scope": _same("module", rows),
+            "batch": rows["batch_size"],
+            "query_tokens": inputs,
+            "context_tokens": inputs + step,
+            "heads": rows["num_heads"],
+            "kv_heads": _same(1, rows),
+            "head_dim": np.where(glm, 256, 128),  # value heads of GLM-5 and of DeepSeek-V3.2
+            "dtype": _dtype(rows, "mla_dtype"),
+            "kv_dtype": _dtype(rows, "kv_cache_dtype"),
+            "gemm_dtype": _dtype(rows, "gemm_type"),
+            "kernel": pc.binary_join_element_wise(_text(rows, "kernel_source"), file.kind, "/"),
+            "latency_us": np.where(left_out, 0.0, _us(rows, "latency")),
+        },
+    )
+
+
+_HYBRID = frozenset(["gdn", "dsa_context_module", "dsa_generation_module"])
+
 _CONVERTERS: dict[str, Callable[[pa.Table, AicFile], _Converted]] = {
     **dict.fromkeys(["moe", "wideep_moe", "wideep_context_moe", "wideep_generation_moe", "dsv4_megamoe_module"], _moe),
     **dict.fromkeys(["wideep_deepep_ll", "wideep_deepep_normal"], _deepep),
@@ -364,6 +418,8 @@ _CONVERTERS: dict[str, Callable[[pa.Table, AicFile], _Converted]] = {
     "trtllm_alltoall": _trtllm_alltoall,
     "gemm": _gemm,
     "mla_bmm": _bmm,
+    "gdn": _gated_delta,
+    **{f"dsa_{phase}_module": _sparse_mla for phase in ("context", "generation")},
 }
 
 
