@@ -34,7 +34,7 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import DispatchKind, Workload
 
-__all__ = ["BatchParts", "Overlap", "StepCost", "StepModel", "Technique", "step"]
+__all__ = ["BatchParts", "Overlap", "StepCost", "StepModel", "Technique", "combine", "step"]
 
 Floats = NDArray[np.float64]
 Overlap = Literal["none", "shared_expert", "two_batch", "shortcut"]
@@ -92,7 +92,7 @@ class BatchParts:
     ``shared_s`` of one layer; ``exchange`` gives seconds per copy at ``tokens`` over all ranks.
     """
 
-    tokens: int
+    tokens: float
     attention_s: float
     shared_s: float
     expert_s_LR: Floats
@@ -104,7 +104,7 @@ class BatchParts:
 class _Part:
     """Everything a layer needs at one batch size."""
 
-    tokens: int
+    tokens: float
     experts: ExpertCosts
     exchange: ExchangeCosts
     fixed: FixedCosts
@@ -124,6 +124,8 @@ class _Part:
 class StepModel:
     """One model on one cluster at one operating point. See the module.
 
+    ``tokens`` over all ranks enter a step; left out, ``workload.batch_per_rank`` on each live rank.
+
     Raises:
         InputError: the technique does not fit the cluster.
     """
@@ -135,12 +137,16 @@ class StepModel:
         workload: Workload,
         technique: Technique | None = None,
         profile: HardwareProfile | None = None,
+        tokens: float | None = None,
     ) -> None:
         self.model, self.cluster, self.workload = model, cluster, workload
         self.technique = technique or Technique()
         self.profile = profile
         self.live = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
         self.speed_R = np.array([cluster.rank(r).speed for r in range(cluster.num_ranks)])
+        self._link_R = np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)])
+        self._link_N = self._link_R.reshape(cluster.num_nodes, -1).mean(1)
+        self._tokens = tokens
         for name in ("tp", "expert_tp", "cp", "pp"):
             degree = getattr(self.technique, name)
             if degree < 1 or cluster.num_ranks % degree:
@@ -157,7 +163,7 @@ class StepModel:
         model, cluster, work, how = self.model, self.cluster, self.workload, self.technique
         ranks = int(self.live.sum())
         batch = max(1, round(work.batch_per_rank * share))
-        tokens = batch * ranks
+        tokens = batch * ranks if self._tokens is None else self._tokens * share
         mean = tokens * model.top_k / model.num_experts
         arriving = 1.0 if how.dispatch == "allgather" else touched(ranks, model.top_k) / ranks
         experts = expert_costs(
@@ -231,8 +237,8 @@ class StepModel:
         per_rank = part.tokens / self.live.sum()
         exchange = part.exchange.time_s(
             per_rank,
-            node.max(1) * self.cluster.num_nodes / part.tokens,
-            rank.max(1) * self.live.sum() / part.tokens,
+            (node / self._link_N).max(1) * self.cluster.num_nodes / part.tokens,
+            (rank / self._link_R).max(1) * self.live.sum() / part.tokens,
         )
         return expert, np.asarray(exchange, float), node, rank
 
@@ -255,8 +261,8 @@ class StepModel:
         if self.technique.overlap == "two_batch":
             shrunk = None if arrivals is None else (arrivals[0] / 2, arrivals[1] / 2)
             half_expert, half_exchange, _, _ = self._layers(placement, load_LE, self._half, shrunk)
-            compute = self._half.fixed.layer_s + self._half.fixed.shared_s + half_expert.max(1)
-            layer = 2 * np.maximum(compute, half_exchange)
+            half = self._half.fixed
+            layer = combine("two_batch", half.layer_s, half.shared_s, half_exchange, half_expert.max(1))
         else:
             layer = combine(self.technique.overlap, fixed.layer_s, fixed.shared_s, exchange, expert.max(1))
         total = float(layer.sum()) + fixed.other_s
@@ -313,6 +319,16 @@ class StepModel:
         return (parts(self._half),) * 2 if self.technique.overlap == "two_batch" else (parts(self._whole),)
 
     @property
+    def fixed(self) -> FixedCosts:
+        """What no placement changes."""
+        return self._whole.fixed
+
+    @property
+    def exchange(self) -> ExchangeCosts:
+        """Dispatch and combine at this operating point."""
+        return self._whole.exchange
+
+    @property
     def other_s(self) -> float:
         """Dense layers, embedding and head of a step."""
         return self._whole.fixed.other_s
@@ -335,7 +351,9 @@ class StepModel:
 
 
 def combine(overlap: Overlap, attention_s: float, shared_s: float, exchange_L: Floats, expert_L: Floats) -> Floats:
-    """A layer's seconds from its parts; see the module for the modes (``two_batch`` needs the halves' times)."""
+    """A layer's seconds from its parts; see the module for the modes. For ``two_batch`` they are one half's."""
+    if overlap == "two_batch":
+        return 2 * np.maximum(attention_s + shared_s + expert_L, exchange_L)
     if overlap == "shared_expert":
         return attention_s + np.maximum(shared_s, exchange_L) + expert_L
     if overlap == "shortcut":

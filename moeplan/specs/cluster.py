@@ -40,6 +40,7 @@ class RankSpec(Spec):
     """How one rank departs from the others."""
 
     speed: float = Field(1.0, gt=0, description="1.0: as the accelerator; 0.7: takes 1/0.7 of the time")
+    link_speed: float = Field(1.0, gt=0, description="part of the links' usual bandwidth that this rank has")
     memory: Bytes | None = Field(None, description="instead of the accelerator's")
     slots: int | None = Field(None, gt=0, description="expert slots per layer, where ranks differ")
     failed: bool = False

@@ -105,7 +105,7 @@ class EngineSpec(Spec):
     block_size: int = Field(16, gt=0, description="tokens of one KV-cache block")
     memory_fraction: Fraction = Field("90 %", description="of device memory that weights and KV cache take")  # type: ignore[assignment]
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
-    preemption: Literal["recompute", "swap"] = Field("recompute", description="of the newest, when the KV cache is full")
+    preemption: Literal["recompute", "swap"] = Field("recompute", description="of the newest, in a full KV cache")
     prefix_caching: bool = Field(False, description="finished prompts' blocks serve later prompts that begin alike")
     max_waiting: int | None = Field(None, gt=0, description="waiting requests per group; one more is rejected")
     tp: int = Field(1, gt=0, description="ranks that split attention and dense parts")
