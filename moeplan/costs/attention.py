@@ -80,6 +80,10 @@ class AttentionCosts:
         """Attention alone over ``batch`` sequences; in prefill all ``context`` tokens are new."""
         return self._kernel.seconds(context, batch)
 
+    def kernels(self, batch: Floats, context: Floats) -> Seconds:
+        """As :meth:`kernel`, for arrays of one shape."""
+        return self._kernel.seconds(context, batch)
+
     def projections(self, tokens: Any) -> Seconds:
         """Products before and after the kernel for ``tokens`` new tokens, each on the last axis."""
         a, tp, hidden = self._spec, self._tp, self._hidden

@@ -1,0 +1,284 @@
+"""Seconds of an engine step that mixes prefill chunks and decodes, fast enough to be asked 10,000 times a second.
+
+:class:`StepModel` costs one operating point; here its parts are tabled over tokens (a grid of 1 and 1.5 times powers
+of two), filled when first touched, and read by straight lines between the points. A step of an engine whose groups
+hold different batches takes, with ``m`` the tokens of the busiest group and ``n`` the mean over live ranks,
+
+- attention and token-wise parts of the group that takes longest: projections, router, norms at its tokens; one decode
+  kernel over its sequences at their mean context; one prefill kernel over its chunks (:meth:`AttentionCosts.kernel`);
+- shared experts, dense layers and head at ``m``;
+- experts of each layer at its busiest rank, and the exchange at ``n``: the slower of what the busiest rank receives
+  under the placement and what the fullest group sends;
+- combined layer by layer as the overlap mode says (:func:`moeplan.costs.step.combine`).
+
+A chunk of ``q`` tokens after ``p`` that are in the cache attends to ``q p + q^2 / 2`` pairs: the kernel over ``p + q``
+tokens less the kernel over ``p``, the launch paid once per step.
+
+``B`` grid points, ``L`` MoE layers, ``E`` experts, ``R`` ranks, ``D`` attention data-parallel groups.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs.attention import AttentionCosts
+from moeplan.costs.dense import DenseCosts
+from moeplan.costs.exchange import balanced_copies
+from moeplan.costs.group_kernel import group_seconds, row_at
+from moeplan.costs.step import StepModel, Technique, combine
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.workload import Phase, Workload
+
+__all__ = ["Batch", "MoeTable", "ServingCosts", "StepSeconds", "grid"]
+
+Floats = NDArray[np.float64]
+_PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
+
+
+def grid(highest: float, lowest: float = 1.0) -> Floats:
+    """1 and 1.5 times powers of two from ``lowest`` (one of them or below) to the first at or above ``highest``."""
+    first, last = int(np.floor(np.log2(lowest))), int(np.ceil(np.log2(max(highest, 2.0))))
+    points = [factor * 2.0**power for power in range(first, last + 1) for factor in (1.0, 1.5)]
+    top = next((i for i, x in enumerate(points) if x >= highest), len(points) - 1)
+    return np.array([x for x in points[: top + 1] if x < 1 or x == int(x)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What every group does in one step. ``chunk_s_D``: prefill kernel seconds of a layer, the sum of
+    :meth:`ServingCosts.chunk_s` over its chunks; -1 where it has none.
+
+    ``decodes_D`` sequences with ``cached_D`` tokens in the cache together; ``tokens_D`` of prefill and decode.
+    """
+
+    decodes_D: Floats
+    cached_D: Floats
+    chunk_s_D: Floats
+    tokens_D: Floats
+    has_prefill: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepSeconds:
+    """``total_s`` with the relative error of its parts; ``exposed_s`` of it is exchange that nothing hides.
+
+    ``busy_R``: seconds in which each rank computes.
+    """
+
+    total_s: float
+    relative_error: float
+    exposed_s: float
+    busy_R: Floats
+
+
+class _Curve:
+    """Rows over a rising grid: position and weight of a value, clipped to the grid."""
+
+    def __init__(self, points: Floats) -> None:
+        self.points = points
+        self._list: list[float] = points.tolist()
+
+    def place(self, value: float) -> tuple[int, float]:
+        points = self._list
+        if value <= points[0]:
+            return 0, 0.0
+        if value >= points[-1]:
+            return len(points) - 2, (value - points[-2]) / (points[-1] - points[-2])
+        i = bisect_right(points, value) - 1
+        return i, (value - points[i]) / (points[i + 1] - points[i])
+
+
+@dataclass(slots=True, eq=False)
+class MoeTable:
+    """Experts and exchange of one placement under one load in one phase, filled as grid points are touched."""
+
+    placement: Placement
+    load_LE: Floats
+    phase: Phase
+    filled_B: list[bool]
+    expert_BL: Floats
+    expert_BR: Floats
+    exchange_BL: Floats
+    error_B: Floats
+    sent_B4: Floats  # fixed and variable seconds inside a node, then between nodes, when ranks send alike
+
+
+class ServingCosts:
+    """One model on one cluster under one technique; see the module.
+
+    ``technique.overlap`` and ``technique.pp`` concern whole steps: the cluster is that of one pipeline stage.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        cluster: ClusterSpec,
+        workload: Workload,
+        technique: Technique,
+        profile: HardwareProfile | None,
+        max_tokens: int,
+        max_seqs: int,
+        max_context: int,
+    ) -> None:
+        self.model, self.cluster, self.profile = model, cluster, profile
+        self.technique = technique
+        self._workload = workload
+        self._plain = replace(technique, overlap="none", pp=1)
+        self.live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
+        self._num_live = int(self.live_R.sum())
+        self.speed_R = np.array([cluster.rank(r).speed for r in range(cluster.num_ranks)])
+        self.groups = cluster.num_ranks // technique.tp
+        self._speed_D = self.speed_R.reshape(self.groups, technique.tp).min(1)
+        links = np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)])
+        self._link_D = links.reshape(self.groups, technique.tp).min(1)
+        self._mean = _Curve(grid(max_tokens, 1.0 / self._num_live))
+        self._busy = _Curve(grid(max_tokens))
+        self._models: dict[tuple[Phase, float], StepModel] = {}
+        self._fixed: dict[Phase, Floats] = {}
+        self._tables: dict[tuple[int, int, Phase], MoeTable] = {}
+        self.source: dict[str, str] = {}
+        self.extrapolated: set[str] = set()
+        self._nothing_L = np.zeros(model.num_moe_layers)
+        self._attention(max_seqs, max_context)
+
+    def _attention(self, max_seqs: int, max_context: int) -> None:
+        model, how = self.model, self.technique
+        self._seqs, self._context = _Curve(grid(max_seqs)), _Curve(grid(max(16, max_context)))
+        shape = (len(self._seqs.points), len(self._context.points))
+        self._decode_s, self._chunk_s, self._launch_s = np.zeros(shape), np.zeros(shape[1]), 0.0
+        self._chunk_list = self._chunk_s.tolist()
+        if model.attention is None:
+            return
+        work = self._workload
+        dense = DenseCosts(
+            self.cluster.accelerator,
+            work.weight_dtype if work.weight_dtype not in ("int4", "fp4") else "bf16",
+            self.profile,
+        )
+
+        def costs(decode: bool) -> AttentionCosts:
+            device = self.cluster.accelerator
+            return AttentionCosts(
+                model.attention, model.hidden_size, device, decode, dense, how.kv_dtype, self.profile, how.tp
+            )  # type: ignore[arg-type]
+
+        seqs, context = np.meshgrid(self._seqs.points, self._context.points, indexing="ij")
+        self._decode_s = costs(True).kernels(seqs, context).value
+        alone = costs(False).kernels(np.ones(shape[1]), self._context.points).value
+        self._launch_s = float(alone[0])
+        self._chunk_s = np.maximum.accumulate(alone) - self._launch_s
+        self._chunk_list = self._chunk_s.tolist()
+
+    # ------------------------------------------------------------------ tables
+
+    def model_at(self, phase: Phase, tokens_per_rank: float) -> StepModel:
+        """The step model of this many tokens on each live rank, without overlap."""
+        key = (phase, tokens_per_rank)
+        if key not in self._models:
+            batch = {"phase": phase, "batch_per_rank": max(1, int(tokens_per_rank)), "context": _PREFILL_CONTEXT}
+            self._models[key] = StepModel(
+                self.model,
+                self.cluster,
+                self._workload.model_copy(update=batch),
+                self._plain,
+                self.profile,
+                tokens_per_rank * self._num_live,
+            )
+        return self._models[key]
+
+    def _fixed_rows(self, phase: Phase) -> Floats:
+        """``[B, 4]``: token-wise part of a layer, shared experts, other layers and head, kernels among those."""
+        if phase not in self._fixed:
+            rows = []
+            for tokens in self._busy.points:
+                fixed = self.model_at(phase, tokens).fixed
+                token_wise = fixed.layer_s - fixed.kernel_s
+                other = fixed.other_s - fixed.other_kernels * fixed.kernel_s
+                rows.append((token_wise, fixed.shared_s, other, float(fixed.other_kernels)))
+            self._fixed[phase] = np.array(rows)
+        return self._fixed[phase]
+
+    def table(self, placement: Placement, load_LE: Floats, phase: Phase) -> MoeTable:
+        """The table of a placement under a load; the same objects give the same table."""
+        key = (id(placement), id(load_LE), phase)
+        found = self._tables.get(key)
+        if found is None or found.placement is not placement or found.load_LE is not load_LE:
+            B, L, R = len(self._mean.points), len(load_LE), self.cluster.num_ranks
+            rows = [np.zeros((B, width)) for width in (L, R, L)]
+            found = MoeTable(placement, load_LE, phase, [False] * B, *rows, np.zeros(B), np.zeros((B, 4)))
+            self._tables[key] = found
+        return found
+
+    def forget(self, placement: Placement) -> None:
+        """Drop the tables of a placement that is no longer in use."""
+        self._tables = {key: table for key, table in self._tables.items() if table.placement is not placement}
+
+    def _fill(self, table: MoeTable, b: int) -> None:
+        tokens = float(self._mean.points[b])
+        model = self.model_at(table.phase, tokens)
+        cost = model.step(table.placement, table.load_LE)
+        table.expert_BL[b] = cost.expert_s_LR.max(1)
+        table.expert_BR[b] = cost.expert_s_LR.sum(0)
+        table.exchange_BL[b] = cost.exchange_s_L
+        table.error_B[b] = cost.high_s / cost.total_s - 1
+        both = balanced_copies(
+            self._plain.dispatch, self.model.top_k, self.cluster.num_ranks, self.cluster.num_nodes
+        )
+        for column, path, copies in (
+            (0, model.exchange.inside, both[1]),
+            (2, model.exchange.between, both[0]),
+        ):
+            if path is not None:
+                whole = path.time_s(tokens, copies / path.copies_per_token)
+                table.sent_B4[b, column : column + 2] = path.fixed_s, whole - path.fixed_s
+        table.filled_B[b] = True
+        self.source |= dict(cost.source)
+        self.extrapolated |= set(cost.extrapolated)
+
+    def _at(self, table: MoeTable, tokens_per_rank: float) -> tuple[int, float]:
+        b, weight = self._mean.place(tokens_per_rank)
+        for point in (b, b + 1):
+            if not table.filled_B[point]:
+                self._fill(table, point)
+        return b, weight
+
+    # ------------------------------------------------------------------ a step
+
+    def chunk_s(self, before: int, new: int) -> float:
+        """Prefill attention of one layer over ``new`` tokens after ``before``, without the launch."""
+        context, seconds = self._context, self._chunk_list
+        i, w = context.place(before)
+        j, v = context.place(before + new)
+        start = seconds[i] + w * (seconds[i + 1] - seconds[i])
+        return float(seconds[j] + v * (seconds[j + 1] - seconds[j]) - start)
+
+    def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
+        """Seconds of one step in which at least one token is worked on."""
+        how, L = self.technique, len(load_LE)
+        table = self.table(placement, load_LE, "prefill" if batch.has_prefill else "decode")
+        share = 0.5 if how.overlap == "two_batch" else 1.0
+        tokens_D = batch.tokens_D / how.tp
+        mean = float(tokens_D.sum()) * how.tp / self._num_live
+        group_D3 = group_seconds(
+            batch.decodes_D, batch.cached_D, batch.chunk_s_D, tokens_D, self._speed_D, share, self._busy.points,
+            self._fixed_rows(table.phase), self._seqs.points, self._context.points, self._decode_s, self._launch_s,
+        )  # fmt: skip
+        b, w = self._at(table, mean * share)
+        expert_L, sent = row_at(table.expert_BL, b, w), row_at(table.sent_B4, b, w)
+        skew = float((tokens_D / self._link_D).max()) / mean
+        sent_s = max(sent[0] + skew * sent[1], sent[2] + skew * sent[3])
+        exchange_L = np.maximum(row_at(table.exchange_BL, b, w), sent_s)
+        attention, shared, other = group_D3.max(0).tolist()
+        alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum())
+        layers = float(combine(how.overlap, attention, shared, exchange_L, expert_L).sum())
+        busy_D = (group_D3[:, 0] + group_D3[:, 1]) * (L / share) + group_D3[:, 2]
+        busy_R = busy_D if how.tp == 1 else np.repeat(busy_D, how.tp)
+        busy_R = np.minimum(busy_R + row_at(table.expert_BR, b, w) / share, alone + other)
+        return StepSeconds(layers + other, float(row_at(table.error_B, b, w)), layers - alone, busy_R)
