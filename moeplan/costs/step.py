@@ -89,13 +89,15 @@ class BatchParts:
     """What one batch of a step is made of (two of them under ``two_batch``), for who plays it event by event.
 
     ``expert_s_LR`` and ``pairs_LR``: seconds and (token, expert) pairs of each rank; ``attention_s`` and
-    ``shared_s`` of one layer; ``exchange`` gives seconds per copy at ``tokens`` over all ranks.
+    ``shared_s`` of one layer; ``exchange_s_L`` dispatch and combine; ``exchange`` gives seconds per copy at
+    ``tokens`` over all ranks.
     """
 
     tokens: float
     attention_s: float
     shared_s: float
     expert_s_LR: Floats
+    exchange_s_L: Floats
     pairs_LR: Floats
     exchange: ExchangeCosts
 
@@ -188,9 +190,12 @@ class StepModel:
 
     # ------------------------------------------------------------------ one placement
 
-    def _pairs_LP(self, placement: Placement, load_LE: Floats, part: _Part) -> Floats:
-        """(token, expert) pairs per slot of one step."""
+    def _pairs_LP(
+        self, placement: Placement, load_LE: Floats, part: _Part, taken_LE: Floats | None = None
+    ) -> Floats:
+        """(token, expert) pairs per slot of one step, times ``taken_LE``."""
         share = load_LE / load_LE.sum(1, keepdims=True) * (part.tokens * self.model.top_k)
+        share = share if taken_LE is None else share * taken_LE
         slots = placement.physical_to_logical_LP
         place = slots + np.arange(len(slots), dtype=np.int64)[:, None] * share.shape[1]
         used = slots != EMPTY
@@ -223,10 +228,15 @@ class StepModel:
         return node * (1 - 1 / nodes), rank * (1 - 1 / max(1, self.live.sum()))
 
     def _layers(
-        self, placement: Placement, load_LE: Floats, part: _Part, arrivals: tuple[Floats, Floats] | None
+        self,
+        placement: Placement,
+        load_LE: Floats,
+        part: _Part,
+        arrivals: tuple[Floats, Floats] | None,
+        taken_LE: Floats | None = None,
     ) -> tuple[Floats, Floats, Floats, Floats]:
         """(expert seconds LR, exchange seconds L, node copies LN, rank copies LR)."""
-        pairs_LP = self._pairs_LP(placement, load_LE, part)
+        pairs_LP = self._pairs_LP(placement, load_LE, part, taken_LE)
         starts = np.searchsorted(placement.rank_of_slot_P, np.arange(self.cluster.num_ranks))
         used = np.append(np.diff(starts), placement.num_slots - starts[-1]) > 0
         sums = np.zeros((2, len(pairs_LP), self.cluster.num_ranks))
@@ -304,16 +314,21 @@ class StepModel:
             extrapolated=tuple(name for name, (_, _, beyond) in parts.items() if beyond),
         )
 
-    def batches(self, placement: Placement, load_LE: Floats) -> tuple[BatchParts, ...]:
-        """The batches of a step, apart: one, or two half ones under ``two_batch``."""
+    def batches(
+        self, placement: Placement, load_LE: Floats, taken_LE: Floats | None = None
+    ) -> tuple[BatchParts, ...]:
+        """The batches of a step, apart: one, or two half ones under ``two_batch``.
+
+        ``taken_LE``: part of an expert's pairs that it works on, below 1 where a capacity drops some.
+        """
 
         def parts(part: _Part) -> BatchParts:
-            expert, _, _, _ = self._layers(placement, load_LE, part, None)
-            pairs_LP = self._pairs_LP(placement, load_LE, part)
+            expert, exchange_s_L, _, _ = self._layers(placement, load_LE, part, None, taken_LE)
+            pairs_LP = self._pairs_LP(placement, load_LE, part, taken_LE)
             pairs_LR = np.zeros((len(pairs_LP), self.cluster.num_ranks))
             np.add.at(pairs_LR.T, placement.rank_of_slot_P, pairs_LP.T)
             return BatchParts(
-                part.tokens, part.fixed.layer_s, part.fixed.shared_s, expert, pairs_LR, part.exchange
+                part.tokens, part.fixed.layer_s, part.fixed.shared_s, expert, exchange_s_L, pairs_LR, part.exchange
             )
 
         return (parts(self._half),) * 2 if self.technique.overlap == "two_batch" else (parts(self._whole),)
