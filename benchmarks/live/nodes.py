@@ -36,10 +36,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from moeplan.errors import InputError, MoeplanError
+from moeplan.errors import InputError, MoeplanError, RunError
 from moeplan.units import parse_quantity
 
-__all__ = ["Link", "Nodes", "RankDied", "pinned_core"]
+__all__ = ["Link", "Nodes", "pinned_core"]
 
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
@@ -57,12 +57,6 @@ class Link:
     delay_s: float = 0.0
 
 
-class RankDied(MoeplanError):
-    """A rank ended with an error; the others were ended."""
-
-    exit_code = 1
-
-
 def pinned_core(rank: int) -> int:
     """Core of a rank: the cores this process may use, in turn."""
     cores = sorted(os.sched_getaffinity(0))
@@ -78,7 +72,10 @@ def _child(namespace: int | None = None, fresh: bool = False, core: int | None =
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-        if fresh and libc.unshare(CLONE_NEWNET) or namespace is not None and libc.setns(namespace, CLONE_NEWNET):
+        failed = fresh and libc.unshare(CLONE_NEWNET)
+        if namespace is not None:
+            failed = libc.setns(namespace, CLONE_NEWNET)
+        if failed:
             raise OSError(ctypes.get_errno(), "network namespace")
         if core is not None:
             os.sched_setaffinity(0, {core})
@@ -198,7 +195,7 @@ class Nodes(AbstractContextManager["Nodes"]):
         Ranks but the first write to standard error. ``while_running`` is called some ten times a second.
 
         Raises:
-            RankDied: a rank ended with an error, or the time is up; the message names it and how it ended.
+            RunError: a rank ended with an error, or the time is up; the message names it and how it ended.
         """
         port = _free_port() if self.num_nodes == 1 else PORT
         ranks: list[subprocess.Popen[bytes]] = []
@@ -221,13 +218,13 @@ class Nodes(AbstractContextManager["Nodes"]):
                     # Those whose exchange then fails are not the cause: the first to go is.
                     code = ranks[failed[0]].returncode
                     how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-                    raise RankDied(f"rank {failed[0]} died {how}; the other ranks were ended")
+                    raise RunError(f"rank {failed[0]} died {how}; the other ranks were ended")
                 if timeout_s is not None and time.monotonic() - started > timeout_s:
                     late = [str(r) for r, process in enumerate(ranks) if process.poll() is None]
-                    raise RankDied(f"rank {', '.join(late)} not done after {timeout_s:g} s; ended")
+                    raise RunError(f"rank {', '.join(late)} not done after {timeout_s:g} s; ended")
                 time.sleep(0.05)
             if failed := [r for r, process in enumerate(ranks) if process.poll()]:
-                raise RankDied(f"rank {failed[0]} died with exit code {ranks[failed[0]].returncode}")
+                raise RunError(f"rank {failed[0]} died with exit code {ranks[failed[0]].returncode}")
         finally:
             _end(ranks)
 

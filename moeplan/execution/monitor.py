@@ -75,8 +75,8 @@ class LoadMonitor:
         """The choices ``experts_TK`` of every layer in one step, where no :class:`MoELayer` holds them."""
         block = self.step % self.steps * self.blocks // self.steps
         for row, experts_TK in enumerate(chosen):
-            flat = experts_TK.flatten()
-            self._load_BLE[block, row] += torch.bincount(flat[flat >= 0], minlength=self.num_experts)
+            # Dropped choices are -1: counted in front, and left there.
+            self._load_BLE[block, row] += torch.bincount(experts_TK.flatten() + 1, minlength=self.num_experts + 1)[1:]
         self._keep(chosen)
 
     def _keep(self, chosen: list[torch.Tensor]) -> None:
