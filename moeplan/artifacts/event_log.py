@@ -7,6 +7,7 @@ logs of one type, and every picture of a run is drawn from it.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,7 @@ _COLUMNS = {
     "request": np.int64,
     "amount": np.float64,
 }
+_TYPECODE = {"f8": "d", "u1": "B", "i4": "i", "i8": "q"}
 _NAMES = tuple(EVENT_KINDS)
 _CODE = {name: code for code, name in enumerate(_NAMES)}
 
@@ -149,10 +151,11 @@ class EventLog:
 
 
 class EventRecorder:
-    """Collects events and turns them into an :class:`EventLog`. Cheap to append to: one tuple per event."""
+    """Collects events and turns them into an :class:`EventLog`: 49 bytes and one append per column for each."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[float, float, int, int, int, int, int, float]] = []
+        self._columns = {name: array(_TYPECODE[np.dtype(kind).str[1:]]) for name, kind in _COLUMNS.items()}
+        self._append = tuple(column.append for column in self._columns.values())
 
     def add(
         self,
@@ -171,10 +174,19 @@ class EventRecorder:
         Raises:
             InputError: the kind is unknown.
         """
-        self._rows.append((start_s, duration_s, _code(kind), rank, layer, step, request, amount))
+        code = _code(kind)
+        start_, duration_, kind_, rank_, layer_, step_, request_, amount_ = self._append
+        start_(start_s)
+        duration_(duration_s)
+        kind_(code)
+        rank_(rank)
+        layer_(layer)
+        step_(step)
+        request_(request)
+        amount_(amount)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._columns["start_s"])
 
     def build(
         self,
@@ -184,11 +196,7 @@ class EventRecorder:
         origin: Mapping[str, Any] | None = None,
     ) -> EventLog:
         """The log of everything recorded so far, in the order recorded."""
-        columns = list(zip(*self._rows, strict=True)) or [()] * len(_COLUMNS)
-        arrays = {
-            f"{name}_V": np.array(values, kind)
-            for (name, kind), values in zip(_COLUMNS.items(), columns, strict=True)
-        }
+        arrays = {f"{name}_V": np.array(self._columns[name], kind) for name, kind in _COLUMNS.items()}
         return EventLog(source, num_ranks, num_nodes, origin=dict(origin or {}), **arrays)
 
 

@@ -154,9 +154,9 @@ class ServingCosts:
         shape = (len(self._seqs.points), len(self._context.points))
         self._decode_s, self._chunk_s, self._launch_s = np.zeros(shape), np.zeros(shape[1]), 0.0
         self._chunk_list = self._chunk_s.tolist()
-        if model.attention is None:
+        attention, work = model.attention, self._workload
+        if attention is None:
             return
-        work = self._workload
         dense = DenseCosts(
             self.cluster.accelerator,
             work.weight_dtype if work.weight_dtype not in ("int4", "fp4") else "bf16",
@@ -166,8 +166,8 @@ class ServingCosts:
         def costs(decode: bool) -> AttentionCosts:
             device = self.cluster.accelerator
             return AttentionCosts(
-                model.attention, model.hidden_size, device, decode, dense, how.kv_dtype, self.profile, how.tp
-            )  # type: ignore[arg-type]
+                attention, model.hidden_size, device, decode, dense, how.kv_dtype, self.profile, how.tp
+            )
 
         seqs, context = np.meshgrid(self._seqs.points, self._context.points, indexing="ij")
         self._decode_s = costs(True).kernels(seqs, context).value
@@ -211,8 +211,10 @@ class ServingCosts:
         found = self._tables.get(key)
         if found is None or found.placement is not placement or found.load_LE is not load_LE:
             B, L, R = len(self._mean.points), len(load_LE), self.cluster.num_ranks
-            rows = [np.zeros((B, width)) for width in (L, R, L)]
-            found = MoeTable(placement, load_LE, phase, [False] * B, *rows, np.zeros(B), np.zeros((B, 4)))
+            found = MoeTable(
+                placement, load_LE, phase, [False] * B, np.zeros((B, L)), np.zeros((B, R)), np.zeros((B, L)),
+                np.zeros(B), np.zeros((B, 4)),
+            )  # fmt: skip
             self._tables[key] = found
         return found
 

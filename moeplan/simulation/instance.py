@@ -1,0 +1,301 @@
+"""One engine instance: ranks that step together, their queues and KV caches, and what their steps cost.
+
+``D`` attention groups, ``R`` ranks, ``L`` layers, ``E`` experts.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.event_log import EventRecorder
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.kv_cache import swap_s
+from moeplan.costs.serving import Batch, ServingCosts
+from moeplan.simulation.clock import Clock, nanoseconds
+from moeplan.simulation.expert_loads import ExpertLoads
+from moeplan.simulation.kv_pool import KvPool
+from moeplan.simulation.lane import Lane
+from moeplan.simulation.request import NEVER, Request
+from moeplan.specs.serving import EngineSpec
+
+__all__ = ["Instance", "InstanceStats", "Role"]
+
+Floats = NDArray[np.float64]
+Role = Literal["both", "prefill", "decode"]
+
+
+@dataclass(slots=True, eq=False)
+class InstanceStats:
+    """What an instance did. ``busy_R``: seconds in which a rank computed; ``exposed_s``: exchange that nothing hid.
+
+    ``gaps``: nanoseconds between two tokens of a sequence -> how often. One entry of the ``at`` arrays per step.
+    """
+
+    busy_R: Floats
+    stepping_s: float = 0.0
+    exposed_s: float = 0.0
+    stalled_s: float = 0.0
+    steps: int = 0
+    prefilled: int = 0
+    generated: int = 0
+    reused: int = 0
+    recomputed: int = 0
+    preemptions: int = 0
+    transferred_bytes: float = 0.0
+    swapped_bytes: float = 0.0
+    migrated_bytes: float = 0.0
+    gaps: dict[int, int] = field(default_factory=dict)
+    start_s: array[float] = field(default_factory=lambda: array("d"))
+    tokens_at: array[float] = field(default_factory=lambda: array("d"))
+    running_at: array[float] = field(default_factory=lambda: array("d"))
+    waiting_at: array[float] = field(default_factory=lambda: array("d"))
+    cache_at: array[float] = field(default_factory=lambda: array("d"))
+    largest_error: float = 0.0
+
+    def gap(self, gap_ns: int, count: int) -> None:
+        """``count`` tokens came ``gap_ns`` after the ones before them."""
+        self.gaps[gap_ns] = self.gaps.get(gap_ns, 0) + count
+
+
+@dataclass(slots=True, eq=False)
+class Hooks:
+    """What an instance tells its service."""
+
+    finished: Callable[[Request], None]
+    handed_over: Callable[[Request], None]
+
+
+class Instance:
+    """See the module. ``kv_bytes`` per token and rank; ``errors``: -1, 0 or 1, the end of the costs' interval used."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        number: int,
+        first_rank: int,
+        spec: EngineSpec,
+        role: Role,
+        costs: ServingCosts,
+        placement: Placement,
+        loads: ExpertLoads,
+        capacity_tokens: int,
+        prefix_tokens: int,
+        kv_bytes: float,
+        recorder: EventRecorder | None,
+        hooks: Hooks,
+        errors: int = 0,
+    ) -> None:
+        self.clock, self.number, self.first_rank, self.spec, self.role = clock, number, first_rank, spec, role
+        self.costs, self.placement, self.loads = costs, placement, loads
+        self.groups = D = costs.groups
+        self.hooks, self.recorder, self.errors = hooks, recorder, errors
+        self.kv_bytes, self._prefix_tokens = kv_bytes, prefix_tokens
+        capacity = capacity_tokens // spec.block_size
+        self.free_D = np.zeros(D, np.int64)
+        self._prefix_blocks = prefix_tokens // spec.block_size if spec.prefix_caching else 0
+        self.pools = [KvPool(self.free_D, d, capacity, self._prefix_blocks) for d in range(D)]
+        self.capacity = capacity
+        self.waiting: list[deque[Request]] = [deque() for _ in range(D)]
+        self.num_waiting = self.num_running = 0
+        self.load_D = np.zeros(D, np.int64)  # requests that have not finished
+        self.alive_D = np.ones(D, bool)
+        self.no_chunks_D, self.nothing_D = np.full(D, -1.0), np.zeros(D)
+        self.blocked_until_ns = self.stage_free_ns = 0
+        self.moves: deque[tuple[int, Placement, float, float]] = deque()
+        self._swap_s = 0.0
+        self.stats = InstanceStats(np.zeros(costs.cluster.num_ranks * spec.pp))
+        self.lanes = [Lane(self) for _ in range(spec.pp)]
+        for lane in self.lanes:
+            clock.process(lane.run())
+
+    # ------------------------------------------------------------------ requests in and out
+
+    def submit(self, request: Request, d: int) -> bool:
+        """Queue a request in group ``d``; False where the queue is full."""
+        queue = self.waiting[d]
+        if self.spec.max_waiting is not None and len(queue) >= self.spec.max_waiting:
+            return False
+        request.instance, request.group = self.number, d
+        queue.append(request)
+        self.num_waiting += 1
+        self.load_D[d] += 1
+        self._wake()
+        return True
+
+    def _wake(self) -> None:
+        for lane in self.lanes:
+            if lane.wake is not None and not lane.wake.triggered:
+                lane.wake.succeed()
+
+    def admit(self, lane: Lane, request: Request, d: int) -> bool:
+        """Blocks for everything the request must have in the cache; False where there is no room."""
+        pool, block = self.pools[d], self.spec.block_size
+        if request.saved:
+            tokens = request.context - 1 + (1 if self.spec.chunked_prefill else 0)
+            if not pool.take(-(-tokens // block)):
+                return False
+        else:
+            chain: tuple[int, ...] = ()
+            if self._prefix_blocks:
+                chain = request.chain[: request.input // self._prefix_tokens]
+                found = pool.matched(chain)
+                if found * self._prefix_tokens >= request.context:  # the last token must be computed
+                    found -= 1
+                chain = chain[:found]
+                pool.hold(chain)
+            if not pool.take(-(-request.context // block) - len(chain) * self._prefix_blocks):
+                pool.release(chain)
+                return False
+            hit = len(chain) * self._prefix_tokens
+            request.held, request.to_prefill = chain, request.context - hit
+            request.hit_tokens += hit
+            self.stats.reused += hit
+            if request.preemptions:
+                self.stats.recomputed += request.to_prefill
+        self.num_waiting -= 1
+        self.num_running += 1
+        lane.running[d][request.number] = request
+        if request.admit_ns == NEVER:
+            request.admit_ns = int(self.clock.now)
+        self._note("admit", request)
+        return True
+
+    def prompt_done(self, request: Request) -> None:
+        """The prompt's blocks serve later prompts from now on."""
+        if self._prefix_blocks:
+            pool = self.pools[request.group]
+            chain = request.chain[: request.input // self._prefix_tokens]
+            rest = chain[len(request.held) :]
+            pool.give((len(rest) - pool.keep(rest)) * self._prefix_blocks)  # computed twice at one time: one copy stays
+            request.held = chain
+        if request.first_ns == NEVER:
+            request.first_ns = int(self.clock.now)
+            self._note("first_token", request)
+
+    def release(self, request: Request, cached: int) -> None:
+        """The blocks of ``cached`` tokens back."""
+        pool = self.pools[request.group]
+        pool.give(-(-cached // self.spec.block_size) - len(request.held) * self._prefix_blocks)
+        pool.release(request.held)
+        request.held = ()
+
+    def finished(self, request: Request) -> None:
+        """A request has all its tokens."""
+        self.num_running -= 1
+        self.load_D[request.group] -= 1
+        self._note("finish", request, request.output)
+        self.hooks.finished(request)
+
+    def hand_over(self, request: Request) -> None:
+        """A request leaves for a decode instance; its blocks stay until :meth:`handed_over`."""
+        self.num_running -= 1
+        self.hooks.handed_over(request)
+
+    def handed_over(self, request: Request) -> None:
+        """The cache has been transferred."""
+        self.load_D[request.group] -= 1
+        self.release(request, request.context - 1)
+        self._wake()
+
+    def preempted(self, request: Request, cached: int, prefilling: bool) -> None:
+        """A request lost its place and goes to the head of its queue."""
+        d = request.group
+        self.release(request, request.context if prefilling else cached)
+        if self.spec.preemption == "swap" and not prefilling and self.alive_D[d]:
+            request.saved, request.swap_tokens = cached, cached
+            self._swap_s += self.swap_seconds(cached)
+        self.stats.preemptions += 1
+        self.num_running -= 1
+        self.num_waiting += 1
+        self.waiting[d].appendleft(request)
+        self._note("preempt", request, cached)
+
+    def swap_seconds(self, tokens: int) -> float:
+        """Seconds of a cache between a rank and its host."""
+        self.stats.swapped_bytes += tokens * self.kv_bytes * self.spec.tp * self.spec.pp
+        return swap_s(tokens * self.kv_bytes, self.costs.cluster)
+
+    def lose_group(self, d: int) -> list[Request]:
+        """All requests of a group whose rank is lost, without their caches."""
+        self.alive_D[d] = False
+        for lane in self.lanes:
+            lane.evict(d)
+        requests = list(self.waiting[d])
+        self.waiting[d].clear()
+        self.num_waiting -= len(requests)
+        self.load_D[d] -= len(requests)
+        self.pools[d].clear()
+        for request in requests:
+            request.saved = request.swap_tokens = 0
+        return requests
+
+    # ------------------------------------------------------------------ steps
+
+    def begin_step(self, lane: Lane, batch: Batch, swapped_s: float) -> int:
+        """Nanoseconds of a step that begins now."""
+        now_s = self.clock.now_s
+        load_LE = self.loads.at(now_s, "prefill" if batch.has_prefill else "decode")
+        cost = self.costs.step(batch, self.placement, load_LE)
+        total_s = cost.total_s
+        if self.errors:
+            total_s = total_s * (1 + cost.relative_error) if self.errors > 0 else total_s / (1 + cost.relative_error)
+        host_s = self.spec.step_overhead + swapped_s + self._swap_s
+        self._swap_s = 0.0
+        duration_ns = max(1, nanoseconds(total_s + host_s))
+        stats, pp = self.stats, self.spec.pp
+        self.stage_free_ns = int(self.clock.now) + -(-duration_ns // pp)
+        scale = total_s / cost.total_s / pp
+        stats.busy_R += np.tile(cost.busy_R, pp) * scale if pp > 1 else cost.busy_R * scale
+        stats.stepping_s += duration_ns * 1e-9 / pp
+        stats.exposed_s += cost.exposed_s * scale
+        stats.largest_error = max(stats.largest_error, cost.relative_error)
+        tokens = float(batch.tokens_D.sum())
+        stats.start_s.append(now_s)
+        stats.tokens_at.append(tokens)
+        stats.running_at.append(self.num_running)
+        stats.waiting_at.append(self.num_waiting)
+        stats.cache_at.append(1.0 - float(self.free_D.sum()) / (self.capacity * self.groups))
+        if self.recorder is not None:
+            self.recorder.add(
+                "step", now_s, duration_ns * 1e-9, rank=self.first_rank, step=stats.steps, amount=tokens
+            )
+        stats.steps += 1
+        return duration_ns
+
+    def stall(self, seconds: float) -> None:
+        """No step begins for this long."""
+        begin = max(int(self.clock.now), self.blocked_until_ns)
+        self.blocked_until_ns = begin + nanoseconds(seconds)
+        self.stats.stalled_s += seconds
+
+    def migrate_one_layer(self) -> int:
+        """Put the next layer of a layer-wise re-balancing in place; nanoseconds that it stalls the instance."""
+        if not self.moves:
+            return 0
+        layer, placement, seconds, size_bytes = self.moves.popleft()
+        before = self.placement
+        self.placement = placement
+        self.costs.forget(before)
+        self.migrated(layer, seconds, size_bytes)
+        self.stats.stalled_s += seconds
+        return nanoseconds(seconds)
+
+    def migrated(self, layer: int, seconds: float, size_bytes: float) -> None:
+        """Note that experts moved."""
+        self.stats.migrated_bytes += size_bytes
+        if self.recorder is not None:
+            self.recorder.add(
+                "migrate", self.clock.now_s, seconds, rank=self.first_rank, layer=layer, amount=size_bytes
+            )
+
+    def _note(self, kind: str, request: Request, amount: float = 0.0) -> None:
+        if self.recorder is not None:
+            rank = self.first_rank + request.group * self.spec.tp
+            self.recorder.add(kind, self.clock.now_s, rank=rank, request=request.number, amount=amount)

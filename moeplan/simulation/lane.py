@@ -1,0 +1,291 @@
+"""One batch of an engine instance, step by step: continuous batching over all its attention groups at once.
+
+All groups step together. Decoding sequences are not touched one by one: a group counts them, sums their contexts,
+and knows by a histogram which of them begin a new block at which step, and by a heap which finish when. A step costs
+a few array operations over groups, and Python only for what begins, ends or is preempted.
+
+A pipeline of ``pp`` stages holds ``pp`` lanes, each with its own sequences, a stage apart.
+
+``D`` groups, ``B`` tokens of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeplan.costs.serving import Batch
+from moeplan.simulation.clock import Order
+from moeplan.simulation.request import Request
+
+if TYPE_CHECKING:
+    from moeplan.simulation.instance import Instance
+
+__all__ = ["Lane"]
+
+_FAR = np.iinfo(np.int64).max
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A step under way. ``chunks``: request, its epoch, tokens prefilled. ``decoding_D``: groups that decode."""
+
+    batch: Batch
+    chunks: list[tuple[Request, int, int]]
+    decoding_D: Any
+    swap_s: float
+
+
+class Lane:
+    """Sequences that step together; see the module."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.inst = instance
+        D, block = instance.groups, instance.spec.block_size
+        self.decodes_D, self.cached_D = np.zeros(D), np.zeros(D)
+        self.growth_DB = np.zeros((D, block), np.int64)
+        self.step_D = np.zeros(D, np.int64)
+        self.finish_D = np.full(D, _FAR)
+        self._heaps: list[list[tuple[int, int, int, Request]]] = [[] for _ in range(D)]
+        self.running: list[dict[int, Request]] = [{} for _ in range(D)]
+        self.prefilling: list[list[Request]] = [[] for _ in range(D)]
+        self._fresh: dict[int, list[int]] = {}  # group -> last tokens of sequences that have not decoded since
+        self._fresh_D = np.zeros(D)
+        self._decoded_ns_D = np.zeros(D, np.int64)
+        self._every_D = np.arange(D)
+        self.wake: Any = None
+
+    # ------------------------------------------------------------------ the process
+
+    def run(self) -> Generator[Any, Any, None]:
+        """Step while there is work; wait where there is none."""
+        inst, clock = self.inst, self.inst.clock
+        while True:
+            now = int(clock.now)
+            if now < inst.blocked_until_ns:
+                yield clock.at(inst.blocked_until_ns, Order.START)
+                continue
+            if (stall_ns := inst.migrate_one_layer()) > 0:
+                yield clock.at(now + stall_ns, Order.STEP)
+                now = int(clock.now)
+            if now < inst.stage_free_ns:
+                yield clock.at(inst.stage_free_ns, Order.START)
+                continue
+            step = self._form()
+            if step is None:
+                self.wake = clock.event()
+                yield self.wake
+                self.wake = None
+                yield clock.at(int(clock.now), Order.START)
+                continue
+            duration_ns = inst.begin_step(self, step.batch, step.swap_s)
+            yield clock.at(now + duration_ns, Order.STEP)
+            self._complete(step)
+
+    # ------------------------------------------------------------------ forming a step
+
+    def _form(self) -> _Step | None:
+        inst, spec = self.inst, self.inst.spec
+        chunked = spec.chunked_prefill
+        decoding_D = self.decodes_D > 0
+        if chunked:
+            self._grow(decoding_D)
+            decoding_D = self.decodes_D > 0
+        chunks: list[tuple[Request, int, int]] = []
+        chunk_s_D, prefill_D = inst.no_chunks_D, inst.nothing_D
+        swap_s = 0.0
+        waiting, prefilling = inst.waiting, self.prefilling
+        for d in [d for d in range(inst.groups) if waiting[d] or prefilling[d]]:
+            found, seconds, swapped = self._prompts(d, chunked)
+            swap_s = max(swap_s, swapped)
+            if found:
+                if not chunks:
+                    chunk_s_D, prefill_D = chunk_s_D.copy(), prefill_D.copy()
+                chunk_s_D[d], prefill_D[d] = seconds, sum(tokens for _, _, tokens in found)
+                chunks += found
+        decoding_D = self.decodes_D > 0
+        if not chunked:
+            decoding_D &= prefill_D == 0
+            self._grow(decoding_D)
+            decoding_D &= self.decodes_D > 0
+        decodes_D = np.where(decoding_D, self.decodes_D, 0.0)
+        tokens_D = decodes_D + prefill_D
+        if not tokens_D.any():
+            return None
+        cached_D = np.where(decoding_D, self.cached_D, 0.0)
+        batch = Batch(decodes_D, cached_D, chunk_s_D, tokens_D, bool(chunks))
+        return _Step(batch, chunks, decoding_D, swap_s)
+
+    def _grow(self, decoding_D: Any) -> None:
+        """One more token for every decoding sequence: new blocks where they begin one, else preempt the newest."""
+        inst = self.inst
+        place_D = -self.step_D % inst.spec.block_size
+        need_D = self.growth_DB[self._every_D, place_D] * decoding_D
+        free_D = inst.free_D
+        short_D = need_D > free_D
+        if short_D.any():
+            for d in np.flatnonzero(short_D).tolist():
+                pool = inst.pools[d]
+                while not pool.make_free(int(self.growth_DB[d, place_D[d]])):
+                    self.preempt(next(reversed(self.running[d].values())))
+                need_D[d] = self.growth_DB[d, place_D[d]]
+        free_D -= need_D
+
+    def _prompts(self, d: int, chunked: bool) -> tuple[list[tuple[Request, int, int]], float, float]:
+        """Chunks of group ``d`` in this step with their attention seconds; and seconds of caches brought back."""
+        inst, spec, costs = self.inst, self.inst.spec, self.inst.costs
+        running, waiting = self.running[d], inst.waiting[d]
+        budget = spec.max_num_batched_tokens - (int(self.decodes_D[d]) if chunked else 0)
+        chunks: list[tuple[Request, int, int]] = []
+        seconds = swap_s = 0.0
+        for request in self.prefilling[d]:
+            if budget <= 0:
+                break
+            tokens = min(budget, request.to_prefill)
+            seconds += costs.chunk_s(request.context - request.to_prefill, tokens)
+            chunks.append((request, request.epoch, tokens))
+            budget -= tokens
+        while waiting and budget > 0 and len(running) < spec.max_num_seqs:
+            request = waiting[0]
+            if not chunked and chunks and not request.saved and request.context > budget:
+                break
+            if not inst.admit(self, request, d):
+                break
+            waiting.popleft()
+            if request.saved:
+                swap_s += inst.swap_seconds(request.swap_tokens)
+                request.swap_tokens = 0
+                self._join(request, d)
+                budget -= 1
+                continue
+            self.prefilling[d].append(request)
+            tokens = min(budget, request.to_prefill)
+            seconds += costs.chunk_s(request.context - request.to_prefill, tokens)
+            chunks.append((request, request.epoch, tokens))
+            budget -= tokens
+        return chunks, seconds, swap_s
+
+    def _join(self, request: Request, d: int) -> None:
+        """From the next step on the request decodes: its context is in the cache but for its newest token."""
+        step, cached = int(self.step_D[d]), request.context - 1
+        request.join_step, request.join_cached, request.saved = step, cached, 0
+        self.decodes_D[d] += 1
+        self.cached_D[d] += cached
+        self.growth_DB[d, (cached - step) % self.inst.spec.block_size] += 1
+        finish = step + request.output - request.generated
+        heappush(self._heaps[d], (finish, request.number, request.epoch, request))
+        self.finish_D[d] = self._heaps[d][0][0]
+        self._fresh.setdefault(d, []).append(request.last_token_ns)
+        self._fresh_D[d] += 1
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of a decoding request in the cache now."""
+        return request.join_cached + int(self.step_D[request.group]) - request.join_step
+
+    def _leave(self, request: Request, d: int) -> int:
+        """A decoding request stops; its tokens in the cache."""
+        cached = self.cached_tokens(request)
+        self.decodes_D[d] -= 1
+        self.cached_D[d] -= cached
+        self.growth_DB[d, (request.join_cached - request.join_step) % self.inst.spec.block_size] -= 1
+        if int(self.step_D[d]) == request.join_step:  # has not decoded yet
+            self._fresh[d].remove(request.last_token_ns)
+            self._fresh_D[d] -= 1
+        return cached
+
+    # ------------------------------------------------------------------ preemption
+
+    def preempt(self, request: Request) -> None:
+        """Take a request's blocks away; it goes to the head of its queue."""
+        inst, d = self.inst, request.group
+        prefilling = request in self.prefilling[d]
+        if prefilling:
+            self.prefilling[d].remove(request)
+            cached = 0
+        else:
+            request.generated += int(self.step_D[d]) - request.join_step
+            cached = self._leave(request, d)
+            if int(self.step_D[d]) > request.join_step:
+                request.last_token_ns = int(self._decoded_ns_D[d])
+        del self.running[d][request.number]
+        request.epoch += 1
+        request.preemptions += 1
+        inst.preempted(request, cached, prefilling)
+
+    def evict(self, d: int) -> list[Request]:
+        """All requests of a lost group, as they would be after a preemption."""
+        lost = list(self.running[d].values())
+        for request in lost:
+            self.preempt(request)
+        self._heaps[d].clear()
+        self.finish_D[d] = _FAR
+        return lost
+
+    # ------------------------------------------------------------------ after a step
+
+    def _complete(self, step: _Step) -> None:
+        inst, now = self.inst, int(self.inst.clock.now)
+        decoding_D = step.decoding_D
+        self.step_D += decoding_D
+        self.cached_D += self.decodes_D * decoding_D
+        self._between_tokens(decoding_D, now)
+        for d in np.flatnonzero(self.step_D >= self.finish_D).tolist():
+            heap, reached = self._heaps[d], int(self.step_D[d])
+            while heap and heap[0][0] <= reached:
+                _, _, epoch, request = heappop(heap)
+                if epoch == request.epoch:
+                    self._leave(request, d)
+                    request.generated = request.output
+                    self._finish(request, d, now)
+            self.finish_D[d] = heap[0][0] if heap else _FAR
+        for request, epoch, tokens in step.chunks:
+            if epoch == request.epoch:
+                request.to_prefill -= tokens
+                inst.stats.prefilled += tokens
+                if request.to_prefill == 0:
+                    self._prefilled(request, now)
+
+    def _between_tokens(self, decoding_D: Any, now: int) -> None:
+        """Note the gap before every token of this step."""
+        stats = self.inst.stats
+        stats.generated += int(self.decodes_D @ decoding_D)
+        old_D = (self.decodes_D - self._fresh_D) * decoding_D
+        gaps_D = now - self._decoded_ns_D
+        for d in [d for d in self._fresh if decoding_D[d]]:
+            for last in self._fresh.pop(d):
+                stats.gap(now - last, 1)
+            self._fresh_D[d] = 0
+        if old_D.any():
+            if self.inst.spec.chunked_prefill:  # every group decodes in every step: they share one gap
+                stats.gap(int(gaps_D[old_D.argmax()]), int(old_D.sum()))
+            else:
+                for d in np.flatnonzero(old_D).tolist():
+                    stats.gap(int(gaps_D[d]), int(old_D[d]))
+        self._decoded_ns_D[decoding_D] = now
+
+    def _prefilled(self, request: Request, now: int) -> None:
+        """The prompt is in the cache and its next token is out."""
+        inst, d = self.inst, request.group
+        self.prefilling[d].remove(request)
+        request.generated += 1
+        request.last_token_ns = now
+        inst.stats.generated += 1
+        inst.prompt_done(request)
+        if request.generated >= request.output:
+            self._finish(request, d, now)
+        elif inst.role == "prefill":
+            del self.running[d][request.number]
+            inst.hand_over(request)
+        else:
+            self._join(request, d)
+
+    def _finish(self, request: Request, d: int, now: int) -> None:
+        del self.running[d][request.number]
+        request.finish_ns = request.last_token_ns = now
+        inst = self.inst
+        inst.release(request, request.context - 1)
+        inst.finished(request)

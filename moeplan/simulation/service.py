@@ -1,0 +1,447 @@
+"""A service: requests arrive, are routed to groups of instances, served, and now and then something changes.
+
+Everything that happens is a SimPy process over :class:`moeplan.simulation.clock.Clock`: arrivals, the lanes of the
+instances, transfers of KV caches, re-balancing, faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.event_log import EventLog, EventRecorder
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.request_trace import RequestTrace
+from moeplan.costs.kv_cache import kv_transfer_s
+from moeplan.costs.serving import ServingCosts
+from moeplan.errors import InfeasibleError, SpecError
+from moeplan.simulation.clock import Clock, Order, nanoseconds
+from moeplan.simulation.expert_loads import ExpertLoads
+from moeplan.simulation.instance import Hooks, Instance, Role
+from moeplan.simulation.request import Request
+from moeplan.specs.cluster import ClusterSpec, RankSpec
+from moeplan.specs.serving import EngineSpec, FaultSpec, RebalanceSpec, ServingSpec
+
+__all__ = ["Pool", "Replan", "Replanned", "Served", "simulate_service"]
+
+Floats = NDArray[np.float64]
+Progress = Callable[[str, float], None]
+_SLACK_RATIO, _SLACK = 1.5, 8  # prefix-aware: a group may hold this times the mean load, and so many more requests
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replanned:
+    """A new placement: layers in the order to move them, seconds and bytes of each, and tokens of KV cache left."""
+
+    placement: Placement
+    order: tuple[int, ...]
+    seconds_L: Floats
+    bytes_L: Floats
+    capacity_tokens: int
+
+
+class Replan(Protocol):
+    """Plans again, for a load ``[L, E]`` on a cluster, from the placement in use."""
+
+    def __call__(self, load_LE: Floats, cluster: ClusterSpec, current: Placement, planner: str | None) -> Replanned:
+        """Place anew; ``planner`` None: the one for faults."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pool:
+    """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank."""
+
+    role: Role
+    instances: int
+    engine: EngineSpec
+    cluster: ClusterSpec
+    placement: Placement
+    loads: ExpertLoads
+    costs: Callable[[ClusterSpec], ServingCosts]
+    capacity_tokens: int
+    kv_bytes: float
+    link_bytes_per_s: float = 0.0
+    link_latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """What happened: every request, every instance, and the log where one was kept."""
+
+    requests: Sequence[Request]
+    rejected: int
+    unfinished: int
+    instances: Sequence[Instance]
+    end_s: float
+    log: EventLog | None
+    transferred_bytes: float
+    transfer_s: float
+
+
+def simulate_service(
+    spec: ServingSpec,
+    requests: RequestTrace,
+    pools: Sequence[Pool],
+    replan: Replan | None = None,
+    *,
+    keep_log: bool = True,
+    errors: int = 0,
+    origin: dict[str, Any] | None = None,
+    progress: Progress = lambda _what, _done: None,
+) -> Served:
+    """Serve the requests to the end. ``errors``: -1, 0 or 1, the end of the costs' interval that every step takes.
+
+    Raises:
+        InfeasibleError: a request cannot fit any group's cache, or every rank is lost.
+    """
+    return _Service(spec, requests, pools, replan, keep_log, errors, progress).run(origin or {})
+
+
+class _Service:
+    def __init__(
+        self,
+        spec: ServingSpec,
+        requests: RequestTrace,
+        pools: Sequence[Pool],
+        replan: Replan | None,
+        keep_log: bool,
+        errors: int,
+        progress: Progress,
+    ) -> None:
+        self.spec, self.trace, self.pools, self._replan = spec, requests, pools, replan
+        self.clock = Clock()
+        self.recorder = EventRecorder() if keep_log else None
+        self.progress, self._told = progress, -1
+        self.requests: list[Request] = []
+        self.rejected = self.done = self._turn = 0
+        self.transferred_bytes = self.transfer_s = 0.0
+        self._link_free_ns: dict[tuple[int, int], int] = {}
+        self.finished = self.clock.event()
+        self._closed = requests.arrival_s_Q is None
+        self._next = 0
+        self.stages: list[list[Instance]] = []
+        first_rank = number = 0
+        for place, pool in enumerate(pools):
+            hooks = Hooks(self._finished, self._transfer)
+            stage = []
+            for _ in range(pool.instances):
+                costs = pool.costs(pool.cluster)
+                stage.append(
+                    Instance(
+                        self.clock, number, first_rank, pool.engine, pool.role, costs, pool.placement, pool.loads,
+                        pool.capacity_tokens, requests.prefix_tokens, pool.kv_bytes, self.recorder, hooks, errors,
+                    )
+                )  # fmt: skip
+                first_rank += pool.cluster.num_ranks * pool.engine.pp
+                number += 1
+            self.stages.append(stage)
+            self._require_room(pool, place)
+        self.num_ranks = first_rank
+
+    def _require_room(self, pool: Pool, place: int) -> None:
+        """Every request fits a group's cache and, where prompts are not cut, a step."""
+        trace, engine = self.trace, pool.engine
+        answers = trace.output_tokens_Q if pool.role != "prefill" else np.ones(1, np.int64)
+        tokens = trace.input_tokens_Q + answers
+        blocks = pool.capacity_tokens // engine.block_size
+        if -(-int(tokens.max()) // engine.block_size) > blocks:
+            q = int(tokens.argmax())
+            raise InfeasibleError(
+                f"request {q} needs {int(tokens[q])} tokens of KV cache, {int(tokens[q]) - blocks * engine.block_size}"
+                f" more than a group holds ({blocks * engine.block_size}); use more ranks, a smaller weight_dtype or"
+                " kv_dtype, or a higher engine.memory_fraction"
+            )
+        longest = int(trace.input_tokens_Q.max())
+        if place == 0 and not engine.chunked_prefill and longest > engine.max_num_batched_tokens:
+            raise SpecError(
+                f"engine.max_num_batched_tokens ({engine.max_num_batched_tokens}) is less than the longest prompt"
+                f" ({longest}) and chunked_prefill is off; raise the one or turn on the other"
+            )
+        if engine.prefix_caching and trace.prefix_tokens % engine.block_size:
+            raise SpecError(
+                f"engine.block_size ({engine.block_size}) does not divide the recording's prefix blocks"
+                f" ({trace.prefix_tokens} tokens); choose a divisor"
+            )
+
+    # ------------------------------------------------------------------ run
+
+    def run(self, origin: dict[str, Any]) -> Served:
+        clock, spec = self.clock, self.spec
+        clock.process(self._closed_loop() if self._closed else self._arrivals())
+        for fault in spec.faults:
+            clock.process(self._fault(fault))
+        if spec.rebalance is not None:
+            for pool, stage in zip(self.pools, self.stages, strict=True):
+                for instance in stage:
+                    clock.process(self._rebalance(spec.rebalance, instance, pool))
+        try:
+            clock.run(until=self.finished)
+        except RuntimeError as error:  # SimPy: nothing is left to happen
+            if self.finished.triggered:
+                raise
+            raise InfeasibleError(
+                f"{len(self.requests) - self.done} requests can never be served: at {clock.now_s:g} s no group has"
+                " room for them in its KV cache any more; use shorter requests or more ranks"
+            ) from error
+        self.progress("simulate", 1.0)
+        instances = [instance for stage in self.stages for instance in stage]
+        log = None
+        if self.recorder is not None:
+            nodes = sum(pool.instances * pool.cluster.num_nodes * pool.engine.pp for pool in self.pools)
+            log = self.recorder.build("simulated", self.num_ranks, nodes, origin)
+        unfinished = len(self.requests) - self.done
+        return Served(
+            self.requests, self.rejected, unfinished, instances, clock.now_s, log, self.transferred_bytes,
+            self.transfer_s,
+        )  # fmt: skip
+
+    def _make(self, now: int) -> Request:
+        q, trace = self._next, self.trace
+        self._next += 1
+        chain = trace.prefix_Q[q] if trace.prefix_Q is not None else ()
+        request = Request(q, now, int(trace.input_tokens_Q[q]), int(trace.output_tokens_Q[q]), chain)
+        self.requests.append(request)
+        if self.recorder is not None:
+            self.recorder.add("arrival", now * 1e-9, request=q, amount=request.input)
+        if self.spec.role == "decode":  # prefilled elsewhere, with its first token
+            request.generated, request.saved = 1, request.input
+            request.first_ns = request.last_token_ns = now
+        return request
+
+    def _arrivals(self) -> Generator[Any, Any, None]:
+        for at_s in self.trace.arrival_s_Q if self.trace.arrival_s_Q is not None else ():
+            yield self.clock.at(nanoseconds(float(at_s)), Order.ARRIVAL)
+            self._arrive(self._make(int(self.clock.now)))
+
+    def _closed_loop(self) -> Generator[Any, Any, None]:
+        yield self.clock.at(0, Order.ARRIVAL)
+        for _ in range(min(self.spec.requests.concurrency or 1, len(self.trace))):
+            self._arrive(self._make(int(self.clock.now)))
+
+    def _think(self) -> Generator[Any, Any, None]:
+        think = nanoseconds(self.spec.requests.think_time)
+        yield self.clock.at(int(self.clock.now) + think, Order.ARRIVAL)
+        if self._more():
+            self._arrive(self._make(int(self.clock.now)))
+        else:
+            self._maybe_end()
+
+    def _more(self) -> bool:
+        """Whether a closed loop sends another request."""
+        duration = self.spec.requests.duration
+        return self._next < len(self.trace) and (duration is None or self.clock.now_s <= duration)
+
+    def _arrive(self, request: Request) -> None:
+        if self.spec.role == "decode" and request.output == 1:
+            request.finish_ns = request.first_ns
+            self._finished(request)
+            return
+        instance, d = self._route(request, self.stages[0])
+        if not instance.submit(request, d):
+            self.rejected += 1
+            self._finished(request)
+
+    def _finished(self, request: Request) -> None:
+        """Done, or turned away."""
+        self.done += 1
+        if self._closed:
+            if self._more():
+                self.clock.process(self._think())
+            else:
+                self._maybe_end()
+            duration = self.spec.requests.duration
+            part = self.clock.now_s / duration if duration is not None else self.done / len(self.trace)
+        else:
+            part = self.done / len(self.trace)
+            if self.done == len(self.trace):
+                self.finished.succeed()
+        if int(part * 100) > self._told:
+            self._told = int(part * 100)
+            self.progress("simulate", min(1.0, part))
+
+    def _maybe_end(self) -> None:
+        if self.done == len(self.requests) and not self._more() and not self.finished.triggered:
+            self.finished.succeed()
+
+    # ------------------------------------------------------------------ routing of requests
+
+    def _route(self, request: Request, stage: Sequence[Instance]) -> tuple[Instance, int]:
+        if not any(instance.alive_D.any() for instance in stage):
+            raise InfeasibleError(f"every rank is lost at {self.clock.now_s:g} s: no group is left to serve")
+        if self.spec.router == "round-robin":
+            total = sum(instance.groups for instance in stage)
+            while True:
+                turn = self._turn % total
+                self._turn += 1
+                for instance in stage:
+                    if turn < instance.groups:
+                        break
+                    turn -= instance.groups
+                if instance.alive_D[turn]:
+                    return instance, turn
+        if self.spec.router == "prefix-aware" and request.chain and stage is self.stages[0]:
+            found = self._best_prefix(request, stage)
+            if found is not None:
+                return found
+        return self._least_loaded(stage)
+
+    def _least_loaded(self, stage: Sequence[Instance]) -> tuple[Instance, int]:
+        best: tuple[int, Instance, int] | None = None
+        for instance in stage:
+            load_D = np.where(instance.alive_D, instance.load_D, np.iinfo(np.int64).max)
+            d = int(load_D.argmin())
+            if instance.alive_D[d] and (best is None or int(load_D[d]) < best[0]):
+                best = int(load_D[d]), instance, d
+        assert best is not None  # some group is alive
+        return best[1], best[2]
+
+    def _best_prefix(self, request: Request, stage: Sequence[Instance]) -> tuple[Instance, int] | None:
+        """The group that holds most of the prompt among those not much busier than the mean; None if none holds any."""
+        loads = [int(i.load_D[d]) for i in stage for d in range(i.groups) if i.alive_D[d]]
+        limit = _SLACK_RATIO * sum(loads) / len(loads) + _SLACK
+        best: tuple[int, int, Instance, int] | None = None
+        for instance in stage:
+            for d, pool in enumerate(instance.pools):
+                load = int(instance.load_D[d])
+                if not instance.alive_D[d] or load > limit:
+                    continue
+                matched = pool.matched(request.chain)
+                if matched and (best is None or (matched, -load) > (best[0], -best[1])):
+                    best = matched, load, instance, d
+        return None if best is None else (best[2], best[3])
+
+    # ------------------------------------------------------------------ disaggregation
+
+    def _transfer(self, request: Request) -> None:
+        self.clock.process(self._transferring(request))
+
+    def _transferring(self, request: Request) -> Generator[Any, Any, None]:
+        """The cache leaves over its group's link, one after the other; then the request waits for a decode group."""
+        clock, pool = self.clock, self.pools[0]
+        source = self.stages[0][request.instance]
+        size = (request.context - 1) * pool.kv_bytes
+        seconds = kv_transfer_s(size, pool.link_bytes_per_s, pool.link_latency_s)
+        link = (request.instance, request.group)
+        start = max(int(clock.now), self._link_free_ns.get(link, 0))
+        end = self._link_free_ns[link] = start + nanoseconds(seconds)
+        whole = size * pool.engine.tp * pool.engine.pp
+        self.transferred_bytes += whole
+        self.transfer_s += seconds
+        source.stats.transferred_bytes += whole
+        if self.recorder is not None:
+            rank = source.first_rank + request.group * pool.engine.tp
+            self.recorder.add("transfer", start * 1e-9, seconds, rank=rank, request=request.number, amount=whole)
+        yield clock.at(end, Order.TRANSFER)
+        source.handed_over(request)
+        request.saved, request.swap_tokens = request.context - 1, 0
+        instance, d = self._route(request, self.stages[1])
+        if not instance.submit(request, d):
+            self.rejected += 1
+            self._finished(request)
+
+    # ------------------------------------------------------------------ re-balancing and faults
+
+    def _planned(self) -> Replan:
+        if self._replan is None:
+            raise SpecError("re-balancing and lost ranks need a planner, and none was given")
+        return self._replan
+
+    def _rebalance(self, spec: RebalanceSpec, instance: Instance, pool: Pool) -> Generator[Any, Any, None]:
+        clock, replan = self.clock, self._planned()
+        phase: Literal["prefill", "decode"] = "prefill" if pool.role == "prefill" else "decode"
+        for turn in range(1, 10**9):
+            yield clock.at(nanoseconds(spec.interval * turn), Order.REBALANCE)
+            if instance.moves:
+                continue  # the last one is not in place yet
+            now = clock.now_s
+            load_LE = instance.loads.over(max(0.0, now - spec.window), now, phase)
+            found = replan(load_LE, instance.costs.cluster, instance.placement, spec.planner)
+            if self.recorder is not None:
+                self.recorder.add("plan", now, spec.delay, rank=instance.first_rank)
+            if spec.delay:
+                yield clock.at(int(clock.now) + nanoseconds(spec.delay), Order.REBALANCE)
+            self._apply(instance, found, bulk=spec.apply == "bulk")
+
+    def _apply(self, instance: Instance, found: Replanned, bulk: bool) -> None:
+        if bulk:
+            self._put(instance, found)
+            instance.stall(float(found.seconds_L.sum()))
+            instance.migrated(-1, float(found.seconds_L.sum()), float(found.bytes_L.sum()))
+            return
+        rows = instance.placement.physical_to_logical_LP.copy()
+        shares = None if found.placement.share_LP is None else instance.placement.slot_share_LP.copy()
+        for layer in found.order:
+            rows = rows.copy()
+            rows[layer] = found.placement.physical_to_logical_LP[layer]
+            if shares is not None and found.placement.share_LP is not None:
+                shares = shares.copy()
+                shares[layer] = found.placement.share_LP[layer]
+            before = instance.placement
+            mixed = Placement(
+                rows, before.rank_of_slot_P, before.num_experts, before.num_ranks, before.ranks_per_node, shares
+            )
+            instance.moves.append((layer, mixed, float(found.seconds_L[layer]), float(found.bytes_L[layer])))
+
+    def _put(self, instance: Instance, found: Replanned) -> None:
+        """A new placement at once, and what it leaves for the cache."""
+        instance.moves.clear()
+        instance.placement = found.placement
+        capacity = found.capacity_tokens // instance.spec.block_size
+        for pool in instance.pools:
+            pool.free += capacity - pool.capacity
+            pool.capacity = capacity
+        instance.capacity = capacity
+
+    def _fault(self, fault: FaultSpec) -> Generator[Any, Any, None]:
+        clock = self.clock
+        # Faults concern the instances that decode: the only ones, or the last pool's.
+        instance, pool = self.stages[-1][fault.instance], self.pools[-1]
+        yield clock.at(nanoseconds(fault.at), Order.FAULT)
+        self._break(fault, instance, pool, broken=True)
+        if fault.until is not None:
+            yield clock.at(nanoseconds(fault.until), Order.FAULT)
+            self._break(fault, instance, pool, broken=False)
+
+    def _break(self, fault: FaultSpec, instance: Instance, pool: Pool, broken: bool) -> None:
+        cluster = instance.costs.cluster
+        rank = cluster.rank(fault.rank)
+        if fault.kind == "rank-loss":
+            change: dict[str, Any] = {"failed": broken}
+        else:
+            field = "speed" if fault.kind == "slow-rank" else "link_speed"
+            usual = getattr(pool.cluster.rank(fault.rank), field)
+            change = {field: usual * (fault.speed or 1.0) if broken else usual}
+        ranks = {**cluster.ranks, fault.rank: rank.model_copy(update=change)}
+        if self.recorder is not None:
+            self.recorder.add("fault", self.clock.now_s, rank=instance.first_rank + fault.rank)
+        if fault.kind == "rank-loss" and all(ranks.get(r, RankSpec()).failed for r in range(cluster.num_ranks)):
+            raise InfeasibleError(f"faults: the last rank is lost at {fault.at:g} s; nothing is left to serve")
+        changed = cluster.model_copy(update={"ranks": ranks})
+        if fault.kind != "rank-loss":
+            instance.costs = pool.costs(changed)
+            return
+        d = fault.rank // instance.spec.tp
+        lost = instance.lose_group(d) if broken else []
+        now = self.clock.now_s
+        load_LE = instance.loads.over(max(0.0, now - 1.0), max(now, 1e-9), "decode")
+        found = self._planned()(load_LE, changed, instance.placement, None)
+        instance.costs = pool.costs(changed)
+        self._put(instance, found)
+        whole = all(not changed.rank(r).failed for r in range(d * instance.spec.tp, (d + 1) * instance.spec.tp))
+        instance.alive_D[d] = whole
+        seconds = float(found.seconds_L.sum()) + (fault.detect if broken else 0.0)
+        instance.stall(seconds)
+        instance.migrated(-1, float(found.seconds_L.sum()), float(found.bytes_L.sum()))
+        for request in lost:  # their caches are gone: all of it is computed again elsewhere
+            stage = self.stages[0] if self.spec.role != "decode" else self.stages[-1]
+            if self.spec.role == "decode":
+                request.saved = request.context - 1
+            target, group = self._route(request, stage)
+            if not target.submit(request, group):
+                self.rejected += 1
+                self._finished(request)
