@@ -31,7 +31,7 @@ class Clock:
         self.rank, self.enabled, self.origin_s, self.cuda = rank, enabled, origin_s, cuda
         self.step = 0
         self.events = EventRecorder()
-        self.totals_s: dict[str, float] = {}
+        self._totals: dict[str, list[float]] = {}
 
     @contextmanager
     def span(self, kind: str, layer: int = -1, amount: float = 0.0) -> Iterator[Span]:
@@ -54,11 +54,13 @@ class Clock:
         self.events.add(
             kind, start, duration_s, rank=self.rank, layer=layer, step=self.step, amount=amount
         )
-        self.totals_s[kind] = self.totals_s.get(kind, 0.0) + duration_s
+        total = self._totals.setdefault(kind, [0.0, 0.0])
+        total[0] += duration_s
+        total[1] += amount
 
-    def take_totals(self) -> dict[str, float]:
-        """Seconds per kind since the last call."""
-        totals, self.totals_s = self.totals_s, {}
+    def take_totals(self) -> dict[str, list[float]]:
+        """Seconds and amount per kind since the last call."""
+        totals, self._totals = self._totals, {}
         return totals
 
     def _wait(self) -> None:

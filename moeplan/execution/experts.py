@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import silu
 
 from moeplan.errors import SpecError
+from moeplan.execution.clock import Clock
 
 __all__ = ["ExpertShape", "grouped_swiglu", "initial_row"]
 
@@ -89,45 +90,72 @@ class _GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_MH: torch.Tensor, weights_SW: torch.Tensor, counts_S: list[int], intermediate: int
+        ctx: Any,
+        rows_MH: torch.Tensor,
+        weights_SW: torch.Tensor,
+        counts_S: list[int],
+        intermediate: int,
+        clock: Clock,
+        layer: int,
     ) -> torch.Tensor:
-        gate_up_S, down_S = split_row(weights_SW, rows_MH.shape[1], intermediate)
-        hidden_M2F = rows_MH.new_empty(len(rows_MH), 2 * intermediate)
-        for s, part in _parts(counts_S):
-            torch.mm(rows_MH[part], gate_up_S[s].t(), out=hidden_M2F[part])
-        active_MF = silu(hidden_M2F[:, :intermediate]) * hidden_M2F[:, intermediate:]
-        out_MH = torch.empty_like(rows_MH)
-        for s, part in _parts(counts_S):
-            torch.mm(active_MF[part], down_S[s].t(), out=out_MH[part])
+        ctx.counts_S, ctx.intermediate, ctx.clock, ctx.layer = counts_S, intermediate, clock, layer
+        with clock.span("experts", layer, len(rows_MH)):
+            out_MH, hidden_M2F = _forward(rows_MH, weights_SW, counts_S, intermediate)
         ctx.save_for_backward(rows_MH, weights_SW, hidden_M2F)
-        ctx.counts_S, ctx.intermediate = counts_S, intermediate
         return out_MH
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        (grad_MH,) = grads
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None]:
         rows_MH, weights_SW, hidden_M2F = ctx.saved_tensors
-        F, hidden = ctx.intermediate, rows_MH.shape[1]
-        grad_MH = grad_MH.contiguous()
-        gate_up_S, down_S = split_row(weights_SW, hidden, F)
-        grad_SW = torch.zeros_like(weights_SW)
-        grad_gate_up_S, grad_down_S = split_row(grad_SW, hidden, F)
-        gate_MF, up_MF = hidden_M2F[:, :F], hidden_M2F[:, F:]
-        sigmoid_MF = gate_MF.sigmoid()
-        silu_MF = gate_MF * sigmoid_MF
-        active_MF = silu_MF * up_MF
-        grad_active_MF = torch.empty_like(active_MF)
-        for s, part in _parts(ctx.counts_S):
-            torch.mm(grad_MH[part], down_S[s], out=grad_active_MF[part])
-            torch.mm(grad_MH[part].t(), active_MF[part], out=grad_down_S[s])
-        grad_M2F = torch.empty_like(hidden_M2F)
-        torch.mul(grad_active_MF * up_MF, sigmoid_MF * (1 + gate_MF - silu_MF), out=grad_M2F[:, :F])
-        torch.mul(grad_active_MF, silu_MF, out=grad_M2F[:, F:])
-        grad_rows_MH = torch.empty_like(rows_MH)
-        for s, part in _parts(ctx.counts_S):
-            torch.mm(grad_M2F[part], gate_up_S[s], out=grad_rows_MH[part])
-            torch.mm(grad_M2F[part].t(), rows_MH[part], out=grad_gate_up_S[s])
-        return grad_rows_MH, grad_SW, None, None
+        with ctx.clock.span("experts", ctx.layer, len(rows_MH)):
+            grad_rows_MH, grad_SW = _backward(
+                grads[0].contiguous(), rows_MH, weights_SW, hidden_M2F, ctx.counts_S, ctx.intermediate
+            )
+        return grad_rows_MH, grad_SW, None, None, None, None
+
+
+def _forward(
+    rows_MH: torch.Tensor, weights_SW: torch.Tensor, counts_S: list[int], intermediate: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up_S, down_S = split_row(weights_SW, rows_MH.shape[1], intermediate)
+    hidden_M2F = rows_MH.new_empty(len(rows_MH), 2 * intermediate)
+    for s, part in _parts(counts_S):
+        torch.mm(rows_MH[part], gate_up_S[s].t(), out=hidden_M2F[part])
+    active_MF = silu(hidden_M2F[:, :intermediate]) * hidden_M2F[:, intermediate:]
+    out_MH = torch.empty_like(rows_MH)
+    for s, part in _parts(counts_S):
+        torch.mm(active_MF[part], down_S[s].t(), out=out_MH[part])
+    return out_MH, hidden_M2F
+
+
+def _backward(
+    grad_MH: torch.Tensor,
+    rows_MH: torch.Tensor,
+    weights_SW: torch.Tensor,
+    hidden_M2F: torch.Tensor,
+    counts_S: list[int],
+    intermediate: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    F = intermediate
+    gate_up_S, down_S = split_row(weights_SW, rows_MH.shape[1], F)
+    grad_SW = torch.zeros_like(weights_SW)
+    grad_gate_up_S, grad_down_S = split_row(grad_SW, rows_MH.shape[1], F)
+    gate_MF, up_MF = hidden_M2F[:, :F], hidden_M2F[:, F:]
+    sigmoid_MF = gate_MF.sigmoid()
+    silu_MF = gate_MF * sigmoid_MF
+    active_MF = silu_MF * up_MF
+    grad_active_MF = torch.empty_like(active_MF)
+    for s, part in _parts(counts_S):
+        torch.mm(grad_MH[part], down_S[s], out=grad_active_MF[part])
+        torch.mm(grad_MH[part].t(), active_MF[part], out=grad_down_S[s])
+    grad_M2F = torch.empty_like(hidden_M2F)
+    torch.mul(grad_active_MF * up_MF, sigmoid_MF * (1 + gate_MF - silu_MF), out=grad_M2F[:, :F])
+    torch.mul(grad_active_MF, silu_MF, out=grad_M2F[:, F:])
+    grad_rows_MH = torch.empty_like(rows_MH)
+    for s, part in _parts(counts_S):
+        torch.mm(grad_M2F[part], gate_up_S[s], out=grad_rows_MH[part])
+        torch.mm(grad_M2F[part].t(), rows_MH[part], out=grad_gate_up_S[s])
+    return grad_rows_MH, grad_SW
 
 
 def _parts(counts_S: list[int]) -> list[tuple[int, slice]]:
@@ -141,12 +169,18 @@ def _parts(counts_S: list[int]) -> list[tuple[int, slice]]:
 
 
 def grouped_swiglu(
-    rows_MH: torch.Tensor, weights_SW: torch.Tensor, counts_S: list[int], intermediate: int
+    rows_MH: torch.Tensor,
+    weights_SW: torch.Tensor,
+    counts_S: list[int],
+    intermediate: int,
+    clock: Clock | None = None,
+    layer: int = -1,
 ) -> torch.Tensor:
     """The FFN of each slot on its rows ``[M, H]``; ``counts_S`` says how many each slot has, in order.
 
     A row's result depends on its slot's rows alone, not on where the slot is: gradients are summed over a slot's rows
-    in their order. (Bit for bit where H and F are multiples of 32, so that vectors have no remainder.)
+    in their order. (Bit for bit where H and F are multiples of 32, so that vectors have no remainder.) ``clock`` gets
+    an ``experts`` span for ``layer``, forward and backward.
     """
-    out_MH: torch.Tensor = _GroupedSwiGLU.apply(rows_MH, weights_SW, counts_S, intermediate)
+    out_MH: torch.Tensor = _GroupedSwiGLU.apply(rows_MH, weights_SW, counts_S, intermediate, clock or Clock(), layer)
     return out_MH

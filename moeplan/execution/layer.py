@@ -89,8 +89,9 @@ class ExpertLayer(nn.Module):
             x_TH, weights_TK = _FromAll.apply(x_TH, tp), _FromAll.apply(weights_TK, tp)
         slots_TK = self.table.slots(experts_TK)
         sent = self.dispatcher.dispatch(x_TH, slots_TK, weights_TK, self.table, self.layer_id)
-        with self.clock.span("experts", self.layer_id, len(sent.rows_MH)):
-            out_MH = grouped_swiglu(sent.rows_MH, self.weights_SW, sent.counts_S, self.shape.local_intermediate)
+        out_MH = grouped_swiglu(
+            sent.rows_MH, self.weights_SW, sent.counts_S, self.shape.local_intermediate, self.clock, self.layer_id
+        )
         out_TH = self.dispatcher.combine(out_MH, sent)
         if tp.size > 1:
             out_TH = _ToAll.apply(out_TH, tp)
@@ -142,13 +143,15 @@ class SharedExpert(nn.Module):
 class MoELayer(nn.Module):
     """Router, routed experts and shared experts: ``[..., H]`` in, ``[..., H]`` out.
 
-    ``last`` holds the latest :class:`Routing`: its ``aux_loss`` belongs into the loss, its choices into a recorder.
+    ``last`` holds the latest :class:`Routing`: its ``aux_loss`` belongs into the loss. ``on_routing`` is called with
+    the layer's number and each routing: what records traces or watches the load hangs there.
     """
 
     def __init__(self, router: Router, experts: ExpertLayer, shared: SharedExpert | None = None) -> None:
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
         self.last: Routing | None = None
+        self.on_routing: Callable[[int, Routing], None] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Route every token, run its experts wherever they are, and add what they say."""
@@ -156,6 +159,8 @@ class MoELayer(nn.Module):
         clock, layer = self.experts.clock, self.experts.layer_id
         with clock.span("router", layer):
             routing = self.last = self.router(x_TH)
+        if self.on_routing is not None:
+            self.on_routing(layer, routing)
         shared = self.shared
         out_TH: torch.Tensor = self.experts(
             x_TH, routing.experts_TK, routing.weights_TK, None if shared is None else lambda: shared(x_TH)

@@ -1,0 +1,226 @@
+"""Experts move in mid-training and nothing else changes."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from dense_reference import random_placement
+from tiny_run import SPEC, tiny_corpus, tiny_options
+
+from moeplan.artifacts.placement import EMPTY, Placement
+from moeplan.errors import PlanError
+from moeplan.execution.groups import single_mesh
+from moeplan.execution.launch import Launch, Rank, run_ranks
+from moeplan.execution.migrate import Migrator, torch_state
+from moeplan.execution.moves import moves_of
+from moeplan.execution.parcels import pack, send_batch, unpack
+from moeplan.execution.train import Trainer
+
+STEPS, AT = 5, 2
+
+
+def _placement(ranks: int, per_node: int, extra: int, seed: int) -> Placement:
+    return random_placement(np.random.default_rng(seed), 3, SPEC.num_experts, ranks, per_node, extra)
+
+
+def _losses(
+    options, placement: Placement | None, budget_s: float | None = None, send=None, break_prepare=False
+) -> tuple[list[float], dict]:
+    """Losses of a run that moves to ``placement`` after step AT, and what was seen on the way."""
+    trainer = Trainer(options, tiny_corpus())
+    if send is not None:
+        trainer.migrator.send = send
+    losses, seen = [], {"boundaries": 0, "report": None}
+    for step in range(STEPS):
+        losses.append(trainer.step().loss)
+        if step == AT and placement is not None:
+            before = _everything(trainer)
+            old = trainer.migrator.placement
+            seen["expected_moves"] = moves_of(old, placement)
+            trainer.apply(placement)
+            if break_prepare and trainer.mesh.world.rank == 1:
+                trainer.migrator._prepare = _no_memory
+        while trainer.migrator.under_way:
+            report = trainer.boundary(budget_s)
+            seen["boundaries"] += 1
+            if report is None and step < STEPS - 2:
+                break  # the rest after the next step
+            seen["report"] = report
+            if step == AT and report is not None:
+                seen["same"] = _same(before, _everything(trainer))
+                seen["placed"] = trainer.migrator.placement is placement
+    seen["copies"] = _copies_agree(trainer)
+    if seen["report"] is not None:
+        report = seen["report"]
+        seen["report"] = {"moved": report.moved_experts, "failure": report.failure, "finished": report.finished}
+    return losses, seen
+
+
+def _no_memory(*_args) -> None:
+    raise MemoryError
+
+
+def _everything(trainer: Trainer) -> dict:
+    """(layer, expert, tensor name) -> values of every copy on any rank of this EP group."""
+    found = {}
+    for l, (moe, state) in enumerate(zip(trainer.moe_layers, trainer.optimizer.states, strict=True)):
+        for s, expert in enumerate(moe.experts.table.local_experts_S.tolist()):
+            if expert != EMPTY:
+                for name, rows in {"weights": moe.experts.weights_SW, **state.tensors}.items():
+                    found.setdefault((l, expert, name), []).append(rows[s].detach().float().numpy().copy())
+    joined: dict = {}
+    for part in trainer.mesh.ep.all_of(found):
+        for key, values in part.items():
+            joined.setdefault(key, []).extend(values)
+    return joined
+
+
+def _same(before: dict, after: dict) -> bool:
+    return before.keys() == after.keys() and all(
+        np.array_equal(before[key][0], value) for key, values in after.items() for value in values
+    )
+
+
+def _copies_agree(trainer: Trainer) -> bool:
+    return all(np.array_equal(values[0], v) for values in _everything(trainer).values() for v in values)
+
+
+def _flip_on_rank_two(out, into, axis) -> None:
+    send_batch(out, into, axis)
+    if axis.rank == 2 and into:
+        into[0].data[5] ^= 1
+
+
+def _lose_on_rank_three(out, into, axis) -> None:
+    send_batch(out, into, axis)
+    if axis.rank == 3:
+        raise RuntimeError("connection reset")
+
+
+def _moves(me: Rank) -> dict:
+    plain = tiny_options()
+    reference = _losses(plain, None)[0]
+    return {
+        "reference": reference,
+        "all at once": _losses(plain, _placement(4, 4, 0, 1)),
+        "layer by layer": _losses(plain, _placement(4, 4, 0, 2), budget_s=0.0),
+        "with copies": _losses(plain, _placement(4, 4, 6, 3)),
+        "bad checksum": _losses(plain, _placement(4, 4, 0, 4), send=_flip_on_rank_two),
+        "lost message": _losses(plain, _placement(4, 4, 0, 5), send=_lose_on_rank_three),
+        "no memory": _losses(plain, _placement(4, 4, 0, 6), break_prepare=True),
+        "refused": _refusals(plain),
+    }
+
+
+def _refusals(options) -> list[str]:
+    trainer, said = Trainer(options, tiny_corpus()), []
+    rank = trainer.mesh.world.rank
+    for placement in (_placement(2, 2, 0, 1), _placement(4, 4, 0, 1 if rank < 2 else 2), _placement(4, 2, 0, 1)):
+        with pytest.raises(PlanError, match=r".") as error:
+            trainer.apply(placement)
+        said.append(str(error.value))
+    return said
+
+
+def test_moves_change_no_bit_and_failures_roll_back() -> None:
+    for answer in run_ranks(Launch(4), _moves):
+        reference = answer["reference"]
+        for name in ("all at once", "layer by layer", "bad checksum", "lost message", "no memory"):
+            assert answer[name][0] == reference, name  # the same floats
+            assert answer[name][1]["copies"], name
+        losses, seen = answer["all at once"]
+        assert seen["same"]
+        assert seen["placed"]
+        assert seen["boundaries"] == 1
+        assert seen["report"] == {"moved": seen["expected_moves"], "failure": None, "finished": True}
+        seen = answer["layer by layer"][1]
+        assert seen["boundaries"] == 3  # one layer at each step boundary
+        assert seen["report"]["moved"] == seen["expected_moves"]
+        # Copies split an expert's tokens, so sums round otherwise: within a few float32 roundings.
+        losses, seen = answer["with copies"]
+        assert seen["same"]
+        assert seen["copies"]
+        np.testing.assert_allclose(losses, reference, rtol=2e-6)
+        for name, why in (
+            ("bad checksum", r"rank 2 received an expert of layer \d from EP rank \d with a wrong checksum"),
+            ("lost message", "rank 3 could not transfer: connection reset"),
+            ("no memory", "rank 1 could not prepare: out of memory"),
+        ):
+            seen = answer[name][1]
+            assert seen["same"], name
+            assert not seen["placed"], name
+            assert not seen["report"]["finished"], name
+            assert re.search(why, seen["report"]["failure"]), seen
+        size, differ, nodes = answer["refused"]
+        assert "plan num_ranks (2) is not the run's expert-parallel size (4)" in size
+        assert "rank 2 was given another plan than rank 0" in differ
+        assert "plan ranks_per_node (2) is not the run's (4)" in nodes
+
+
+def _meshes(me: Rank) -> list[dict]:
+    """ZeRO-1 and tensor parallelism: each holds a part of an expert's state, and it moves with the expert."""
+    answers = []
+    for changes in ({"edp": 2, "zero": True}, {"tp": 2}, {"edp": 2, "zero": True, "dtype": "bf16"}):
+        options = tiny_options(**changes)
+        reference = _losses(options, None)[0]
+        answers.append({"reference": reference, "moved": _losses(options, _placement(2, 2, 0, 7))})
+    plain = _losses(tiny_options(edp=2), None)[0]
+    answers.append({"reference": plain, "moved": (answers[0]["reference"], {"same": True, "copies": True})})
+    return answers
+
+
+def test_state_shards_move_with_their_expert() -> None:
+    for answers in run_ranks(Launch(4), _meshes):
+        for answer in answers:
+            losses, seen = answer["moved"]
+            assert losses == answer["reference"]
+            assert seen["same"]
+            assert seen["copies"]
+
+
+def test_one_rank_and_a_torch_optimizer() -> None:
+    from moeplan.execution.layer import ExpertLayer
+
+    old = Placement(np.array([[0, 1, 2]], np.int32), np.zeros(3, np.int32), 3, 1, 1)
+    new = Placement(np.array([[2, 0, -1, 1]], np.int32), np.zeros(4, np.int32), 3, 1, 1)
+
+    def run(move: bool) -> torch.Tensor:
+        layer = ExpertLayer(single_mesh(), 32, 32, old, 0)
+        rows = torch.randn(3, 3 * 32 * 32, generator=torch.Generator().manual_seed(0)) * 0.1
+        layer.load(lambda e: rows[e])
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+        migrator = Migrator([layer], single_mesh(), old, torch_state(optimizer, [layer]))
+        x = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+        experts = torch.arange(20)[:, None] % 3
+        for step in range(4):
+            optimizer.zero_grad()
+            layer(x, experts, torch.ones(20, 1)).square().sum().backward()
+            optimizer.step()
+            if step == 1 and move:
+                migrator.submit(new)
+                report = migrator.at_step_boundary()
+                assert report is not None
+                assert report.finished
+                assert report.moved_experts == 0  # all on one rank
+        return layer(x, experts, torch.ones(20, 1)).detach()
+
+    assert torch.equal(run(False), run(True))
+
+
+def test_a_parcel_comes_back_or_is_refused() -> None:
+    rows = [torch.randn(7), torch.randn(3).bfloat16(), torch.arange(5)]
+    message = pack(rows)
+    back = unpack(message, rows)
+    assert back is not None
+    for a, b in zip(rows, back, strict=True):
+        assert torch.equal(a, b)
+    for position in range(0, len(message)):
+        damaged = message.clone()
+        damaged[position] ^= 4
+        assert unpack(damaged, rows) is None
+    swapped = message.clone()
+    swapped[:4], swapped[4:8] = message[4:8], message[:4]  # two words exchanged: the plain sum is the same
+    assert unpack(swapped, rows) is None
