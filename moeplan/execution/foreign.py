@@ -51,7 +51,7 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's modules of routed experts by name, in the order of its layers.
 
     Raises:
-        SpecError: there are none, or they are of a kind that is not understood (biases, transposed, another activation).
+        SpecError: there are none, or they are not understood: biases, transposed weights, another activation.
     """
     found = {}
     for name, module in model.named_modules():
@@ -102,15 +102,21 @@ def parallelise(
     modules = expert_modules(model)
     clock = clock or Clock(mesh.world.rank)
     if placement.num_layers != len(modules):
-        raise PlanError(f"placement has {placement.num_layers} layers, {type(model).__name__} {len(modules)} with experts")
+        raise PlanError(
+            f"placement has {placement.num_layers} layers, {type(model).__name__} {len(modules)} with experts"
+        )
+    for name, module in modules.items():
+        if len(module.down_proj) != placement.num_experts:
+            raise PlanError(
+                f"placement has {placement.num_experts} experts, {name} {len(module.down_proj)};"
+                " plan for this model"
+            )
     layers = []
     for row, (name, module) in enumerate(modules.items()):
         gate_up, down = module.gate_up_proj, module.down_proj
         assert isinstance(gate_up, torch.Tensor)
         assert isinstance(down, torch.Tensor)
         experts, hidden, inter = down.shape
-        if experts != placement.num_experts:
-            raise PlanError(f"placement has {placement.num_experts} experts, {name} {experts}; plan for this model")
         layer = ExpertLayer(
             mesh, hidden, inter, placement, row, split=split, clock=clock, dtype=down.dtype,
             dispatcher=make_dispatcher(dispatch, mesh, clock),
