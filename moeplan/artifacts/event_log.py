@@ -154,7 +154,9 @@ class EventRecorder:
     """Collects events and turns them into an :class:`EventLog`: 49 bytes and one append per column for each."""
 
     def __init__(self) -> None:
-        self._columns = {name: array(_TYPECODE[np.dtype(kind).str[1:]]) for name, kind in _COLUMNS.items()}
+        self._columns: dict[str, array[Any]] = {
+            name: array(_TYPECODE[np.dtype(kind).str[1:]]) for name, kind in _COLUMNS.items()
+        }
         self._append = tuple(column.append for column in self._columns.values())
 
     def add(

@@ -77,6 +77,7 @@ class Served:
     rejected: int
     unfinished: int
     instances: Sequence[Instance]
+    num_nodes: int
     end_s: float
     log: EventLog | None
     transferred_bytes: float
@@ -190,13 +191,13 @@ class _Service:
             ) from error
         self.progress("simulate", 1.0)
         instances = [instance for stage in self.stages for instance in stage]
+        nodes = sum(pool.instances * pool.cluster.num_nodes * pool.engine.pp for pool in self.pools)
         log = None
         if self.recorder is not None:
-            nodes = sum(pool.instances * pool.cluster.num_nodes * pool.engine.pp for pool in self.pools)
             log = self.recorder.build("simulated", self.num_ranks, nodes, origin)
         unfinished = len(self.requests) - self.done
         return Served(
-            self.requests, self.rejected, unfinished, instances, clock.now_s, log, self.transferred_bytes,
+            self.requests, self.rejected, unfinished, instances, nodes, clock.now_s, log, self.transferred_bytes,
             self.transfer_s,
         )  # fmt: skip
 

@@ -1,0 +1,112 @@
+"""What a simulation predicts: headlines with intervals, what lies behind them, and what they rest on.
+
+Written as ``result.json`` beside ``events.parquet``, the :class:`moeplan.artifacts.event_log.EventLog` of its first
+seed. Two results of any kind are compared by their headlines.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moeplan.errors import InputError
+from moeplan.files import canonical_json, read_json, sha256_bytes, write_text
+from moeplan.specs.base import validation_message
+
+__all__ = ["Assumption", "Headline", "RankTimes", "SimulationResult", "Timeline"]
+
+
+class _Paper(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Headline(_Paper):
+    """One figure with its interval: the costs' residuals carried through the simulation, and the spread of seeds."""
+
+    value: float = Field(description="mean over seeds")
+    low: float = Field(description="lower end")
+    high: float = Field(description="upper end")
+    unit: str = Field(description="s, tokens/s, requests/s, USD, or a share (1)")
+    better: Literal["lower", "higher"] = Field(description="which way is good")
+
+
+class Assumption(_Paper):
+    """Something the prediction rests on."""
+
+    name: str
+    value: str
+    source: str = Field(description="measured, interpolated, modelled, extrapolated or given, and from what")
+
+
+class RankTimes(_Paper):
+    """Where each rank's time goes, as parts of the run that add up to 1; ranks of all instances in order."""
+
+    compute: tuple[float, ...] = Field(description="attention, dense parts and experts")
+    exchange: tuple[float, ...] = Field(description="dispatch and combine that no compute hides")
+    bubble: tuple[float, ...] = Field(description="in a step, waiting for busier ranks or for the host")
+    idle: tuple[float, ...] = Field(description="no step runs")
+
+
+class Timeline(_Paper):
+    """The run in equal stretches of time, all instances together."""
+
+    time_s: tuple[float, ...] = Field(description="middle of each stretch")
+    tokens_per_s: tuple[float, ...] = Field(description="worked on, prefill and decode")
+    running: tuple[float, ...] = Field(description="requests in batches")
+    waiting: tuple[float, ...] = Field(description="requests in queues")
+    cache: tuple[float, ...] = Field(description="part of the KV cache in use")
+
+
+class SimulationResult(_Paper):
+    """A prediction of serving or of training."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["serving", "training"] = "serving"
+    case: dict[str, Any] = Field(default_factory=dict, description="values of the sweep's fields")
+    model: str
+    cluster: str
+    num_ranks: int = Field(gt=0, description="of all instances")
+    num_nodes: int = Field(gt=0)
+    seeds: tuple[int, ...]
+    simulated_s: float = Field(ge=0, description="simulated time, first seed")
+    headlines: dict[str, Headline]
+    counts: dict[str, float] = Field(default_factory=dict, description="requests, tokens and bytes of the first seed")
+    distributions: dict[str, tuple[float, ...]] = Field(
+        default_factory=dict, description="101 quantiles, from 0 to 100 %, in seconds, of the first seed"
+    )
+    ranks: RankTimes | None = None
+    timeline: Timeline | None = None
+    assumptions: tuple[Assumption, ...] = ()
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, str] = Field(default_factory=dict, description="versions and hashes of what it is made from")
+
+    @property
+    def sha256(self) -> str:
+        """Digest of everything in it."""
+        return sha256_bytes(canonical_json(self.model_dump(mode="json")).encode())
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read ``result.json``, or the one in a directory.
+
+        Raises:
+            InputError: no such file, no result, or of another schema version.
+        """
+        place = path / "result.json" if path.is_dir() else path
+        if not place.is_file():
+            raise InputError(f"{path} has no result.json: it is no simulation; moeplan simulate writes one with --out")
+        document = read_json(place)
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version != 1:
+            raise InputError(f"{place}: schema_version ({version}) is not 1; simulate again with this moeplan")
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise InputError(validation_message(str(place), error)) from error
