@@ -18,6 +18,8 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("import_", "Read a placement file of another engine into a plan."),
     "trace": ("trace", "Inspect, convert, validate and synthesise routing traces."),
     "profile": ("profile", "Measure, import, check and show hardware profiles."),
+    "live": ("live", "Train a small MoE model on real ranks; apply a plan on the way."),
+    "apply": ("live", "Apply a plan to a live run at its next step."),
     "validate": ("validate", "Hold predictions against measurements."),
     "models": ("catalogue", "List the built-in models."),
     "clusters": ("catalogue", "List the built-in accelerators and clusters."),
@@ -62,7 +64,8 @@ def main() -> None:
         error.show()
         status = error.exit_code
     except MoeplanError as error:
-        click.echo(f"error: {error}", err=True)
+        if str(error):  # one of several ranks says what happened; the others end without a word
+            click.echo(f"error: {error}", err=True)
         status = error.exit_code
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)

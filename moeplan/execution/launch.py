@@ -20,7 +20,7 @@ from typing import Any
 from moeplan import errors
 from moeplan.errors import InputError, MoeplanError, RunError
 
-__all__ = ["Launch", "Rank", "join_torchrun", "run_ranks", "under_torchrun"]
+__all__ = ["Launch", "Rank", "join_torchrun", "run_ranks", "run_torchrun", "under_torchrun"]
 
 _GRACE_S = 3.0
 _FAILED = 3
@@ -108,6 +108,63 @@ def join_torchrun(launch: Launch) -> Rank:
     return Rank(rank, world, launch.device, lambda _message: None)
 
 
+def run_torchrun(
+    launch: Launch, target: Callable[..., Any], *args: Any, on_message: Callable[[int, Any], None] = lambda _r, _m: None
+) -> Any:
+    """Be the rank that torchrun made this process: what ``target(rank: Rank, *args)`` answers.
+
+    ``on_message`` gets what this rank sends, where this is rank 0.
+
+    Raises:
+        MoeplanError: as :func:`run_ranks`, with its message on one rank only; the others raise a RunError without one.
+    """
+    import torch.distributed as dist
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if launch.ranks not in (0, world):
+        raise RunError(
+            "" if rank else f"ranks ({launch.ranks}) is not the number that torchrun started ({world}); leave it out"
+        )
+    me = join_torchrun(launch)
+    store = dist.distributed_c10d._get_default_store()
+    place = f"moeplan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        answer = target(Rank(rank, world, me.device, lambda m: None if rank else on_message(rank, m)), *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        return answer
+    except MoeplanError as error:
+        if _first_to_speak(store, place):
+            raise
+        raise RunError("") from error
+    except (RuntimeError, OSError) as error:
+        missing = _missing(store, place, rank, world)
+        if _first_to_speak(store, place):
+            raise RunError(f"{missing}: {_first_line(error)} ({_where(error)})") from error
+        raise RunError("") from error
+
+
+def _first_to_speak(store: Any, place: str) -> bool:
+    try:
+        return bool(store.add(f"{place}/spoken", 1) == 1)
+    except (RuntimeError, OSError):
+        return True  # the store is gone, nobody else can know
+
+
+def _missing(store: Any, place: str, rank: int, world: int) -> str:
+    """Survivors report to the store; who does not within the grace time is gone."""
+    try:
+        store.set(f"{place}/alive/{rank}", "1")
+        until = time.monotonic() + _GRACE_S
+        gone = list(range(world))
+        while gone and time.monotonic() < until:
+            gone = [other for other in gone if not store.check([f"{place}/alive/{other}"])]
+            time.sleep(0.05)
+        return f"rank {', '.join(map(str, gone))} died" if gone else f"rank {rank} failed"
+    except (RuntimeError, OSError):
+        return "the process that holds the store died"
+
+
 # ---------------------------------------------------------------------- started here
 
 
@@ -183,7 +240,7 @@ def run_ranks(
         raise InputError(f"ranks ({launch.ranks}) must be positive")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context: Any = get_context("forkserver" if launch.device == "cpu" and sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload(["moeplan.execution.layer"])  # torch is imported once, not by every rank
+    context.set_forkserver_preload(["moeplan.execution.run"])  # torch is imported once, not by every rank
     port = _port(launch)
     links, processes = [], []
     try:

@@ -110,8 +110,7 @@ class Trainer:
         options: TrainOptions,
         corpus: Corpus,
         placement: Placement | None = None,
-        device: str = "cpu",
-        origin_s: float = 0.0,
+        mesh: Mesh | None = None,
     ) -> None:
         o = self.options = options
         if o.model.vocab_size != 256:
@@ -119,10 +118,10 @@ class Trainer:
         if o.dtype not in DTYPES:
             raise SpecError(f"dtype ({o.dtype}) must be one of {', '.join(DTYPES)}")
         self.corpus = corpus
-        self.mesh: Mesh = build_mesh(o.tp, o.edp, o.ranks_per_node, device)
+        self.mesh = mesh or build_mesh(o.tp, o.edp, o.ranks_per_node)
         if o.batch % self.mesh.dp.size:
             raise SpecError(f"batch ({o.batch}) is not a multiple of the data-parallel ranks ({self.mesh.dp.size})")
-        self.clock = Clock(self.mesh.world.rank, enabled=True, origin_s=origin_s, cuda=device == "cuda")
+        self.clock = Clock(self.mesh.world.rank, enabled=True, cuda=self.mesh.device.type == "cuda")
         if placement is None:
             spec = o.model
             placement = contiguous_placement(

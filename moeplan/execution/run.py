@@ -1,0 +1,244 @@
+"""One rank of ``moeplan live``: train, apply a plan at a step, save, generate, record."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.plan import Plan
+from moeplan.errors import InputError, SpecError
+from moeplan.execution.apply import PlanCallback
+from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
+from moeplan.execution.groups import Mesh, build_mesh
+from moeplan.execution.launch import Rank
+from moeplan.execution.metrics import MetricsSink
+from moeplan.execution.migrate import MigrationReport
+from moeplan.execution.moves import require_fits
+from moeplan.execution.router import Routing
+from moeplan.execution.text import Corpus
+from moeplan.execution.train import StepMetrics, Trainer, TrainOptions, gather_events
+from moeplan.files import write_text
+
+__all__ = ["LiveJob", "RoutingSink", "live_rank", "record_held_out"]
+
+_WARM_STEPS = 2  # left out of rates: first touches of memory and connections
+
+
+@dataclass(frozen=True, slots=True)
+class LiveJob:
+    """What a live run is to do; see the options of ``moeplan live``.
+
+    ``plan`` is in force from the start, or from the end of step ``apply_at`` on. ``record_tokens``: held-out text to
+    route after training, of each domain.
+    """
+
+    options: TrainOptions
+    corpus: Corpus
+    steps: int
+    plan: Plan | None = None
+    apply_at: int | None = None
+    reference: bool = True
+    budget_s: float | None = None
+    out: Path | None = None
+    checkpoint: Path | None = None
+    checkpoint_every: int = 0
+    resume: Path | None = None
+    control: Path | None = None
+    prometheus: int | None = None
+    generate: str | None = None
+    new_tokens: int = 200
+    record_tokens: int = 0
+
+
+class RoutingSink(Protocol):
+    """What takes the routing of forward passes: ``moeplan.profiling.routing.RoutingRecorder`` is one."""
+
+    def step(self, phase: str, seq_lens: Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """A context for one forward pass."""
+        ...
+
+    def record(self, layer_id: int, experts_TK: Any, scores_TK: Any = None) -> None:
+        """The choices of one layer."""
+        ...
+
+
+def latest(folder: Path) -> Path:
+    """The checkpoint that ``folder`` is, or the latest in it.
+
+    Raises:
+        InputError: it holds none.
+    """
+    named = folder / "latest"
+    if named.is_file():
+        return folder / named.read_text(encoding="utf-8").strip()
+    if not folder.is_dir():
+        raise InputError(f"checkpoint {folder} does not exist; give a directory that --checkpoint wrote")
+    return folder
+
+
+def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any] | None = None) -> dict[str, Any]:
+    """Run ``job`` as one rank; the answer is rank 0's, other ranks return the same figures.
+
+    Raises:
+        MoeplanError: bad input, the same on every rank, before anything has moved.
+    """
+    sink = MetricsSink(
+        None if job.out is None or me.rank else job.out / "metrics.jsonl", None if me.rank else job.prometheus
+    )
+    mesh = build_mesh(job.options.tp, job.options.edp, job.options.ranks_per_node, me.device)
+    try:
+        trainer, callback = _set_up(job, mesh)
+        answer = _train(me, job, trainer, callback, sink)
+    finally:
+        sink.close()
+    if job.generate is not None:
+        answer["text"] = _generate(trainer, job.generate, job.new_tokens)
+    if job.record_tokens and record is not None:
+        answer["recorded"] = record(trainer, job.record_tokens)
+    events = gather_events(trainer, {"model": job.options.model.name, "seed": job.options.seed, "steps": job.steps})
+    if job.out is not None and events is not None:
+        events.write(job.out / "events.parquet")
+    if job.plan is not None and job.apply_at is not None and job.reference:
+        reference = _fresh(job, mesh, None)
+        reference.clock.enabled = False
+        answer["reference_losses"] = [reference.step().loss for _ in range(job.steps)]
+        pairs = zip(answer["losses"], answer["reference_losses"], strict=True)
+        answer["largest_difference"] = max(abs(a - b) for a, b in pairs) if job.steps else 0.0
+    return answer
+
+
+def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> Trainer:
+    """A trainer at its start: fresh, or from the checkpoint to go on from."""
+    resume = job.resume
+    if resume is None and job.checkpoint is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        resume = job.checkpoint if (job.checkpoint / "latest").is_file() else None  # torchrun started us again
+    reader = None if resume is None else CheckpointReader(latest(resume))
+    if reader is not None and placement is None:
+        placement = reader.placement(mesh.ep.size, mesh.ranks_per_node)
+    trainer = Trainer(job.options, job.corpus, placement, mesh)
+    if reader is not None:
+        load_checkpoint(trainer, reader)
+    return trainer
+
+
+def _set_up(job: LiveJob, mesh: Mesh) -> tuple[Trainer, PlanCallback]:
+    plan = job.plan
+    if plan is not None:
+        require_fits(plan, job.options.model, mesh)
+        if job.apply_at is not None and not 0 <= job.apply_at < job.steps:
+            raise SpecError(f"apply_at ({job.apply_at}) must be a step of 0..{job.steps - 1} (steps - 1)")
+    trainer = _fresh(job, mesh, plan.placement if plan is not None and job.apply_at is None else None)
+    trainer.clock.origin_s = mesh.world.all_of(time.perf_counter())[0]
+    return trainer, PlanCallback(trainer.migrator, job.options.model, mesh, job.control, job.budget_s)
+
+
+def _train(me: Rank, job: LiveJob, trainer: Trainer, callback: PlanCallback, sink: MetricsSink) -> dict[str, Any]:
+    steps: list[StepMetrics] = []
+    reports: list[MigrationReport] = []
+    for number in range(job.steps):
+        metrics = trainer.step()
+        steps.append(metrics)
+        if me.rank == 0:
+            sink.add(metrics)
+            me.send({"step": number + 1, "of": job.steps, **metrics.to_json()})
+        if job.plan is not None and number == job.apply_at:
+            callback.submit(job.plan)
+        report = callback.after_step()
+        if report is not None:
+            reports.append(report)
+        if job.checkpoint is not None and _due(number + 1, job):
+            _save(trainer, job.checkpoint)
+    while trainer.migrator.under_way:  # a stall budget spread it beyond the last step
+        report = callback.after_step()
+        if report is not None:
+            reports.append(report)
+    warm = steps[_WARM_STEPS:] or steps
+    median = statistics.median
+    return {
+        "model": job.options.model.name,
+        "ranks": trainer.mesh.world.size,
+        "steps": job.steps,
+        "losses": [m.loss for m in steps],
+        "tokens_per_s": median(m.tokens_per_s for m in warm) if warm else None,
+        "imbalance": median(m.imbalance for m in warm) if warm else None,
+        "expert_s": np.median([m.expert_R for m in warm], axis=0).tolist() if warm else [],
+        "alltoall_s": np.median([m.alltoall_R for m in warm], axis=0).tolist() if warm else [],
+        "exposed_s": np.median([m.exposed_R for m in warm], axis=0).tolist() if warm else [],
+        "held_out_loss": trainer.evaluate(),
+        **_moved(reports),
+    }
+
+
+def _moved(reports: list[MigrationReport]) -> dict[str, Any]:
+    return {
+        "moved_experts": sum(r.moved_experts for r in reports),
+        "moved_bytes": sum(r.moved_bytes for r in reports),
+        "stall_s": sum(r.stall_s for r in reports),
+        "stalls_s": [s for r in reports for s in r.stalls_s],
+        "applied": all(r.finished for r in reports) if reports else None,
+        "failure": next((r.failure for r in reports if r.failure), None),
+    }
+
+
+def _due(done: int, job: LiveJob) -> bool:
+    return done == job.steps or bool(job.checkpoint_every and done % job.checkpoint_every == 0)
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    name = f"step-{trainer.steps_done:06d}"
+    save_checkpoint(trainer, folder / name)
+    if trainer.mesh.world.rank == 0:
+        write_text(folder / "latest", name + "\n")
+
+
+def _generate(trainer: Trainer, prompt: str, new_tokens: int) -> str:
+    """Continue ``prompt``; every rank does so with the same numbers, as all must take part in the experts' exchange."""
+    ids = torch.tensor([list(prompt.encode())], device=trainer.mesh.device)
+    if not ids.numel():
+        raise SpecError("generate needs a prompt of at least one character")
+    generator = torch.Generator().manual_seed(trainer.options.seed)
+    out = trainer.model.generate(ids, new_tokens, generator)[0].tolist()
+    return bytes(out).decode("utf-8", errors="replace")
+
+
+@torch.no_grad()
+def record_held_out(
+    trainer: Trainer, sink: RoutingSink, tokens: int, decode_tokens: int = 16
+) -> NDArray[np.int64]:
+    """Route ``tokens`` held-out bytes as prefill, then a few of each batch's as decode, into ``sink`` (a recorder).
+
+    Returns the domain of each recorded token of this rank, in the order recorded.
+    """
+    length, domains = trainer.options.length, []
+
+    def pass_on(layer: int, routing: Routing) -> None:
+        sink.record(layer, routing.experts_TK, routing.weights_TK)
+
+    for moe in trainer.moe_layers:
+        moe.on_routing = pass_on
+    batch = trainer.options.batch
+    for number in range(max(1, tokens // (batch * length))):
+        rows_BT, domain_B = trainer.rows(1_000_000 + number, held_out=True)
+        cache = trainer.model.new_cache()
+        with sink.step("prefill", [length] * len(rows_BT)):
+            logits = trainer.model(rows_BT[:, :length], cache)
+        domains.append(np.repeat(domain_B, length))
+        for _ in range(decode_tokens if number == 0 else 0):
+            step = logits[:, -1:].argmax(-1)
+            with sink.step("decode", [1] * len(rows_BT)):
+                logits = trainer.model(step, cache)
+            domains.append(np.asarray(domain_B))
+    for moe in trainer.moe_layers:
+        moe.on_routing = None
+    return np.concatenate(domains)

@@ -1,0 +1,242 @@
+"""Live runs: options to ranks that train, and back to one answer; plans handed to a run under way."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeplan.artifacts.plan import Plan
+from moeplan.errors import InputError, PlanError, RunError, SpecError
+from moeplan.files import read_json, write_text
+from moeplan.routing.io import save_trace
+from moeplan.routing.joining import join_traces
+from moeplan.specs.catalogue import slug
+from moeplan.specs.models import find_model
+from moeplan.specs.workload import DispatchKind, ReplicaSplit
+
+if TYPE_CHECKING:
+    from moeplan.artifacts.routing_trace import RoutingTrace
+    from moeplan.execution.launch import Rank
+    from moeplan.execution.run import LiveJob
+    from moeplan.execution.train import Trainer
+
+__all__ = ["LiveRequest", "apply_plan", "run_live"]
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRequest:
+    """The options of ``moeplan live``, as they were given."""
+
+    model: str = "moeplan-20m"
+    ranks: int | None = None
+    nodes: int = 1
+    tp: int = 1
+    edp: int = 1
+    steps: int = 40
+    batch: int = 16
+    length: int = 128
+    lr: float = 3e-3
+    seed: int = 0
+    dtype: str = "fp32"
+    zero: bool = False
+    dispatch: DispatchKind | None = None
+    split: ReplicaSplit | None = None
+    aux_loss: float = 0.01
+    bias_rate: float = 0.0
+    capacity_factor: float | None = None
+    plan: Path | None = None
+    apply_at: int | None = None
+    reference: bool = True
+    budget_s: float | None = None
+    out: Path | None = None
+    checkpoint: Path | None = None
+    checkpoint_every: int = 0
+    resume: Path | None = None
+    control: Path | None = None
+    prometheus: int | None = None
+    generate: str | None = None
+    new_tokens: int = 200
+    record: Path | None = None
+    record_tokens: int = 16_384
+    device: str = "cpu"
+    port: int = 0
+    join_timeout_s: float = 60.0
+    timeout_s: float = 300.0
+
+
+def run_live(request: LiveRequest, progress: Progress = lambda _w, _d: None) -> dict[str, Any] | None:
+    """Train on ranks started here, or as the rank that torchrun started; None on ranks other than 0.
+
+    Raises:
+        MoeplanError: bad input, or a rank failed; one message, from one rank.
+    """
+    try:
+        return _run(request, progress)
+    except (InputError, PlanError) as error:
+        if int(os.environ.get("RANK", "0")):  # under torchrun every rank meets the same bad input; rank 0 says so
+            raise RunError("") from error
+        raise
+
+
+def _run(request: LiveRequest, progress: Progress) -> dict[str, Any] | None:
+    from moeplan.execution.launch import Launch, run_ranks, run_torchrun, under_torchrun
+
+    job = _job(request)
+    if request.record is not None and request.record.suffix not in (".npz", ".parquet"):
+        raise SpecError(f"record ({request.record}) must end in .npz or .parquet")
+    inside = under_torchrun()
+    ranks = request.ranks if request.ranks is not None else (0 if inside else 4)
+    launch = Launch(ranks, request.device, request.port, request.join_timeout_s, request.timeout_s)
+
+    def tell(_rank: int, message: Any) -> None:
+        progress(f"step {message['step']}: loss {message['loss']:.3f}", message["step"] / message["of"])
+
+    if inside:
+        answer = run_torchrun(launch, _rank, job, on_message=tell)
+        if answer is None:
+            return None
+    else:
+        answer = run_ranks(launch, _rank, job, on_message=tell)[0]
+    return _finish(request, job, answer)
+
+
+def _job(request: LiveRequest) -> LiveJob:
+    """Everything that can be refused before a rank is started is refused here."""
+    from moeplan.execution.router import RouterOptions
+    from moeplan.execution.run import LiveJob
+    from moeplan.execution.text import library_text
+    from moeplan.execution.train import TrainOptions
+
+    r = request
+    model = find_model(r.model)
+    for name in ("steps", "new_tokens", "record_tokens", "checkpoint_every"):
+        if getattr(r, name) < 0:
+            raise SpecError(f"{name} ({getattr(r, name)}) must not be negative")
+    for name in ("batch", "length", "nodes", "tp", "edp"):
+        if getattr(r, name) < 1:
+            raise SpecError(f"{name} ({getattr(r, name)}) must be positive")
+    if r.apply_at is not None and r.plan is None:
+        raise SpecError(f"apply_at ({r.apply_at}) needs a plan to apply; give --plan")
+    plan = None
+    if r.plan is not None:
+        plan = Plan.load(r.plan / "plan.json" if r.plan.is_dir() else r.plan)
+    ranks = r.ranks if r.ranks is not None else int(os.environ.get("WORLD_SIZE", "4"))
+    ep = ranks // (r.tp * r.edp)
+    if ranks < 1 or ranks % (r.tp * r.edp) or ep % r.nodes:
+        raise SpecError(
+            f"ranks ({ranks}) must divide by tp ({r.tp}) x edp ({r.edp}), and the rest of them by nodes ({r.nodes})"
+        )
+    options = TrainOptions(
+        model=model,
+        batch=r.batch,
+        length=r.length,
+        lr=r.lr,
+        seed=r.seed,
+        tp=r.tp,
+        edp=r.edp,
+        ranks_per_node=ep // r.nodes,
+        dispatch=r.dispatch or "per_expert",
+        split=r.split or (plan.objective.replica_split if plan is not None else "even"),
+        dtype=r.dtype,
+        zero=r.zero,
+        router=RouterOptions(aux_loss=r.aux_loss, bias_rate=r.bias_rate, capacity_factor=r.capacity_factor),
+    )
+    return LiveJob(
+        options=options,
+        corpus=library_text(),
+        steps=r.steps,
+        plan=plan,
+        apply_at=r.apply_at,
+        reference=r.reference,
+        budget_s=r.budget_s,
+        out=r.out,
+        checkpoint=r.checkpoint,
+        checkpoint_every=r.checkpoint_every,
+        resume=r.resume,
+        control=r.control,
+        prometheus=r.prometheus,
+        generate=r.generate,
+        new_tokens=r.new_tokens,
+        record_tokens=r.record_tokens if r.record is not None else 0,
+    )
+
+
+def _rank(me: Rank, job: LiveJob) -> dict[str, Any] | None:
+    from moeplan.execution.run import live_rank
+
+    answer = live_rank(me, job, _record)
+    return answer if me.rank == 0 else None
+
+
+def _record(trainer: Trainer, tokens: int) -> RoutingTrace | None:
+    """The held-out routing of all ranks as one trace, on rank 0."""
+    from moeplan.execution.run import record_held_out
+    from moeplan.profiling.routing import RoutingRecorder
+
+    recorder = RoutingRecorder(trainer.options.model.num_experts)
+    domain_T = record_held_out(trainer, recorder, tokens).astype(np.int32)
+    mine = replace(recorder.trace(), domain_T=domain_T, domains=trainer.corpus.domains)
+    parts = trainer.mesh.world.all_of(mine if trainer.mesh.tp.rank == 0 else None)
+    return join_traces([part for part in parts if part is not None]) if trainer.mesh.world.rank == 0 else None
+
+
+def _finish(request: LiveRequest, job: LiveJob, answer: dict[str, Any]) -> dict[str, Any]:
+    trace = answer.pop("recorded", None)
+    if request.record is not None and trace is not None:
+        origin = {
+            "recorded_from": f"moeplan live: {answer['model']} after {answer['steps']} steps, seed {request.seed}",
+            "text": job.corpus.source,
+            "text_sha256": job.corpus.sha256,
+        }
+        save_trace(replace(trace, origin=origin, scores_TLK=None), request.record)
+        answer["recorded"] = {"path": str(request.record), "tokens": trace.num_tokens}
+    answer["text_source"] = {"source": job.corpus.source, "sha256": job.corpus.sha256}
+    if request.out is not None:
+        write_text(request.out / "result.json", json.dumps(answer, indent=1) + "\n")
+        answer["out"] = str(request.out)
+    return answer
+
+
+# ---------------------------------------------------------------------- a run under way
+
+
+def apply_plan(plan_path: Path, control: Path, wait_s: float = 60.0) -> dict[str, Any]:
+    """Hand a plan to the live run that watches ``control``; what came of it.
+
+    Raises:
+        InputError: no run watches the folder. PlanError: the plan is not for that run; nothing has moved.
+        RunError: the run did not answer in time, or could not apply the plan.
+    """
+    plan = Plan.load(plan_path / "plan.json" if plan_path.is_dir() else plan_path)
+    if not (control / "run.json").is_file():
+        raise InputError(f"{control} is not watched by a live run; start one with --control {control}")
+    run = read_json(control / "run.json")
+    for name, ours, theirs in (
+        ("model", slug(plan.model), slug(str(run.get("model")))),
+        ("num_ranks", plan.num_ranks, run.get("num_ranks")),
+        ("ranks_per_node", plan.ranks_per_node, run.get("ranks_per_node")),
+    ):
+        if ours != theirs:
+            raise PlanError(f"plan.{name} ({ours}) is not the live run's ({theirs}); plan for that run")
+    answer = control / "answer.json"
+    answer.unlink(missing_ok=True)
+    plan.save(control / "plan.json")
+    until = time.monotonic() + wait_s
+    while not answer.is_file():
+        if time.monotonic() > until:
+            (control / "plan.json").unlink(missing_ok=True)
+            raise RunError(f"the live run at {control} did not answer within {wait_s:g} s; is it still running?")
+        time.sleep(0.02)
+    said: dict[str, Any] = read_json(answer)
+    if not said.get("applied"):
+        raise RunError(f"the live run did not apply the plan: {said.get('error')}")
+    return said
