@@ -26,13 +26,16 @@ _TINY = 1e-300  # keeps the share of nothing at 0
 class Evaluation:
     """What a placement does, per window and layer. Arrays that need tokens or transitions are None without them.
 
-    ``time_WL = expert_WL + exchange_WL`` in seconds. ``max_over_mean_WL`` is the busiest rank's token load over the
+    ``time_WL = expert_WL + exchange_WL`` in seconds; ``node_path_WL`` and ``rank_path_WL`` are the two paths of the
+    exchange in ``return_home``, of which it takes the slower. ``max_over_mean_WL`` is the busiest rank's token load over the
     mean, each divided by the rank's speed (1 where a window has no tokens). Hop shares are per layer ``[L]``; the last
     layer has none (0).
     """
 
     expert_WL: NDArray[np.float64]
     exchange_WL: NDArray[np.float64]
+    node_path_WL: NDArray[np.float64]
+    rank_path_WL: NDArray[np.float64]
     max_over_mean_WL: NDArray[np.float64]
     load_LR: NDArray[np.float64]
     counts: TraceCounts | None
@@ -135,6 +138,7 @@ def evaluate(
     T, top_k = costs.tokens_per_step, load.top_k or 1
     same_rank = same_node = None
     exchange = np.full((W, L), costs.exchange_fixed_s)
+    node, rank = np.zeros((W, L)), np.zeros((W, L))
     transitions = transitions_of(load)
     if transitions is not None:
         rank_share, node_share = hop_shares(transitions, placement)
@@ -153,9 +157,7 @@ def evaluate(
         else:
             node = pairs_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3).max(axis=2)
             node *= 1 - 1 / placement.num_nodes
-        exchange += T * np.maximum(
-            node * costs.per_node_copy_s, pairs_WLR.max(axis=2) * costs.per_rank_copy_s
-        )
+        rank = pairs_WLR.max(axis=2)
     elif objective.dispatch in ("per_rank", "per_node") and counts is not None:
         if objective.dispatch == "per_node":
             node = counts.node_arrivals_WLN.max(axis=2)
@@ -163,10 +165,12 @@ def evaluate(
             by_node = counts.rank_arrivals_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3)
             node = by_node.max(axis=2) * (1 - 1 / placement.num_nodes)
         rank = counts.rank_arrivals_WLR.max(axis=2)
-        exchange += T * np.maximum(node * costs.per_node_copy_s, rank * costs.per_rank_copy_s)
+    node_path, rank_path = T * costs.per_node_copy_s * node, T * costs.per_rank_copy_s * rank
     return Evaluation(
         expert_WL=expert_WL,
-        exchange_WL=exchange,
+        exchange_WL=exchange + np.maximum(node_path, rank_path),
+        node_path_WL=node_path,
+        rank_path_WL=rank_path,
         max_over_mean_WL=max_over_mean,
         load_LR=load_WLR.sum(axis=0),
         counts=counts,

@@ -3,7 +3,7 @@
 Every layer is first balanced for load alone (:mod:`moeplan.planning.balance`). From there
 
 - ``return_home``: layers separate; swaps trade load, within ``max_imbalance`` of the balanced plan, for fewer nodes
-  (or ranks) per token (:mod:`moeplan.planning.search_home`);
+  (or ranks) per token (:mod:`moeplan.planning.search_home`), over nodes first, then over ranks;
 - ``stay``: all layers together; experts are first spread over nodes, then over the ranks of each node, then both are
   refined (:mod:`moeplan.planning.search_stay`);
 - few experts and ranks: every arrangement, or a dynamic programme over them (:mod:`moeplan.planning.exact`).
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import EMPTY
 from moeplan.artifacts.plan import Status
-from moeplan.costs.evaluation import transitions_of
+from moeplan.costs.evaluation import evaluate, transitions_of
 from moeplan.planning.balance import LayerLoad, balance_layer
 from moeplan.planning.budget import within_budget
 from moeplan.planning.exact import exact_placement
@@ -48,6 +48,8 @@ __all__ = ["joint"]
 
 BALANCE_PROPOSALS = 40_000
 HOME_PROPOSALS = 50_000_000  # over the slots of a layer: its arrangements are the fewer
+HOME_HEAT = 0.02  # of the last search over ranks, where nodes have been settled
+NODE_ROOMS = (0.5, 1.0)  # parts of the load allowance that nodes may use; what remains is for the ranks inside
 STAY_SWEEPS, STAY_PROPOSALS, STAY_HEAT = 100, 5_000, 0.005
 ROUNDS = 3
 
@@ -165,9 +167,9 @@ def _plan(ready: Prepared, clock: _Clock) -> PlanningResult:
 class _Limits:
     """What load a rank may take: the balanced plan's busiest per window, and prices in seconds above it.
 
-    Many ranks may share an excess while the step pays for the busiest alone: up to the cap each is charged half its
-    part, which gave the shortest steps on recorded routing (a quarter to twice the part: within 1 %). Beyond the cap
-    each pays twice the whole.
+    The step pays for the busiest rank alone, but a price on the peak alone gives a search no slope: half is charged
+    on the peak, and each rank above the balanced plan's busiest pays up to ``slope``. Beyond the cap each pays twice
+    the whole.
     """
 
     base_W: NDArray[np.float64]
@@ -202,14 +204,46 @@ def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
     if len(ready.token_T) < trace.num_tokens:
         notes.append(f"the search looks at {len(ready.token_T)} of {trace.num_tokens} tokens, evenly spaced")
 
-    def search(layer: int) -> Rows:
-        base_P = base_LP[layer]
-        found_P = _search_layer(ready, layer, base_P, _limits(ready, layer, base_P))
-        # Windows hold the search to the limit; all of them together must keep it as well.
-        limit = _busiest(problem, layer, base_P) * (1 + ready.max_imbalance)
-        return found_P if _busiest(problem, layer, found_P) <= limit * (1 + 1e-9) else base_P
+    rooms = NODE_ROOMS if _nodes_alike(problem) else (0.0,)
 
-    return _each_layer(clock, "search traffic", len(base_LP), search, base_LP)
+    def search(layer: int) -> Rows:
+        limits = _limits(ready, layer, base_LP[layer])
+        return np.stack([base_LP[layer], *(_search_layer(ready, layer, base_LP[layer], limits, x) for x in rooms)])
+
+    unfinished_LCP = np.repeat(base_LP[:, None], 1 + len(rooms), axis=1)
+    return _best_of(ready, _each_layer(clock, "search traffic", len(base_LP), search, unfinished_LCP))
+
+
+def _nodes_alike(problem: PlanningProblem) -> bool:
+    """Whether experts can be spread over nodes first: several, of equal slots and speeds."""
+    even = (problem.slots_R == problem.slots_R[0]).all() and len(set(problem.speed_R.tolist())) == 1
+    return problem.num_nodes > 1 and bool(even)
+
+
+def _node_of_slot(problem: PlanningProblem) -> NDArray[np.int32]:
+    return np.repeat(np.arange(problem.num_nodes, dtype=np.int32), problem.num_slots // problem.num_nodes)
+
+
+def _best_of(ready: Prepared, rows_LCP: Rows) -> Rows:
+    """The best of each layer's ``C`` arrangements; the first, balanced one gives the limit of load.
+
+    Both paths of the exchange are charged, not the slower alone: tables measure them together, how far one hides
+    the other is not known, and few copies between nodes leave the network to others.
+    """
+    problem = ready.problem
+    weight_W = ready.weight_W if ready.weight_W is not None else np.full(len(problem.load.windows), 1.0)
+    price_CL = np.zeros(rows_LCP.shape[1::-1])
+    for c, rows_LP in enumerate(rows_LCP.transpose(1, 0, 2)):
+        found = evaluate(problem.load, problem.placement(rows_LP), problem.costs, problem.objective, problem.speed_R)
+        experts_WL = 0.0 if problem.objective.kind == "traffic" else found.expert_WL
+        price_CL[c] = weight_W @ (experts_WL + found.node_path_WL + found.rank_path_WL)
+        # Windows held the search to the limit; all of them together must keep it as well.
+        busiest_L = np.array([_busiest(problem, l, row_P) for l, row_P in enumerate(rows_LP)])
+        if c == 0:
+            limit_L = busiest_L * (1 + ready.max_imbalance) * (1 + 1e-9)
+        price_CL[c, busiest_L > limit_L] = np.inf
+    best_LP: Rows = rows_LCP[np.arange(len(rows_LCP)), price_CL.argmin(axis=0)]
+    return best_LP
 
 
 def _busiest(problem: PlanningProblem, layer: int, row_P: Rows) -> float:
@@ -218,14 +252,29 @@ def _busiest(problem: PlanningProblem, layer: int, row_P: Rows) -> float:
     return float((load_R / problem.speed_R).max())
 
 
-def _search_layer(ready: Prepared, layer: int, row_P: Rows, limits: _Limits) -> Rows:
-    """One layer's annealing from ``row_P``."""
-    problem, data = ready.problem, layer_tokens(ready, layer, row_P)
+def _search_layer(ready: Prepared, layer: int, row_P: Rows, limits: _Limits, node_room: float) -> Rows:
+    """One layer's annealing from ``row_P``: over nodes that may exceed the mean load by ``node_room`` of what ranks
+    may, then over the ranks of each node, then both at a low temperature; with no node room over ranks at once.
+    """
+    problem = ready.problem
+    budget, seed, heat = HOME_PROPOSALS // len(row_P), problem.seed * 2003 + layer, 0.3
+    half = 0.5 * float(ready.seconds_L[layer]) if problem.objective.kind == "time" else 0.0
+    if node_room:
+        data, even_W = layer_tokens(ready, layer, row_P), np.ones(len(limits.base_W))
+        best = anneal_home(
+            data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP / problem.ranks_per_node,
+            data.copy_of_slot_P, _node_of_slot(problem), data.first_N, data.first_N, 1,
+            problem.speed_R[:: problem.ranks_per_node], even_W, even_W * max(node_room * ready.max_imbalance, 1e-3),
+            limits.slope * problem.ranks_per_node, limits.steep, 0.0, data.node_price, 0.0, heat, budget // 2, seed,
+        )  # fmt: skip
+        row_P = _inside_nodes(ready, layer, np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)]))
+        budget, heat = budget // 4, HOME_HEAT
+    data = layer_tokens(ready, layer, row_P)
     best = anneal_home(
         data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
         problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R,
-        limits.base_W, limits.cap_W, limits.slope, limits.steep, data.node_price, data.rank_price, 0.3,
-        HOME_PROPOSALS // len(row_P), problem.seed * 2003 + layer,
+        limits.base_W, limits.cap_W, 0.5 * limits.slope, limits.steep, half, data.node_price, data.rank_price, heat,
+        budget, seed,
     )  # fmt: skip
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
 
@@ -252,13 +301,13 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
         cost = np.stack([copy_costs(ready.layers[l], row) for l, row in enumerate(rows)])
         return problem.placement(rows).slot_share_LP, cost
 
-    even = (problem.slots_R == problem.slots_R[0]).all() and len(set(problem.speed_R.tolist())) == 1
-    if nodes > 1 and even and not clock.over():
+    alike = _nodes_alike(problem)
+    if alike and not clock.over():
         share_LP, cost_LWP = shares(row_LP)
-        node_of_slot = np.repeat(np.arange(nodes, dtype=np.int32), problem.num_slots // nodes)
         per_node = cost_LWP / problem.ranks_per_node
         anneal_stay(
-            flow, back, row_LP, share_LP, per_node, node_of_slot, 1, np.full(nodes, problem.speed_R[0]),
+            flow, back, row_LP, share_LP, per_node, _node_of_slot(problem), 1,
+            problem.speed_R[:: problem.ranks_per_node],
             np.ones_like(base_LW), np.maximum(cap_LW / 2, 1e-3), slope * ranks / nodes, steep, 0.0, node_value,
             STAY_SWEEPS, STAY_PROPOSALS, 0.4, False, problem.seed,
         )  # fmt: skip
@@ -271,7 +320,7 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
         anneal_stay(
             flow, back, row_LP, share_LP, cost_LWP, problem.rank_of_slot_P, problem.ranks_per_node, problem.speed_R,
             base_LW, cap_LW, slope, steep, node_value, rank_value,
-            STAY_SWEEPS, STAY_PROPOSALS, STAY_HEAT if nodes > 1 and even else 0.4, True,
+            STAY_SWEEPS, STAY_PROPOSALS, STAY_HEAT if alike else 0.4, True,
             problem.seed + 1,
         )  # fmt: skip
     problem.progress("search traffic", 1.0)

@@ -232,8 +232,9 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
 
 
 def window_seconds(problem: PlanningProblem, placement: Placement) -> NDArray[np.float64]:
-    """Seconds of a step over all layers, per window."""
-    seconds_WL = evaluate(problem.load, placement, problem.costs, problem.objective, problem.speed_R).time_WL
+    """Seconds of a step over all layers, per window: of dispatch and combine alone where traffic is the objective."""
+    found = evaluate(problem.load, placement, problem.costs, problem.objective, problem.speed_R)
+    seconds_WL = found.exchange_WL if problem.objective.kind == "traffic" else found.time_WL
     total_W: NDArray[np.float64] = seconds_WL.sum(axis=1)
     return total_W
 

@@ -168,6 +168,7 @@ def anneal_home(
     cap_W,
     load_slope,
     load_steep,
+    load_peak,
     node_price,
     rank_price,
     heat,
@@ -184,8 +185,8 @@ def anneal_home(
         copy_of_slot_P: start; the copy in each slot, -1 for an empty one.
         rank_first_R, node_first_N: first slot of each rank / node, end appended.
         base_W, cap_W: the balanced plan's busiest rank, and how far above it a rank may go.
-        load_slope, load_steep, node_price, rank_price: seconds per unit of load up to the cap and beyond it, per node
-            arrival and rank arrival.
+        load_slope, load_steep, load_peak, node_price, rank_price: seconds per unit of load up to the cap and beyond
+            it, of the busiest rank's load, per node arrival and rank arrival.
         heat: start temperature over the mean change of a proposal.
         proposals: how many swaps to propose; the budget, so that the same seed gives the same answer.
     """
@@ -238,6 +239,7 @@ def anneal_home(
     for w in range(windows):
         for r in range(ranks):
             energy += load_price(load_WR[w, r], base_W[w], load_slope, cap_W[w], load_steep) / windows
+        energy += load_peak * load_WR[w].max() / windows
     best = copy_of_slot_P.copy()
     best_energy = energy
     current_node = peak_and_mean(node_WN, weight_W)
@@ -269,12 +271,20 @@ def anneal_home(
             q = load_WP[w, c2] - load_WP[w, c1]
             x = load_WR[w, r1]
             y = load_WR[w, r2]
+            new_x = x + q / speed_R[r1]
+            new_y = y - q / speed_R[r2]
             delta += (
-                load_price(x + q / speed_R[r1], base_W[w], load_slope, cap_W[w], load_steep)
-                + load_price(y - q / speed_R[r2], base_W[w], load_slope, cap_W[w], load_steep)
+                load_price(new_x, base_W[w], load_slope, cap_W[w], load_steep)
+                + load_price(new_y, base_W[w], load_slope, cap_W[w], load_steep)
                 - load_price(x, base_W[w], load_slope, cap_W[w], load_steep)
                 - load_price(y, base_W[w], load_slope, cap_W[w], load_steep)
             )
+            if load_peak > 0.0:
+                others = 0.0
+                for r in range(ranks):
+                    if r != r1 and r != r2:
+                        others = max(others, load_WR[w, r])
+                delta += load_peak * (max(others, new_x, new_y) - max(others, x, y))
         delta /= windows
         threshold = -temperature * np.log(np.random.random() + 1e-300)
         n1 = r1 // ranks_per_node

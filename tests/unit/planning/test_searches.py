@@ -68,28 +68,29 @@ class Home:
         self.speed = np.ones(ranks) if speeds is None else np.array(speeds)
         self.base, self.cap = np.full(windows, 1.0), np.full(windows, 0.2)
         self.expert = np.arange(copies)
-        self.prices = (0.05, 2.0, node, rank)
+        self.prices = (0.05, 2.0, 0.1, node, rank)
 
     def price(self, slots) -> float:
-        slope, steep, node, rank = self.prices
+        slope, steep, peak, node, rank = self.prices
         total = 0.0
         for value, first, home_T in ((node, self.first_N, self.home_T), (rank, self.first_R, None)):
             arrivals = slow_arrivals(self.copies_TK, self.window_T, slots, first, self.windows, home_T)
             total += value * float((self.weight * 0.5 * (arrivals.max(axis=1) + arrivals.mean(axis=1))).sum())
         for w in range(self.windows):
-            for r, speed in enumerate(self.speed):
-                held = [c for c in slots[self.rank_P == r] if c >= 0]
-                over = sum(self.load[w, c] for c in held) / speed - self.base[w]
+            held_R = [sum(self.load[w, c] for c in slots[self.rank_P == r] if c >= 0) for r in range(len(self.speed))]
+            total += peak * max(np.array(held_R) / self.speed) / self.windows
+            for held, speed in zip(held_R, self.speed, strict=True):
+                over = held / speed - self.base[w]
                 if over > 0:
                     total += 0.5 * slope * over**2 / self.cap[w] / self.windows
                     total += steep * max(0.0, over - self.cap[w]) / self.windows
         return total
 
     def search(self, proposals=20_000, seed=0):
-        slope, steep, node, rank = self.prices
+        slope, steep, peak, node, rank = self.prices
         return anneal_home(
             self.bits, self.away, self.start, self.weight, self.expert, self.load, self.slots.copy(), self.rank_P,
-            self.first_R, self.first_N, self.per_node, self.speed, self.base, self.cap, slope, steep, node, rank,
+            self.first_R, self.first_N, self.per_node, self.speed, self.base, self.cap, slope, steep, peak, node, rank,
             0.3, proposals, seed,
         )  # fmt: skip
 
