@@ -13,6 +13,8 @@ __all__ = ["main"]
 _COMMANDS: dict[str, tuple[str, str]] = {
     "optimize": ("optimize", "Plan a placement from recorded routing and write it to a directory."),
     "evaluate": ("evaluate", "Score any plan or placement file on any trace."),
+    "simulate": ("simulate", "Predict what a service does under a placement and a workload."),
+    "compare": ("compare", "Set two simulations side by side, with intervals."),
     "show": ("show", "Show a plan in the terminal."),
     "export": ("export", "Write a plan as a placement file of a serving engine or training framework."),
     "import": ("import_", "Read a placement file of another engine into a plan."),

@@ -1,0 +1,322 @@
+"""From a scenario to a service that can be simulated: everything looked up, checked and costed.
+
+``L`` layers, ``E`` experts, ``R`` ranks of one pipeline stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.artifacts.request_trace import RequestTrace
+from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
+from moeplan.checks import Bundle, require, run_checks
+from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room
+from moeplan.costs.operating_point import layer_costs
+from moeplan.costs.serving import ServingCosts
+from moeplan.costs.step import Technique
+from moeplan.errors import SpecError
+from moeplan.pipeline.exports import load_placement
+from moeplan.pipeline.inputs import profile_of, read_routing, slots_of_ranks, windows_of
+from moeplan.pipeline.optimize import speeds
+from moeplan.pipeline.serving_limits import coverage_notes, faults_fit, slo_possible
+from moeplan.planning.migration import align, migration_of
+from moeplan.planning.problem import PlanningProblem
+from moeplan.planning.simple import contiguous
+from moeplan.registry import load_plugin
+from moeplan.routing.loads import pick_tokens
+from moeplan.simulation.arrivals import make_requests
+from moeplan.simulation.expert_loads import ExpertLoads
+from moeplan.simulation.instance import Role
+from moeplan.simulation.request_readers import read_requests
+from moeplan.simulation.service import Pool, Replan, Replanned
+from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
+from moeplan.specs.clusters import sized_cluster
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.scenario import Scenario
+from moeplan.specs.serving import EngineSpec, ServingSpec
+
+__all__ = ["Service", "build_service"]
+
+Floats = NDArray[np.float64]
+PhaseName = Literal["prefill", "decode"]
+_SAMPLED_WINDOWS = 1024  # windows after which the sequence of draws begins again
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Service:
+    """What :func:`moeplan.simulation.service.simulate_service` takes, and what it rests on."""
+
+    scenario: Scenario
+    spec: ServingSpec
+    model: ModelSpec
+    cluster: ClusterSpec
+    requests: RequestTrace
+    pools: tuple[Pool, ...]
+    replan: Replan
+    assumptions: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+
+
+def build_service(scenario: Scenario, seed: int) -> Service:
+    """Everything a serving simulation needs; ``seed`` draws requests and sampled routing.
+
+    Raises:
+        InputError: an input is wrong. InfeasibleError: the model does not fit.
+    """
+    spec = scenario.serving
+    if spec is None:
+        raise SpecError("the scenario has no serving section; add one with requests, see docs/guides/simulate.md")
+    model, cluster = scenario.model_spec(), scenario.cluster_spec()
+    rng = np.random.default_rng([seed, 11])
+    recorded = read_requests(spec.requests.file, spec.requests.format) if spec.requests.file is not None else None
+    requests = make_requests(spec.requests, recorded, rng)
+    profile = profile_of(scenario.profile, cluster.accelerator.name)
+    loads, load, notes = _loads(scenario, spec, model, np.random.default_rng([seed, 12]))
+    longest = int((requests.input_tokens_Q + requests.output_tokens_Q).max())
+    assumptions: list[tuple[str, str, str]] = []
+    pools: list[Pool] = []
+    for role, engine, whole, instances, placed, link in _stages(scenario, spec, cluster):
+        stage = _stage_cluster(whole, engine)
+        place, said = _placement(scenario, model, stage, placed, load)
+        notes += said
+        used_P = (place.physical_to_logical_LP >= 0).any(0)
+        slots_R = np.bincount(place.rank_of_slot_P[used_P], minlength=stage.num_ranks)
+        work = scenario.workload
+        notes += require(run_checks(Bundle(model=model, cluster=stage, workload=work, load=load, current=place)))
+        notes += coverage_notes(scenario, model, stage, role, profile)
+        room = kv_room(model, stage, work, engine, slots_R)
+        capacity = room.tokens if room.tokens is not None else 2**40
+        if room.tokens is None:
+            notes.append(f"{model.name}: attention is not known; its time and KV cache are not counted")
+        factory, per_token = _costs(scenario, model, engine, profile, longest), kv_bytes_per_token(model, engine) or 0.0
+        pools.append(
+            Pool(
+                role, instances, engine, stage, place, loads, factory, capacity, per_token,
+                link or stage.accelerator.nic_bandwidth, stage.nic_latency,
+            )
+        )  # fmt: skip
+        size = f"{capacity} tokens, {capacity * per_token / 2**30:.1f} GiB on each of its ranks"
+        assumptions.append((f"KV cache of a group ({role})", size, "modelled: what memory leaves"))
+    faults_fit(spec, pools[-1])
+    slo_possible(spec, requests, pools)
+    assumptions += [
+        ("placement", str(scenario.current or "contiguous"), "given"),
+        ("expert load", f"{spec.experts.mode}: {scenario.trace or 'every expert alike'}", "given"),
+        ("dispatch", scenario.objective.dispatch, "given"),
+    ]
+    replan = _replanner(scenario, model, pools[-1], profile)
+    return Service(
+        scenario, spec, model, cluster, requests, tuple(pools), replan, tuple(assumptions),
+        tuple(dict.fromkeys(notes)),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- expert loads
+
+
+def _loads(
+    scenario: Scenario, spec: ServingSpec, model: ModelSpec, rng: np.random.Generator
+) -> tuple[ExpertLoads, ExpertLoad | None, list[str]]:
+    experts = spec.experts
+    if experts.mode == "balanced":
+        even = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)
+        return ExpertLoads({"decode": [even]}, experts.window), None, []
+    routing = read_routing(scenario.recording, model, format=scenario.trace_format)
+    whole = windows_of(routing, "all")
+    if whole.num_layers != model.num_moe_layers or whole.num_experts != model.num_experts:
+        cluster = scenario.cluster_spec()
+        require(run_checks(Bundle(model=model, cluster=cluster, workload=scenario.workload, load=whole)))
+    if experts.mode == "mean":
+        return ExpertLoads({"decode": [whole.load_LE]}, experts.window), whole, []
+    notes: list[str] = []
+    by_phase: dict[PhaseName, list[Floats]] = {}
+    for phase, part in _phases(routing):
+        by_phase[phase] = (
+            _windows(part, experts.windows) if experts.mode == "replay"
+            else [_draw(part, experts.sample_tokens, rng) for _ in range(experts.windows)]
+        )  # fmt: skip
+    if len(by_phase) == 1:
+        notes.append("the trace holds one phase, or does not tell prefill from decode: it serves both")
+    order = rng.integers(experts.windows, size=_SAMPLED_WINDOWS).tolist() if experts.mode == "sample" else None
+    return ExpertLoads(by_phase, experts.window, order), whole, notes
+
+
+def _phases(routing: RoutingTrace | ExpertLoad) -> list[tuple[PhaseName, RoutingTrace | ExpertLoad]]:
+    """The parts of a trace that have phases; all of it as decode where it has none."""
+    if not isinstance(routing, RoutingTrace) or routing.phase_T is None:
+        return [("decode", routing)]
+    present = np.unique(routing.phase_T)
+    names: list[PhaseName] = ["prefill", "decode"]
+    return [(names[p], pick_tokens(routing, routing.phase_T == p)) for p in present if PHASES[p] in names]
+
+
+def _windows(part: RoutingTrace | ExpertLoad, windows: int) -> list[Floats]:
+    """Loads of a trace cut in time; counts keep the windows they were recorded in."""
+    load = windows_of(part, f"time:{min(windows, part.num_tokens)}") if isinstance(part, RoutingTrace) else part
+    return [each for each in load.load_WLE if (each.sum(1) > 0).all()]
+
+
+def _draw(part: RoutingTrace | ExpertLoad, tokens: int, rng: np.random.Generator) -> Floats:
+    """Counts of tokens drawn at random, whole tokens where the trace has them."""
+    if isinstance(part, RoutingTrace):
+        chosen = part.experts_TLK[rng.integers(part.num_tokens, size=tokens)]
+        counts = [np.bincount(layer[layer >= 0], minlength=part.num_experts) for layer in chosen.transpose(1, 0, 2)]
+        return np.array(counts, np.float64)
+    share_LE = part.load_LE / part.load_LE.sum(1, keepdims=True)
+    return rng.multinomial(tokens * (part.top_k or 1), share_LE).astype(np.float64)
+
+
+# ---------------------------------------------------------------------- pools
+
+
+def _stages(
+    scenario: Scenario, spec: ServingSpec, cluster: ClusterSpec
+) -> list[tuple[Role, EngineSpec, ClusterSpec, int, Path | None, float | None]]:
+    """(role, engine, cluster, instances, placement file, link) of each pool, in the order a request passes them."""
+    if spec.prefill is None:
+        return [(spec.role, spec.engine, cluster, spec.instances, scenario.current, None)]
+    first = spec.prefill
+    if isinstance(scenario.cluster, ClusterSpec):
+        nodes = first.nodes or -(-first.ranks // cluster.ranks_per_node)
+        if first.ranks % nodes:
+            raise SpecError(f"serving.prefill.ranks ({first.ranks}) do not divide over {nodes} nodes; change one")
+        ahead = cluster.model_copy(update={"num_nodes": nodes, "ranks_per_node": first.ranks // nodes, "ranks": {}})
+    else:
+        ahead = sized_cluster(scenario.cluster, first.ranks, first.nodes)
+    return [
+        ("prefill", first.engine, ahead, first.instances, first.placement, first.link),
+        ("decode", spec.engine, cluster, spec.instances, scenario.current, None),
+    ]
+
+
+def _stage_cluster(cluster: ClusterSpec, engine: EngineSpec) -> ClusterSpec:
+    """The ranks of one pipeline stage."""
+    ranks, pp, tp = cluster.num_ranks, engine.pp, engine.tp
+    if ranks % (tp * pp):
+        raise SpecError(f"engine.tp ({tp}) times engine.pp ({pp}) does not divide the ranks ({ranks}); choose divisors")
+    if pp == 1:
+        return cluster
+    if cluster.ranks:
+        raise SpecError("engine.pp above 1 and ranks that differ (cluster.ranks) cannot be simulated together yet")
+    if cluster.num_nodes % pp == 0:
+        return cluster.model_copy(update={"num_nodes": cluster.num_nodes // pp})
+    if cluster.num_nodes == 1:
+        return cluster.model_copy(update={"ranks_per_node": cluster.ranks_per_node // pp})
+    raise SpecError(f"engine.pp ({pp}) does not divide the nodes ({cluster.num_nodes}); choose a divisor")
+
+
+def _placement(
+    scenario: Scenario, model: ModelSpec, stage: ClusterSpec, file: Path | None, load: ExpertLoad | None
+) -> tuple[Placement, list[str]]:
+    if file is not None:
+        loaded = load_placement(file, model=model, num_ranks=stage.num_ranks, num_nodes=stage.num_nodes)
+        return loaded.placement, list(loaded.notes)
+    slots_R, _ = slots_of_ranks(model, stage, scenario.workload, scenario.redundant, scenario.kv_reserve)
+    problem = _problem(scenario, model, stage, slots_R, load, None, None)
+    return contiguous(problem).placement, ["no placement is given (current): experts stand in order, contiguous"]
+
+
+def _problem(
+    scenario: Scenario,
+    model: ModelSpec,
+    stage: ClusterSpec,
+    slots_R: NDArray[np.int64],
+    load: ExpertLoad | None,
+    current: Placement | None,
+    profile: HardwareProfile | None,
+) -> PlanningProblem:
+    if load is None:
+        even = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)
+        load = ExpertLoad(even[None], ("all",), model.moe_layer_ids, model.top_k)
+    if load.top_k is None:
+        load = replace(load, top_k=model.top_k)
+    return PlanningProblem(
+        load=load,
+        experts_L=np.asarray(model.experts_L, dtype=np.int64),
+        slots_R=slots_R,
+        speed_R=speeds(stage),
+        ranks_per_node=stage.ranks_per_node,
+        costs=layer_costs(model, stage, scenario.workload, scenario.objective, profile),
+        objective=scenario.objective,
+        seed=scenario.seed,
+        num_groups=model.n_group or 1,
+        current=current,
+    )
+
+
+def _costs(
+    scenario: Scenario, model: ModelSpec, engine: EngineSpec, profile: HardwareProfile | None, longest: int
+) -> Callable[[ClusterSpec], ServingCosts]:
+    technique = Technique(
+        dispatch=scenario.objective.dispatch,
+        overlap=engine.overlap,
+        tp=engine.tp,
+        kv_dtype=engine.kv_dtype,
+        launches_per_layer=engine.launches_per_layer,
+        backend=engine.backend,
+    )
+    made: dict[str, ServingCosts] = {}
+
+    def costs(cluster: ClusterSpec) -> ServingCosts:
+        key = cluster.model_dump_json()
+        if key not in made:
+            made[key] = ServingCosts(
+                model, cluster, scenario.workload, technique, profile, engine.max_num_batched_tokens,
+                engine.max_num_seqs, longest,
+            )  # fmt: skip
+        return made[key]
+
+    return costs
+
+
+# ---------------------------------------------------------------------- planning again
+
+
+def _replanner(
+    scenario: Scenario, model: ModelSpec, pool: Pool, profile: HardwareProfile | None
+) -> Replan:
+    own_R = np.bincount(pool.placement.rank_of_slot_P, minlength=pool.cluster.num_ranks)
+    usual = scenario.planner if "planner" in scenario.model_fields_set else "greedy"
+    expert_bytes = model.expert_bytes(scenario.workload.weight_dtype)
+    device = pool.cluster.accelerator
+
+    def replan(load_LE: Floats, cluster: ClusterSpec, current: Placement, planner: str | None) -> Replanned:
+        live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
+        redundant = max(0, int(own_R[live_R].sum()) - model.num_experts)
+        slots_R, _ = slots_of_ranks(model, cluster, scenario.workload, redundant, None)
+        room = kv_room(model, cluster, scenario.workload, pool.engine, slots_R)
+        load = ExpertLoad(load_LE[None], ("recent",), model.moe_layer_ids, model.top_k)
+        problem = _problem(scenario, model, cluster, slots_R, load, None, profile)
+        found = load_plugin("planners", planner or usual)(problem).placement
+        found = align(current, found, problem)
+        moves = [_layer_moves(current, found, layer, expert_bytes, device) for layer in range(len(load_LE))]
+        seconds_L, bytes_L = np.array(moves, float).T
+        order = tuple(np.flatnonzero(bytes_L).tolist())
+        return Replanned(found, order, seconds_L, bytes_L, room.tokens if room.tokens is not None else 2**40)
+
+    return replan
+
+
+def _layer_moves(
+    before: Placement, after: Placement, layer: int, expert_bytes: float, device: AcceleratorSpec
+) -> tuple[float, float]:
+    """(seconds, bytes) to bring one layer's experts to their new ranks."""
+
+    def row(placement: Placement) -> Placement:
+        rows = placement.physical_to_logical_LP[layer : layer + 1]
+        return Placement(
+            rows, placement.rank_of_slot_P, placement.num_experts, placement.num_ranks, placement.ranks_per_node
+        )
+
+    up, nic = device.scale_up_bandwidth or device.nic_bandwidth, device.nic_bandwidth
+    found = migration_of(row(before), row(after), (layer,), np.zeros(1), expert_bytes, up, nic)
+    return found.seconds, found.bytes

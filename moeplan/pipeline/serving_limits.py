@@ -1,0 +1,106 @@
+"""Scenarios that cannot be served as asked: which limit, by how much, and what would do."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.artifacts.request_trace import RequestTrace
+from moeplan.costs.coverage import coverage_gaps
+from moeplan.costs.serving import Batch
+from moeplan.errors import ProfileError, SpecError
+from moeplan.simulation.instance import Role
+from moeplan.simulation.service import Pool
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.scenario import Scenario
+from moeplan.specs.serving import ServingSpec
+from moeplan.specs.workload import Phase, Workload
+
+__all__ = ["coverage_notes", "faults_fit", "slo_possible"]
+
+
+def coverage_notes(
+    scenario: Scenario, model: ModelSpec, stage: ClusterSpec, role: Role, profile: HardwareProfile | None
+) -> list[str]:
+    """What the profile lacks: notes where it came with the accelerator, an error where it was asked for by name.
+
+    Raises:
+        ProfileError: each missing region, and the command that measures it.
+    """
+    if profile is None:
+        return []
+    phases: tuple[Phase, ...] = ("prefill", "decode") if role == "both" else (role,)
+    gaps: list[str] = []
+    for phase in phases:
+        workload: Workload = scenario.workload.model_copy(update={"phase": phase})
+        gaps += coverage_gaps(model, stage, workload, scenario.objective, profile)
+    gaps = list(dict.fromkeys(gaps))
+    if gaps and scenario.profile is not None:
+        raise ProfileError(
+            f"profile ({scenario.profile}) does not cover this scenario in {len(gaps)} regions: {'; '.join(gaps)};"
+            " or leave profile out (nearest measured, said so) or write none (roofline)"
+        )
+    return [f"scaled or modelled: {gap}" for gap in gaps]
+
+
+def faults_fit(spec: ServingSpec, pool: Pool) -> None:
+    """Faults name ranks and instances that there are.
+
+    Raises:
+        SpecError: which does not.
+    """
+    for number, fault in enumerate(spec.faults):
+        where = f"serving.faults.{number}"
+        if pool.engine.pp > 1:
+            raise SpecError(f"{where}: faults with engine.pp ({pool.engine.pp}) above 1 cannot be simulated yet")
+        if fault.instance >= pool.instances:
+            raise SpecError(f"{where}.instance ({fault.instance}) is outside 0..{pool.instances - 1} (instances)")
+        if fault.rank >= pool.cluster.num_ranks:
+            raise SpecError(f"{where}.rank ({fault.rank}) is outside 0..{pool.cluster.num_ranks - 1} (ranks)")
+
+
+def slo_possible(spec: ServingSpec, requests: RequestTrace, pools: list[Pool]) -> None:
+    """No limit is below what the shortest request takes in an empty service.
+
+    Raises:
+        SpecError: which is, by how much, and what would do.
+    """
+    shortest, answer = int(requests.input_tokens_Q.min()), int(requests.output_tokens_Q.min())
+    first = pools[0]
+    least: dict[str, float] = {}
+    if first.role != "decode":
+        least["ttft"] = _alone(first, shortest, 0)
+    if pools[-1].role != "prefill" and int(requests.output_tokens_Q.max()) > 1:
+        least["tpot"] = _alone(pools[-1], 0, shortest)
+        least["e2e"] = least.get("ttft", 0.0) + (answer - 1) * least["tpot"]
+    for name, seconds in least.items():
+        limit = getattr(spec.slo, name)
+        if limit is not None and limit < seconds:
+            raise SpecError(
+                f"serving.slo.{name} ({limit * 1e3:.4g} ms) is below the service time of the shortest request in an"
+                f" empty service ({seconds * 1e3:.4g} ms) by {(seconds - limit) * 1e3:.4g} ms: no load meets it; allow"
+                f" {seconds * 1e3:.4g} ms or more"
+            )
+
+
+def _alone(pool: Pool, prompt: int, cached: int) -> float:
+    """Seconds of a step with one request: its whole prompt (cut where the engine cuts), or one more token."""
+    costs = pool.costs(pool.cluster)
+    decodes_D, cached_D, chunks_D = np.zeros(costs.groups), np.zeros(costs.groups), np.full(costs.groups, -1.0)
+    tokens_D = np.zeros(costs.groups)
+    total, before = pool.engine.step_overhead, 0
+    if not prompt:
+        decodes_D[0] = tokens_D[0] = 1.0
+        cached_D[0] = cached
+        load_LE = pool.loads.at(0.0, "decode")
+        batch = Batch(decodes_D, cached_D, chunks_D, tokens_D, False)
+        return total + costs.step(batch, pool.placement, load_LE).total_s
+    load_LE = pool.loads.at(0.0, "prefill")
+    while before < prompt:
+        tokens = min(prompt - before, pool.engine.max_num_batched_tokens)
+        chunks_D[0], tokens_D[0] = costs.chunk_s(before, tokens), float(tokens)
+        batch = Batch(decodes_D, cached_D, chunks_D, tokens_D, True)
+        total += costs.step(batch, pool.placement, load_LE).total_s
+        before += tokens
+    return total

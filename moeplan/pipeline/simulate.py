@@ -1,0 +1,326 @@
+"""``moeplan simulate``: a scenario, or every case of its sweep, over seeds and both ends of the costs' interval.
+
+A case is simulated once per seed, and once more with every step at the low and at the high end of its costs' interval
+(first seed). A headline's interval joins both: ``value +- sqrt(costs^2 + seeds^2)``, with ``costs`` how far the two
+further runs lie from the first seed's on that side and ``seeds`` how far the seeds lie from their mean.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from moeplan.artifacts.event_log import EventLog
+from moeplan.artifacts.simulation_result import Assumption, Headline, SimulationResult
+from moeplan.errors import InputError, MoeplanError, SpecError
+from moeplan.files import atomic_directory, canonical_json, sha256_bytes, sha256_file, write_text
+from moeplan.pipeline.executor import Executor, Failure, executor_for
+from moeplan.pipeline.serving import build_service
+from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of
+from moeplan.simulation.service import simulate_service
+from moeplan.specs.scenario import Scenario
+
+__all__ = ["Simulated", "Sweep", "cases_of", "simulate", "sweep", "write_simulation"]
+
+Progress = Callable[[str, float], None]
+_FIELDS_OF_FILES = ("trace", "current")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One run of a case: a seed, and which end of the costs' interval its steps take (-1, 0, 1)."""
+
+    scenario: Scenario
+    seed: int
+    errors: int
+    keep_log: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Answer:
+    outcome: Outcome
+    log: EventLog | None
+    model: str
+    cluster: str
+    num_ranks: int
+    num_nodes: int
+    assumptions: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Simulated:
+    """A result and the log of its first seed."""
+
+    result: SimulationResult
+    log: EventLog | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sweep:
+    """Every case of a sweep: its values, and its result or why there is none; ``resumed`` were there already."""
+
+    cases: tuple[dict[str, Any], ...]
+    results: tuple[SimulationResult | None, ...]
+    failures: dict[int, str] = field(default_factory=dict)
+    resumed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return {
+            "schema_version": 1,
+            "cases": [
+                {"case": case, "result": None if result is None else result.model_dump(mode="json")}
+                | ({"failure": self.failures[number]} if number in self.failures else {})
+                for number, (case, result) in enumerate(zip(self.cases, self.results, strict=True))
+            ],
+            "failed": len(self.failures),
+            "resumed": self.resumed,
+        }
+
+
+# ---------------------------------------------------------------------- one case
+
+
+def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
+    scenario = run.scenario
+    with threadpool_limits(1):
+        service = build_service(scenario, run.seed)
+        served = simulate_service(
+            service.spec, service.requests, service.pools, service.replan,
+            keep_log=run.keep_log, errors=run.errors, progress=progress,
+            origin={"seed": run.seed, "scenario_sha256": _digest(scenario), "moeplan": version("moeplan")},
+        )  # fmt: skip
+    sources: dict[str, str] = {}
+    extrapolated: set[str] = set()
+    for instance in served.instances:
+        sources |= instance.costs.source
+        extrapolated |= instance.costs.extrapolated
+    rows = [*service.assumptions, *((f"costs of {name}", "", source) for name, source in sorted(sources.items()))]
+    notes = [*service.notes, *(f"extrapolated beyond measurements: {name}" for name in sorted(extrapolated))]
+    if scenario.objective.return_mode == "stay":
+        notes.append("costs are of return_home: tokens go back to their rank after each layer")
+    return _Answer(
+        outcome_of(served, service.spec), served.log, service.model.name, service.cluster.name,
+        sum(len(i.stats.busy_R) for i in served.instances), served.num_nodes, tuple(rows), tuple(notes),
+    )  # fmt: skip
+
+
+def _runs(scenario: Scenario, seeds: int, keep_log: bool) -> list[_Run]:
+    first = scenario.seed
+    runs = [_Run(scenario, first + number, 0, keep_log and number == 0) for number in range(seeds)]
+    return runs + [_Run(scenario, first, errors, False) for errors in (-1, 1)]
+
+
+def _digest(scenario: Scenario) -> str:
+    fields = scenario.model_dump(mode="json", exclude={"out", "sweep"})
+    return sha256_bytes(canonical_json(fields).encode())
+
+
+def _provenance(scenario: Scenario, seeds: int) -> dict[str, str]:
+    """Hashes of all that a case is made from; ``case_sha256`` is that of all of them."""
+    files = {name: getattr(scenario, name) for name in _FIELDS_OF_FILES}
+    if scenario.serving is not None:
+        files["requests"] = scenario.serving.requests.file
+        files["prefill placement"] = scenario.serving.prefill.placement if scenario.serving.prefill else None
+    hashes = {
+        f"{name}_sha256": sha256_file(path) for name, path in files.items() if path is not None and path.is_file()
+    }
+    hashes |= {"scenario_sha256": _digest(scenario), "moeplan": version("moeplan")}
+    return hashes | {"case_sha256": sha256_bytes(canonical_json({**hashes, "seeds": seeds}).encode())}
+
+
+def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Sequence[_Answer]) -> Simulated:
+    first, low, high = answers[0], answers[-2], answers[-1]
+    headlines: dict[str, Headline] = {}
+    for name, (unit, better) in DIRECTIONS.items():
+        values = [a.outcome.headlines[name] for a in answers[:-2] if name in a.outcome.headlines]
+        if len(values) < seeds:
+            continue
+        mean, start = float(np.mean(values)), values[0]
+        ends = [a.outcome.headlines.get(name, start) for a in (low, high)]
+        below = np.hypot(max(0.0, start - min(ends)), mean - min(values))
+        above = np.hypot(max(0.0, max(ends) - start), max(values) - mean)
+        headlines[name] = Headline(
+            value=mean, low=max(0.0, mean - float(below)), high=mean + float(above), unit=unit,
+            better="lower" if better == "lower" else "higher",
+        )  # fmt: skip
+    notes = list(first.notes)
+    if seeds == 1:
+        notes.append("one seed: intervals hold the costs' residuals only")
+    result = SimulationResult(
+        case=case,
+        model=first.model,
+        cluster=first.cluster,
+        num_ranks=first.num_ranks,
+        num_nodes=first.num_nodes,
+        seeds=tuple(scenario.seed + number for number in range(seeds)),
+        simulated_s=first.outcome.end_s,
+        headlines=headlines,
+        counts=first.outcome.counts,
+        distributions=first.outcome.distributions,
+        ranks=first.outcome.ranks,
+        timeline=first.outcome.timeline,
+        assumptions=tuple(Assumption(name=n, value=v, source=s) for n, v, s in first.assumptions),
+        notes=tuple(notes),
+        provenance=_provenance(scenario, seeds),
+    )
+    return Simulated(result, first.log)
+
+
+def simulate(
+    scenario: Scenario,
+    *,
+    seeds: int = 3,
+    workers: int = 1,
+    keep_log: bool = True,
+    progress: Progress = lambda _what, _done: None,
+) -> Simulated:
+    """Simulate one case; ``seeds`` runs from ``scenario.seed`` on, and two for the costs' interval.
+
+    Raises:
+        InputError: an input is wrong. InfeasibleError: the model or a request does not fit.
+    """
+    _require_seeds(seeds)
+    if scenario.sweep:
+        raise SpecError("the scenario has a sweep; call sweep, or give --out on the command line")
+    runs = _runs(scenario, seeds, keep_log)
+    answers: list[_Answer | None] = [None] * len(runs)
+
+    def done(number: int, answer: Any) -> None:
+        if isinstance(answer, Failure):
+            raise answer.error or InputError(f"seed {runs[number].seed}: {answer.reason}")
+        answers[number] = answer
+        progress("simulate", sum(a is not None for a in answers) / len(runs))
+
+    executor = executor_for(workers, len(runs))
+    executor.run(_run, runs, done)
+    return _joined(scenario, {}, seeds, [answer for answer in answers if answer is not None])
+
+
+def _require_seeds(seeds: int) -> None:
+    if seeds < 1:
+        raise SpecError(f"seeds ({seeds}) must be 1 or more")
+
+
+def write_simulation(found: Simulated, out: Path) -> list[Path]:
+    """Write ``result.json`` and ``events.parquet``; an older simulation there is replaced whole.
+
+    Raises:
+        InputError: the directory holds something else, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "result.json").is_file():
+        raise SpecError(
+            f"--out ({out}) exists and does not hold a simulation; choose another, so that nothing of yours is lost"
+        )
+    with atomic_directory(out) as directory:
+        found.result.save(directory / "result.json")
+        if found.log is not None:
+            found.log.write(directory / "events.parquet")
+    return [out / "result.json", *([out / "events.parquet"] if found.log is not None else [])]
+
+
+# ---------------------------------------------------------------------- sweeps
+
+
+def cases_of(scenario: Scenario) -> list[tuple[dict[str, Any], Scenario]]:
+    """Every combination of the sweep's values, with the scenario it makes.
+
+    Raises:
+        SpecError: a name is no field, or a value does not fit it.
+    """
+    fields = scenario.model_dump(mode="json", exclude_unset=True, exclude={"sweep", "out"})
+    names = list(scenario.sweep)
+    found = []
+    for values in itertools.product(*scenario.sweep.values()):
+        case = dict(zip(names, values, strict=True))
+        changed = json.loads(json.dumps(fields))
+        for name, value in case.items():
+            *way, last = name.split(".")
+            inner = changed
+            for part in way:
+                inner = inner.setdefault(part, {})
+                if not isinstance(inner, dict):
+                    raise SpecError(f"sweep: {name} is not a field that can be set; {part} is no section")
+            inner[last] = value
+        found.append((case, Scenario.parse(changed, f"sweep {', '.join(f'{k}={v}' for k, v in case.items())}")))
+    return found
+
+
+def sweep(
+    scenario: Scenario,
+    out: Path,
+    *,
+    seeds: int = 3,
+    workers: int = 1,
+    executor: Executor | None = None,
+    progress: Progress = lambda _what, _done: None,
+) -> Sweep:
+    """Simulate every case into ``out/cases``; cases that are there already, made from the same inputs, are kept.
+
+    Each case is written when its last run ends, so an interrupted sweep goes on where it stopped. A case whose input
+    is wrong, or whose worker died twice, is listed with the reason; the others are not touched by it.
+    """
+    _require_seeds(seeds)
+    cases = cases_of(scenario)
+    hashes = [_provenance(one, seeds)["case_sha256"] for _, one in cases]
+    places = [out / "cases" / digest[:16] for digest in hashes]
+    results: list[SimulationResult | None] = [
+        _kept(place, digest) for place, digest in zip(places, hashes, strict=True)
+    ]
+    resumed = sum(result is not None for result in results)
+    jobs = [
+        (number, run)
+        for number, (_, one) in enumerate(cases)
+        if results[number] is None
+        for run in _runs(one, seeds, keep_log=False)
+    ]
+    answers: dict[int, dict[int, _Answer]] = {}
+    failures: dict[int, str] = {}
+    ended = 0
+
+    def done(position: int, answer: Any) -> None:
+        nonlocal ended
+        ended += 1
+        number = jobs[position][0]
+        if isinstance(answer, Failure):
+            failures.setdefault(number, answer.reason)
+        else:
+            answers.setdefault(number, {})[position] = answer
+        if len(answers.get(number, {})) == seeds + 2 and number not in failures:
+            case, one = cases[number]
+            ordered = [answers[number][place] for place in sorted(answers.pop(number))]
+            found = _joined(one, case, seeds, ordered)
+            with atomic_directory(places[number]) as directory:
+                found.result.save(directory / "result.json")
+            results[number] = found.result
+        progress("simulate", ended / len(jobs))
+
+    (executor or executor_for(workers, len(jobs))).run(_run, [run for _, run in jobs], done)
+    answer = Sweep(tuple(case for case, _ in cases), tuple(results), failures, resumed)
+    index = [
+        {"case": case, "path": None if result is None else f"cases/{place.name}/result.json"}
+        | ({"failure": failures[number]} if number in failures else {})
+        for number, (case, result, place) in enumerate(zip(answer.cases, results, places, strict=True))
+    ]
+    write_text(out / "sweep.json", json.dumps({"schema_version": 1, "cases": index}, indent=1) + "\n")
+    return answer
+
+
+def _kept(place: Path, digest: str) -> SimulationResult | None:
+    """A case's result from an earlier run of the same inputs."""
+    if not (place / "result.json").is_file():
+        return None
+    try:
+        found = SimulationResult.load(place)
+    except MoeplanError:
+        return None  # damaged: simulated again
+    return found if found.provenance.get("case_sha256") == digest else None
