@@ -21,6 +21,7 @@ from moeplan.execution.clock import Clock
 from moeplan.execution.dispatch import make_dispatcher
 from moeplan.execution.groups import Mesh
 from moeplan.execution.layer import ExpertLayer
+from moeplan.execution.router import Routing
 from moeplan.specs.workload import DispatchKind, ReplicaSplit
 
 __all__ = ["ForeignExperts", "expert_modules", "parallelise"]
@@ -29,20 +30,21 @@ __all__ = ["ForeignExperts", "expert_modules", "parallelise"]
 class ForeignExperts(nn.Module):
     """An :class:`ExpertLayer` in the place of a Hugging Face experts module.
 
-    ``last_TK`` holds the latest choices, for :meth:`moeplan.execution.monitor.LoadMonitor.observe`.
+    ``last`` holds the latest choices, for :meth:`moeplan.execution.monitor.LoadMonitor.watch`.
     """
 
     def __init__(self, layer: ExpertLayer, num_experts: int) -> None:
         super().__init__()
         self.layer, self.num_experts = layer, num_experts
-        self.last_TK: torch.Tensor | None = None
+        self.last: Routing | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts; an index of ``num_experts`` means none, as in transformers."""
         experts_TK = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)
-        self.last_TK = experts_TK
+        load_E = torch.bincount(experts_TK.flatten() + 1, minlength=self.num_experts + 1)[1:]
+        self.last = Routing(experts_TK, top_k_weights, load_E, top_k_weights.new_zeros(()))
         out: torch.Tensor = self.layer(hidden_states, experts_TK, top_k_weights)
         return out
 

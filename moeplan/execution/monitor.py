@@ -5,32 +5,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moeplan.artifacts.load_window import LoadWindow
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import SpecError
 from moeplan.execution.groups import Mesh
-from moeplan.execution.layer import MoELayer
+from moeplan.execution.router import Routing
 
-__all__ = ["LoadMonitor", "Window"]
+__all__ = ["LoadMonitor", "Routed"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Window:
-    """A stretch of steps: ``load_BLE`` counts selections of all ranks, ``trace`` holds a sample of their tokens.
+class Routed(Protocol):
+    """A layer that holds its latest choices: :class:`MoELayer`, or one of a foreign model."""
 
-    Blocks are equal stretches in the order of time. Tokens name the rank they are at home on. ``trace`` is None on
-    all ranks but the first.
-    """
-
-    first_step: int
-    steps: int
-    load_BLE: NDArray[np.int64]
-    trace: RoutingTrace | None
+    last: Routing | None
 
 
 class LoadMonitor:
@@ -54,10 +48,10 @@ class LoadMonitor:
         self.tokens_per_block = max(1, tokens // (blocks * mesh.dp.size))
         self.step = 0
         self._load_BLE = torch.zeros(blocks, num_layers, num_experts, dtype=torch.int64, device=mesh.device)
-        self._kept: list[list[torch.Tensor]] = []
+        self._kept: list[tuple[int, list[torch.Tensor]]] = []
         self._room = self.tokens_per_block
 
-    def watch(self, layers: list[MoELayer]) -> None:
+    def watch(self, layers: Sequence[Routed]) -> None:
         """Read the latest choices of every layer; once per step, after its forward.
 
         Raises:
@@ -82,10 +76,10 @@ class LoadMonitor:
     def _keep(self, chosen: list[torch.Tensor]) -> None:
         take = min(self._room, len(chosen[0]))
         if take:
-            self._kept.append([experts_TK[:take].to(torch.int16) for experts_TK in chosen])
+            self._kept.append((self.step, [experts_TK[:take].to(torch.int16) for experts_TK in chosen]))
             self._room -= take
 
-    def end_step(self) -> Window | None:
+    def end_step(self) -> LoadWindow | None:
         """Count the step; the window that is full with it, else None. Collective: every rank, every step."""
         self.step += 1
         if self.step % (self.steps // self.blocks) == 0:
@@ -93,27 +87,32 @@ class LoadMonitor:
         if self.step % self.steps:
             return None
         load = self.mesh.dp.sum_(self._load_BLE)
-        mine = _joined(self._kept)
-        parts = self.mesh.dp.all_of((self.mesh.ep.rank, mine))
+        parts = self.mesh.dp.all_of((self.mesh.ep.rank, *_joined(self._kept)))
         trace = None
-        if self.mesh.world.rank == 0 and any(len(part) for _, part in parts):
-            experts_TLK = np.concatenate([part for _, part in parts])
-            home_T = np.concatenate([np.full(len(part), rank, np.int32) for rank, part in parts])
-            ids = tuple(range(self.num_layers))
-            trace = RoutingTrace(experts_TLK.astype(np.int32), self.num_experts, ids, source_rank_T=home_T)
-        window = Window(self.step - self.steps, self.steps, load.cpu().numpy().copy(), trace)
+        if self.mesh.world.rank == 0 and any(len(experts_TLK) for _, _, experts_TLK in parts):
+            width = max(experts_TLK.shape[2] for _, _, experts_TLK in parts)
+            experts_TLK = np.concatenate([_widened(experts_TLK, width) for _, _, experts_TLK in parts])
+            home_T = np.concatenate([np.full(len(step_T), rank, np.int32) for rank, step_T, _ in parts])
+            order_T = np.argsort(np.concatenate([step_T for _, step_T, _ in parts]), kind="stable")
+            trace = RoutingTrace(
+                experts_TLK[order_T].astype(np.int32), self.num_experts, tuple(range(self.num_layers)),
+                source_rank_T=home_T[order_T],
+            )  # fmt: skip
+        window = LoadWindow(self.step - self.steps, self.steps, load.cpu().numpy().copy(), trace)
         self._load_BLE.zero_()
         self._kept = []
         return window
 
 
-def _joined(kept: list[list[torch.Tensor]]) -> NDArray[np.int16]:
-    """``[T, L, K]`` of the steps' parts; expert choice may differ in ``K``: -1 fills."""
+def _joined(kept: list[tuple[int, list[torch.Tensor]]]) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
+    """Step ``[T]`` and choices ``[T, L, K]`` of the steps' parts; widths differ under expert choice: -1 fills."""
     if not kept:
-        return np.zeros((0, 1, 1), np.int16)
-    width = max(experts.shape[1] for step in kept for experts in step)
-    rows = [
-        np.stack([np.pad(e.cpu().numpy(), ((0, 0), (0, width - e.shape[1])), constant_values=-1) for e in step], 1)
-        for step in kept
-    ]
-    return np.concatenate(rows)
+        return np.zeros(0, np.int64), np.zeros((0, 1, 1), np.int16)
+    width = max(experts.shape[1] for _, step in kept for experts in step)
+    rows = [np.stack([_widened(e.cpu().numpy(), width) for e in step], 1) for _, step in kept]
+    return np.repeat([number for number, _ in kept], [len(row) for row in rows]), np.concatenate(rows)
+
+
+def _widened(experts: NDArray[np.int16], width: int) -> NDArray[np.int16]:
+    missing = [(0, 0)] * (experts.ndim - 1) + [(0, width - experts.shape[-1])]
+    return np.pad(experts, missing, constant_values=-1)

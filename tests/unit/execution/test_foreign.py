@@ -71,7 +71,7 @@ def _family_case(me: Rank, family: str) -> dict[str, float]:
                         strict=True)  # fmt: skip
             errors["gradient"] = max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in grads)
             errors["experts seen"] = len({int(e) for m in spread.modules() if isinstance(m, ForeignExperts)
-                                          for e in m.last_TK.flatten()})  # fmt: skip
+                                          for e in m.last.experts_TK.flatten()})  # fmt: skip
             migrator = Migrator(layers, mesh, first)
             migrator.submit(second)
             report = migrator.at_step_boundary()

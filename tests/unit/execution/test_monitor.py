@@ -52,6 +52,8 @@ def test_windows_count_every_choice_of_every_rank():
             # of each block of two steps the first three tokens
             first = [torch.stack(chosen(rank, number * STEPS + 2 * block), 1)[:3] for block in range(4)]
             np.testing.assert_array_equal(experts_TLK[home_T == rank], np.concatenate(first))
+        # in the order of time, so that halves of it are halves of the window
+        assert home_T.tolist() == ([0] * 3 + [1] * 3) * 4
 
 
 def test_a_window_must_divide_into_its_blocks():
