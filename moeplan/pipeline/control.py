@@ -1,0 +1,290 @@
+"""The controller of a live run: window -> drift? -> plan -> will it pay? -> apply -> measure -> recalibrate.
+
+It never touches the run: :meth:`Controller.decide` answers one window, in the run's process or, by :func:`watch`, in
+another one that shares a folder with it.
+
+``L`` layers, ``E`` experts, ``R`` ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moeplan.artifacts.load_window import LoadWindow, WindowCosts
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.plan import Plan
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs.evaluation import evaluate
+from moeplan.costs.operating_point import layer_costs
+from moeplan.errors import InputError
+from moeplan.files import write_text
+from moeplan.pipeline.inputs import on_model_layers, profile_of, windows_of
+from moeplan.pipeline.optimize import optimize
+from moeplan.routing.drift import Drift, drift_between
+from moeplan.routing.readers.npz import save_npz
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.scenario import Scenario
+from moeplan.specs.workload import Workload
+
+__all__ = ["Calibration", "ControlOptions", "Controller", "Decision", "watch"]
+
+LEAST_TOKENS = 512
+_EXPERT_SHEET = ("memory_bandwidth", "bf16", "fp8", "fp4", "int8")
+_LINK_SHEET = ("scale_up_bandwidth", "nic_bandwidth", "pcie_bandwidth")
+
+
+@dataclass(frozen=True, slots=True)
+class ControlOptions:
+    """When to plan again: ``significance`` and ``least_drift`` as in :class:`Drift`. ``steps_left`` is what a gain is
+    counted over where the run does not say how long it goes on."""
+
+    significance: float = 0.01
+    least_drift: float = 0.02
+    steps_left: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Measured over predicted seconds of experts and exchange; ``move_bytes_per_s`` of migrations, once seen."""
+
+    expert: float = 1.0
+    exchange: float = 1.0
+    move_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer to one window. ``predicted_step_s`` is under ``plan``; ``checked``: a plan that was applied before
+    this window, predicted and measured step seconds before and after it."""
+
+    first_step: int
+    apply: bool
+    reason: str
+    drift: Drift | None = None
+    plan: Plan | None = None
+    predicted_step_s: float | None = None
+    calibration: Calibration = Calibration()
+    checked: dict[str, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of a report; the plan by its hash."""
+        return asdict(replace(self, plan=None)) | {"plan_sha256": None if self.plan is None else self.plan.sha256}
+
+
+class Controller:
+    """Decides window by window what a run should do. ``scenario`` names model, cluster and planner; trace, placement
+    and batch come from the run. ``folder`` takes its files: the report ``decisions.jsonl``, and what it plans from.
+
+    Raises:
+        SpecError, UnknownNameError: the scenario's model or cluster is not known.
+    """
+
+    def __init__(self, scenario: Scenario, folder: Path, options: ControlOptions | None = None) -> None:
+        self.scenario, self.folder, self.options = scenario, folder, options or ControlOptions()
+        self.model, self.cluster = scenario.model_spec(), scenario.cluster_spec()
+        self.profile = profile_of(scenario.profile, self.cluster.accelerator.name)
+        self.calibration = Calibration()
+        self.decisions: list[Decision] = []
+        self._reference: Any = None
+        self._applied: tuple[WindowCosts, float, Placement] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def decide(self, window: LoadWindow) -> Plan | None:
+        """The plan to apply now, or None; the reasons are in ``decisions`` and in the report.
+
+        Raises:
+            InputError: the window is of another model or cluster.
+        """
+        decision = self._decide(window)
+        self.decisions.append(decision)
+        with (self.folder / "decisions.jsonl").open("a", encoding="utf-8") as report:
+            report.write(json.dumps(decision.to_json()) + "\n")
+        return decision.plan if decision.apply else None
+
+    def _decide(self, window: LoadWindow) -> Decision:
+        costs, placement = window.costs, window.placement
+        if costs is None or placement is None:
+            raise InputError("the window does not say what its steps cost and where experts were; write it from a run")
+        start = window.first_step
+        if costs.moved_bytes and costs.stall_s:
+            self.calibration = replace(self.calibration, move_bytes_per_s=costs.moved_bytes / costs.stall_s)
+        if costs.moving:
+            return Decision(start, False, "experts moved in this window: it measures no one placement",
+                            calibration=self.calibration)  # fmt: skip
+        checked = self._check(costs, placement)
+        if window.trace is None or window.trace.num_tokens < LEAST_TOKENS:
+            return Decision(start, False, f"fewer than {LEAST_TOKENS} tokens were sampled", checked=checked)
+        moe_s = self._recalibrate(window, costs, placement)
+        drift = None
+        if self._reference is not None:
+            drift = drift_between(self._reference, window.load_BLE)
+            if not drift.found(self.options.significance, self.options.least_drift):
+                return Decision(start, False, "the load has not drifted", drift, None, None, self.calibration, checked)
+        self._reference = window.load_BLE
+        plan = self._plan(window, costs, placement)
+        apply, reason, predicted = self._pays(plan, costs, moe_s)
+        if apply:
+            self._applied = (costs, predicted, plan.placement)
+        return Decision(start, apply, reason, drift, plan, predicted, self.calibration, checked)
+
+    # ------------------------------------------------------------------ measure
+
+    def _check(self, costs: WindowCosts, placement: Placement) -> dict[str, float] | None:
+        """Predicted against measured, in the first whole window under a plan that was applied."""
+        if self._applied is None:
+            return None
+        before, predicted, planned = self._applied
+        if not np.array_equal(placement.physical_to_logical_LP, planned.physical_to_logical_LP):
+            return None  # the run has not taken it yet
+        self._applied = None
+        return {
+            "before_step_s": before.step_s,
+            "predicted_step_s": predicted,
+            "measured_step_s": costs.step_s,
+            "error": predicted / costs.step_s - 1,
+            "gain": 1 - costs.step_s / before.step_s,
+        }
+
+    def _recalibrate(self, window: LoadWindow, costs: WindowCosts, placement: Placement) -> float:
+        """Fit both parts of the costs to the window; the seconds of a step that plans can change."""
+        assert window.trace is not None
+        trace = on_model_layers(window.trace, self.model)
+        load = replace(windows_of(trace, "all"), top_k=self.model.top_k)
+        workload, objective = self._workload(costs), self.scenario.objective
+        linear = layer_costs(self.model, self.cluster, workload, objective, self.profile)
+        found = evaluate(load, placement, linear, objective)
+        expert, exchange = (float(part.sum(axis=1).mean()) for part in (found.expert_WL, found.exchange_WL))
+        self.calibration = replace(
+            self.calibration,
+            expert=costs.expert_s / expert if expert else 1.0,
+            exchange=costs.exchange_s / exchange if exchange else 1.0,
+        )
+        return costs.expert_s + costs.exchange_s
+
+    def _workload(self, costs: WindowCosts) -> Workload:
+        batch = max(1, costs.tokens // self.cluster.num_ranks)
+        return self.scenario.workload.model_copy(update={"batch_per_rank": batch})
+
+    # ------------------------------------------------------------------ plan
+
+    def _plan(self, window: LoadWindow, costs: WindowCosts, placement: Placement) -> Plan:
+        assert window.trace is not None
+        trace, current = self.folder / "trace.npz", self.folder / "current.json"
+        save_npz(window.trace, trace)
+        write_text(current, self._paper(placement, costs).model_dump_json() + "\n")
+        update: dict[str, Any] = {
+            "trace": trace,
+            "current": current,
+            "workload": self._workload(costs),
+            "redundant": placement.num_slots - self.model.num_experts,
+            "cluster": _scaled_sheet(self.cluster, self.calibration),
+            "model": self.model,
+        }
+        if self.profile is not None:
+            folder = self.folder / "profile"
+            _scaled_profile(self.profile, self.calibration).save(folder)
+            update |= {"profile": str(folder), "cluster": self.cluster}
+        return optimize(self.scenario.model_copy(update=update)).plan
+
+    def _paper(self, placement: Placement, costs: WindowCosts) -> Plan:
+        """The placement in force as a plan file."""
+        rows = placement.physical_to_logical_LP
+        return Plan(
+            model=self.model.name,
+            planner="imported:run",
+            status="feasible",
+            seed=0,
+            num_experts=placement.num_experts,
+            num_ranks=placement.num_ranks,
+            ranks_per_node=placement.ranks_per_node,
+            num_redundant_experts=placement.num_slots - placement.num_experts,
+            layer_ids=self.model.moe_layer_ids,
+            physical_to_logical_map=tuple(tuple(row) for row in rows.tolist()),
+            rank_of_slot=tuple(placement.rank_of_slot_P.tolist()),
+            share=None if placement.share_LP is None else tuple(tuple(row) for row in placement.share_LP.tolist()),
+            replicas=tuple(tuple(row) for row in placement.replicas_LE.tolist()),
+            objective=self.scenario.objective,
+            workload=self._workload(costs),
+        )
+
+    def _pays(self, plan: Plan, costs: WindowCosts, moe_s: float) -> tuple[bool, str, float]:
+        """Whether the gain expected on held-out tokens, over the steps left, exceeds the stall; step seconds then."""
+        verdict, migration = plan.verdict, plan.migration
+        if verdict is None or migration is None:
+            raise InputError("the plan carries no verdict; plan from token-level routing and the placement in force")
+        saved_s = verdict.expected_gain * moe_s
+        predicted = costs.step_s - saved_s
+        if not verdict.apply:
+            return False, verdict.reason, predicted
+        rate = self.calibration.move_bytes_per_s
+        stall_s = migration.bytes / rate if rate else migration.seconds
+        left = self.options.steps_left if costs.steps_left is None else costs.steps_left
+        words = f"{saved_s * 1e3:.3g} ms saved in each of {left} steps, {stall_s * 1e3:.3g} ms to move"
+        if saved_s * left <= stall_s:
+            return False, f"does not pay: {words}", predicted
+        return True, f"pays: {words}", predicted
+
+
+def _scaled_sheet(cluster: ClusterSpec, by: Calibration) -> ClusterSpec:
+    """The cluster with its data sheet as slow as was measured: the roofline's seconds scale with it."""
+    device = cluster.accelerator
+    update: dict[str, float] = {}
+    for names, factor in ((_EXPERT_SHEET, by.expert), (_LINK_SHEET, by.exchange)):
+        update |= {name: getattr(device, name) / factor for name in names if getattr(device, name) is not None}
+    latency = {name: getattr(cluster, name) * by.exchange for name in ("scale_up_latency", "nic_latency")}
+    return cluster.model_copy(update={"accelerator": device.model_copy(update=update), **latency})
+
+
+def _scaled_profile(profile: HardwareProfile, by: Calibration) -> HardwareProfile:
+    """The profile with its measured experts and exchanges as slow as in the run."""
+    tables: dict[str, pa.Table] = {name: profile.table(name) for name in profile.table_names}
+    for name, factor in (("experts", by.expert), ("alltoall", by.exchange)):
+        if name in tables:
+            column = tables[name].schema.get_field_index("latency_us")
+            scaled = pc.multiply(tables[name]["latency_us"], factor)
+            tables[name] = tables[name].set_column(column, "latency_us", scaled)
+    note = f"experts x {by.expert:.4g}, exchanges x {by.exchange:.4g}, as measured in a run"
+    return HardwareProfile(profile.meta.model_copy(update={"note": note, "tables": {}}), tables)
+
+
+def watch(
+    controller: Controller,
+    control: Path,
+    windows: int | None = None,
+    timeout_s: float | None = None,
+    on_decision: Callable[[Decision], None] = lambda _decision: None,
+) -> list[Decision]:
+    """Answer the windows that a run puts into ``control``, as a process of its own.
+
+    Ends after ``windows`` decisions, or when none came for ``timeout_s``. A plan that pays becomes ``plan.json``.
+
+    Raises:
+        InputError: no window came at all within ``timeout_s``.
+    """
+    seen: int | None = None
+    last = time.monotonic()
+    while windows is None or len(controller.decisions) < windows:
+        path = control / "window.npz"
+        window = LoadWindow.read(path) if path.is_file() else None
+        if window is None or window.first_step == seen:
+            if timeout_s is not None and time.monotonic() - last > timeout_s:
+                break
+            time.sleep(0.05)
+            continue
+        seen, last = window.first_step, time.monotonic()
+        plan = controller.decide(window)
+        if plan is not None:
+            write_text(control / "plan.json", plan.model_dump_json() + "\n")
+        on_decision(controller.decisions[-1])
+    if not controller.decisions:
+        raise InputError(f"no window came into {control} within {timeout_s:g} s; is the run's control folder another?")
+    return controller.decisions

@@ -1,0 +1,143 @@
+"""The controller of a live run on made-up windows: plans when it must, declines when it should, checks itself."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moeplan.artifacts.load_window import LoadWindow, WindowCosts
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.costs.evaluation import evaluate
+from moeplan.costs.operating_point import layer_costs
+from moeplan.errors import InputError
+from moeplan.pipeline.control import Calibration, Controller, _scaled_sheet, watch
+from moeplan.pipeline.inputs import windows_of
+from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.scenario import Scenario
+from moeplan.specs.workload import Objective, Workload
+
+L, E, K, R = 2, 16, 2, 4
+MODEL = ModelSpec(
+    name="tiny", num_layers=3, moe_layer_ids=(1, 2), hidden_size=64, num_experts=E, top_k=K,
+    expert_intermediate_size=64, vocab_size=256,
+)  # fmt: skip
+CORE = AcceleratorSpec(
+    name="core", memory="4 GiB", memory_bandwidth="10 GB/s", bf16="50 GFLOPS", scale_up_bandwidth="1 GB/s",
+    scale_up_domain=2, nic_bandwidth="10 MB/s",
+)  # fmt: skip
+CLUSTER = ClusterSpec(accelerator=CORE, num_nodes=2, ranks_per_node=2)
+SCENARIO = Scenario(
+    model=MODEL, cluster=CLUSTER, objective=Objective(dispatch="per_expert"), workload=Workload(weight_dtype="fp32")
+)
+CONTIGUOUS = Placement(
+    np.tile(np.arange(E, dtype=np.int32), (L, 1)), np.repeat(np.arange(R, dtype=np.int32), E // R), E, R, 2
+)
+
+
+@pytest.fixture(autouse=True)
+def small_budgets(monkeypatch):
+    monkeypatch.setattr("moeplan.planning.joint.HOME_PROPOSALS", 100_000)
+    monkeypatch.setattr("moeplan.planning.joint.BALANCE_PROPOSALS", 5_000)
+
+
+def window(number, liking_seed=0, placement=CONTIGUOUS, step_s=0.05, steps_left=1000, **costs):
+    """Tokens of each node prefer experts of their own, half of them, which ``liking_seed`` deals out."""
+    half_LE = np.random.default_rng(liking_seed).permuted(np.tile(np.arange(E) % 2, (L, 1)), axis=1)
+    rng = np.random.default_rng(100 + number)
+    home_T = (np.arange(2048) % R).astype(np.int32)
+    score = rng.gumbel(size=(2048, L, E)) + 2.0 * (half_LE == (home_T // 2)[:, None, None])
+    score += np.random.default_rng(liking_seed + 50).normal(0, 0.3, (L, E))
+    experts = np.argsort(-score, axis=2)[:, :, :K].astype(np.int32)
+    blocks = experts.reshape(8, -1, L, K)
+    load = np.array([[np.bincount(b[:, l].ravel(), minlength=E) for l in range(L)] for b in blocks])
+    trace = RoutingTrace(experts, E, tuple(range(L)), source_rank_T=home_T)
+    spent = WindowCosts(step_s, 0.2 * step_s, 0.6 * step_s, 512, steps_left=steps_left, **costs)
+    return LoadWindow(number * 64, 64, load, trace, placement, spent)
+
+
+def test_it_plans_checks_waits_and_plans_again(tmp_path):
+    controller = Controller(SCENARIO, tmp_path)
+    plan = controller.decide(window(0))
+    assert plan is not None
+    assert "pays" in controller.decisions[0].reason
+    # the run has not taken the plan yet: nothing to check
+    assert controller.decide(window(1)) is None
+    assert controller.decisions[1].checked is None
+    assert controller.decide(window(2, placement=plan.placement, moving=True, moved_bytes=10**7, stall_s=0.1)) is None
+    assert controller.calibration.move_bytes_per_s == pytest.approx(1e8)
+    assert controller.decide(window(3, placement=plan.placement, step_s=0.03)) is None
+    checked = controller.decisions[3].checked
+    assert checked["gain"] == pytest.approx(0.4)
+    assert checked["error"] == pytest.approx(controller.decisions[0].predicted_step_s / 0.03 - 1)
+    assert controller.decisions[3].reason == "the load has not drifted"
+    again = controller.decide(window(4, liking_seed=1, placement=plan.placement))
+    assert controller.decisions[4].drift.found()
+    assert again is not None
+    assert not np.array_equal(again.placement.physical_to_logical_LP, plan.placement.physical_to_logical_LP)
+    lines = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert [line["apply"] for line in lines] == [True, False, False, False, True]
+    assert lines[0]["plan_sha256"] == plan.sha256
+
+
+def test_the_gain_is_that_of_held_out_tokens_times_what_the_run_measured(tmp_path):
+    controller = Controller(SCENARIO, tmp_path)
+    plan = controller.decide(window(0))
+    expected = 0.05 - plan.verdict.expected_gain * (0.2 + 0.6) * 0.05
+    assert controller.decisions[0].predicted_step_s == pytest.approx(expected)
+    assert plan.verdict.expected_gain > 0.2  # the tokens of a node find their experts there
+
+
+def test_what_does_not_pay_is_declined(tmp_path):
+    controller = Controller(SCENARIO, tmp_path)
+    assert controller.decide(window(0, steps_left=0)) is None
+    assert controller.decisions[0].reason.startswith("does not pay: ")
+    slow = Controller(SCENARIO, tmp_path / "slow")
+    slow.calibration = Calibration(move_bytes_per_s=10.0)  # an earlier migration crawled
+    assert slow.decide(window(0)) is None
+    assert slow.decisions[0].reason.startswith("does not pay: ")
+
+
+def test_recalibrated_costs_predict_what_the_window_measured(tmp_path):
+    controller = Controller(SCENARIO, tmp_path)
+    seen = window(0, steps_left=0)
+    controller.decide(seen)
+    workload = SCENARIO.workload.model_copy(update={"batch_per_rank": 512 // R})
+    costs = layer_costs(MODEL, _scaled_sheet(CLUSTER, controller.calibration), workload, SCENARIO.objective)
+    load = replace(windows_of(replace(seen.trace, layer_ids=(1, 2)), "all"), top_k=K)
+    found = evaluate(load, CONTIGUOUS, costs, SCENARIO.objective)
+    assert found.expert_WL.sum() == pytest.approx(seen.costs.expert_s, rel=1e-6)
+    assert found.exchange_WL.sum() == pytest.approx(seen.costs.exchange_s, rel=1e-6)
+
+
+def test_a_folder_joins_run_and_controller(tmp_path):
+    seen = window(0)
+    path = tmp_path / "control" / "window.npz"
+    path.parent.mkdir()
+    seen.write(path)
+    back = LoadWindow.read(path)
+    np.testing.assert_array_equal(back.load_BLE, seen.load_BLE)
+    np.testing.assert_array_equal(back.trace.source_rank_T, seen.trace.source_rank_T)
+    np.testing.assert_array_equal(back.placement.physical_to_logical_LP, CONTIGUOUS.physical_to_logical_LP)
+    assert back.costs == seen.costs
+
+    controller = Controller(SCENARIO, tmp_path / "report")
+    later = threading.Timer(0.3, lambda: window(1).write(path))
+    later.start()
+    decisions = watch(controller, path.parent, windows=2, timeout_s=30)
+    later.join()
+    assert [d.apply for d in decisions] == [True, False]
+    assert json.loads((path.parent / "plan.json").read_text())["model"] == "tiny"
+    with pytest.raises(InputError, match="no window came into"):
+        watch(Controller(SCENARIO, tmp_path / "none"), tmp_path / "none", timeout_s=0.1)
+
+
+def test_a_damaged_window_is_refused(tmp_path):
+    (tmp_path / "window.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match="cannot be read as a window"):
+        LoadWindow.read(tmp_path / "window.npz")
