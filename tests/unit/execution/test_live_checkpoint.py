@@ -1,0 +1,187 @@
+"""Checkpoints of real runs: resumed on other ranks and placements, relabelled by the exporter, refused when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dense_reference import random_placement
+from safetensors import safe_open
+from tiny_run import SPEC, tiny_corpus, tiny_options
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.plan import Plan
+from moeplan.errors import InputError, RunError
+from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
+from moeplan.execution.launch import Launch, Rank, run_ranks
+from moeplan.execution.parcels import send_batch
+from moeplan.execution.router import RouterOptions
+from moeplan.execution.train import Trainer
+from moeplan.pipeline.exports import export_plan
+from moeplan.specs.workload import Objective, Workload
+
+FIRST, MORE = 3, 3
+# Without a balance loss, which is of each rank's own tokens, the number of ranks does not matter.
+OPTIONS = tiny_options(router=RouterOptions())
+
+
+def _placement(ranks: int, extra: int, seed: int) -> Placement:
+    return random_placement(np.random.default_rng(seed), 3, SPEC.num_experts, ranks, ranks, extra)
+
+
+def _save(me: Rank, folder: Path, changes: dict, placement: Placement | None) -> list[float]:
+    """Train, save, train on: the losses after the save are what a resumed run must show."""
+    trainer = Trainer(replace(OPTIONS, **changes), tiny_corpus(), placement)
+    for _ in range(FIRST):
+        trainer.step()
+    save_checkpoint(trainer, folder)
+    return [trainer.step().loss for _ in range(MORE)]
+
+
+def _resume(me: Rank, folder: Path, changes: dict, placement: Placement | None) -> list[float]:
+    reader = CheckpointReader(folder)
+    trainer = Trainer(replace(OPTIONS, **changes), tiny_corpus(), placement)
+    load_checkpoint(trainer, reader)
+    assert trainer.steps_done == FIRST
+    return [trainer.step().loss for _ in range(MORE)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    folder = tmp_path_factory.mktemp("run") / "step-3"
+    return folder, run_ranks(Launch(4), _save, folder, {}, _placement(4, 3, 1))[0]
+
+
+def test_every_expert_stands_once_with_its_state(saved: tuple[Path, list[float]]) -> None:
+    folder, _ = saved
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for prefix in ("", "optimizer.first.", "optimizer.second."):
+        experts = {n for n in names if n.startswith(f"{prefix}model.layers.") and ".experts." in n}
+        assert len(experts) == 3 * SPEC.num_experts * 3
+    held = [set(safe_open(shard, framework="np").keys()) for shard in folder.glob("*.safetensors")]
+    assert sum(map(len, held)) == len(set().union(*held)) == len(names)
+
+
+def test_resumes_on_the_same_ranks_to_the_bit(saved: tuple[Path, list[float]]) -> None:
+    folder, losses = saved
+    answers = run_ranks(Launch(4), _resume, folder, {}, _placement(4, 3, 1))
+    assert all(answer == losses for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "extra"), [(2, {}, 2), (1, {}, 0), (4, {"edp": 2, "zero": True}, 1), (4, {"tp": 2}, 0)]
+)
+def test_resumes_on_other_ranks(saved: tuple[Path, list[float]], ranks: int, changes: dict, extra: int) -> None:
+    folder, losses = saved
+    ep = ranks // changes.get("edp", 1) // changes.get("tp", 1)
+    for answer in run_ranks(Launch(ranks), _resume, folder, changes, _placement(ep, extra, 9)):
+        np.testing.assert_allclose(answer, losses, rtol=2e-5)  # sums over ranks round in another order
+
+
+def test_relabelled_by_the_exporter(saved: tuple[Path, list[float]], tmp_path: Path) -> None:
+    """A plan without copies, applied to the checkpoint: contiguous ranks then hold what the plan says, same losses."""
+    folder, losses = saved
+    placement = random_placement(np.random.default_rng(5), 3, SPEC.num_experts, 1, 1, 0)
+    rows = placement.physical_to_logical_LP
+    plan = Plan(
+        model=SPEC.name, planner="test", status="feasible", seed=0, num_experts=SPEC.num_experts, num_ranks=4,
+        ranks_per_node=4, num_redundant_experts=0, layer_ids=SPEC.moe_layer_ids,
+        physical_to_logical_map=tuple(map(tuple, rows.tolist())), rank_of_slot=(0, 0, 1, 1, 2, 2, 3, 3),
+        replicas=((1,) * SPEC.num_experts,) * 3, objective=Objective(), workload=Workload(),
+    )  # fmt: skip
+    plan.save(tmp_path / "plan.json")
+    export_plan(tmp_path / "plan.json", "megatron", tmp_path / "relabelled", checkpoint=folder)
+    before, after = CheckpointReader(folder), CheckpointReader(tmp_path / "relabelled")
+    for layer, row in zip(SPEC.moe_layer_ids, rows, strict=True):
+        for new, old in enumerate(row.tolist()):
+            for prefix in ("", "optimizer.first.", "optimizer.second."):
+                mine, theirs = after.row(prefix, layer, new, 32, 32), before.row(prefix, layer, old, 32, 32)
+                assert mine.equal(theirs)
+    contiguous = Placement(np.tile(np.arange(8, dtype=np.int32), (3, 1)), plan.placement.rank_of_slot_P, 8, 4, 4)
+    answer = run_ranks(Launch(4), _resume, tmp_path / "relabelled", {}, contiguous)[0]
+    # New expert s is old expert rows[s], on the rank where the plan wants it. Routers sum over experts in new order.
+    np.testing.assert_allclose(answer, losses, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: next(f.glob("model-00002*")).unlink(), r"model-00002-of-00004.safetensors is missing"),
+        (lambda f: _forget(f, "layers.2.mlp.experts.5."), r"layer 2 has no expert 5 of 0..7 \(1 missing\).*without a"),
+        (lambda f: _forget(f, "optimizer.first.model.norm"), r"optimizer.first.model.norm.weight is missing"),
+        (lambda f: _cut(next(f.glob("model-00001*"))), r"cannot be read from model-00001"),
+        (lambda f: (f / "moeplan_checkpoint.json").unlink(), r"is not a checkpoint of a live run"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_by_one_message(
+    saved: tuple[Path, list[float]], tmp_path: Path, damage, message: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved[0], folder)
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(Trainer(OPTIONS, tiny_corpus()), CheckpointReader(folder))
+
+
+def _forget(folder: Path, part: str) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {n: s for n, s in index["weight_map"].items() if part not in n}
+    path.write_text(json.dumps(index))
+
+
+def _cut(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def _write_fails(me: Rank, folder: Path) -> str:
+    trainer = Trainer(OPTIONS, tiny_corpus())
+    save_checkpoint(trainer, folder)
+    before = sorted(p.name for p in folder.iterdir())
+    if me.rank == 1:
+        trainer.mesh.world.all_of(None)  # where the others wait for the directory
+        assert trainer.mesh.world.all_of(("disk full", "", [], 0))
+        trainer.mesh.world.all_of(None)
+        return ""
+    with pytest.raises(RunError, match="disk full; the checkpoint before stands"):
+        save_checkpoint(trainer, folder)
+    assert sorted(p.name for p in folder.iterdir()) == before
+    return str(sorted(p.name for p in folder.parent.iterdir()))
+
+
+def test_a_failed_write_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    assert run_ranks(Launch(2), _write_fails, tmp_path / "saved")[0] == "['saved']"
+
+
+def _killed_while_moving(me: Rank, folder: Path) -> None:
+    trainer = Trainer(OPTIONS, tiny_corpus(), _placement(4, 0, 1))
+    for _ in range(FIRST):
+        trainer.step()
+    save_checkpoint(trainer, folder)
+
+    def die(out, into, axis) -> None:
+        if axis.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        send_batch(out, into, axis)
+
+    trainer.migrator.send = die
+    trainer.apply(_placement(4, 0, 2))
+    trainer.boundary()
+
+
+def test_a_rank_killed_while_experts_move(tmp_path: Path) -> None:
+    """One error names it; the checkpoint before stands, and a new run goes on from it with every expert."""
+    folder = tmp_path / "step-3"
+    with pytest.raises(RunError, match=r"rank 2 died by signal SIGKILL; the other ranks were ended"):
+        run_ranks(Launch(4), _killed_while_moving, folder)
+    whole = run_ranks(Launch(4), _save, tmp_path / "other", {}, _placement(4, 0, 1))[0]
+    resumed = run_ranks(Launch(4), _resume, folder, {}, _placement(4, 0, 1))[0]
+    assert resumed == whole
+    assert not [p for p in tmp_path.iterdir() if re.search(r"writing|old", p.name)]
