@@ -33,8 +33,9 @@ CORE = AcceleratorSpec(
 )  # fmt: skip
 CLUSTER = ClusterSpec(accelerator=CORE, num_nodes=2, ranks_per_node=2)
 SCENARIO = Scenario(
-    model=MODEL, cluster=CLUSTER, objective=Objective(dispatch="per_expert"), workload=Workload(weight_dtype="fp32")
-)
+    model=MODEL, cluster=CLUSTER, objective=Objective(dispatch="per_expert", max_imbalance="30 %"),
+    workload=Workload(weight_dtype="fp32"),
+)  # fmt: skip
 CONTIGUOUS = Placement(
     np.tile(np.arange(E, dtype=np.int32), (L, 1)), np.repeat(np.arange(R, dtype=np.int32), E // R), E, R, 2
 )
