@@ -9,7 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +17,40 @@ from numpy.typing import NDArray
 from moeplan.artifacts.event_log import EventRecorder
 from moeplan.artifacts.placement import Placement
 from moeplan.costs.kv_cache import swap_s
-from moeplan.costs.serving import Batch, ServingCosts
+from moeplan.costs.serving import Batch, StepSeconds
 from moeplan.simulation.clock import Clock, nanoseconds
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.kv_pool import KvPool
 from moeplan.simulation.lane import Lane
 from moeplan.simulation.request import NEVER, Request
+from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.serving import EngineSpec
 
-__all__ = ["Instance", "InstanceStats", "Role"]
+__all__ = ["Hooks", "Instance", "InstanceStats", "Role", "StepCosts"]
 
 Floats = NDArray[np.float64]
 Role = Literal["both", "prefill", "decode"]
+
+
+class StepCosts(Protocol):
+    """What an engine must know of its costs; :class:`moeplan.costs.serving.ServingCosts` is the one of a model."""
+
+    groups: int
+    cluster: ClusterSpec
+    source: dict[str, str]
+    extrapolated: set[str]
+
+    def chunk_s(self, before: int, new: int) -> float:
+        """Prefill attention over ``new`` tokens after ``before``."""
+        ...
+
+    def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
+        """Seconds of a step."""
+        ...
+
+    def forget(self, placement: Placement) -> None:
+        """The placement is no longer in use."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +104,7 @@ class Instance:
         first_rank: int,
         spec: EngineSpec,
         role: Role,
-        costs: ServingCosts,
+        costs: StepCosts,
         placement: Placement,
         loads: ExpertLoads,
         capacity_tokens: int,
@@ -157,8 +179,6 @@ class Instance:
             request.held, request.to_prefill = chain, request.context - hit
             request.hit_tokens += hit
             self.stats.reused += hit
-            if request.preemptions:
-                self.stats.recomputed += request.to_prefill
         self.num_waiting -= 1
         self.num_running += 1
         lane.running[d][request.number] = request
@@ -211,6 +231,8 @@ class Instance:
         if self.spec.preemption == "swap" and not prefilling and self.alive_D[d]:
             request.saved, request.swap_tokens = cached, cached
             self._swap_s += self.swap_seconds(cached)
+        else:  # what was in the cache, and with a decoding request the token that was about to go there
+            self.stats.recomputed += request.context - (request.to_prefill if prefilling else 0)
         self.stats.preemptions += 1
         self.num_running -= 1
         self.num_waiting += 1
@@ -233,6 +255,7 @@ class Instance:
         self.load_D[d] -= len(requests)
         self.pools[d].clear()
         for request in requests:
+            self.stats.recomputed += request.context if request.saved else 0
             request.saved = request.swap_tokens = 0
         return requests
 

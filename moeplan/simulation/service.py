@@ -17,11 +17,10 @@ from moeplan.artifacts.event_log import EventLog, EventRecorder
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.costs.kv_cache import kv_transfer_s
-from moeplan.costs.serving import ServingCosts
 from moeplan.errors import InfeasibleError, SpecError
 from moeplan.simulation.clock import Clock, Order, nanoseconds
 from moeplan.simulation.expert_loads import ExpertLoads
-from moeplan.simulation.instance import Hooks, Instance, Role
+from moeplan.simulation.instance import Hooks, Instance, Role, StepCosts
 from moeplan.simulation.request import Request
 from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.serving import EngineSpec, FaultSpec, RebalanceSpec, ServingSpec
@@ -62,7 +61,7 @@ class Pool:
     cluster: ClusterSpec
     placement: Placement
     loads: ExpertLoads
-    costs: Callable[[ClusterSpec], ServingCosts]
+    costs: Callable[[ClusterSpec], StepCosts]
     capacity_tokens: int
     kv_bytes: float
     link_bytes_per_s: float = 0.0

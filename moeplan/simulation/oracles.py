@@ -1,0 +1,158 @@
+"""What the engine is held against: the same rules without its short cuts, and servers without an engine.
+
+:func:`token_by_token` walks every sequence in every step; :func:`first_come_first_served` is the recursion of Kiefer
+and Wolfowitz (1955) for ``k`` servers and one queue; :class:`PlainCosts` makes steps whose seconds are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.serving import Batch, StepSeconds
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.serving import EngineSpec
+
+__all__ = ["PlainCosts", "first_come_first_served", "token_by_token"]
+
+Floats = NDArray[np.float64]
+
+
+class PlainCosts:
+    """Steps of ``base_s`` and ``per_token_s`` for each token of the fullest group, whatever the model."""
+
+    def __init__(self, cluster: ClusterSpec, base_s: float, per_token_s: float) -> None:
+        self.cluster, self.groups = cluster, cluster.num_ranks
+        self.base_s, self.per_token_s = base_s, per_token_s
+        self.source: dict[str, str] = {}
+        self.extrapolated: set[str] = set()
+
+    def chunk_s(self, before: int, new: int) -> float:
+        """Nothing: prompts cost as their tokens do."""
+        return 0.0
+
+    def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
+        """The same on every rank."""
+        total_s = self.base_s + self.per_token_s * float(batch.tokens_D.max())
+        return StepSeconds(total_s, 0.0, 0.0, np.full(self.groups, total_s))
+
+    def forget(self, placement: Placement) -> None:
+        """Nothing to forget."""
+
+
+def first_come_first_served(arrival_s: Floats, service_s: Floats, servers: int) -> Floats:
+    """Start of service of each request, in order of arrival."""
+    free = [0.0] * servers
+    start = np.empty(len(arrival_s))
+    for q, (at, takes) in enumerate(zip(arrival_s.tolist(), service_s.tolist(), strict=True)):
+        begin = max(at, heappop(free))
+        start[q] = begin
+        heappush(free, begin + takes)
+    return start
+
+
+@dataclass(slots=True)
+class _Sequence:
+    number: int
+    input: int
+    output: int
+    arrival_ns: int
+    left: int = 0  # to prefill
+    cached: int = 0
+    generated: int = 0
+    blocks: int = 0
+    first_ns: int = -1
+    finish_ns: int = -1
+
+
+@dataclass(slots=True)
+class _Group:
+    free: int
+    waiting: list[_Sequence] = field(default_factory=list)
+    running: list[_Sequence] = field(default_factory=list)  # in the order they were admitted
+
+
+def token_by_token(
+    requests: Sequence[tuple[int, int, int]],
+    engine: EngineSpec,
+    groups: int,
+    capacity_blocks: int,
+    step_ns: Callable[[list[int]], int],
+) -> list[tuple[int, int]]:
+    """(first token, finish) of each request ``(arrival_ns, input, output)``; request q is served by group q mod D.
+
+    Chunked prefill and preemption by recomputation; ``step_ns`` takes the tokens of each group.
+    """
+    every = [_Sequence(q, i, o, at) for q, (at, i, o) in enumerate(requests)]
+    state = [_Group(capacity_blocks) for _ in range(groups)]
+    coming = sorted(every, key=lambda s: (s.arrival_ns, s.number))
+    now = 0
+    while any(s.finish_ns < 0 for s in every):
+        while coming and coming[0].arrival_ns <= now:
+            sequence = coming.pop(0)
+            state[sequence.number % groups].waiting.append(sequence)
+        work = [_work_of(group, engine) for group in state]
+        tokens = [sum(count for _, count in each) for each in work]
+        if not any(tokens):
+            now = coming[0].arrival_ns
+            continue
+        now += step_ns(tokens)
+        for group, each in zip(state, work, strict=True):
+            for sequence, count in each:
+                _advance(group, sequence, count, now)
+    return [(s.first_ns, s.finish_ns) for s in every]
+
+
+def _work_of(group: _Group, engine: EngineSpec) -> list[tuple[_Sequence, int]]:
+    """What a group does in the next step: each decoding sequence one token, then prompts as far as they fit."""
+    block = engine.block_size
+    for sequence in list(group.running):
+        if sequence.left or sequence not in group.running:
+            continue
+        if sequence.cached == sequence.blocks * block:
+            while group.free == 0 and sequence in group.running:
+                newest = group.running.pop()
+                group.free += newest.blocks
+                newest.blocks = newest.cached = newest.left = 0
+                group.waiting.insert(0, newest)
+            if sequence in group.running:
+                group.free -= 1
+                sequence.blocks += 1
+    work = [(s, 1) for s in group.running if not s.left]
+    budget = engine.max_num_batched_tokens - len(work)
+    for sequence in group.running:
+        if sequence.left and budget > 0:
+            work.append((sequence, min(budget, sequence.left)))
+            budget -= work[-1][1]
+    while group.waiting and budget > 0 and len(group.running) < engine.max_num_seqs:
+        sequence = group.waiting[0]
+        needed = -(-(sequence.input + sequence.generated) // block)
+        if needed > group.free:
+            break
+        group.waiting.pop(0)
+        group.running.append(sequence)
+        group.free -= needed
+        sequence.blocks, sequence.left = needed, sequence.input + sequence.generated
+        work.append((sequence, min(budget, sequence.left)))
+        budget -= work[-1][1]
+    return work
+
+
+def _advance(group: _Group, sequence: _Sequence, count: int, now: int) -> None:
+    sequence.cached += count
+    if sequence.left:
+        sequence.left -= count
+        if sequence.left:
+            return
+        if sequence.first_ns < 0:
+            sequence.first_ns = now
+    sequence.generated += 1
+    if sequence.generated == sequence.output:
+        sequence.finish_ns = now
+        group.running.remove(sequence)
+        group.free += sequence.blocks

@@ -1,0 +1,52 @@
+"""Small services for tests: steps of known seconds, or a small model's costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.request_trace import RequestTrace
+from moeplan.simulation.expert_loads import ExpertLoads
+from moeplan.simulation.oracles import PlainCosts
+from moeplan.simulation.service import Pool, Replan, Served, simulate_service
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.clusters import cluster_for
+from moeplan.specs.serving import EngineSpec, ServingSpec
+
+
+def even_placement(ranks: int, layers: int = 1) -> Placement:
+    rows = np.tile(np.arange(ranks, dtype=np.int32), (layers, 1))
+    return Placement(rows, np.arange(ranks, dtype=np.int32), ranks, ranks, ranks)
+
+
+def plain_pool(
+    groups: int,
+    engine: dict[str, Any],
+    base_s: float,
+    per_token_s: float,
+    capacity_tokens: int = 10**9,
+    role: Any = "both",
+    instances: int = 1,
+    kv_bytes: float = 100.0,
+    **more: Any,
+) -> Pool:
+    cluster: ClusterSpec = cluster_for("h100", 1, groups)
+    return Pool(
+        role, instances, EngineSpec.parse(engine, "engine"), cluster, even_placement(groups),
+        ExpertLoads({"decode": [np.ones((1, groups))]}, 1.0),
+        lambda changed: PlainCosts(changed, base_s, per_token_s), capacity_tokens, kv_bytes, **more,
+    )  # fmt: skip
+
+
+def serving(**fields: Any) -> ServingSpec:
+    requests = {"arrivals": "constant", "rate": "1 /s", "count": 1, "input_tokens": 1, "output_tokens": 1}
+    return ServingSpec.parse({"requests": requests} | fields, "test")
+
+
+def serve(
+    pools: Pool | list[Pool], trace: RequestTrace, replan: Replan | None = None, errors: int = 0, **fields: Any
+) -> Served:
+    stages = pools if isinstance(pools, list) else [pools]
+    return simulate_service(serving(**fields), trace, stages, replan, errors=errors)
