@@ -60,3 +60,28 @@ def kernels(systems: str, profile: str | None, as_json: bool, quiet: bool) -> No
     for figure in answer["figures"]:
         grid.add_row(*_row(figure))
     Console().print(grid)
+
+
+@command.command("queues")
+@output_options
+def queues(as_json: bool, quiet: bool) -> None:
+    """The simulator against queueing theory, conservation laws, and the same rules token by token.
+
+    \b
+    Example: moeplan validate queues --json
+    """
+    from moeplan.pipeline.queues import validate_queues
+
+    with progress_bar(quiet or as_json) as report:
+        answer = validate_queues(report)
+    if as_json:
+        print_json(answer)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table("figure", "value", "target", "", title="simulated against known")
+    for figure in answer["figures"]:
+        verdict = "reached" if figure["reached"] else "not reached"
+        grid.add_row(figure["figure"], f"{figure['value']:.3g}", f"{figure['target']:.3g}", verdict)
+    Console().print(grid)

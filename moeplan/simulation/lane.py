@@ -271,6 +271,8 @@ class Lane:
         """The prompt is in the cache and its next token is out."""
         inst, d = self.inst, request.group
         self.prefilling[d].remove(request)
+        if request.generated:  # computed again after a preemption
+            inst.stats.gap(now - request.last_token_ns, 1)
         request.generated += 1
         request.last_token_ns = now
         inst.stats.generated += 1
