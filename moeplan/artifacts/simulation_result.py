@@ -16,7 +16,7 @@ from moeplan.errors import InputError
 from moeplan.files import canonical_json, read_json, sha256_bytes, write_text
 from moeplan.specs.base import validation_message
 
-__all__ = ["Assumption", "Headline", "RankTimes", "SimulationResult", "Timeline"]
+__all__ = ["Assumption", "Headline", "MemoryTrack", "RankTimes", "SimulationResult", "Timeline"]
 
 
 class _Paper(BaseModel):
@@ -60,6 +60,16 @@ class Timeline(_Paper):
     cache: tuple[float, ...] = Field(description="part of the KV cache in use")
 
 
+class MemoryTrack(_Paper):
+    """Memory of one rank of a pipeline stage over the last step: state always, activations from each time on."""
+
+    stage: int = Field(ge=0)
+    limit_bytes: float = Field(description="memory of the smallest rank")
+    state_bytes: float = Field(description="weights, gradients and optimizer state")
+    time_s: tuple[float, ...]
+    activation_bytes: tuple[float, ...]
+
+
 class SimulationResult(_Paper):
     """A prediction of serving or of training."""
 
@@ -79,6 +89,7 @@ class SimulationResult(_Paper):
     )
     ranks: RankTimes | None = None
     timeline: Timeline | None = None
+    memory: tuple[MemoryTrack, ...] = Field((), description="training: one rank of each pipeline stage")
     assumptions: tuple[Assumption, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: dict[str, str] = Field(default_factory=dict, description="versions and hashes of what it is made from")

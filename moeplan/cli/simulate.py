@@ -29,9 +29,9 @@ _MAIN = (
 def command(
     scenario: Path, out: Path | None, seeds: int, workers: int | None, as_json: bool, quiet: bool
 ) -> None:
-    """Predict what a service does: latency, throughput, goodput and where ranks spend their time.
+    """Predict what a service or a training job does: latency, throughput, goodput, where ranks spend their time.
 
-    A SCENARIO with a sweep is simulated case by case into --out.
+    A SCENARIO has a serving or a training section; one with a sweep is simulated case by case into --out.
 
     \b
     Examples:
@@ -72,13 +72,13 @@ def _print_result(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    counts = result.counts
+    counts, training = result.counts, result.kind == "training"
+    what = f"{counts['steps']:.0f} steps" if training else f"{counts['finished']:.0f} requests"
     grid = Table(
         "figure", "value", "from", "to", "unit",
-        title=f"{result.model} on {result.num_ranks} ranks of {result.cluster}: {counts['finished']:.0f} requests in"
-        f" {result.simulated_s:.1f} s",
+        title=f"{result.model} on {result.num_ranks} ranks of {result.cluster}: {what} in {result.simulated_s:.1f} s",
     )  # fmt: skip
-    for name in _MAIN:
+    for name in result.headlines if training else _MAIN:
         if (line := result.headlines.get(name)) is not None:
             unit = "" if line.unit == "1" else line.unit
             grid.add_row(name, f"{line.value:.4g}", f"{line.low:.4g}", f"{line.high:.4g}", unit)

@@ -1,7 +1,8 @@
 """Seconds of collectives: measured on as many ranks, else latency plus bytes over the slowest link.
 
 Ring and tree algorithms move ``2 (n - 1) / n`` of the buffer per rank for an all-reduce, ``(n - 1) / n`` for
-all-gather, reduce-scatter and all-to-all, all of it point to point (Thakur et al. 2005, IJHPCA 19(1)).
+all-gather, reduce-scatter and all-to-all, all of it point to point (Thakur et al. 2005, IJHPCA 19(1)). Rings that
+span nodes enter and leave a node over the NICs of all its members (NCCL's channels), so its members' NICs add up.
 """
 
 from __future__ import annotations
@@ -19,25 +20,33 @@ Floats = NDArray[np.float64]
 
 
 class CollectiveCosts:
-    """Collectives over groups of consecutive ranks of a cluster."""
+    """Collectives over groups of ranks of a cluster that lie ``stride`` apart."""
 
     def __init__(self, cluster: ClusterSpec, profile: HardwareProfile | None = None) -> None:
         self._cluster, self._profile = cluster, profile
-        self._tables: dict[tuple[str, int], TableCosts] = {}
+        self._tables: dict[tuple[str, int, int], TableCosts] = {}
 
-    def seconds(self, op: str, ranks: int, message_size_bytes: float) -> Seconds:
-        """``op``: all_reduce, all_gather, reduce_scatter, alltoall or p2p; sizes as in the profile table."""
+    def seconds(self, op: str, ranks: int, message_size_bytes: float, stride: int = 1) -> Seconds:
+        """``op``: all_reduce, all_gather, reduce_scatter, alltoall or p2p (between ranks ``stride`` apart); sizes as
+        in the profile table."""
         if ranks <= 1 and op != "p2p":
             return Seconds(np.zeros(1), 0.0, "one rank", False)
-        key = (op, ranks)
+        key = (op, ranks, stride)
         if key not in self._tables:
-            self._tables[key] = self._table(op, ranks)
+            self._tables[key] = self._table(op, ranks, stride)
         return self._tables[key].seconds(message_size_bytes)
 
-    def _table(self, op: str, ranks: int) -> TableCosts:
+    def _table(self, op: str, ranks: int, stride: int) -> TableCosts:
         cluster = self._cluster
-        inside = ranks <= cluster.ranks_per_node or cluster.topology in ("flat", "nvl72")
-        bandwidth = cluster.accelerator.scale_up_bandwidth if inside else cluster.accelerator.nic_bandwidth
+        chip, span = cluster.accelerator, (stride + 1 if op == "p2p" else ranks * stride)
+        domain = {"flat": cluster.num_ranks, "nvl72": chip.scale_up_domain}.get(
+            cluster.topology, cluster.ranks_per_node
+        )
+        inside = span <= domain
+        members = 1 if op == "p2p" else max(1, min(ranks, domain // stride))
+        bandwidth = chip.scale_up_bandwidth
+        if not inside:
+            bandwidth = min(bandwidth, members * chip.nic_bandwidth)
         latency = cluster.scale_up_latency if inside else cluster.nic_latency
         part = {"p2p": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}.get(op, (ranks - 1) / ranks)
 
@@ -45,6 +54,6 @@ class CollectiveCosts:
             seconds: Floats = latency + part * size[:, 0] / bandwidth
             return seconds
 
-        names = {"op": op, "ranks": ranks, "nodes": 1 if inside else -(-ranks // cluster.ranks_per_node)}
+        names = {"op": op, "ranks": ranks, "nodes": 1 if inside else -(-span // cluster.ranks_per_node)}
         names |= {"dtype": ["fp16", "bf16"], "algorithm": "flat", "distribution": "even"}
         return TableCosts(self._profile, "collectives", ("message_size_bytes",), names, law, cluster.accelerator.name)

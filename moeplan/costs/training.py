@@ -1,21 +1,25 @@
-"""Seconds of one training step: forward, backward, recompute, pipeline, gradient sync, optimizer; memory by ZeRO.
+"""Seconds and bytes of training: layers forward and backward, gradients, optimizer, state, activations, operations.
 
 - Products cost twice their forward in backward (gradients of inputs and of weights); FlashAttention's kernel two
   and a half times (five products for two: Dao 2023, arXiv 2307.08691). Exchanges cost the same both ways.
-- 1F1B with ``p`` stages, ``m`` micro batches and ``v`` chunks per stage idles ``(p - 1) / (v m)`` of the work
-  (Narayanan et al. 2021, arXiv 2104.04473).
-- Gradients are reduce-scattered and weights all-gathered over the ranks that hold copies: data-parallel ranks
-  for dense parts, ``ranks / (pp ep)`` for experts.
+- Elementwise work beyond a forward's: see :data:`PASSES`.
+- 1F1B with ``p`` stages, ``m`` micro-batches and ``v`` chunks per stage idles ``(p - 1) / (v m)`` of the work
+  (Narayanan et al. 2021, arXiv 2104.04473); the simulation plays the schedule, :func:`training_step` uses this.
+- Gradients are reduce-scattered and weights all-gathered over the ranks that hold copies: ``ranks / (pp tp)`` for
+  the dense parts, ``ranks / (pp ep)`` for experts.
 - Adam reads and writes 4-byte master weights and two moments, reads gradients, writes weights (Rajbhandari et
   al. 2020, arXiv 1910.02054 count the same 16 bytes of state); ZeRO stage 1 shards that, 2 gradients too, 3
   weights too.
+- Activations kept per token and layer: inputs of every product and of the attention kernel, in bf16 (Korthikanti et
+  al. 2022, arXiv 2205.05198, section 4, without dropout and with FlashAttention).
+
+``W`` windows of load, ``L`` MoE layers, ``E`` experts, ``H`` hidden, ``T`` tokens of a micro-batch on one rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,31 +28,318 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.collectives import CollectiveCosts
+from moeplan.costs.dense import DenseCosts
 from moeplan.costs.step import StepModel, Technique
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, ModelSpec
-from moeplan.specs.workload import Workload
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
+from moeplan.specs.training import TrainingSpec
+from moeplan.specs.workload import DispatchKind, Workload
 
-__all__ = ["Training", "TrainingCost", "training_step"]
+__all__ = [
+    "Chunk",
+    "TrainingCost",
+    "TrainingCosts",
+    "activation_bytes",
+    "capacity",
+    "expert_group",
+    "model_flops_per_token",
+    "training_step",
+]
 
 Floats = NDArray[np.float64]
 
 _BACKWARD, _BACKWARD_ATTENTION = 2.0, 2.5
 _ADAM_STATE_BYTES, _ADAM_MOVED_BYTES = 12, 28  # master and two moments; those read and written, gradient, weight
 
+# Reads and writes of a layer's hidden state, forward and backward together, that a forward's costs do not hold:
+# residuals, norms and their backward, rotary embedding, casts and transposes of product inputs, gated activations
+# and their backward, un-permutation with weights. A count of kernels in Megatron-Core's MoE layer, each once.
+PASSES = 40
+_HEAD_PASSES = 8  # of logits in bf16: cross entropy forward and backward in fp32, gradient
 
-@dataclass(frozen=True, slots=True)
-class Training:
-    """How training runs. ``cluster`` ranks are one pipeline stage's expert-parallel group times ``replicas``."""
 
-    micro_batches: int = 1
-    virtual_stages: int = 1
-    recompute: Literal["none", "attention", "full"] = "none"
-    zero: Literal[0, 1, 2, 3] = 1
-    replicas: int = 1
-    overlap_gradients: bool = True
-    gradient_bytes: int = 4
+def expert_group(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
+    """The first ``ranks`` neighbours of a cluster: one expert-parallel group.
+
+    Raises:
+        InputError: they do not fill nodes evenly.
+    """
+    per_node = min(ranks, cluster.ranks_per_node)
+    if ranks % per_node or ranks > cluster.num_ranks or cluster.topology == "explicit":
+        raise InputError(
+            f"training.ep ({ranks}) does not fill nodes of cluster.ranks_per_node ({cluster.ranks_per_node}) evenly,"
+            " or the cluster has explicit links; choose a divisor or a multiple, and a preset topology"
+        )
+    own = {rank: spec for rank, spec in cluster.ranks.items() if rank < ranks}
+    return cluster.model_copy(update={"num_nodes": ranks // per_node, "ranks_per_node": per_node, "ranks": own})
+
+
+def capacity(load_WLE: Floats, factor: float | None, pad: bool) -> tuple[Floats, Floats]:
+    """(part of each expert's pairs that it works on [W, L, E], dropped share of all pairs [W, L]).
+
+    An expert takes at most ``factor`` times the mean number of pairs; with ``pad`` each works on exactly so many.
+    """
+    if factor is None:
+        return np.ones_like(load_WLE), np.zeros(load_WLE.shape[:2])
+    most = factor * load_WLE.mean(2, keepdims=True)
+    kept = np.minimum(load_WLE, most)
+    dropped = 1 - kept.sum(2) / load_WLE.sum(2)
+    worked = np.broadcast_to(most, load_WLE.shape) if pad else kept
+    return worked / np.maximum(load_WLE, 1e-9 * most), dropped
+
+
+def model_flops_per_token(model: ModelSpec, sequence: int, mtp_layers: int = 0) -> float:
+    """Operations that one token of training needs, forward and backward, recomputation and padding not counted.
+
+    Six per active weight of a product, and three times the causal attention kernel's ``T (q + v)`` per head and layer
+    (as Megatron-LM counts them).
+    """
+    embedding = model.vocab_size * model.hidden_size
+    heads = embedding * (0 if model.tie_word_embeddings else 1)
+    active = float(model.non_expert_parameters - heads)  # one of the two tables is looked up, not multiplied
+    active += model.num_moe_layers * model.top_k * model.expert_parameters
+    attention = 0.0
+    if (a := model.attention) is not None:
+        query = (a.qk_nope_head_dim or a.head_dim) + (a.qk_rope_head_dim or 0)
+        attention = 3 * sequence * a.num_heads * (query + a.head_dim)
+    layers = model.num_layers
+    if mtp_layers:
+        per_layer = (active - embedding) / layers
+        active += mtp_layers * (per_layer + embedding + 2 * model.hidden_size**2)
+    return 6 * active + attention * (layers + mtp_layers)
+
+
+def activation_bytes(model: ModelSpec, moe: bool, recompute: str, dtype: Dtype = "bf16") -> float:
+    """Bytes kept per token for the backward of one layer; ``dtype`` of product inputs."""
+    hidden, width, wide = model.hidden_size, DTYPE_BYTES[dtype], DTYPE_BYTES["bf16"]
+    if recompute == "full":
+        return wide * hidden
+    kept = 2.0 * wide * hidden + width * hidden  # residual stream and norm's input, and the product's
+    if (a := model.attention) is not None and recompute != "attention":
+        nope, rope = a.qk_nope_head_dim or a.head_dim, a.qk_rope_head_dim or 0
+        keys = a.num_heads if a.is_mla else a.num_kv_heads
+        kept += wide * (a.num_heads * (nope + rope) + keys * (nope + rope + a.head_dim) + a.num_heads * a.head_dim)
+        kept += width * ((a.q_lora_rank or 0) + (a.kv_lora_rank or 0))
+    gates = 2 if model.gated_ffn else 1
+
+    def ffn(inter: float, rows: float) -> float:
+        return rows * (gates * wide * inter + width * inter)
+
+    if not moe:
+        return kept + width * hidden + ffn(model.dense_intermediate_size, 1)
+    routed = model.top_k * (width + wide) * model.routed_hidden_size  # as they arrive, and as they return
+    return kept + routed + ffn(model.expert_intermediate_size, model.top_k) + ffn(model.shared_intermediate_size, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Consecutive layers of one pipeline chunk. Seconds of one micro-batch, by window of load; bytes on a rank.
+
+    ``exchange_s_W``: dispatch and combine of one direction. ``sync_s``: reduce-scatter of gradients, ``gather_s``:
+    all-gather of weights, ``optimizer_s``: the update. ``activation_bytes`` of one micro-batch.
+    """
+
+    layers: tuple[int, ...]
+    forward_s_W: Floats
+    backward_s_W: Floats
+    exchange_s_W: Floats
+    sync_s: float
+    gather_s: float
+    optimizer_s: float
+    sync_bytes: float
+    state_bytes: float
+    activation_bytes: float
+
+
+class TrainingCosts:
+    """One model under one training specification: what each layer takes and weighs.
+
+    ``placement`` and ``load_WLE`` are of one expert-parallel group of ``spec.ep`` ranks.
+
+    Raises:
+        InputError, SpecError: degrees, cluster, placement and load do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        cluster: ClusterSpec,
+        profile: HardwareProfile | None,
+        placement: Placement,
+        load_WLE: Floats,
+        spec: TrainingSpec,
+        weight_dtype: Dtype = "bf16",
+        activation_dtype: Dtype = "bf16",
+        dispatch: DispatchKind = "per_node",
+    ) -> None:
+        self.model, self.cluster, self.spec, self.weight_dtype = model, cluster, spec, weight_dtype
+        self.micro_batches = spec.micro_batches(cluster.num_ranks)
+        self.tokens = spec.micro_batch * spec.sequence // (spec.tp * spec.cp)
+        group = expert_group(cluster, spec.ep)
+        work = Workload(
+            phase="prefill",
+            batch_per_rank=self.tokens,
+            context=spec.sequence,
+            weight_dtype=weight_dtype,
+            activation_dtype=activation_dtype,
+        )
+        step = StepModel(model, group, work, Technique(dispatch=dispatch, tp=spec.tp, cp=spec.cp), profile)
+        taken_WLE, self.dropped_WL = capacity(load_WLE, spec.capacity_factor, spec.overflow == "pad")
+        batches = [
+            step.batches(placement, load_LE, taken_LE)[0] for load_LE, taken_LE in zip(load_WLE, taken_WLE, strict=True)
+        ]
+        self.expert_s_WLR = np.stack([batch.expert_s_LR for batch in batches])
+        expert_s_WL = self.expert_s_WLR.max(2)
+        exchange_s_WL = np.stack([batch.exchange_s_L for batch in batches])
+        whole, fixed = step.step(placement, load_WLE.mean(0)), step.fixed
+        self.relative_error = whole.high_s / whole.total_s - 1
+        self.source = {**whole.source, "backward": "modelled from forward", "optimizer": "modelled from bytes moved"}
+        self.extrapolated = (*whole.extrapolated, "backward", "optimizer")
+
+        dense = DenseCosts(cluster.accelerator, weight_dtype if DTYPE_BYTES[weight_dtype] >= 1 else "bf16", profile)
+        hidden, rows = model.hidden_size, self.tokens * spec.tp
+        passes = dense.passes(self.tokens * hidden, PASSES).total
+        forward, backward = passes / 3, 2 * passes / 3
+        plain, kernel = fixed.layer_s - fixed.kernel_s, fixed.kernel_s
+        again = {"none": 0.0, "attention": kernel, "full": fixed.layer_s + forward}[spec.recompute]
+        attention = (plain + kernel + forward, _BACKWARD * plain + _BACKWARD_ATTENTION * kernel + backward + again)
+        full = spec.recompute == "full"
+        back = _BACKWARD + full
+        shared = fixed.shared_s
+        hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
+        self._moe_forward_WL = attention[0] + shared + expert_s_WL
+        self._moe_backward_WL = attention[1] + back * (shared + expert_s_WL) + (exchange_s_WL if full else 0.0)
+        self._exchange_WL = exchange_s_WL - hidden_s_WL
+        inter = model.dense_intermediate_size
+        block = dense.ffn(rows, hidden, inter / spec.tp, model.gated_ffn).total if inter else 0.0
+        # A dense layer permutes nothing and has no router.
+        routing = dense.passes(self.tokens * hidden, 2 * model.top_k).total
+        routing += dense.product(self.tokens, model.num_experts, hidden).total
+        self._dense = (attention[0] - routing + block, attention[1] - 2 * routing + back * block)
+        head = dense.product(rows, model.vocab_size / spec.tp, hidden).total
+        loss = dense.passes(rows * model.vocab_size / spec.tp, _HEAD_PASSES).total
+        self._head = (head + loss / 2, 2 * head + loss / 2)
+        self.links = CollectiveCosts(cluster, profile)
+        self._slots = int(np.bincount(placement.rank_of_slot_P).max())
+
+    # ------------------------------------------------------------------ layers and chunks
+
+    def chunks(self) -> list[Chunk]:
+        """``pp * virtual_stages`` chunks in order of the layers; chunk ``c pp + s`` is on stage ``s``.
+
+        Layers are cut where the slowest chunk is fastest; embedding and head count.
+
+        Raises:
+            InputError: more chunks than layers.
+        """
+        count, model, spec = self.spec.pp * self.spec.virtual_stages, self.model, self.spec
+        kinds = [layer in set(model.moe_layer_ids) for layer in range(model.num_layers)] + [True] * spec.mtp_layers
+        if count > len(kinds):
+            raise InputError(
+                f"training.pp x virtual_stages ({count}) exceeds the model's layers ({len(kinds)}); use fewer"
+            )
+        moe_number = np.cumsum(kinds) - 1
+        L = model.num_moe_layers
+        pieces = []
+        for layer, moe in enumerate(kinds):
+            windows = len(self._moe_forward_WL)
+            if moe:
+                l = min(int(moe_number[layer]), L - 1)  # a prediction layer is loaded as the last one
+                part = [self._moe_forward_WL[:, l], self._moe_backward_WL[:, l], self._exchange_WL[:, l]]
+            else:
+                part = [np.full(windows, self._dense[0]), np.full(windows, self._dense[1]), np.zeros(windows)]
+            if layer >= model.num_layers or layer == model.num_layers - 1:
+                part = [part[0] + self._head[0], part[1] + self._head[1], part[2]]
+            host = spec.host_per_layer
+            if host:  # a third of the launches are forward's
+                part = [part[0] + host / 3, part[1] + 2 * host / 3, part[2]]
+            pieces.append(np.stack(part))
+        whole = np.array([piece.sum(0).mean() for piece in pieces])
+        answer = []
+        for first, last in _cut(whole, count):
+            forward, backward, exchange = np.sum(pieces[first:last], axis=0)
+            answer.append(self._chunk(range(first, last), kinds, forward, backward, exchange))
+        return answer
+
+    def _chunk(
+        self, layers: range, kinds: list[bool], forward_W: Floats, backward_W: Floats, exchange_W: Floats
+    ) -> Chunk:
+        model, spec, ranks = self.model, self.spec, self.cluster.num_ranks
+        tables = model.vocab_size * model.hidden_size
+        ends = (layers[0] == 0) + (layers[-1] == len(kinds) - 1)
+        both = 1 if model.tie_word_embeddings else 2
+        per_layer = (model.non_expert_parameters - both * tables) / model.num_layers
+        dense = (per_layer * len(layers) + tables * ends) / spec.tp
+        expert = sum(kinds[layer] for layer in layers) * self._slots * float(model.expert_parameters)
+        groups = [
+            (dense, ranks // (spec.pp * spec.tp), spec.tp),
+            (expert, ranks // (spec.pp * spec.ep), spec.ep),
+        ]
+        width, grad = DTYPE_BYTES["bf16"], DTYPE_BYTES[spec.gradient_dtype]
+        sync = gather = own = moved = 0.0
+        for parameters, copies, stride in groups:
+            sync += self.links.seconds("reduce_scatter", copies, parameters * grad, stride).total
+            gather += self.links.seconds("all_gather", copies, parameters * width, stride).total
+            own += parameters / (copies if spec.zero else 1)
+            moved += parameters * grad * (copies > 1)
+        bandwidth = roofline.MEMORY_EFFICIENCY * self.cluster.accelerator.memory_bandwidth
+        kept = sum(activation_bytes(model, kinds[layer], spec.recompute) for layer in layers) * self.tokens
+        if layers[-1] == len(kinds) - 1:  # logits and their softmax in fp32
+            kept += self.tokens * spec.tp * model.vocab_size / spec.tp * 4
+        return Chunk(
+            layers=tuple(layers),
+            forward_s_W=forward_W,
+            backward_s_W=backward_W,
+            exchange_s_W=exchange_W,
+            sync_s=sync,
+            gather_s=gather,
+            optimizer_s=own * _ADAM_MOVED_BYTES / bandwidth,
+            sync_bytes=moved,
+            state_bytes=_state_bytes(spec, [(parameters, copies) for parameters, copies, _ in groups]),
+            activation_bytes=kept,
+        )
+
+    @property
+    def transfer_bytes(self) -> float:
+        """Activations of a micro-batch from one rank to the same rank of the next stage, in bf16."""
+        return self.tokens * self.model.hidden_size * DTYPE_BYTES["bf16"]
+
+    @property
+    def transfer_s(self) -> float:
+        """Seconds of that."""
+        stride = self.cluster.num_ranks // self.spec.pp
+        return self.links.seconds("p2p", 2, self.transfer_bytes, stride).total
+
+    def overlapped(self, chunk: Chunk) -> tuple[Floats, Floats, Floats]:
+        """(forward, backward, exchange left open) seconds of a chunk with its exchanges, by window.
+
+        Under ``1f1b`` the exchange of one direction runs beside the other direction's work of another micro-batch.
+        """
+        forward, backward, exchange = chunk.forward_s_W, chunk.backward_s_W, chunk.exchange_s_W
+        if self.spec.overlap != "1f1b":
+            return forward + exchange, backward + exchange, 2 * exchange
+        first, second = np.maximum(0.0, exchange - backward), np.maximum(0.0, exchange - forward)
+        return forward + first, backward + second, first + second
+
+
+def _cut(seconds: Floats, count: int) -> list[tuple[int, int]]:
+    """Cut layers into ``count`` consecutive runs, none empty, so that the longest takes least."""
+    n = len(seconds)
+    ends = np.concatenate([[0.0], np.cumsum(seconds)])
+    best = np.full((count + 1, n + 1), np.inf)
+    at = np.zeros((count + 1, n + 1), int)
+    best[0, 0] = 0.0
+    for k in range(1, count + 1):
+        for j in range(k, n + 1):
+            choices = np.maximum(best[k - 1, k - 1 : j], ends[j] - ends[k - 1 : j])
+            i = int(choices.argmin())
+            best[k, j], at[k, j] = choices[i], k - 1 + i
+    cuts, j = [], n
+    for k in range(count, 0, -1):
+        cuts.append((int(at[k, j]), j))
+        j = int(at[k, j])
+    return cuts[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,87 +358,39 @@ class TrainingCost:
     extrapolated: tuple[str, ...]
 
 
-def training_step(
-    model: ModelSpec,
-    cluster: ClusterSpec,
-    profile: HardwareProfile | None,
-    placement: Placement,
-    load_LE: Floats,
-    workload: Workload,
-    technique: Technique,
-    training: Training,
-) -> TrainingCost:
-    """One optimizer step of ``training.micro_batches`` micro batches of ``workload.batch_per_rank`` tokens.
-
-    ``cluster`` holds the ranks of one expert-parallel group, which is one stage of ``technique.pp``; the whole
-    job has ``pp * replicas`` such groups.
-
-    Raises:
-        InputError: a count below one, or more stages than layers.
-    """
-    for name in ("micro_batches", "virtual_stages", "replicas"):
-        if getattr(training, name) < 1:
-            raise InputError(f"training.{name} ({getattr(training, name)}) must be at least 1")
-    stages = technique.pp
-    if stages * training.virtual_stages > model.num_layers:
-        raise InputError(
-            f"technique.pp x training.virtual_stages ({stages * training.virtual_stages}) exceeds num_layers"
-            f" ({model.num_layers}); use fewer stages"
-        )
-    cost = StepModel(model, cluster, workload, technique, profile).step(placement, load_LE)
-    layers = len(cost.layer_s_L)
-    experts, exchange = float(cost.expert_s_LR.max(1).sum()), float(cost.exchange_s_L.sum())
-    attention, dense = cost.attention_s * layers, cost.shared_s * layers + cost.other_s
-    # What overlap saved in forward it saves in the same part of backward.
-    plain = attention + dense + exchange + experts
-    hidden = cost.total_s / plain
-    forward = cost.total_s / stages
-    backward = hidden * (_BACKWARD * (dense + experts) + _BACKWARD_ATTENTION * attention + exchange) / stages
-    if training.recompute == "full":
-        backward += forward
-    elif training.recompute == "attention":
-        backward += hidden * attention / stages
-    work = training.micro_batches * (forward + backward)
-    bubble = (stages - 1) / training.virtual_stages * (forward + backward)
-
-    ranks = cluster.num_ranks
-    links = CollectiveCosts(cluster, profile)
-    dense_parameters = model.non_expert_parameters / (stages * technique.tp)
-    expert_parameters = model.num_moe_layers * model.num_experts * model.expert_parameters / (stages * ranks)
-    dense_copies, expert_copies = max(1, ranks * training.replicas // technique.tp), training.replicas
-    sync = 0.0
-    width = DTYPE_BYTES["bf16"]
-    # Groups beyond this cluster's ranks meet over the same links; their ring differs by (n - 1) / n only.
-    for parameters, copies in ((dense_parameters, dense_copies), (expert_parameters, expert_copies)):
-        group = min(copies, ranks)
-        sync += links.seconds("reduce_scatter", group, parameters * training.gradient_bytes).total
-        sync += links.seconds("all_gather", group, parameters * width).total
-    if training.overlap_gradients:
+def training_step(costs: TrainingCosts) -> TrainingCost:
+    """A step in closed form, as if all stages were equal: what the simulated schedule comes to without differences."""
+    spec, chunks = costs.spec, costs.chunks()
+    forward = sum(float(costs.overlapped(chunk)[0].mean()) for chunk in chunks) / spec.pp
+    backward = sum(float(costs.overlapped(chunk)[1].mean()) for chunk in chunks) / spec.pp
+    bubble = (spec.pp - 1) / spec.virtual_stages * (forward + backward)
+    sync = sum(chunk.sync_s for chunk in chunks) / spec.pp
+    if spec.overlap_gradients:
         sync = max(0.0, sync - backward)
-    sharded = 1 if training.zero == 0 else None
-    own = dense_parameters / (sharded or dense_copies) + expert_parameters / (sharded or expert_copies)
-    bandwidth = roofline.MEMORY_EFFICIENCY * cluster.accelerator.memory_bandwidth
-    optimizer = own * _ADAM_MOVED_BYTES / bandwidth
-    state = _state_bytes(training, [(dense_parameters, dense_copies), (expert_parameters, expert_copies)])
+    gather = sum(chunk.gather_s for chunk in chunks) / spec.pp
+    if spec.overlap_parameters:
+        gather = max(0.0, gather - forward)
+    optimizer = sum(chunk.optimizer_s for chunk in chunks) / spec.pp
+    count = costs.micro_batches
     return TrainingCost(
-        total_s=work + bubble + sync + optimizer,
-        forward_s=training.micro_batches * forward,
-        backward_s=training.micro_batches * backward,
+        total_s=count * (forward + backward) + bubble + sync + gather + optimizer,
+        forward_s=count * forward,
+        backward_s=count * backward,
         bubble_s=bubble,
-        gradient_sync_s=sync,
+        gradient_sync_s=sync + gather,
         optimizer_s=optimizer,
-        state_bytes=state,
-        relative_error=cost.high_s / cost.total_s - 1,
-        source={**cost.source, "backward": "modelled from forward", "optimizer": "modelled from bytes moved"},
-        extrapolated=(*cost.extrapolated, "backward", "optimizer"),
+        state_bytes=max(sum(chunk.state_bytes for chunk in chunks[stage :: spec.pp]) for stage in range(spec.pp)),
+        relative_error=costs.relative_error,
+        source=costs.source,
+        extrapolated=costs.extrapolated,
     )
 
 
-def _state_bytes(training: Training, groups: list[tuple[float, int]]) -> float:
+def _state_bytes(spec: TrainingSpec, groups: list[tuple[float, int]]) -> float:
     """Weights, gradients and Adam state of a rank; ``groups``: parameters on it, and ranks that hold copies."""
     total = 0.0
     for parameters, copies in groups:
-        total += parameters * DTYPE_BYTES["bf16"] / (copies if training.zero >= 3 else 1)
-        total += parameters * training.gradient_bytes / (copies if training.zero >= 2 else 1)
-        total += parameters * _ADAM_STATE_BYTES / (copies if training.zero >= 1 else 1)
+        total += parameters * DTYPE_BYTES["bf16"] / (copies if spec.zero >= 3 else 1)
+        total += parameters * DTYPE_BYTES[spec.gradient_dtype] / (copies if spec.zero >= 2 else 1)
+        total += parameters * _ADAM_STATE_BYTES / (copies if spec.zero >= 1 else 1)
     return total

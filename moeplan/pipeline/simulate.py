@@ -19,11 +19,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from moeplan.artifacts.event_log import EventLog
-from moeplan.artifacts.simulation_result import Assumption, Headline, SimulationResult
+from moeplan.artifacts.simulation_result import Assumption, Headline, MemoryTrack, SimulationResult
 from moeplan.errors import InputError, MoeplanError, SpecError
 from moeplan.files import atomic_directory, canonical_json, sha256_bytes, sha256_file, write_text
 from moeplan.pipeline.executor import Executor, Failure, executor_for
 from moeplan.pipeline.serving import build_service
+from moeplan.pipeline.training import TRAINING_DIRECTIONS, simulate_training
 from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of
 from moeplan.simulation.service import simulate_service
 from moeplan.specs.scenario import Scenario
@@ -54,6 +55,7 @@ class _Answer:
     num_nodes: int
     assumptions: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
+    memory: tuple[MemoryTrack, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +94,8 @@ class Sweep:
 
 def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
     scenario = run.scenario
+    if scenario.training is not None:
+        return _trained(run, progress)
     with threadpool_limits(1):
         service = build_service(scenario, run.seed)
         served = simulate_service(
@@ -111,6 +115,21 @@ def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
     return _Answer(
         outcome_of(served, service.spec), served.log, service.model.name, service.cluster.name,
         sum(len(i.stats.busy_R) for i in served.instances), served.num_nodes, tuple(rows), tuple(notes),
+    )  # fmt: skip
+
+
+def _trained(run: _Run, progress: Progress) -> _Answer:
+    """A training run; nothing in it is drawn, so seeds do not differ."""
+    origin = {"seed": run.seed, "scenario_sha256": _digest(run.scenario), "moeplan": version("moeplan")}
+    with threadpool_limits(1):
+        found = simulate_training(run.scenario, origin, run.errors)
+    progress("simulate", 1.0)
+    result, cluster = found.result, found.cluster
+    counts = {"steps": float(len(result.steps_s)), "micro_batches": float(result.micro_batches)}
+    outcome = Outcome(found.headlines, counts, {}, None, None, sum(result.steps_s))
+    return _Answer(
+        outcome, result.log if run.keep_log else None, found.model.name, cluster.name, cluster.num_ranks,
+        cluster.num_nodes, found.assumptions, found.notes, found.memory,
     )  # fmt: skip
 
 
@@ -141,7 +160,7 @@ def _provenance(scenario: Scenario, seeds: int) -> dict[str, str]:
 def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Sequence[_Answer]) -> Simulated:
     first, low, high = answers[0], answers[-2], answers[-1]
     headlines: dict[str, Headline] = {}
-    for name, (unit, better) in DIRECTIONS.items():
+    for name, (unit, better) in (DIRECTIONS | TRAINING_DIRECTIONS).items():
         values = [a.outcome.headlines[name] for a in answers[:-2] if name in a.outcome.headlines]
         if len(values) < seeds:
             continue
@@ -154,9 +173,10 @@ def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Seque
             better="lower" if better == "lower" else "higher",
         )  # fmt: skip
     notes = list(first.notes)
-    if seeds == 1:
+    if seeds == 1 and scenario.training is None:
         notes.append("one seed: intervals hold the costs' residuals only")
     result = SimulationResult(
+        kind="serving" if scenario.training is None else "training",
         case=case,
         model=first.model,
         cluster=first.cluster,
@@ -169,6 +189,7 @@ def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Seque
         distributions=first.outcome.distributions,
         ranks=first.outcome.ranks,
         timeline=first.outcome.timeline,
+        memory=first.memory,
         assumptions=tuple(Assumption(name=n, value=v, source=s) for n, v, s in first.assumptions),
         notes=tuple(notes),
         provenance=_provenance(scenario, seeds),
@@ -297,7 +318,8 @@ def sweep(
             answers.setdefault(number, {})[position] = answer
         if len(answers.get(number, {})) == seeds + 2 and number not in failures:
             case, one = cases[number]
-            ordered = [answers[number][place] for place in sorted(answers.pop(number))]
+            runs_of_case = answers.pop(number)
+            ordered = [runs_of_case[place] for place in sorted(runs_of_case)]
             found = _joined(one, case, seeds, ordered)
             with atomic_directory(places[number]) as directory:
                 found.result.save(directory / "result.json")

@@ -55,8 +55,8 @@ class Outcome:
     headlines: dict[str, float]
     counts: dict[str, float]
     distributions: dict[str, tuple[float, ...]]
-    ranks: RankTimes
-    timeline: Timeline
+    ranks: RankTimes | None
+    timeline: Timeline | None
     end_s: float
 
 

@@ -15,6 +15,7 @@ from moeplan.specs.clusters import DEFAULT_CLUSTER, cluster_from_mapping, sized_
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
 from moeplan.specs.serving import ServingSpec
+from moeplan.specs.training import TrainingSpec
 from moeplan.specs.workload import Objective, Workload
 from moeplan.units import Bytes, Seconds
 
@@ -84,6 +85,9 @@ class Scenario(Spec):
     )
     out: Path | None = Field(None, description="directory that is written")
     serving: ServingSpec | None = Field(None, description="what moeplan simulate serves; current is the placement")
+    training: TrainingSpec | None = Field(
+        None, description="what moeplan simulate trains; current is the placement of one expert-parallel group"
+    )
     sweep: dict[str, tuple[Any, ...]] = Field(
         default_factory=dict,
         description="moeplan simulate: values of fields, by dotted name; every combination is one case",
@@ -105,6 +109,8 @@ class Scenario(Spec):
         for name in ("migration_size", "migration_time"):
             if getattr(self, name) is not None and self.current is None:
                 raise ValueError(f"{name} limits what is moved from current, which is not given; name the file")
+        if self.serving is not None and self.training is not None:
+            raise ValueError("serving and training are two jobs; give one of them")
         return self
 
     @classmethod

@@ -53,7 +53,8 @@ class TrainingSpec(Spec):
     mtp_layers: int = Field(0, ge=0, description="multi-token prediction: further MoE layers, each with a head")
     host_per_layer: Seconds = Field(
         "0 s",  # type: ignore[assignment]
-        description="the host takes to launch a layer's forward and backward of a micro-batch; below it kernels wait",
+        description="device idle in a layer's forward and backward of a micro-batch while the host launches kernels;"
+        " about 5 ms without CUDA graphs on x86 hosts",
     )
     steps: int = Field(1, gt=0, description="optimizer steps simulated, one after another")
 

@@ -10,7 +10,6 @@ import pytest
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import load_profile, shipped_profiles
 from moeplan.costs.step import StepModel, Technique, combine, step
-from moeplan.costs.training import Training, TrainingCost, training_step
 from moeplan.errors import InputError
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.models import find_model
@@ -120,29 +119,3 @@ def test_what_does_not_fit_is_named() -> None:
         StepModel(MODEL, cluster, WORK, Technique(tp=3))
     with pytest.raises(InputError, match="are not of one model and cluster"):
         StepModel(MODEL, cluster, WORK).step(placement(32, 256), skewed())
-
-
-def test_training_steps_grow_as_the_textbook_says() -> None:
-    cluster = cluster_for("h100", 2, 8)
-    plan, load = placement(16, 256), np.ones((L, E))
-    work = Workload(batch_per_rank=4096, weight_dtype="bf16", activation_dtype="bf16", context=4096)
-
-    def cost(**changes: object) -> TrainingCost:
-        technique = Technique(pp=int(changes.pop("pp", 1)))  # type: ignore[call-overload]
-        training = Training(**{"micro_batches": 8, **changes})  # type: ignore[arg-type]
-        return training_step(MODEL, cluster, None, plan, load, work, technique, training)
-
-    one, stages, chunks = cost(), cost(pp=4), cost(pp=4, virtual_stages=2)
-    assert one.bubble_s == 0
-    work_s = stages.forward_s + stages.backward_s
-    assert stages.bubble_s == pytest.approx(3 / 8 * work_s)
-    assert chunks.bubble_s == pytest.approx(stages.bubble_s / 2)
-    assert 1 < one.backward_s / one.forward_s < 2.5
-    again = cost(recompute="full")
-    assert again.backward_s == pytest.approx(one.backward_s + one.forward_s)
-    # bf16 weights, fp32 gradients, 12 bytes of Adam state per parameter on a rank without ZeRO
-    held = MODEL.non_expert_parameters + L * E * MODEL.expert_parameters / 16
-    assert cost(zero=0).state_bytes == pytest.approx(18 * held)
-    assert cost(zero=1, replicas=4).state_bytes < cost(zero=0).state_bytes
-    with pytest.raises(InputError, match=r"training.micro_batches \(0\) must be at least 1"):
-        cost(micro_batches=0)

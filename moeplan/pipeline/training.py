@@ -1,0 +1,145 @@
+"""From a scenario with a training section to a simulated step: everything looked up, checked, costed, played."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.simulation_result import MemoryTrack
+from moeplan.checks import Bundle, require, run_checks
+from moeplan.costs.training import TrainingCosts, expert_group
+from moeplan.errors import InfeasibleError, SpecError
+from moeplan.pipeline.exports import load_placement
+from moeplan.pipeline.inputs import profile_of, read_routing, windows_of
+from moeplan.simulation.training import TrainingResult
+from moeplan.simulation.training import simulate_training as play
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.scenario import Scenario
+
+__all__ = ["TRAINING_DIRECTIONS", "Trained", "simulate_training"]
+
+Floats = NDArray[np.float64]
+
+# headline -> (unit, which way is good)
+TRAINING_DIRECTIONS: dict[str, tuple[str, str]] = {
+    "step_s": ("s", "lower"),
+    "tokens_per_s": ("tokens/s", "higher"),
+    "tokens_per_s_per_gpu": ("tokens/s", "higher"),
+    "tflops_per_gpu": ("TFLOP/s", "higher"),
+    "mfu": ("1", "higher"),
+    "bubble_share": ("1", "lower"),
+    "exposed_exchange_share": ("1", "lower"),
+    "exposed_sync_share": ("1", "lower"),
+    "optimizer_share": ("1", "lower"),
+    "dropped_share": ("1", "lower"),
+    "peak_memory_bytes": ("bytes", "lower"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """A simulated training run with what it rests on; ``headlines`` by the names of TRAINING_DIRECTIONS."""
+
+    result: TrainingResult
+    model: ModelSpec
+    cluster: ClusterSpec
+    headlines: dict[str, float]
+    memory: tuple[MemoryTrack, ...]
+    assumptions: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+
+
+def simulate_training(scenario: Scenario, origin: Mapping[str, Any] | None = None, errors: int = 0) -> Trained:
+    """Play the training section of a scenario.
+
+    ``errors``: -1 or 1 takes every time at the low or the high end of its costs' interval.
+
+    Raises:
+        InputError: an input is wrong. InfeasibleError: it does not fit into memory.
+    """
+    spec = scenario.training
+    if spec is None:
+        raise SpecError("the scenario has no training section; add one, see docs/guides/training.md")
+    model, cluster = scenario.model_spec(), scenario.cluster_spec()
+    spec.micro_batches(cluster.num_ranks)  # degrees that do not divide are said before anything is read
+    group = expert_group(cluster, spec.ep)
+    notes: list[str] = []
+    if spec.experts == "balanced":
+        load_WLE = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)[None]
+    else:
+        routing = read_routing(scenario.recording, model, format=scenario.trace_format)
+        load = windows_of(routing, f"time:{spec.windows}" if spec.windows > 1 else "all")
+        notes += require(run_checks(Bundle(model=model, cluster=group, workload=scenario.workload, load=load)))
+        load_WLE = load.load_WLE
+    placement = _placement(scenario, model, group)
+    costs = TrainingCosts(
+        model,
+        cluster,
+        profile_of(scenario.profile, cluster.accelerator.name),
+        placement,
+        load_WLE,
+        spec,
+        scenario.workload.weight_dtype,
+        scenario.workload.activation_dtype,
+        scenario.objective.dispatch,
+    )
+    result = play(costs, origin)
+    for note in result.notes:
+        if note.startswith("does not fit"):
+            raise InfeasibleError(f"training {note}")
+    scale = (1 + costs.relative_error) ** errors
+    headlines = {
+        "step_s": result.step_s * scale,
+        "tokens_per_s": result.tokens_per_s / scale,
+        "tokens_per_s_per_gpu": result.tokens_per_s_per_rank / scale,
+        "tflops_per_gpu": result.tflops_per_rank / scale,
+        "mfu": result.mfu / scale,
+        "bubble_share": result.bubble_share,
+        "exposed_exchange_share": result.exposed_exchange_share,
+        "exposed_sync_share": result.exposed_sync_share,
+        "optimizer_share": result.optimizer_share,
+        "dropped_share": result.dropped_share,
+        "peak_memory_bytes": max(track.peak_bytes for track in result.memory),
+    }
+    memory = tuple(
+        MemoryTrack(
+            stage=track.stage,
+            limit_bytes=result.memory_bytes,
+            state_bytes=track.state_bytes,
+            time_s=tuple(track.time_s.tolist()),
+            activation_bytes=tuple(track.activation_bytes.tolist()),
+        )
+        for track in result.memory
+    )
+    assumptions = (
+        ("placement", str(scenario.current or "contiguous"), "given"),
+        ("expert load", f"{spec.experts}: {scenario.trace or 'every expert alike'}", "given"),
+        ("dispatch", scenario.objective.dispatch, "given"),
+        *((f"costs of {name}", "", source) for name, source in sorted(costs.source.items())),
+    )
+    notes += [f"extrapolated beyond measurements: {name}" for name in sorted(set(costs.extrapolated))]
+    return Trained(result, model, cluster, headlines, memory, assumptions, (*notes, *result.notes))
+
+
+def _placement(scenario: Scenario, model: ModelSpec, group: ClusterSpec) -> Placement:
+    """The placement in use on one expert-parallel group, or experts in order."""
+    if scenario.current is not None:
+        found = load_placement(scenario.current, model=model, num_ranks=group.num_ranks, num_nodes=group.num_nodes)
+        return found.placement
+    ranks = group.num_ranks
+    if model.num_experts % ranks:
+        raise SpecError(
+            f"training.ep ({ranks}) does not divide num_experts ({model.num_experts}); choose a divisor, or give"
+            " a placement with current"
+        )
+    slots = np.arange(model.num_experts, dtype=np.int32)
+    place = np.repeat(np.arange(ranks, dtype=np.int32), model.num_experts // ranks)
+    return Placement(
+        np.tile(slots, (model.num_moe_layers, 1)), place, model.num_experts, ranks, group.ranks_per_node
+    )

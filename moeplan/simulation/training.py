@@ -1,0 +1,220 @@
+"""Optimizer steps of a training job: the pipeline schedule played over the costs of each chunk and micro-batch.
+
+One rank stands for each pipeline stage (the others of its stage do the same): its operations follow the schedule,
+dispatch and combine open a part of them, gradients are reduced as the last backwards run, weights gathered as the
+first forwards do. Memory is followed from operation to operation.
+
+``p`` stages, ``v`` chunks per stage, ``m`` micro-batches, ``W`` windows of load: micro-batch ``i`` has window
+``i mod W``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.event_log import EventLog, EventRecorder
+from moeplan.costs.roofline import matmul_flops
+from moeplan.costs.training import TrainingCosts, model_flops_per_token
+from moeplan.simulation.schedule import Op, Timed, one_forward_one_backward, run_schedule
+
+__all__ = ["StageMemory", "TrainingResult", "simulate_training"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageMemory:
+    """Bytes on one rank of a stage: ``state_bytes`` always, and activations from each ``time_s`` on."""
+
+    stage: int
+    state_bytes: float
+    time_s: Floats
+    activation_bytes: Floats
+
+    @property
+    def peak_bytes(self) -> float:
+        """Most at any time."""
+        return self.state_bytes + float(self.activation_bytes.max(initial=0.0))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingResult:
+    """What a step of training takes; shares are of the mean step.
+
+    ``bubble_share``: idle time of stages that wait for each other; ``exposed_exchange_share``: dispatch and combine
+    that nothing hides; ``exposed_sync_share``: gradients and weights that nothing hides. ``low_s`` and ``high_s``
+    bound ``step_s`` by the cost model's residuals.
+    """
+
+    step_s: float
+    low_s: float
+    high_s: float
+    steps_s: tuple[float, ...]
+    micro_batches: int
+    tokens_per_s: float
+    tokens_per_s_per_rank: float
+    tflops_per_rank: float
+    mfu: float
+    bubble_share: float
+    exposed_exchange_share: float
+    exposed_sync_share: float
+    optimizer_share: float
+    dropped_share: float
+    memory: tuple[StageMemory, ...]
+    memory_bytes: float
+    log: EventLog
+    source: Mapping[str, str]
+    extrapolated: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class _Play:
+    """One step after another."""
+
+    def __init__(self, costs: TrainingCosts) -> None:
+        self.costs, self.spec = costs, costs.spec
+        self.chunks = costs.chunks()
+        p = self.p = self.spec.pp
+        self.times = [costs.overlapped(chunk) for chunk in self.chunks]
+        self.windows = len(self.times[0][0])
+        self.orders = one_forward_one_backward(p, costs.micro_batches, self.spec.virtual_stages)
+        self.recorder = EventRecorder()
+        self.per_stage = costs.cluster.num_ranks // p
+
+    def chunk(self, stage: int, op: Op) -> int:
+        """Virtual stage of an operation."""
+        return op.chunk * self.p + stage
+
+    def step(self, number: int, start_s: float) -> tuple[float, list[Timed], dict[str, float]]:
+        """Play a step; its seconds, operations, and seconds per stage spent on each kind, summed over stages."""
+        costs, spec, p = self.costs, self.spec, self.p
+        first = number * costs.micro_batches
+
+        def seconds(stage: int, op: Op) -> float:
+            window = (first + op.micro_batch) % self.windows
+            return float(self.times[self.chunk(stage, op)][op.kind == "backward"][window])
+
+        timed = run_schedule(self.orders, seconds, lambda _s, _op: costs.transfer_s, spec.virtual_stages)
+        spent = {"work": sum(t.end_s - t.start_s for t in timed), "exchange": 0.0, "sync": 0.0, "optimizer": 0.0}
+        ends = []
+        tokens = costs.tokens
+        for t in timed:
+            rank, chunk = t.stage * self.per_stage, self.chunk(t.stage, t.op)
+            begin, length = start_s + t.start_s, t.end_s - t.start_s
+            self.recorder.add(t.op.kind, begin, length, rank=rank, step=number, request=t.op.micro_batch, amount=tokens)
+            window = (first + t.op.micro_batch) % self.windows
+            spent["exchange"] += float(self.times[chunk][2][window]) / 2
+            onward = chunk < len(self.chunks) - 1 if t.op.kind == "forward" else chunk > 0
+            if onward:
+                self.recorder.add(
+                    "transfer", start_s + t.end_s, costs.transfer_s, rank=rank, step=number,
+                    request=t.op.micro_batch, amount=costs.transfer_bytes,
+                )  # fmt: skip
+        for stage in range(p):
+            mine = [t for t in timed if t.stage == stage]
+            ends.append(self._close(number, start_s, stage, mine, spent))
+        total = max(ends)
+        self.recorder.add(
+            "step", start_s, total, step=number, amount=float(spec.global_batch * spec.sequence)
+        )
+        return total, timed, spent
+
+    def _close(self, number: int, start_s: float, stage: int, mine: list[Timed], spent: dict[str, float]) -> float:
+        """Gradients, optimizer and weights of one stage; when it is done."""
+        spec, rank = self.spec, stage * self.per_stage
+        done, link_free = mine[-1].end_s, 0.0
+        for place in range(spec.virtual_stages - 1, -1, -1):
+            chunk = self.chunks[place * self.p + stage]
+            last = [t for t in mine if t.op.chunk == place and t.op.kind == "backward"][-1]
+            # Buckets are full from the first layer of the last backward on; reduction ends after that.
+            ready = last.start_s if spec.overlap_gradients else done
+            begin = max(link_free, ready)
+            link_free = max(begin + chunk.sync_s, last.end_s if chunk.sync_s else 0.0)
+            if chunk.sync_s:
+                self.recorder.add(
+                    "gradient_sync", start_s + begin, chunk.sync_s, rank=rank, step=number, amount=chunk.sync_bytes
+                )
+        mine_chunks = self.chunks[stage :: self.p]
+        reduced = max(done, link_free)
+        update = sum(chunk.optimizer_s for chunk in mine_chunks)
+        self.recorder.add("optimizer", start_s + reduced, update, rank=rank, step=number)
+        gather = sum(chunk.gather_s for chunk in mine_chunks)
+        if spec.overlap_parameters:  # beside the next step's first forwards, and the fill of the pipeline
+            ahead = next(t for t in mine if t.op.kind == "forward").start_s
+            gather = max(0.0, gather - ahead - sum(float(times[0].mean()) for times in self.times[stage :: self.p]))
+        spent["sync"] += reduced - done + gather
+        spent["optimizer"] += update
+        return reduced + update + gather
+
+    def memory(self, timed: list[Timed]) -> tuple[StageMemory, ...]:
+        """Activations kept from each forward's start to its backward's end."""
+        answer = []
+        for stage in range(self.p):
+            changes: list[tuple[float, int, float]] = []
+            for t in timed:
+                if t.stage == stage:
+                    size = self.chunks[self.chunk(stage, t.op)].activation_bytes
+                    forward = t.op.kind == "forward"
+                    changes.append((t.start_s, 1, size) if forward else (t.end_s, 0, -size))
+            changes.sort()
+            held = np.cumsum([change[2] for change in changes])
+            state = sum(chunk.state_bytes for chunk in self.chunks[stage :: self.p])
+            answer.append(StageMemory(stage, state, np.array([change[0] for change in changes]), held))
+        return tuple(answer)
+
+
+def simulate_training(costs: TrainingCosts, origin: Mapping[str, Any] | None = None) -> TrainingResult:
+    """Play ``costs.spec.steps`` optimizer steps."""
+    play, spec, cluster = _Play(costs), costs.spec, costs.cluster
+    now, steps, totals = 0.0, [], dict.fromkeys(("work", "exchange", "sync", "optimizer"), 0.0)
+    timed: list[Timed] = []
+    for number in range(spec.steps):
+        seconds, timed, spent = play.step(number, now)
+        steps.append(seconds)
+        now += seconds
+        for name, value in spent.items():
+            totals[name] += value
+    step_s = now / spec.steps
+    tokens_per_s = spec.global_batch * spec.sequence / step_s
+    per_rank = tokens_per_s / cluster.num_ranks
+    flops = per_rank * model_flops_per_token(costs.model, spec.sequence, spec.mtp_layers)
+    whole = now * spec.pp
+    idle = whole - totals["work"] - totals["sync"] - totals["optimizer"]
+    memory = play.memory(timed)
+    peak = max(memory, key=lambda m: m.peak_bytes)
+    limit = min(cluster.rank_memory_bytes(r) for r in range(cluster.num_ranks) if not cluster.rank(r).failed)
+    notes = []
+    if peak.peak_bytes > limit:
+        notes.append(
+            f"does not fit: stage {peak.stage} needs {peak.peak_bytes / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB;"
+            " recompute, use more stages or expert-parallel ranks, or a higher ZeRO stage"
+        )
+    error = costs.relative_error
+    ranks = {"ranks": "one for each pipeline stage", "fidelity": "schedule"}
+    return TrainingResult(
+        step_s=step_s,
+        low_s=step_s / (1 + error),
+        high_s=step_s * (1 + error),
+        steps_s=tuple(steps),
+        micro_batches=costs.micro_batches,
+        tokens_per_s=tokens_per_s,
+        tokens_per_s_per_rank=per_rank,
+        tflops_per_rank=flops / 1e12,
+        mfu=flops / matmul_flops(cluster.accelerator, costs.weight_dtype),
+        bubble_share=idle / whole,
+        exposed_exchange_share=totals["exchange"] / whole,
+        exposed_sync_share=totals["sync"] / whole,
+        optimizer_share=totals["optimizer"] / whole,
+        dropped_share=float(costs.dropped_WL.mean()),
+        memory=memory,
+        memory_bytes=limit,
+        log=play.recorder.build("simulated", cluster.num_ranks, cluster.num_nodes, {**ranks, **(origin or {})}),
+        source=costs.source,
+        extrapolated=costs.extrapolated,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,204 @@
+"""Training steps: textbook bubbles, brute-force sums in tiny cases, conservation, and what each technique must do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.training import (
+    TrainingCosts,
+    activation_bytes,
+    capacity,
+    expert_group,
+    model_flops_per_token,
+    training_step,
+)
+from moeplan.errors import InputError, SpecError
+from moeplan.simulation.training import TrainingResult, simulate_training
+from moeplan.specs.clusters import cluster_for
+from moeplan.specs.models import find_model
+from moeplan.specs.training import TrainingSpec
+
+MIXTRAL = find_model("mixtral-8x7b")  # 32 equal MoE layers, 8 experts
+
+
+def _costs(load: np.ndarray | None = None, nodes: int = 4, model: Any = MIXTRAL, **fields: Any) -> TrainingCosts:
+    spec = TrainingSpec.parse({"global_batch": 64, "ep": 8, **fields}, "training")
+    L, E = model.num_moe_layers, model.num_experts
+    group = expert_group(cluster_for("h100", nodes, 8), spec.ep)
+    placement = Placement(
+        np.tile(np.arange(E, dtype=np.int32), (L, 1)),
+        np.repeat(np.arange(spec.ep, dtype=np.int32), E // spec.ep),
+        E,
+        spec.ep,
+        group.ranks_per_node,
+    )
+    load = np.ones((1, L, E)) if load is None else load
+    return TrainingCosts(model, cluster_for("h100", nodes, 8), None, placement, load, spec)
+
+
+def _run(**fields: Any) -> TrainingResult:
+    return simulate_training(_costs(**fields))
+
+
+def test_the_simulated_step_is_the_closed_form_where_stages_are_equal() -> None:
+    # Without embedding and head the stages are equal but for their gradients; take those away too.
+    model = MIXTRAL.model_copy(update={"vocab_size": 1})
+    for fields in ({"pp": 1}, {"pp": 4}, {"pp": 4, "virtual_stages": 2}, {"pp": 2, "overlap": "1f1b"}):
+        costs = _costs(model=model, **fields)
+        found, closed = simulate_training(costs), training_step(costs)
+        send = 2 * (costs.spec.pp - 1) * costs.transfer_s * costs.spec.virtual_stages
+        assert found.step_s == pytest.approx(closed.total_s, rel=1e-6, abs=3 * send)
+        work = closed.forward_s + closed.backward_s
+        assert closed.bubble_s / work == pytest.approx(
+            (costs.spec.pp - 1) / (costs.spec.virtual_stages * costs.micro_batches)
+        )
+
+
+def test_one_stage_is_the_sum_of_its_layers() -> None:
+    costs = _costs(pp=1, nodes=1, global_batch=16, zero=0)
+    (chunk,) = costs.chunks()
+    assert chunk.layers == tuple(range(32))
+    by_hand = 2 * (chunk.forward_s_W + chunk.backward_s_W + 2 * chunk.exchange_s_W)[0]
+    found = simulate_training(costs)
+    # Copies of dense parts only: their reduction hides behind the last backward.
+    assert chunk.sync_s < chunk.backward_s_W[0]
+    assert found.step_s == pytest.approx(by_hand + chunk.optimizer_s + max(0.0, chunk.gather_s - (chunk.forward_s_W + chunk.exchange_s_W)[0]))
+    assert found.bubble_share == pytest.approx(0.0, abs=1e-12)
+    assert found.exposed_exchange_share == pytest.approx(4 * chunk.exchange_s_W[0] / found.step_s)
+
+
+def test_shares_and_tokens_add_up() -> None:
+    found = _run(pp=4, virtual_stages=2)
+    log = found.log
+    tokens = 64 * 4096
+    assert found.tokens_per_s * found.step_s == pytest.approx(tokens)
+    assert log.amount_V[log.of_kind("step")].sum() == tokens
+    # Each token goes through every chunk once: 8 chunks; a stage's rank works on its 1/8 of the group's micro-batch.
+    for kind in ("forward", "backward"):
+        assert log.amount_V[log.of_kind(kind)].sum() * 8 == tokens * 8
+    work = log.duration_s_V[log.of_kind("forward", "backward", "optimizer")].sum()
+    idle = found.bubble_share + found.exposed_sync_share
+    assert work / (4 * found.step_s) + idle == pytest.approx(1.0)
+    sent = log.amount_V[log.of_kind("transfer")]
+    assert len(sent) == 2 * 8 * (8 - 1)  # forward and backward, 8 micro-batches, 7 borders between 8 chunks
+    assert set(sent.tolist()) == {4096 * 4096 * 2.0}
+
+
+def test_recompute_costs_a_forward_and_frees_activations() -> None:
+    plain, again = _costs(pp=1), _costs(pp=1, recompute="full")
+    first, second = plain.chunks()[0], again.chunks()[0]
+    head = plain._head[0]
+    more = second.backward_s_W[0] - first.backward_s_W[0]
+    assert more == pytest.approx(first.forward_s_W[0] - head + first.exchange_s_W[0], rel=1e-9)
+    assert second.activation_bytes < 0.2 * first.activation_bytes
+    assert activation_bytes(MIXTRAL, True, "attention") < activation_bytes(MIXTRAL, True, "none")
+
+
+def test_memory_follows_the_schedule() -> None:
+    costs = _costs(pp=4)
+    found, chunks = simulate_training(costs), costs.chunks()
+    for track in found.memory:
+        kept = (4 - track.stage) * chunks[track.stage].activation_bytes  # as many as stages lie ahead, and one
+        assert track.activation_bytes.max() == pytest.approx(kept)
+        assert track.activation_bytes[-1] == pytest.approx(0.0, abs=1.0)
+    assert found.memory[0].peak_bytes > found.memory[3].state_bytes
+
+
+def test_zero_shards_what_it_says() -> None:
+    # Weights bf16, gradients fp32, 12 bytes of Adam: 18 per parameter without ZeRO.
+    states = [_costs(pp=1, zero=zero).chunks()[0].state_bytes for zero in (0, 1, 2, 3)]
+    experts = MIXTRAL.num_moe_layers * MIXTRAL.expert_parameters  # one expert per rank and layer
+    dense = MIXTRAL.non_expert_parameters
+    groups = ((dense, 32), (experts, 4))
+    for zero, state in enumerate(states):
+        by_hand = sum(
+            n * (2 / (c if zero > 2 else 1) + 4 / (c if zero > 1 else 1) + 12 / (c if zero > 0 else 1))
+            for n, c in groups
+        )
+        assert state == pytest.approx(by_hand)
+
+
+def test_gradients_hide_behind_the_last_backward_or_do_not() -> None:
+    hidden, open_ = _run(pp=1), _run(pp=1, overlap_gradients=False, overlap_parameters=False)
+    chunk = _costs(pp=1).chunks()[0]
+    assert open_.step_s - hidden.step_s == pytest.approx(
+        chunk.sync_s + chunk.gather_s - hidden.exposed_sync_share * hidden.step_s
+    )
+
+
+def test_overlap_hides_exchange_and_never_more_than_it() -> None:
+    none, both, shared = (_run(nodes=1, global_batch=16, overlap=how) for how in ("none", "1f1b", "shared_expert"))
+    assert both.step_s < none.step_s
+    assert shared.step_s == pytest.approx(none.step_s)  # mixtral has no shared expert to hide behind
+    assert none.step_s - both.step_s == pytest.approx(
+        none.exposed_exchange_share * none.step_s - both.exposed_exchange_share * both.step_s
+    )
+
+
+def test_stragglers_and_capacity() -> None:
+    skewed = np.ones((1, 32, 8))
+    skewed[:, :, 0] = 4.0
+    even, dropless = _run(pp=1), _run(pp=1, load=skewed)
+    assert dropless.step_s > even.step_s
+    dropping = _run(pp=1, load=skewed, capacity_factor=1.0)
+    assert dropping.dropped_share == pytest.approx((4 - 11 / 8) / 11)
+    assert dropping.step_s < dropless.step_s
+    padded = _run(pp=1, load=skewed, capacity_factor=1.0, overflow="pad")
+    assert padded.step_s == pytest.approx(even.step_s, rel=1e-6)
+    taken, dropped = capacity(skewed, 1.5, pad=False)
+    kept = (skewed * taken).sum(2) / skewed.sum(2)
+    np.testing.assert_allclose(kept + dropped, 1.0)
+    assert (skewed * taken).max() == pytest.approx(1.5 * skewed.mean(2).max())
+
+
+def test_micro_batches_take_their_windows_in_turn() -> None:
+    quiet, busy = np.ones((32, 8)), np.ones((32, 8))
+    busy[:, 0] = 4.0
+    job = {"nodes": 1, "global_batch": 16, "overlap_parameters": False}
+    mixed = _run(load=np.stack([quiet, busy]), **job)
+    ends = [_run(load=one[None], **job).step_s for one in (quiet, busy)]
+    assert mixed.step_s == pytest.approx(sum(ends) / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "mtp", "published"),
+    # tokens and TFLOP per second and GPU as published: Megatron-Bridge, performance summary
+    [("deepseek-v3", 1, 1199 / 4612), ("deepseek-v3", 0, 961 / 3848), ("qwen3-235b-a22b", 0, 974 / 6583)],
+)
+def test_operations_per_token_are_those_that_megatron_counts(name: str, mtp: int, published: float) -> None:
+    assert model_flops_per_token(find_model(name), 4096, mtp) / 1e12 == pytest.approx(published, rel=0.01)
+
+
+def test_layers_are_cut_evenly_by_time() -> None:
+    layers = [len(chunk.layers) for chunk in _costs(pp=4, virtual_stages=4).chunks()]
+    assert sum(layers) == 32
+    assert layers[:-1] == [2] * 15 or min(layers) >= 1
+    with pytest.raises(InputError, match=r"\(40\) exceeds the model's layers \(32\)"):
+        _costs(pp=8, nodes=8, virtual_stages=5).chunks()
+
+
+def test_the_same_run_twice_gives_the_same_log() -> None:
+    first, second = _run(pp=2, steps=2), _run(pp=2, steps=2)
+    for name in ("start_s_V", "duration_s_V", "kind_V", "rank_V"):
+        np.testing.assert_array_equal(getattr(first.log, name), getattr(second.log, name))
+    assert len(first.steps_s) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"global_batch": 30}, r"global_batch \(30\) is not a multiple .* the next one is 32"),
+        ({"pp": 3}, r"pp x tp x cp \(3\) does not divide ranks \(32\)"),
+        ({"pp": 4, "virtual_stages": 2, "global_batch": 40}, r"micro-batches by pp \(4\), but there are 5"),
+        ({"virtual_stages": 2}, r"virtual_stages \(2\) needs pp above 1"),
+        ({"tp": 3}, r"ep \(8\) is not a multiple of tp \(3\)"),
+        ({"ep": 2, "tp": 2, "sequence": 4095}, r"sequence \(4095\) does not divide over cp x tp \(2\)"),
+    ],
+)
+def test_impossible_degrees_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        _costs(**fields)
