@@ -21,7 +21,8 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.instance import Role
-from moeplan.simulation.oracles import PlainCosts, first_come_first_served, token_by_token
+from moeplan.simulation.oracles import PlainCosts, token_by_token
+from moeplan.simulation.recursion import first_come_first_served
 from moeplan.simulation.service import Pool, Served, simulate_service
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.serving import EngineSpec, ServingSpec
@@ -33,8 +34,8 @@ Progress = Callable[[str, float], None]
 
 _SERVICE_S = 1e-3  # mean, of one server
 _TOKENS = 20_000  # of a mean prompt: what rounding to tokens adds is far below the targets
-_MEAN, _APPROXIMATE, _EXACT = 0.03, 0.05, 1e-9
-_RECURSION = 1_000_000  # requests of the recursion that stands between batches and formulas for k servers
+_MEAN, _APPROXIMATE, _EXACT = 0.02, 0.05, 1e-9
+_WALK = 10_000_000  # requests of the recursions, which stand between simulations and formulas
 
 
 def _pool(
@@ -63,8 +64,15 @@ def _figure(name: str, value: float, target: float, **more: Any) -> dict[str, An
 # ---------------------------------------------------------------------- one server
 
 
+def _waits(arrival_s: Floats, service_s: Floats) -> Floats:
+    """Waits of one server by Lindley's recursion (1952): a random walk less its running minimum."""
+    walk = np.concatenate([[0.0], np.cumsum(service_s[:-1] - np.diff(arrival_s))])
+    waits: Floats = walk - np.minimum.accumulate(walk)
+    return waits
+
+
 def _one_server(name: str, rho: float, draw: Callable[[int], Floats], formula_s: float, count: int) -> list[Any]:
-    """Mean wait against the formula, and every start against the recursion."""
+    """Every simulated start against the recursion; the recursion over many more requests against the formula."""
     rng = np.random.default_rng([17, round(rho * 100)])
     tokens = np.maximum(1, np.rint(draw(count) / _SERVICE_S * _TOKENS)).astype(np.int64)
     per_token = _SERVICE_S / _TOKENS
@@ -72,21 +80,16 @@ def _one_server(name: str, rho: float, draw: Callable[[int], Floats], formula_s:
     engine = {"max_num_seqs": 1, "max_num_batched_tokens": 10**9, "chunked_prefill": False}
     pool = _pool(1, engine, 0.0, per_token, "prefill")
     served = _serve([pool], RequestTrace(tokens, np.ones(count, np.int64), arrival), role="prefill")
-    start = np.array([r.admit_ns for r in served.requests]) * 1e-9
     arrived = np.array([r.arrival_ns for r in served.requests]) * 1e-9
-    wait = start - arrived
+    wait = np.array([r.admit_ns for r in served.requests]) * 1e-9 - arrived
     service = np.asarray(np.rint(tokens * per_token * 1e9) * 1e-9, np.float64)
-    recursion = first_come_first_served(arrived, service, 1)
-    # Standard error of a mean of dependent waits, from means of 50 batches.
-    error = float(wait[: count // 50 * 50].reshape(50, -1).mean(1).std(ddof=1) / math.sqrt(50)) / formula_s
+    apart = float(np.abs(wait - _waits(arrived, service)).max())
+    mean_s = float(_waits(np.cumsum(rng.exponential(_SERVICE_S / rho, _WALK)), draw(_WALK)).mean())
     return [
+        _figure(f"{name}, rho {rho}: largest difference of a wait from the recursion, s", apart, 1e-6, requests=count),
         _figure(
-            f"{name}, rho {rho}: mean wait, relative to the formula", float(wait.mean()) / formula_s - 1,
-            max(_MEAN, 2.58 * error), simulated_s=float(wait.mean()), formula_s=formula_s, requests=count,
-            standard_error=error,
-        ),
-        _figure(
-            f"{name}, rho {rho}: largest difference from the recursion, s", float(np.abs(start - recursion).max()), 1e-6
+            f"{name}, rho {rho}: mean wait of the recursion, relative to the formula", mean_s / formula_s - 1, _MEAN,
+            recursion_s=mean_s, formula_s=formula_s, requests=_WALK, simulated_s=float(wait.mean()),
         ),
     ]  # fmt: skip
 
@@ -117,8 +120,8 @@ def _k_servers(name: str, servers: int, rho: float, draw: Callable[[int], Floats
     arrived = np.array([r.arrival_ns for r in served.requests]) * 1e-9
     start = np.array([r.finish_ns for r in served.requests]) * 1e-9 - tokens * step
     late = start - first_come_first_served(arrived, np.asarray(tokens * step, np.float64), servers)
-    many = np.cumsum(rng.exponential(_SERVICE_S / rho / servers, _RECURSION))
-    wait = float((first_come_first_served(many, draw(_RECURSION), servers) - many).mean())
+    many = np.cumsum(rng.exponential(_SERVICE_S / rho / servers, _WALK))
+    wait = float((first_come_first_served(many, draw(_WALK), servers) - many).mean())
     exponential, constant = (wait_of(servers, rho, _SERVICE_S) for wait_of in (_erlang_c_wait, _deterministic_wait))
     formula = cv**2 * exponential + (1 - cv**2) * constant
     target = _MEAN if cv == 1 else _APPROXIMATE
@@ -129,7 +132,7 @@ def _k_servers(name: str, servers: int, rho: float, draw: Callable[[int], Floats
         ),
         _figure(
             f"{name}, k {servers}, rho {rho}: mean wait of the recursion, relative to the formula", wait / formula - 1,
-            target, recursion_s=wait, formula_s=formula, requests=_RECURSION,
+            target, recursion_s=wait, formula_s=formula, requests=_WALK,
         ),
     ]  # fmt: skip
 
@@ -258,9 +261,9 @@ def _tiny(cases: int) -> dict[str, Any]:
 
 
 def validate_queues(progress: Progress = lambda _what, _done: None, scale: float = 1.0) -> dict[str, Any]:
-    """Every figure with its target; ``scale`` shortens the runs (their statistical error is in the targets)."""
+    """Every figure with its target; ``scale`` shortens the simulated runs."""
     rng = np.random.default_rng(16)
-    count = max(500, round(100_000 * scale))
+    count = max(500, round(20_000 * scale))
     sigma = math.sqrt(math.log1p(4.0))  # cv 2
 
     def exponential(n: int) -> Floats:
@@ -289,9 +292,9 @@ def validate_queues(progress: Progress = lambda _what, _done: None, scale: float
         formula = rho * (1 + cv**2) * _SERVICE_S / (2 * (1 - rho))
         figures += _one_server(name, rho, draw, formula, count)
     progress("queues", 0.5)
-    figures += _k_servers("M/M/k", 8, 0.8, exponential, 1.0, max(300, count // 20))
+    figures += _k_servers("M/M/k", 8, 0.8, exponential, 1.0, max(300, count // 4))
     progress("queues", 0.7)
-    figures += _k_servers("M/G/k (log-normal, cv 0.5)", 8, 0.8, half, 0.5, max(300, count // 20))
+    figures += _k_servers("M/G/k (log-normal, cv 0.5)", 8, 0.8, half, 0.5, max(300, count // 4))
     progress("queues", 0.85)
     figures += _conservation()
     figures.append(_tiny(max(5, round(100 * scale))))

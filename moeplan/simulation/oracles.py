@@ -1,14 +1,11 @@
-"""What the engine is held against: the same rules without its short cuts, and servers without an engine.
-
-:func:`token_by_token` walks every sequence in every step; :func:`first_come_first_served` is the recursion of Kiefer
-and Wolfowitz (1955) for ``k`` servers and one queue; :class:`PlainCosts` makes steps whose seconds are known.
+"""What the engine is held against: :func:`token_by_token` keeps the same rules without its short cuts, walking every
+sequence in every step; :class:`PlainCosts` makes steps whose seconds are known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +15,7 @@ from moeplan.costs.serving import Batch, StepSeconds
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.serving import EngineSpec
 
-__all__ = ["PlainCosts", "first_come_first_served", "token_by_token"]
+__all__ = ["PlainCosts", "token_by_token"]
 
 Floats = NDArray[np.float64]
 
@@ -43,17 +40,6 @@ class PlainCosts:
 
     def forget(self, placement: Placement) -> None:
         """Nothing to forget."""
-
-
-def first_come_first_served(arrival_s: Floats, service_s: Floats, servers: int) -> Floats:
-    """Start of service of each request, in order of arrival."""
-    free = [0.0] * servers
-    start = np.empty(len(arrival_s))
-    for q, (at, takes) in enumerate(zip(arrival_s.tolist(), service_s.tolist(), strict=True)):
-        begin = max(at, heappop(free))
-        start[q] = begin
-        heappush(free, begin + takes)
-    return start
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ import pytest
 from service_pools import plain_pool, serve
 
 from moeplan.artifacts.request_trace import RequestTrace
-from moeplan.simulation.oracles import PlainCosts, first_come_first_served, token_by_token
+from moeplan.simulation.oracles import PlainCosts, token_by_token
+from moeplan.simulation.recursion import first_come_first_served
 
 
 @pytest.mark.parametrize("seed", range(25))
