@@ -43,6 +43,7 @@ def _seconds(_context: click.Context, option: click.Parameter, value: str | None
 @click.option("--length", type=int, default=128, show_default=True, metavar="N", help="Bytes per sequence.")
 @click.option("--lr", type=float, default=3e-3, show_default=True, help="Learning rate of AdamW.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights and batches.")
+@click.option("--text", type=_PATH, help="File or folder to train on. [Python's standard library]")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of weights.")
 @click.option("--zero", is_flag=True, help="ZeRO-1: split optimizer state over ranks with the same weights.")
 @click.option("--dispatch", type=click.Choice(["per_expert", "per_rank", "per_node", "allgather"]),
@@ -70,7 +71,7 @@ def _seconds(_context: click.Context, option: click.Parameter, value: str | None
 def live(as_json: bool, quiet: bool, no_reference: bool, **options: Any) -> None:
     """Train a small MoE model on real ranks; apply a plan on the way.
 
-    The text is the standard library of the running Python. With --apply-at the same run without the move is done
+    With --apply-at the same run without the move is done
     too, and both loss curves are shown.
 
     \b

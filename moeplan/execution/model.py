@@ -20,7 +20,8 @@ from moeplan.execution.dispatch import make_dispatcher
 from moeplan.execution.experts import initial_row
 from moeplan.execution.groups import Mesh
 from moeplan.execution.layer import ExpertLayer, MoELayer, SharedExpert
-from moeplan.execution.router import Router, RouterOptions
+from moeplan.execution.options import RouterOptions
+from moeplan.execution.router import Router
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import DispatchKind, ReplicaSplit
 

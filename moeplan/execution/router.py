@@ -8,46 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from moeplan.errors import SpecError
 from moeplan.execution.groups import Axis
+from moeplan.execution.options import RouterOptions
 
 __all__ = ["DROPPED", "Router", "RouterOptions", "Routing"]
 
 DROPPED = -1
-
-
-@dataclass(frozen=True, slots=True)
-class RouterOptions:
-    """How experts are chosen.
-
-    - ``score``: ``softmax`` over all experts, or ``sigmoid`` of each (DeepSeek-V3, arXiv 2412.19437).
-    - ``normalize``: weights of a token's choices sum to 1; then times ``scale``.
-    - ``n_group``, ``topk_group``: only experts of the best groups serve a token; a group is judged by the sum of its
-      best ``group_top`` scores (1: DeepSeek-V2, 2: DeepSeek-V3).
-    - ``capacity_factor``: an expert takes at most ``ceil(factor * T * K / E)`` of a rank's tokens, the rest are
-      dropped, last come (``position``) or least liked (``score``) first. None: dropless.
-    - ``aux_loss``: coefficient of the Switch Transformer's balance loss (arXiv 2101.03961, eq. 4-6).
-    - ``bias_rate``: step of the loss-free balancing bias (arXiv 2408.15664), see :meth:`Router.update_bias`.
-    - ``expert_choice``: experts choose their ``ceil(factor * T * K / E)`` best tokens (arXiv 2202.09368).
-    """
-
-    top_k: int = 2
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    normalize: bool = True
-    scale: float = 1.0
-    n_group: int = 1
-    topk_group: int = 1
-    group_top: int = 1
-    capacity_factor: float | None = None
-    drop: Literal["position", "score"] = "score"
-    aux_loss: float = 0.0
-    bias_rate: float = 0.0
-    expert_choice: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

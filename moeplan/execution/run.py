@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.plan import Plan
 from moeplan.errors import InputError, SpecError
 from moeplan.execution.apply import PlanCallback
 from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
@@ -25,40 +23,14 @@ from moeplan.execution.launch import Rank
 from moeplan.execution.metrics import MetricsSink
 from moeplan.execution.migrate import MigrationReport
 from moeplan.execution.moves import require_fits
+from moeplan.execution.options import LiveJob
 from moeplan.execution.router import Routing
-from moeplan.execution.text import Corpus
-from moeplan.execution.train import StepMetrics, Trainer, TrainOptions, gather_events
+from moeplan.execution.train import StepMetrics, Trainer, gather_events
 from moeplan.files import write_text
 
-__all__ = ["LiveJob", "RoutingSink", "live_rank", "record_held_out"]
+__all__ = ["RoutingSink", "live_rank", "record_held_out"]
 
 _WARM_STEPS = 2  # left out of rates: first touches of memory and connections
-
-
-@dataclass(frozen=True, slots=True)
-class LiveJob:
-    """What a live run is to do; see the options of ``moeplan live``.
-
-    ``plan`` is in force from the start, or from the end of step ``apply_at`` on. ``record_tokens``: held-out text to
-    route after training, of each domain.
-    """
-
-    options: TrainOptions
-    corpus: Corpus
-    steps: int
-    plan: Plan | None = None
-    apply_at: int | None = None
-    reference: bool = True
-    budget_s: float | None = None
-    out: Path | None = None
-    checkpoint: Path | None = None
-    checkpoint_every: int = 0
-    resume: Path | None = None
-    control: Path | None = None
-    prometheus: int | None = None
-    generate: str | None = None
-    new_tokens: int = 200
-    record_tokens: int = 0
 
 
 class RoutingSink(Protocol):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,34 +22,12 @@ from moeplan.execution.layer import MoELayer
 from moeplan.execution.migrate import MigrationReport, Migrator
 from moeplan.execution.model import LanguageModel, ModelOptions
 from moeplan.execution.optimizer import AdamOptions, MoEAdamW
-from moeplan.execution.router import RouterOptions
+from moeplan.execution.options import TrainOptions
 from moeplan.execution.text import Corpus
-from moeplan.specs.model import ModelSpec
-from moeplan.specs.workload import DispatchKind, ReplicaSplit
 
-__all__ = ["StepMetrics", "TrainOptions", "Trainer", "contiguous_placement", "gather_events"]
+__all__ = ["StepMetrics", "Trainer", "contiguous_placement", "gather_events"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class TrainOptions:
-    """A training run. ``batch``: sequences of ``length`` bytes per step, over all data-parallel ranks together."""
-
-    model: ModelSpec
-    batch: int = 16
-    length: int = 128
-    lr: float = 3e-3
-    warmup: int = 20
-    seed: int = 0
-    tp: int = 1
-    edp: int = 1
-    ranks_per_node: int | None = None
-    dispatch: DispatchKind = "per_expert"
-    split: ReplicaSplit = "even"
-    dtype: str = "fp32"
-    zero: bool = False
-    router: RouterOptions = field(default_factory=lambda: RouterOptions(aux_loss=0.01))
 
 
 @dataclass(frozen=True, slots=True)

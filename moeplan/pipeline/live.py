@@ -24,7 +24,7 @@ from moeplan.specs.workload import DispatchKind, ReplicaSplit
 if TYPE_CHECKING:
     from moeplan.artifacts.routing_trace import RoutingTrace
     from moeplan.execution.launch import Rank
-    from moeplan.execution.run import LiveJob
+    from moeplan.execution.options import LiveJob
     from moeplan.execution.train import Trainer
 
 __all__ = ["LiveRequest", "apply_plan", "run_live"]
@@ -46,6 +46,7 @@ class LiveRequest:
     length: int = 128
     lr: float = 3e-3
     seed: int = 0
+    text: Path | None = None
     dtype: str = "fp32"
     zero: bool = False
     dispatch: DispatchKind | None = None
@@ -79,20 +80,14 @@ def run_live(request: LiveRequest, progress: Progress = lambda _w, _d: None) -> 
     Raises:
         MoeplanError: bad input, or a rank failed; one message, from one rank.
     """
+    from moeplan.execution.launch import Launch, run_ranks, run_torchrun, under_torchrun
+
     try:
-        return _run(request, progress)
-    except (InputError, PlanError) as error:
+        job = _job(request)
+    except InputError as error:
         if int(os.environ.get("RANK", "0")):  # under torchrun every rank meets the same bad input; rank 0 says so
             raise RunError("") from error
         raise
-
-
-def _run(request: LiveRequest, progress: Progress) -> dict[str, Any] | None:
-    from moeplan.execution.launch import Launch, run_ranks, run_torchrun, under_torchrun
-
-    job = _job(request)
-    if request.record is not None and request.record.suffix not in (".npz", ".parquet"):
-        raise SpecError(f"record ({request.record}) must end in .npz or .parquet")
     inside = under_torchrun()
     ranks = request.ranks if request.ranks is not None else (0 if inside else 4)
     launch = Launch(ranks, request.device, request.port, request.join_timeout_s, request.timeout_s)
@@ -111,12 +106,12 @@ def _run(request: LiveRequest, progress: Progress) -> dict[str, Any] | None:
 
 def _job(request: LiveRequest) -> LiveJob:
     """Everything that can be refused before a rank is started is refused here."""
-    from moeplan.execution.router import RouterOptions
-    from moeplan.execution.run import LiveJob
-    from moeplan.execution.text import library_text
-    from moeplan.execution.train import TrainOptions
+    from moeplan.execution.options import LiveJob, RouterOptions, TrainOptions
+    from moeplan.execution.text import library_text, text_of
 
     r = request
+    if r.record is not None and r.record.suffix not in (".npz", ".parquet"):
+        raise SpecError(f"record ({r.record}) must end in .npz or .parquet")
     model = find_model(r.model)
     for name in ("steps", "new_tokens", "record_tokens", "checkpoint_every"):
         if getattr(r, name) < 0:
@@ -152,7 +147,7 @@ def _job(request: LiveRequest) -> LiveJob:
     )
     return LiveJob(
         options=options,
-        corpus=library_text(),
+        corpus=library_text() if r.text is None else text_of(r.text),
         steps=r.steps,
         plan=plan,
         apply_at=r.apply_at,

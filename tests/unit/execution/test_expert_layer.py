@@ -14,7 +14,8 @@ from moeplan.execution.dispatch import make_dispatcher
 from moeplan.execution.groups import build_mesh, single_mesh
 from moeplan.execution.launch import Launch, Rank, run_ranks
 from moeplan.execution.layer import ExpertLayer, MoELayer, SharedExpert
-from moeplan.execution.router import Router, RouterOptions
+from moeplan.execution.options import RouterOptions
+from moeplan.execution.router import Router
 
 H, F, E, K = 32, 32, 12, 3
 

@@ -21,8 +21,8 @@ from moeplan.artifacts.plan import Plan
 from moeplan.errors import InputError, RunError
 from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
 from moeplan.execution.launch import Launch, Rank, run_ranks
+from moeplan.execution.options import RouterOptions
 from moeplan.execution.parcels import send_batch
-from moeplan.execution.router import RouterOptions
 from moeplan.execution.train import Trainer
 from moeplan.pipeline.exports import export_plan
 from moeplan.specs.workload import Objective, Workload

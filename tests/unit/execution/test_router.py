@@ -7,7 +7,8 @@ import torch
 
 from moeplan.errors import SpecError
 from moeplan.execution.groups import Axis
-from moeplan.execution.router import Router, RouterOptions
+from moeplan.execution.options import RouterOptions
+from moeplan.execution.router import Router
 
 T, H, E = 64, 16, 8
 

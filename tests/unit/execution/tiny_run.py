@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeplan.execution.options import TrainOptions
 from moeplan.execution.text import Corpus
-from moeplan.execution.train import TrainOptions
 from moeplan.specs.model import AttentionSpec, ModelSpec
 
 SPEC = ModelSpec(

@@ -1,0 +1,222 @@
+"""``moeplan live`` and ``moeplan apply`` as a user meets them: real processes and ports, one message for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dense_reference import random_placement
+from tiny_run import SPEC
+
+from moeplan.artifacts.event_log import EventLog
+from moeplan.artifacts.plan import Plan
+from moeplan.errors import InputError, PlanError, RunError, SpecError
+from moeplan.pipeline.live import LiveRequest, apply_plan, run_live
+from moeplan.routing.io import read_trace
+from moeplan.specs.workload import Objective, Workload
+
+
+def _plan(folder: Path, ranks: int = 2, model: str = "tiny", extra: int = 0, name: str = "plan.json") -> Path:
+    placement = random_placement(np.random.default_rng(4), 3, SPEC.num_experts, ranks, ranks, extra)
+    plan = Plan(
+        model=model, planner="test", status="feasible", seed=0, num_experts=SPEC.num_experts, num_ranks=ranks,
+        ranks_per_node=ranks, num_redundant_experts=extra, layer_ids=SPEC.moe_layer_ids,
+        physical_to_logical_map=tuple(map(tuple, placement.physical_to_logical_LP.tolist())),
+        rank_of_slot=tuple(placement.rank_of_slot_P.tolist()),
+        replicas=tuple(map(tuple, placement.replicas_LE.tolist())), objective=Objective(), workload=Workload(),
+    )  # fmt: skip
+    plan.save(folder / name)
+    return folder / name
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(SPEC.model_dump_json())
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Two domains of words."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "text").mkdir()
+    for name in ("code", "docs"):
+        words = [bytes(rng.integers(97, 123, size=5, dtype=np.uint8)) for _ in range(50)]
+        (tmp_path / "text" / name).write_bytes(b" ".join(words[i] for i in rng.integers(50, size=8000)))
+    return tmp_path / "text"
+
+
+def _moeplan(
+    *words: str | Path | int, launcher: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "moeplan.cli", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_a_plan_applied_in_mid_run(tmp_path: Path, model: Path, text: Path) -> None:
+    out = tmp_path / "out"
+    done = _moeplan(
+        "live", "--model", model, "--text", text, "--ranks", "2", "--steps", "6", "--batch", "4", "--length", "32",
+        "--plan", _plan(tmp_path), "--apply-at", "2", "--out", out, "--record", tmp_path / "r.npz", "--record-tokens",
+        "256", "--generate", "def ", "--new-tokens", "9", "--checkpoint", tmp_path / "saved", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert len(answer["losses"]) == 6
+    assert answer["losses"] == answer["reference_losses"]
+    assert answer["moved_experts"] > 0
+    assert 0 < answer["stall_s"] < 60
+    assert answer["tokens_per_s"] > 0
+    assert answer["text"].startswith("def ")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == answer["losses"]
+    assert len(lines[0]["expert_s"]) == 2
+    log = EventLog.read(out / "events.parquet")
+    assert log.source == "measured"
+    assert log.num_ranks == 2
+    assert log.of_kind("step").sum() == 2 * 6
+    assert log.of_kind("loss").sum() == 6
+    assert (np.diff(log.start_s_V) >= 0).all()
+    # Each MoE layer, forward and backward, on each rank of each step; pairs of all ranks are tokens * top-k.
+    experts = log.of_kind("experts") & (log.step_V == 1)
+    assert experts.sum() == 3 * 2 * 2
+    assert log.amount_V[experts].sum() == 2 * 3 * 4 * 32 * SPEC.top_k
+    assert log.amount_V[log.of_kind("migrate")].sum() > 0
+    trace = read_trace(tmp_path / "r.npz")
+    assert trace.layer_ids == SPEC.moe_layer_ids
+    assert set(trace.domains) == {"code", "docs"}
+    assert trace.origin["text_sha256"] == answer["text_source"]["sha256"]
+    resumed = _moeplan(
+        "live", "--model", model, "--text", text, "--ranks", "1", "--steps", "1", "--batch", "4", "--length", "32",
+        "--resume", tmp_path / "saved", "--json",
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["losses"][0] == pytest.approx(answer["losses"][-1], rel=0.2)
+
+
+def test_under_torchrun_one_rank_speaks(tmp_path: Path, model: Path, text: Path) -> None:
+    words = ("live", "--model", model, "--text", text, "--steps", "2", "--batch", "4", "--length", "32", "--json")
+    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port()))
+    done = _moeplan(*words, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["losses"]) == 2
+    bad = _moeplan(*words, "--plan", _plan(tmp_path, model="another"), launcher=launcher)
+    assert bad.returncode != 0
+    assert bad.stderr.count("plan.model (another) is not the running model (tiny)") == 1
+    assert bad.stderr.count("error: ") == 1
+    assert "moeplan/" not in bad.stderr.replace(str(tmp_path), "")  # torchrun's own traceback follows, none of ours
+
+
+def test_a_rank_that_never_joins_is_named(model: Path, text: Path) -> None:
+    done = _moeplan(
+        "live", "--model", model, "--text", text, "--join-timeout", "1 s",
+        RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: rank 1 did not join within 1 s; 1 of 2 ranks are there")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_handed_to_a_run_and_its_metrics(tmp_path: Path, model: Path, text: Path) -> None:
+    control, port = tmp_path / "control", _free_port()
+    words = ("live", "--model", model, "--text", text, "--ranks", 2, "--steps", 100_000, "--batch", 4, "--length", 32)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "moeplan.cli", *map(str, words), "--control", control, "--prometheus", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while not (control / "run.json").is_file():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        with pytest.raises(PlanError, match=r"plan.num_ranks \(4\) is not the live run's \(2\)"):
+            apply_plan(_plan(tmp_path, ranks=4), control)
+        answer = apply_plan(_plan(tmp_path, extra=3), control)
+        assert answer["moved_experts"] > 0
+        again = apply_plan(_plan(tmp_path, extra=3), control)
+        assert again["moved_experts"] == 0  # it is there already
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert float(values["moeplan_tokens_per_second"]) > 0
+        assert float(values['moeplan_expert_seconds{rank="1"}']) > 0
+        assert _moeplan("live", "--model", model, "--ranks", 1, "--prometheus", port).stderr.startswith(
+            f"error: prometheus port ({port}) cannot be used"
+        )
+    finally:
+        run.terminate()
+        run.wait()
+    until = time.monotonic() + 30
+    while _children_of(run.pid):  # ranks end with the one who started them
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    with pytest.raises(RunError, match=r"did not answer within 0.2 s; is it still running\?"):
+        apply_plan(_plan(tmp_path), control, 0.2)
+
+
+def _children_of(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, rest = status.read_text().rsplit(")", 1)
+        except OSError:
+            continue
+        if int(rest.split()[1]) == pid:
+            found.append(int(name.split()[0]))
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ranks": 3, "tp": 2}, SpecError, r"ranks \(3\) must divide by tp \(2\)"),
+        ({"apply_at": 3}, SpecError, r"apply_at \(3\) needs a plan"),
+        ({"model": "deepseek-v3", "ranks": 1}, SpecError, r"vocab_size \(129280\) must be 256"),
+        ({"batch": 3}, SpecError, r"batch \(3\) is not a multiple of the data-parallel ranks \(2\)"),
+        ({"resume": Path("/nowhere")}, InputError, "/nowhere does not exist"),
+        ({"steps": -1}, SpecError, r"steps \(-1\) must not be negative"),
+        ({"record": Path("r.txt")}, SpecError, r"record \(r.txt\) must end in .npz or .parquet"),
+    ],
+)
+def test_requests_that_cannot_be_met(
+    model: Path, text: Path, change: dict, error: type[Exception], message: str
+) -> None:
+    request = {"model": str(model), "ranks": 2, "steps": 2, "batch": 4, "length": 16, "text": text, **change}
+    with pytest.raises(error, match=message):
+        run_live(LiveRequest(**request))
+
+
+def test_plans_that_do_not_fit_and_ports_in_use(tmp_path: Path, model: Path, text: Path) -> None:
+    base = {"model": str(model), "ranks": 2, "steps": 2, "batch": 4, "length": 16, "text": text}
+    for plan, message in (
+        (_plan(tmp_path, ranks=4), r"plan num_ranks \(4\) is not the run's expert-parallel size \(2\)"),
+        (_plan(tmp_path, model="other", name="other.json"), r"plan.model \(other\) is not the running model \(tiny\)"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            run_live(LiveRequest(**base, plan=plan, apply_at=1))
+    with pytest.raises(SpecError, match=r"apply_at \(7\) must be a step of 0..1"):
+        run_live(LiveRequest(**base, plan=_plan(tmp_path), apply_at=7))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RunError, match=rf"port \({port}\) cannot be used"):
+            run_live(LiveRequest(**base, port=port))
+    with pytest.raises(InputError, match="is not watched by a live run"):
+        apply_plan(_plan(tmp_path), tmp_path / "nothing")
