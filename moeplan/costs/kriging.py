@@ -1,0 +1,117 @@
+"""Robust kriging of many queries, each from its own nearest points: the compiled part of ``interpolation``.
+
+Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``A`` axes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+__all__ = ["NEIGHBOURS", "krige"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+NEIGHBOURS = 64
+_ROUNDS = 8  # of reweighting, at most
+_SETTLED = 0.1  # relative change of the weights at which they rest
+_FREEDOM = 2.0  # of Student's t
+_LEVEL, _SLOPE = 100.0, 4.0  # prior variances of the trend, in units of the smooth part's
+_SAME = 1e-9
+
+
+@njit(cache=True, nogil=True)
+def _covariance(a_A: Floats, b_A: Floats, same_alignment: bool, length: float, size: float, other: float) -> float:
+    apart, share = 0.0, other if same_alignment else 0.0
+    for axis in range(len(a_A)):
+        distance = abs(a_A[axis] - b_A[axis])
+        apart += distance
+        if distance <= _SAME:
+            share += size if axis == 0 else other
+    return float(np.exp(-apart / length) * (1 + share))
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _solve(lower_bb: Floats, noise_b: Floats, y_b: Floats, factor_bb: Floats, dual_b: Floats, count: int) -> None:
+    """``dual = (lower + lower' - diag + noise)^-1 y`` by Cholesky; writes ``factor`` and ``dual``."""
+    for i in range(count):
+        for j in range(i + 1):
+            total = lower_bb[i, j]
+            for k in range(j):
+                total -= factor_bb[i, k] * factor_bb[j, k]
+            if i == j:
+                factor_bb[i, i] = np.sqrt(total + noise_b[i])
+            else:
+                factor_bb[i, j] = total / factor_bb[j, j]
+        total = y_b[i]
+        for k in range(i):
+            total -= factor_bb[i, k] * dual_b[k]
+        dual_b[i] = total / factor_bb[i, i]
+    for i in range(count - 1, -1, -1):
+        dual_b[i] /= factor_bb[i, i]
+        for k in range(i):
+            dual_b[k] -= factor_bb[i, k] * dual_b[i]
+
+
+@njit(cache=True, nogil=True)
+def krige(
+    x_nA: Floats,
+    place_nA: Floats,
+    align_n: Ints,
+    y_n: Floats,
+    x_qA: Floats,
+    place_qA: Floats,
+    align_q: Ints,
+    rows_qb: Ints,
+    setting: tuple[float, float, float, float, float],
+) -> Floats:
+    """Answers [q] in the logs of ``y``; nan for queries with fewer than two neighbours.
+
+    ``x`` are log coordinates, ``place`` the same with steps that lie apart stretched, ``align`` alignment classes,
+    ``rows`` neighbours, nearest first, -1 for none; the first :data:`NEIGHBOURS` serve. ``setting``: length, share
+    of an equal size, of another equal coordinate or alignment, noise, and the scale of the scatter.
+    """
+    length, size, other, noise, scatter = setting
+    answer = np.full(len(x_qA), np.nan)
+    rows = np.empty(NEIGHBOURS, np.int64)
+    among, factor = np.empty((NEIGHBOURS, NEIGHBOURS)), np.empty((NEIGHBOURS, NEIGHBOURS))
+    towards, y, dual, own = np.empty(NEIGHBOURS), np.empty(NEIGHBOURS), np.empty(NEIGHBOURS), np.empty(NEIGHBOURS)
+    for q in range(len(x_qA)):
+        count = 0
+        for row in rows_qb[q]:
+            if row >= 0 and count < NEIGHBOURS:
+                rows[count] = row
+                count += 1
+        if count < 2:
+            continue
+        level = np.median(y_n[rows[:count]])
+        for i in range(count):
+            at = rows[i]
+            y[i], own[i] = y_n[at] - level, noise
+            same = align_n[at] == align_q[q]
+            towards[i] = _covariance(place_nA[at], place_qA[q], same, length, size, other) + _LEVEL
+            for j in range(i + 1):
+                to = rows[j]
+                slope = 0.0  # the trend, centred on the query
+                for axis in range(x_nA.shape[1]):
+                    slope += (x_nA[at, axis] - x_qA[q, axis]) * (x_nA[to, axis] - x_qA[q, axis])
+                same = align_n[at] == align_n[to]
+                smooth = _covariance(place_nA[at], place_nA[to], same, length, size, other)
+                among[i, j] = smooth + _LEVEL + _SLOPE * slope
+        for _ in range(_ROUNDS):
+            _solve(among, own, y, factor, dual, count)
+            change = 0.0
+            for i in range(count):
+                miss = own[i] * dual[i] / scatter
+                now = noise * (_FREEDOM + miss * miss) / (_FREEDOM + 1)
+                change = max(change, abs(now / own[i] - 1))
+                own[i] = now
+            if change < _SETTLED:
+                break
+        total = level
+        for i in range(count):
+            total += dual[i] * towards[i]
+        answer[q] = total
+    return answer
