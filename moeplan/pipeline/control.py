@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from moeplan.artifacts.load_window import LoadWindow, WindowCosts
 from moeplan.artifacts.placement import Placement
@@ -126,15 +127,29 @@ class Controller:
         moe_s = self._recalibrate(window, costs, placement)
         drift = None
         if self._reference is not None:
-            drift = drift_between(self._reference, window.load_BLE)
+            drift = drift_between(self._reference, self._blocks(window))
             if not drift.found(self.options.significance, self.options.least_drift):
                 return Decision(start, False, "the load has not drifted", drift, None, None, self.calibration, checked)
-        self._reference = window.load_BLE
+        self._reference = self._blocks(window)
         plan = self._plan(window, costs, placement)
         apply, reason, predicted = self._pays(plan, costs, moe_s)
         if apply:
             self._applied = (costs, predicted, plan.placement)
         return Decision(start, apply, reason, drift, plan, predicted, self.calibration, checked)
+
+    def _blocks(self, window: LoadWindow) -> NDArray[np.int64]:
+        """What drift is looked for in: loads by block; on several nodes those of each home node apart, as sampled."""
+        trace, nodes = window.trace, self.cluster.num_nodes
+        if trace is None or trace.source_rank_T is None or nodes == 1:
+            return window.load_BLE
+        count, (L, E) = len(window.load_BLE), window.load_BLE.shape[1:]
+        block_T = np.arange(trace.num_tokens) * count // trace.num_tokens
+        node_T = trace.source_rank_T // self.cluster.ranks_per_node
+        blocks = np.zeros((count, L, nodes * E), np.int64)
+        at_TLK = node_T[:, None, None] * E + trace.experts_TLK
+        t, l, k = np.nonzero(trace.experts_TLK >= 0)
+        np.add.at(blocks, (block_T[t], l, at_TLK[t, l, k]), 1)
+        return blocks
 
     # ------------------------------------------------------------------ measure
 

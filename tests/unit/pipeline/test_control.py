@@ -86,6 +86,17 @@ def test_it_plans_checks_waits_and_plans_again(tmp_path):
     assert lines[0]["plan_sha256"] == plan.sha256
 
 
+def test_homes_that_change_sides_are_drift_though_loads_stay(tmp_path):
+    controller = Controller(SCENARIO, tmp_path)
+    controller.decide(window(0, steps_left=0))
+    turned = window(1, steps_left=0)
+    turned = replace(turned, trace=replace(turned.trace, source_rank_T=(turned.trace.source_rank_T + 2) % R))
+    controller.decide(turned)
+    assert controller.decisions[1].drift.found()
+    controller.decide(replace(window(2, steps_left=0), trace=turned.trace))
+    assert not controller.decisions[2].drift.found()
+
+
 def test_the_gain_is_that_of_held_out_tokens_times_what_the_run_measured(tmp_path):
     controller = Controller(SCENARIO, tmp_path)
     plan = controller.decide(window(0))
