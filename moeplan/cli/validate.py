@@ -85,3 +85,37 @@ def queues(as_json: bool, quiet: bool) -> None:
         verdict = "reached" if figure["reached"] else "not reached"
         grid.add_row(figure["figure"], f"{figure['value']:.3g}", f"{figure['target']:.3g}", verdict)
     Console().print(grid)
+
+
+@command.command("published")
+@output_options
+def published(as_json: bool, quiet: bool) -> None:
+    """Serving and training as published, row by row, with what drives each remaining error.
+
+    With MOEPLAN_DATA set, the replayed service too.
+
+    \b
+    Example: moeplan validate published --json
+    """
+    from moeplan.pipeline.published import validate_published
+
+    with progress_bar(quiet or as_json) as report:
+        answer = validate_published(report)
+    if as_json:
+        print_json(answer)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = Table("row", "measured", "predicted", "error", "unit", "", title="predicted against published")
+    for row in answer["rows"]:
+        shown = ("-", "-") if row["predicted"] is None else (f"{row['predicted']:.4g}", f"{100 * row['error']:+.1f} %")
+        verdict = {True: "within", False: row["explanation"] or "outside", None: "not counted"}[row["within"]]
+        rows.add_row(row["id"], f"{row['measured']:.4g}", *shown, row["unit"], verdict)
+    Console().print(rows)
+    grid = Table("figure", "value", "median error", "target", "")
+    for figure in answer["figures"]:
+        verdict = "reached" if figure["reached"] else "not reached"
+        value, error = f"{100 * figure['value']:.1f} %", f"{100 * (figure['median_error'] or 0):.1f} %"
+        grid.add_row(f"{figure['figure']} ({figure['rows']})", value, error, f"{100 * figure['target']:.0f} %", verdict)
+    Console().print(grid)

@@ -15,7 +15,7 @@ from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.tables import Seconds
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import ModelSpec
+from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import Workload
 
 __all__ = ["FixedCosts", "fixed_costs"]
@@ -47,6 +47,7 @@ def fixed_costs(
     cp: int = 1,
     kv_dtype: Literal["bf16", "fp8"] = "bf16",
     launches_per_layer: int = 0,
+    dense_dtype: Dtype | None = None,
 ) -> FixedCosts:
     """Costs at ``batch`` tokens per rank; ``tp`` ranks share attention and dense parts, ``cp`` a prefill.
 
@@ -55,9 +56,8 @@ def fixed_costs(
     """
     device, hidden = cluster.accelerator, model.hidden_size
     # Weights other than the experts' are held in 8 bits or more (see costs.memory).
-    dense = DenseCosts(
-        device, workload.weight_dtype if workload.weight_dtype not in ("int4", "fp4") else "bf16", profile
-    )
+    held: Dtype = workload.weight_dtype if workload.weight_dtype not in ("int4", "fp4") else "bf16"
+    dense = DenseCosts(device, dense_dtype or held, profile)
     links = CollectiveCosts(cluster, profile)
     tokens = batch * tp
     decode = workload.phase == "decode"

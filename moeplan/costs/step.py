@@ -31,7 +31,7 @@ from moeplan.costs.memory import RankMemory, memory_report
 from moeplan.costs.roofline import token_bytes
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import ModelSpec
+from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Workload
 
 __all__ = ["BatchParts", "Overlap", "StepCost", "StepModel", "Technique", "combine", "step"]
@@ -46,7 +46,8 @@ _REACH = 64.0
 @dataclass(frozen=True, slots=True)
 class Technique:
     """How a step runs. ``tp`` splits attention and dense parts, ``expert_tp`` each expert, ``cp`` the sequence of a
-    prefill, ``pp`` the layers. ``launches_per_layer`` times the profile's launch latency is host overhead."""
+    prefill, ``pp`` the layers. ``launches_per_layer`` times the profile's launch latency is host overhead.
+    ``dense_dtype``: of attention and dense weights, where it is not the usual one beside experts of the workload's."""
 
     dispatch: DispatchKind = "per_node"
     overlap: Overlap = "none"
@@ -57,6 +58,7 @@ class Technique:
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
     launches_per_layer: int = 0
     backend: str | None = None
+    dense_dtype: Dtype | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,8 +183,9 @@ class StepModel:
         )
         exchange = exchange_costs(model, cluster, how.dispatch, work.phase, work.activation_dtype, profile=self.profile)
         fixed = fixed_costs(
-            model, cluster, work, batch, self.profile, how.tp, how.cp, how.kv_dtype, how.launches_per_layer
-        )
+            model, cluster, work, batch, self.profile, how.tp, how.cp, how.kv_dtype, how.launches_per_layer,
+            how.dense_dtype,
+        )  # fmt: skip
         bins = np.arange(_BINS + 1) * (mean * _REACH / _BINS)
         curve = experts.expected_s(bins)
         scale = _BINS / (mean * _REACH)
