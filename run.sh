@@ -24,8 +24,7 @@ install() {
 
 demo() {
     install demo .
-    "$bin/moeplan" optimize --model deepseek-v2-lite --trace moeplan/data/demo_trace.npz --ranks 16 --nodes 2 \
-        --out out/demo
+    "$bin/moeplan" optimize --model moeplan-20m --trace moeplan/data/moeplan-20m.npz --ranks 8 --nodes 2 --out out/demo
     "$bin/moeplan" export out/demo/plan.json --format sglang --out out/demo-sglang.json
 }
 

@@ -181,6 +181,30 @@ class CheckpointReader:
                 raise InputError(f"checkpoint {path}: {shard} is missing, but {_INDEX} names it; bring all shards")
         self._open: dict[str, Any] = {}
 
+    @property
+    def step(self) -> int:
+        """Steps done when it was saved.
+
+        Raises:
+            InputError: the record is damaged.
+        """
+        return self._number("step")
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the moments have seen.
+
+        Raises:
+            InputError: the record is damaged.
+        """
+        return self._number("optimizer_steps")
+
+    def _number(self, name: str) -> int:
+        value = self.meta.get(name) if isinstance(self.meta, dict) else None
+        if not isinstance(value, int):
+            raise InputError(f"checkpoint {self.path}: {name} ({value!r}) in {_META} is not a number; it is damaged")
+        return value
+
     def require_experts(self, layers: Iterable[int], num_experts: int) -> None:
         """Every layer has the experts 0 to ``num_experts - 1``, without a gap, and no others.
 
@@ -280,7 +304,4 @@ def load_checkpoint(trainer: Trainer, reader: CheckpointReader) -> None:
             for name, p in zip(optimizer.names, optimizer.dense, strict=True)
         ]
         kept.copy_(torch.cat(parts)[None, optimizer.dense_state.columns])
-    try:
-        trainer.steps_done, optimizer.steps = int(reader.meta["step"]), int(reader.meta["optimizer_steps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"checkpoint {reader.path}: {_META} is damaged ({error!r})") from error
+    trainer.steps_done, optimizer.steps = reader.step, reader.optimizer_steps

@@ -15,18 +15,20 @@ __all__ = ["MetricsSink"]
 class MetricsSink:
     """Writes each step's metrics to ``path`` and shows the latest at ``http://127.0.0.1:port/metrics``.
 
+    ``go_on``: behind what is in the file, for a run that was started again.
+
     Raises:
         InputError: the file cannot be written. RunError: the port is taken. MissingExtraError: no prometheus_client.
     """
 
-    def __init__(self, path: Path | None, port: int | None) -> None:
+    def __init__(self, path: Path | None, port: int | None, *, go_on: bool = False) -> None:
         self._file: IO[str] | None = None
         self._server: Any = None
         self._gauges: dict[str, Any] = {}
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("w", encoding="utf-8")
+                self._file = path.open("a" if go_on else "w", encoding="utf-8")
             except OSError as error:
                 raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
         if port is not None:

@@ -66,12 +66,14 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any] | No
         MoeplanError: bad input, the same on every rank, before anything has moved.
     """
     sink = MetricsSink(
-        None if job.out is None or me.rank else job.out / "metrics.jsonl", None if me.rank else job.prometheus
+        None if job.out is None or me.rank else job.out / "metrics.jsonl",
+        None if me.rank else job.prometheus,
+        go_on=_restarts() > 0,
     )
     mesh = build_mesh(job.options.tp, job.options.edp, job.options.ranks_per_node, me.device)
     try:
-        trainer, callback = _set_up(job, mesh)
-        answer = _train(me, job, trainer, callback, sink)
+        trainer, callback, first = _set_up(job, mesh)
+        answer = _train(me, job, trainer, callback, sink, first)
     finally:
         sink.close()
     if job.generate is not None:
@@ -81,8 +83,8 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any] | No
     events = gather_events(trainer, {"model": job.options.model.name, "seed": job.options.seed, "steps": job.steps})
     if job.out is not None and events is not None:
         events.write(job.out / "events.parquet")
-    if job.plan is not None and job.apply_at is not None and job.reference:
-        reference = _fresh(job, mesh, None)
+    if job.plan is not None and job.apply_at is not None and job.reference and not _restarts():
+        reference, _ = _fresh(job, mesh, None)
         reference.clock.enabled = False
         answer["reference_losses"] = [reference.step().loss for _ in range(job.steps)]
         pairs = zip(answer["losses"], answer["reference_losses"], strict=True)
@@ -90,35 +92,43 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any] | No
     return answer
 
 
-def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> Trainer:
-    """A trainer at its start: fresh, or from the checkpoint to go on from."""
-    resume = job.resume
-    if resume is None and job.checkpoint is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        resume = job.checkpoint if (job.checkpoint / "latest").is_file() else None  # torchrun started us again
-    reader = None if resume is None else CheckpointReader(latest(resume))
+def _restarts() -> int:
+    """How often torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Trainer, int]:
+    """A trainer where the job begins, or at the last checkpoint if torchrun starts it again; and its first step."""
+    reader = None if job.resume is None else CheckpointReader(latest(job.resume))
+    first = 0 if reader is None else reader.step
+    if _restarts() and job.checkpoint is not None and (job.checkpoint / "latest").is_file():
+        reader = CheckpointReader(latest(job.checkpoint))
+        placement = None  # as it was saved: with the plan if it had been applied by then
     if reader is not None and placement is None:
         placement = reader.placement(mesh.ep.size, mesh.ranks_per_node)
     trainer = Trainer(job.options, job.corpus, placement, mesh)
     if reader is not None:
         load_checkpoint(trainer, reader)
-    return trainer
+    return trainer, first
 
 
-def _set_up(job: LiveJob, mesh: Mesh) -> tuple[Trainer, PlanCallback]:
+def _set_up(job: LiveJob, mesh: Mesh) -> tuple[Trainer, PlanCallback, int]:
     plan = job.plan
     if plan is not None:
         require_fits(plan, job.options.model, mesh)
         if job.apply_at is not None and not 0 <= job.apply_at < job.steps:
             raise SpecError(f"apply_at ({job.apply_at}) must be a step of 0..{job.steps - 1} (steps - 1)")
-    trainer = _fresh(job, mesh, plan.placement if plan is not None and job.apply_at is None else None)
+    trainer, first = _fresh(job, mesh, plan.placement if plan is not None and job.apply_at is None else None)
     trainer.clock.origin_s = mesh.world.all_of(time.perf_counter())[0]
-    return trainer, PlanCallback(trainer.migrator, job.options.model, mesh, job.control, job.budget_s)
+    return trainer, PlanCallback(trainer.migrator, job.options.model, mesh, job.control, job.budget_s), first
 
 
-def _train(me: Rank, job: LiveJob, trainer: Trainer, callback: PlanCallback, sink: MetricsSink) -> dict[str, Any]:
+def _train(
+    me: Rank, job: LiveJob, trainer: Trainer, callback: PlanCallback, sink: MetricsSink, first: int
+) -> dict[str, Any]:
     steps: list[StepMetrics] = []
     reports: list[MigrationReport] = []
-    for number in range(job.steps):
+    for number in range(trainer.steps_done - first, job.steps):
         metrics = trainer.step()
         steps.append(metrics)
         if me.rank == 0:
@@ -140,6 +150,7 @@ def _train(me: Rank, job: LiveJob, trainer: Trainer, callback: PlanCallback, sin
     return {
         "model": job.options.model.name,
         "ranks": trainer.mesh.world.size,
+        "first_step": first,
         "steps": job.steps,
         "losses": [m.loss for m in steps],
         "tokens_per_s": median(m.tokens_per_s for m in warm) if warm else None,
