@@ -356,7 +356,7 @@ class _Service:
         phase: Literal["prefill", "decode"] = "prefill" if pool.role == "prefill" else "decode"
         for turn in range(1, 10**9):
             yield clock.at(nanoseconds(spec.interval * turn), Order.REBALANCE)
-            if instance.moves:
+            if instance.moves or int(clock.now) < instance.blocked_until_ns:
                 continue  # the last one is not in place yet
             now = clock.now_s
             load_LE = instance.loads.over(max(0.0, now - spec.window), now, phase)

@@ -1,0 +1,286 @@
+"""What a service does beyond batching: caches, preemption, routers, transfers, faults, order of events."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from service_pools import even_placement, plain_pool, serve, serving
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.request_trace import RequestTrace
+from moeplan.errors import InfeasibleError, SpecError
+from moeplan.simulation.clock import Clock, Order
+from moeplan.simulation.outcome import outcome_of
+from moeplan.simulation.service import Pool, Replanned, simulate_service
+
+
+def trace(arrival_s: list[float], inputs: list[int], outputs: list[int], **more: object) -> RequestTrace:
+    return RequestTrace(np.array(inputs), np.array(outputs), np.array(arrival_s), **more)  # type: ignore[arg-type]
+
+
+def times(served: object, field: str) -> list[float]:
+    return [getattr(r, field) * 1e-9 for r in served.requests]  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------- order of events
+
+
+def test_equal_times_are_ordered_by_priority_then_sequence() -> None:
+    clock, seen = Clock(), []
+
+    def wait(name: str, order: Order):
+        yield clock.at(5, order)
+        seen.append(name)
+
+    for name, order in (("step", Order.STEP), ("a", Order.ARRIVAL), ("b", Order.ARRIVAL), ("fault", Order.FAULT)):
+        clock.process(wait(name, order))
+    clock.run()
+    assert seen == ["fault", "a", "b", "step"]
+
+
+def test_a_request_that_comes_as_a_step_ends_is_in_the_next_one() -> None:
+    # The first prompt takes 1 s; the second comes at that instant and does not wait for a third step.
+    pool = plain_pool(1, {"max_num_batched_tokens": 100}, base_s=1.0, per_token_s=0.0)
+    served = serve(pool, trace([0.0, 1.0], [10, 10], [3, 1]))
+    assert times(served, "first_ns") == [1.0, 2.0]
+    assert times(served, "finish_ns") == [3.0, 2.0]
+    assert served.instances[0].stats.steps == 3
+
+
+# ---------------------------------------------------------------------- batching by hand
+
+
+def test_chunked_prefill_by_hand() -> None:
+    # 25 prompt tokens at 10 a step: three steps, the third with 5. Then one decode. 1 s + 0.1 s per token.
+    pool = plain_pool(1, {"max_num_batched_tokens": 10}, base_s=1.0, per_token_s=0.1)
+    served = serve(pool, trace([0.0], [25], [2]))
+    assert times(served, "first_ns") == pytest.approx([2.0 + 2.0 + 1.5])
+    assert times(served, "finish_ns") == pytest.approx([5.5 + 1.1])
+
+
+def test_whole_prompts_make_decodes_wait() -> None:
+    # Request 1 comes while 0 decodes: its prompt has a step to itself, 0 goes on after it.
+    engine = {"max_num_batched_tokens": 100, "chunked_prefill": False}
+    pool = plain_pool(1, engine, base_s=1.0, per_token_s=0.0)
+    served = serve(pool, trace([0.0, 1.5], [10, 10], [3, 2]))
+    assert times(served, "first_ns") == [1.0, 3.0]
+    assert times(served, "finish_ns") == [4.0, 4.0]
+    assert served.instances[0].stats.gaps == {1_000_000_000: 2, 2_000_000_000: 1}
+
+
+def test_groups_step_together_and_wait_for_the_fullest() -> None:
+    pool = plain_pool(2, {"max_num_batched_tokens": 100}, base_s=0.0, per_token_s=0.1)
+    served = serve(pool, trace([0.0, 0.0], [10, 50], [1, 1]), router="round-robin")
+    assert times(served, "first_ns") == pytest.approx([5.0, 5.0])
+
+
+def test_two_stages_take_two_batches_half_a_step_apart() -> None:
+    pool = plain_pool(1, {"pp": 2, "max_num_seqs": 1, "max_num_batched_tokens": 100}, base_s=1.0, per_token_s=0.0)
+    served = serve(pool, trace([0.0, 0.0, 0.0], [10, 10, 10], [1, 1, 1]))
+    assert times(served, "first_ns") == [1.0, 1.5, 2.0]
+
+
+# ---------------------------------------------------------------------- caches
+
+
+def test_swap_brings_the_cache_back_and_takes_its_time() -> None:
+    engine = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "block_size": 4, "preemption": "swap"}
+    arrivals = trace([0.0, 0.0], [8, 8], [12, 12])
+    pool = plain_pool(1, engine, 1e-3, 0.0, capacity_tokens=32, kv_bytes=32e6)  # 1 ms a token over 32 GB/s or more
+    swap, recompute = (
+        serve(p, arrivals) for p in (pool, plain_pool(1, engine | {"preemption": "recompute"}, 1e-3, 0.0, 32))
+    )
+    stats = swap.instances[0].stats
+    assert stats.preemptions == recompute.instances[0].stats.preemptions == 1
+    assert stats.recomputed == 0 < recompute.instances[0].stats.recomputed
+    assert stats.prefilled == 16
+    preempted = next(r for r in swap.requests if r.preemptions)
+    assert stats.swapped_bytes == 2 * 32e6 * 16  # out and back, 16 tokens
+    assert preempted.finish_ns > max(r.finish_ns for r in recompute.requests)  # the bus is slower than computing again
+
+
+def test_prompts_that_begin_alike_are_prefilled_once() -> None:
+    engine = {"max_num_batched_tokens": 1000, "block_size": 4, "prefix_caching": True}
+    prefix = ((1, 2, 3), (1, 2, 4), (1, 2, 3), (9,))
+    arrivals = trace([0.0, 10.0, 20.0, 30.0], [12, 14, 12, 5], [1, 1, 1, 1], prefix_Q=prefix, prefix_tokens=4)
+    pool = plain_pool(1, engine, base_s=0.0, per_token_s=0.1, capacity_tokens=400)
+    served = serve(pool, arrivals)
+    # The last token of a prompt is always computed: request 2 finds all three blocks and takes two.
+    assert [r.hit_tokens for r in served.requests] == [0, 8, 8, 0]
+    assert np.array(times(served, "first_ns")) - arrivals.arrival_s_Q == pytest.approx([1.2, 0.6, 0.4, 0.5])
+    assert served.instances[0].stats.prefilled == 12 + 6 + 4 + 5
+
+
+def test_cached_prompts_give_way_the_longest_unused_first() -> None:
+    engine = {"max_num_batched_tokens": 1000, "block_size": 4, "prefix_caching": True}
+    prefix = ((1,), (2,), (3,), (1,), (3,))
+    # Room for 3 blocks. Each prompt of 5 tokens needs 2, one of them kept as prefix.
+    arrivals = trace([0.0, 10.0, 20.0, 30.0, 40.0], [5] * 5, [1] * 5, prefix_Q=prefix, prefix_tokens=4)
+    served = serve(plain_pool(1, engine, 0.0, 0.1, capacity_tokens=12), arrivals)
+    assert [r.hit_tokens for r in served.requests] == [0, 0, 0, 0, 4]
+
+
+def test_a_request_that_never_fits_is_refused() -> None:
+    with pytest.raises(InfeasibleError, match=r"request 1 needs 60 tokens .* 12 more than a group holds \(48\)"):
+        serve(plain_pool(1, {}, 1.0, 0.0, capacity_tokens=50), trace([0.0, 0.0], [10, 50], [5, 10]))
+
+
+def test_prompts_that_are_not_cut_must_fit_a_step() -> None:
+    engine = {"chunked_prefill": False, "max_num_batched_tokens": 32}
+    with pytest.raises(SpecError, match=r"max_num_batched_tokens \(32\) is less than the longest prompt \(40\)"):
+        serve(plain_pool(1, engine, 1.0, 0.0), trace([0.0], [40], [1]))
+
+
+def test_prefix_blocks_must_be_whole_cache_blocks() -> None:
+    arrivals = trace([0.0], [40], [1], prefix_Q=((1,),), prefix_tokens=24)
+    with pytest.raises(SpecError, match=r"block_size \(16\) does not divide the .* prefix blocks \(24 tokens\)"):
+        serve(plain_pool(1, {"prefix_caching": True}, 1.0, 0.0), arrivals)
+
+
+# ---------------------------------------------------------------------- routing of requests
+
+
+def test_round_robin_counts_on_and_least_loaded_looks() -> None:
+    arrivals = trace([0.0, 0.1, 0.2, 2.05, 2.1], [10, 1, 1, 1, 1], [50, 1, 50, 1, 1])
+    pool = plain_pool(2, {"max_num_batched_tokens": 100}, base_s=1.0, per_token_s=0.0)
+    groups = {
+        policy: [r.group for r in serve(pool, arrivals, router=policy).requests]
+        for policy in ("round-robin", "least-loaded")
+    }
+    assert groups["round-robin"] == [0, 1, 0, 1, 0]
+    assert groups["least-loaded"] == [0, 1, 0, 1, 1]
+
+
+def test_prefix_aware_goes_where_the_prompt_is() -> None:
+    engine = {"max_num_batched_tokens": 1000, "block_size": 4, "prefix_caching": True}
+    prefix = ((1, 2), (5, 6), (5, 6), (1, 2), (8,))
+    arrivals = trace([0.0, 1.0, 20.0, 30.0, 40.0], [9] * 5, [1] * 5, prefix_Q=prefix, prefix_tokens=4)
+    pool = plain_pool(2, engine, base_s=2.0, per_token_s=0.0)
+    served = serve(pool, arrivals, router="prefix-aware")
+    assert [r.group for r in served.requests] == [0, 1, 1, 0, 0]
+    assert [r.hit_tokens for r in served.requests] == [0, 0, 8, 8, 0]
+
+
+def test_full_queues_reject() -> None:
+    pool = plain_pool(1, {"max_num_seqs": 1, "max_waiting": 1}, base_s=1.0, per_token_s=0.0)
+    served = serve(pool, trace([0.0, 0.1, 0.2], [1, 1, 1], [5, 1, 1]))
+    assert served.rejected == 1
+    assert served.requests[2].finish_ns == -1
+    found = outcome_of(served, serving(slo={"e2e": "10 s"}))
+    assert found.headlines["slo_attainment"] == pytest.approx(2 / 3)
+    assert found.counts["finished"] == 2
+
+
+def test_a_closed_loop_holds_its_concurrency() -> None:
+    requests = {"arrivals": "closed-loop", "concurrency": 2, "count": 6, "input_tokens": 4, "output_tokens": 3,
+                "think_time": "1 s"}  # fmt: skip
+    pool = plain_pool(1, {"max_num_batched_tokens": 100}, base_s=1.0, per_token_s=0.0)
+    spec = serving(requests=requests)
+    arrivals = RequestTrace(np.full(6, 4), np.full(6, 3))
+    served = simulate_service(spec, arrivals, [pool])
+    assert times(served, "arrival_ns") == [0.0, 0.0, 4.0, 4.0, 8.0, 8.0]
+    assert served.end_s == 11.0
+    events = sorted([(t, 1) for t in times(served, "arrival_ns")] + [(t, -1) for t in times(served, "finish_ns")])
+    inside = np.cumsum([change for _, change in events])
+    assert inside.max() == 2
+
+
+# ---------------------------------------------------------------------- disaggregation
+
+
+def test_prefilled_requests_travel_over_one_link_after_the_other() -> None:
+    engine = {"max_num_batched_tokens": 1000}
+    link = {"kv_bytes": 1e6, "link_bytes_per_s": 1e7, "link_latency_s": 0.5}
+    pools = [plain_pool(1, engine, 1.0, 0.0, role="prefill", **link), plain_pool(1, engine, 0.1, 0.0, role="decode")]
+    served = serve(pools, trace([0.0, 0.0, 0.0], [10, 20, 5], [3, 3, 1]), prefill={"ranks": 1})
+    # All three prompts end at 1 s; 10 tokens take 0.5 + 1 s, 20 take 0.5 + 2 s after that; the last needs no decode.
+    assert times(served, "first_ns") == [1.0, 1.0, 1.0]
+    assert times(served, "finish_ns") == pytest.approx([2.7, 5.2, 1.0])
+    assert served.transferred_bytes == 30e6
+    assert (served.instances[0].free_D == served.instances[0].capacity).all()
+
+
+def test_a_decode_service_begins_with_the_cache() -> None:
+    pool = plain_pool(1, {}, base_s=1.0, per_token_s=0.0, role="decode")
+    served = serve(pool, trace([0.0, 0.0], [100, 50], [4, 1]), role="decode")
+    assert times(served, "finish_ns") == [3.0, 0.0]
+    assert served.instances[0].stats.prefilled == 0
+
+
+# ---------------------------------------------------------------------- re-balancing and faults
+
+
+class Planner:
+    """Turns the placement round and takes 2 s per layer for it."""
+
+    def __init__(self, ranks: int, layers: int = 1, capacity: int = 10**9) -> None:
+        self.asked: list[tuple[np.ndarray, list[bool], str | None]] = []
+        self.ranks, self.layers, self.capacity = ranks, layers, capacity
+
+    def __call__(self, load_LE, cluster, current, planner):  # type: ignore[no-untyped-def]
+        self.asked.append((load_LE, [cluster.rank(r).failed for r in range(cluster.num_ranks)], planner))
+        rows = even_placement(self.ranks, self.layers).physical_to_logical_LP[:, ::-1].copy()
+        placement = Placement(rows, np.arange(self.ranks, dtype=np.int32), self.ranks, self.ranks, self.ranks)
+        order = tuple(range(self.layers))
+        return Replanned(placement, order, np.full(self.layers, 2.0), np.full(self.layers, 7.0), self.capacity)
+
+
+def test_bulk_stalls_once_and_layer_wise_between_steps() -> None:
+    arrivals = trace([0.0], [1], [9])
+    ends = {}
+    for apply in ("bulk", "layer-wise"):
+        pool = plain_pool(2, {}, base_s=1.0, per_token_s=0.0)
+        pool = Pool(
+            **{f: getattr(pool, f) for f in pool.__slots__ if f != "placement"}, placement=even_placement(2, layers=2)
+        )
+        planner = Planner(2, layers=2)
+        rebalance = {"interval": "3.5 s", "window": "3 s", "planner": "greedy", "apply": apply}
+        served = serve(pool, arrivals, planner, rebalance=rebalance)
+        stats = served.instances[0].stats
+        assert planner.asked[0][2] == "greedy"
+        assert stats.migrated_bytes == 14.0 * len(planner.asked)
+        assert (served.instances[0].placement.physical_to_logical_LP == [[1, 0], [1, 0]]).all()
+        log = served.log
+        assert log is not None
+        migrations = np.flatnonzero(log.of_kind("migrate"))
+        ends[apply] = (migrations.size // len(planner.asked), log.layer_V[migrations].tolist())
+    assert ends["bulk"][0] == 1
+    assert set(ends["bulk"][1]) == {-1}
+    assert ends["layer-wise"] == (2, [0, 1] * (len(ends["layer-wise"][1]) // 2))
+
+
+def test_a_lost_rank_loses_its_caches_and_comes_back() -> None:
+    planner = Planner(2)
+    pool = plain_pool(2, {"max_num_seqs": 8}, base_s=1.0, per_token_s=0.0)
+    faults = [{"kind": "rank-loss", "at": "2.5 s", "until": "50 s", "rank": 1, "detect": "4 s"}]
+    arrivals = trace([0.0, 0.0, 20.0, 60.0, 60.0], [4] * 5, [6, 6, 3, 2, 2])
+    served = serve(pool, arrivals, planner, faults=faults, router="round-robin")
+    first, second = served.requests[:2]
+    # Request 1 ran on the lost rank: two tokens were out, all of it is computed again on rank 0 after 4 + 2 s.
+    assert (first.group, second.group, second.preemptions) == (0, 0, 1)
+    assert first.finish_ns < second.finish_ns
+    assert served.instances[0].stats.recomputed == 4 + 2
+    assert [failed for _, failed, _ in planner.asked] == [[False, True], [False, False]]
+    assert served.requests[2].group == 0  # the only one left
+    assert {served.requests[3].group, served.requests[4].group} == {0, 1}  # both again
+    log = served.log
+    assert log is not None
+    assert log.start_s_V[log.of_kind("fault")].tolist() == [2.5, 50.0]
+    steps = log.start_s_V[log.of_kind("step")]
+    assert not ((steps > 3.0) & (steps < 8.5)).any()
+
+
+def test_losing_every_rank_is_an_error() -> None:
+    faults = [{"kind": "rank-loss", "at": "1 s", "rank": 0}]
+    with pytest.raises(InfeasibleError, match=r"faults: the last rank is lost at 1 s"):
+        serve(plain_pool(1, {}, 1.0, 0.0), trace([0.0], [1], [9]), Planner(1), faults=faults)
+
+
+def test_less_room_after_a_fault_preempts() -> None:
+    planner = Planner(2, capacity=64)
+    pool = plain_pool(2, {"max_num_seqs": 8, "block_size": 4}, base_s=1.0, per_token_s=0.0, capacity_tokens=1000)
+    faults = [{"kind": "rank-loss", "at": "2.5 s", "rank": 1, "detect": "1 s"}]
+    served = serve(pool, trace([0.0] * 4, [30] * 4, [20] * 4), planner, faults=faults)
+    assert served.instances[0].stats.preemptions > 2  # two by the loss, more for want of room
+    assert all(r.finish_ns > 0 for r in served.requests)
+    assert served.instances[0].free_D[0] == 16
