@@ -1,6 +1,7 @@
 """Lower bounds: what no placement can beat, so that every plan carries its gap.
 
-- load: :func:`moeplan.planning.balance.load_bound`, and linear programmes over copies where ranks have two slots;
+- load: :func:`moeplan.planning.balance.load_bound`, and linear programmes over numbers of copies
+  (:mod:`moeplan.planning.copies_bound`) where ranks are alike;
 - distinct nodes per token: the most pairs of a token's experts that can share a node bounds them, by a convex
   envelope; pairs are bounded by the eigenvalues of the co-activation matrix with a free diagonal
   (Donath & Hoffman 1973; projection after Rendl & Wolkowicz 1995);
@@ -25,7 +26,7 @@ from moeplan.artifacts.plan import Bound
 from moeplan.costs.counting import count_loads
 from moeplan.costs.evaluation import Evaluation, aggregate, copy_seconds, evaluate, transitions_of
 from moeplan.planning.balance import LayerLoad, load_bound
-from moeplan.planning.fold import fold_bound
+from moeplan.planning.copies_bound import copies_bound
 from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 
 __all__ = ["bounds_of", "fewest_groups", "most_kept", "pairs_bound"]
@@ -52,11 +53,15 @@ def _token_load_bound(problem: PlanningProblem, layer: int, value: float) -> flo
     scaled = load_E / load_E.sum() * float(problem.speed_R[problem.slots_R > 0].sum())
     most = _most_copies(problem, layer)
     bound = load_bound(_layer_load(problem, scaled[:, None] / np.arange(1, most + 1)))
-    even = problem.objective.replica_split != "weighted"
-    two_each = even and (problem.slots_R == 2).all() and (problem.speed_R == 1).all()
-    if two_each and problem.num_slots > experts and value > bound * 1.001:
-        bound = fold_bound(scaled, problem.num_ranks, bound, value)
+    if _alike(problem) and problem.num_slots > experts and value > bound * 1.005:
+        bound = copies_bound(scaled, problem.num_ranks, int(problem.slots_R[0]), bound, value)
     return bound
+
+
+def _alike(problem: PlanningProblem) -> bool:
+    """Whether copies share an expert's load evenly over ranks of equal slots, two or more, and equal speed."""
+    slots, even = problem.slots_R, problem.objective.replica_split != "weighted"
+    return even and bool((slots == slots[0]).all() and slots[0] > 1 and (problem.speed_R == 1).all())
 
 
 def _expert_bound(problem: PlanningProblem, layer: int, window: int) -> float:
@@ -240,7 +245,8 @@ def bounds_of(
     loads = count_loads(problem.load.load_LE[None], plan)[0] / problem.speed_R
     capacity = float(problem.speed_R[problem.slots_R > 0].sum())
     load_value = loads.max(axis=1) / (problem.load.load_LE.sum(axis=1) / capacity)
-    load_floor = np.asarray([_token_load_bound(problem, l, float(load_value[l])) for l in range(L)])
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        load_floor = np.asarray(list(pool.map(lambda l: _token_load_bound(problem, l, float(load_value[l])), range(L))))
     answers = []
     groups_L = np.ones(L)
     if objective.return_mode == "return_home":
@@ -267,8 +273,8 @@ def bounds_of(
         if objective.aggregate != "mean":
             seconds_L = seconds_L * (total / seconds_L.sum())
         answers.append(_bound("step time, s", seconds_L, floor_L, False, argument))
-    fold = " and copies as linear programmes" if (problem.slots_R == 2).all() else ""
-    argument = f"mean, costliest copy and pigeonhole{fold}"
+    programmes = "; numbers of copies as linear programmes, every slot filled" if _alike(problem) else ""
+    argument = f"mean, costliest copy and pigeonhole{programmes}"
     answers.append(_bound("max/mean load", load_value, load_floor, True, argument))
     counts = found.counts
     if counts is not None and objective.return_mode == "return_home" and problem.num_nodes > 1:

@@ -1,4 +1,4 @@
-"""Two slots on every rank: pairing is solved by folding, so only the copies per expert are searched, and bounded.
+"""Two slots on every rank: pairing is solved by folding, so only the copies per expert are searched.
 
 With the copies fixed, pairing the largest with the smallest, the second with the second smallest, and so on,
 minimises the largest pair sum. ``E`` experts, ``P = 2 R`` slots.
@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
-from scipy.optimize import linprog
-from scipy.sparse import csr_array
 
-__all__ = ["fold_bound", "fold_search"]
-
-_OPTIONS = 6
+__all__ = ["fold_search"]
 
 
 @njit(cache=True, nogil=True)
@@ -121,62 +116,3 @@ def fold_search(load_E, copies_E, floor, max_copies, proposals, seed):
                 best_price = price
                 best[:] = copies_E
     return best
-
-
-def _feasible(load_E: NDArray[np.float64], ranks: int, limit: float, thresholds: int) -> bool:
-    """Whether the linear relaxation of "all pairs stay within ``limit``" has a solution.
-
-    ``z[e, x]`` is the part of expert ``e`` that has ``x`` copies more than it must have. Whatever the pairing, the
-    copies above ``limit - t`` need as many partners of at most ``t``: one row per threshold ``t`` below half the
-    limit. The last option stands for all larger ``x``: it takes the slots of the least and serves as well as the best.
-    """
-    least_E = np.maximum(1, np.ceil(load_E / limit - 1e-12)).astype(np.int64)
-    spare = 2 * ranks - int(least_E.sum())
-    if spare < 0 or (least_E > ranks).any():
-        return False
-    copies_EX = least_E[:, None] + np.arange(spare + 1)
-    size_EX = load_E[:, None] / copies_EX
-    levels = np.unique(size_EX[size_EX < limit / 2])
-    if len(levels) > thresholds:
-        levels = levels[np.linspace(0, len(levels) - 1, thresholds).astype(np.int64)]
-    large = size_EX > limit - levels[:, None, None] + 1e-12
-    short = copies_EX * (large.astype(np.float64) - (size_EX <= levels[:, None, None]))
-    kept = min(spare, _OPTIONS)
-    short = np.concatenate([short[:, :, :kept], short[:, :, kept:].min(axis=2, keepdims=True)], axis=2)
-    taken_EX = copies_EX[:, : kept + 1]
-    experts, options = taken_EX.shape
-    one_each = csr_array(
-        (np.ones(taken_EX.size), (np.repeat(np.arange(experts), options), np.arange(taken_EX.size)))
-    )
-    answer = linprog(
-        np.zeros(taken_EX.size),
-        A_ub=np.vstack([short.reshape(len(levels), -1), taken_EX.reshape(1, -1)]),
-        b_ub=np.append(np.zeros(len(levels)), 2.0 * ranks),
-        A_eq=one_each,
-        b_eq=np.ones(experts),
-        bounds=(0, None),
-        method="highs",
-    )
-    return bool(answer.status != 2)
-
-
-def fold_bound(load_E: NDArray[np.float64], ranks: int, floor: float, value: float, tests: int = 4) -> float:
-    """Lower bound on the largest pair sum: the largest limit found whose relaxation has no solution.
-
-    Args:
-        load_E: loads, mean over ranks 1.
-        floor: a bound already known.
-        value: the largest pair of a known plan; limits between ``floor`` and ``value`` are tested.
-        tests: linear programmes solved.
-    """
-    low, high = floor, value
-    limit = max(low, value / 1.005)
-    for _ in range(tests):
-        if high <= low * 1.0005:
-            break
-        if _feasible(load_E, ranks, limit, thresholds=60):
-            high = limit
-        else:
-            low = limit
-        limit = 0.5 * (low + high)
-    return low

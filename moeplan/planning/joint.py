@@ -264,7 +264,8 @@ def _search_layer(ready: Prepared, layer: int, row_P: Rows, limits: _Limits, nod
         best = anneal_home(
             data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP / problem.ranks_per_node,
             data.copy_of_slot_P, _node_of_slot(problem), data.first_N, data.first_N, 1,
-            problem.speed_R[:: problem.ranks_per_node], even_W, even_W * max(node_room * ready.max_imbalance, 1e-3),
+            problem.speed_R[:: problem.ranks_per_node], problem.ranks_per_node, even_W,
+            even_W * max(node_room * ready.max_imbalance, 1e-3),
             limits.slope * problem.ranks_per_node, limits.steep, 0.0, data.node_price, 0.0, heat, budget // 2, seed,
         )  # fmt: skip
         row_P = _inside_nodes(ready, layer, np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)]))
@@ -273,7 +274,7 @@ def _search_layer(ready: Prepared, layer: int, row_P: Rows, limits: _Limits, nod
     best = anneal_home(
         data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
         problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R,
-        limits.base_W, limits.cap_W, 0.5 * limits.slope, limits.steep, half, data.node_price, data.rank_price, heat,
+        1, limits.base_W, limits.cap_W, 0.5 * limits.slope, limits.steep, half, data.node_price, data.rank_price, heat,
         budget, seed,
     )  # fmt: skip
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])

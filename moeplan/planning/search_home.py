@@ -164,6 +164,7 @@ def anneal_home(
     node_first_N,
     ranks_per_node,
     speed_R,
+    most_copies,
     base_W,
     cap_W,
     load_slope,
@@ -184,6 +185,7 @@ def anneal_home(
         load_WP: load of each copy per window, scaled so that the mean over ranks is 1.
         copy_of_slot_P: start; the copy in each slot, -1 for an empty one.
         rank_first_R, node_first_N: first slot of each rank / node, end appended.
+        most_copies: of one expert on a rank; 1, or more where ranks stand for nodes.
         base_W, cap_W: the balanced plan's busiest rank, and how far above it a rank may go.
         load_slope, load_steep, load_peak, node_price, rank_price: seconds per unit of load up to the cap and beyond
             it, of the busiest rank's load, per node arrival and rank arrival.
@@ -201,12 +203,12 @@ def anneal_home(
     use_ranks = rank_price > 0.0 and ranks > 1
 
     load_WR = np.zeros((windows, ranks))
-    holds_RE = np.zeros((ranks, expert_of_copy_P.max() + 1), np.bool_)
+    holds_RE = np.zeros((ranks, expert_of_copy_P.max() + 1), np.int32)
     for s in range(slots):
         c = copy_of_slot_P[s]
         if c >= 0:
             r = rank_of_slot_P[s]
-            holds_RE[r, expert_of_copy_P[c]] = True
+            holds_RE[r, expert_of_copy_P[c]] += 1
             for w in range(windows):
                 load_WR[w, r] += load_WP[w, c] / speed_R[r]
 
@@ -264,7 +266,7 @@ def anneal_home(
             continue
         e1 = expert_of_copy_P[c1]
         e2 = expert_of_copy_P[c2]
-        if e1 == e2 or holds_RE[r1, e2] or holds_RE[r2, e1]:
+        if e1 == e2 or holds_RE[r1, e2] >= most_copies or holds_RE[r2, e1] >= most_copies:
             continue
         delta = 0.0
         for w in range(windows):
@@ -329,10 +331,10 @@ def anneal_home(
             load_WR[w, r2] -= q / speed_R[r2]
         copy_of_slot_P[s1] = c2
         copy_of_slot_P[s2] = c1
-        holds_RE[r1, e1] = False
-        holds_RE[r1, e2] = True
-        holds_RE[r2, e2] = False
-        holds_RE[r2, e1] = True
+        holds_RE[r1, e1] -= 1
+        holds_RE[r1, e2] += 1
+        holds_RE[r2, e2] -= 1
+        holds_RE[r2, e1] += 1
         current_node = new_node
         current_rank = new_rank
         energy += delta

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from moeplan.errors import InfeasibleError
 from moeplan.planning.balance import LayerLoad, balance_layer, load_bound, spread_copies
-from moeplan.planning.fold import fold_bound, fold_search
+from moeplan.planning.copies_bound import copies_bound
+from moeplan.planning.fold import fold_search
 from moeplan.planning.search_load import rank_loads
 
 
@@ -211,14 +212,35 @@ def test_folds_reach_the_best_pairing_and_their_bound_stays_below(loads, ranks):
     assert folded == pytest.approx(pairings_peak(load_E, found, distinct=False))
     assert folded <= pairings_peak(load_E, start, distinct=False) + 1e-9
     for value in (best, best * 1.2):
-        assert fold_bound(load_E, ranks, 1.0, value, tests=8) <= best + 1e-9
+        assert copies_bound(load_E, ranks, 2, 1.0, value) <= best + 1e-9
 
 
-def test_the_fold_bound_proves_what_the_mean_cannot():
+def test_the_copies_bound_proves_what_the_mean_cannot():
     load_E = np.array([1.4, 1.3, 0.3])  # three ranks, six slots
     best = min(pairings_peak(load_E, copies, distinct=True) for copies in all_copies(3, 3))
-    bound = fold_bound(load_E, 3, 1.0, best * 1.05, tests=12)
+    bound = copies_bound(load_E, 3, 2, 1.0, best * 1.05)
     assert 1.0 <= bound <= best + 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=4, max_size=5), st.integers(3, 4))
+def test_the_copies_bound_stays_below_every_filling_of_larger_ranks(loads, slots):
+    ranks = 3
+    load_E = np.array(loads, float)
+    load_E *= ranks / load_E.sum()
+    peaks_found = []
+    for held in product(combinations(range(len(loads)), slots), repeat=ranks):
+        copies = np.bincount(np.ravel(held), minlength=len(loads))
+        if copies.all():
+            peaks_found.append(max((load_E / copies)[list(row)].sum() for row in held))
+    best = min(peaks_found)
+    for value in (best, best * 1.02, best * 1.1):
+        assert copies_bound(load_E, ranks, slots, 1.0, value) <= best + 1e-9
+
+
+def test_the_copies_bound_counts_the_neighbours_of_a_hot_copy():
+    # 2 ranks of 3 slots, 3 experts: all are copied on both, so the answer is 1; the costliest copy alone says 0.9
+    assert copies_bound(np.array([1.8, 0.1, 0.1]), 2, 3, 0.9, 1.0 * 1.001) > 0.99
 
 
 def test_hot_experts_are_folded_over_all_ranks():

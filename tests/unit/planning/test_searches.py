@@ -90,8 +90,8 @@ class Home:
         slope, steep, peak, node, rank = self.prices
         return anneal_home(
             self.bits, self.away, self.start, self.weight, self.expert, self.load, self.slots.copy(), self.rank_P,
-            self.first_R, self.first_N, self.per_node, self.speed, self.base, self.cap, slope, steep, peak, node, rank,
-            0.3, proposals, seed,
+            self.first_R, self.first_N, self.per_node, self.speed, 1, self.base, self.cap, slope, steep, peak,
+            node, rank, 0.3, proposals, seed,
         )  # fmt: skip
 
 
