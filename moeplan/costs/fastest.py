@@ -1,0 +1,54 @@
+"""The fastest of several measured kernels, at each point: what a framework that picks its kernels gets.
+
+``q`` queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs.tables import TableCosts
+
+__all__ = ["FastestTable"]
+
+Floats = NDArray[np.float64]
+
+
+class FastestTable:
+    """One :class:`~moeplan.costs.tables.TableCosts` per kernel whose rows equal ``names``; the minimum answers.
+
+    ``choices`` are further names tried in turn until one has rows, such as a framework's own and then anybody's;
+    with none left the law answers. ``source`` says which kernels serve.
+    """
+
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        table: str,
+        axes: tuple[str, ...],
+        names: dict[str, Any],
+        law: Callable[[Floats], Floats],
+        device: str,
+        choices: tuple[dict[str, Any], ...] = ({},),
+    ) -> None:
+        kernels: list[str] = []
+        where = names
+        for choice in choices:
+            where = names | choice
+            kernels = sorted(pc.unique(profile.select(table, **where)["kernel"]).to_pylist())
+            if kernels:
+                break
+        self.measured = bool(kernels)
+        self.source = ", ".join(kernels) or f"roofline of {device}"
+        each = [where | {"kernel": kernel} for kernel in kernels] or [where]
+        self._tables = [TableCosts(profile if kernels else None, table, axes, one, law, device) for one in each]
+
+    def seconds(self, *coords: Any) -> Floats:
+        """Seconds at coordinates, one argument per axis, all of one shape."""
+        return np.min([table.seconds(*coords).value for table in self._tables], axis=0)

@@ -1,0 +1,152 @@
+"""Time to first token and per output token of a served model under a closed loop, from passes of its engine.
+
+:class:`Constants` are the only numbers that no table or data sheet gives. They are few, the same for every
+model, machine, precision and width, and are chosen on calibration rows alone (see the validation of ``silicon``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.costs.closed_loop import Latencies, PassTimes, Pools, closed_loop, lengths
+from moeplan.costs.engine import EngineCosts, EngineSetup
+from moeplan.errors import InputError
+from moeplan.specs.attention_layers import attention_layers
+from moeplan.specs.model import DTYPE_BYTES
+
+__all__ = ["Constants", "ServedPool", "kv_capacity_tokens", "pass_times", "served"]
+
+Floats = NDArray[np.float64]
+
+_BATCHES = 2.0 ** np.arange(0, 13)
+_PARTS = np.array([0.25, 0.5])
+_PROMPTS = np.array([1.0, 2, 4, 8, 16, 32])
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """One set for all rows; mappings are by framework.
+
+    ``prefill_factor``: how much longer a prompt's kernels take in a running server than measured alone (launches that
+    no graph captures, other versions, what no table times: norms, quantisation, permutation); ``step_s``: host work per
+    pass; ``linear_gap_s``: kernels of one linear-attention layer that no table times (gates, norms, splits).
+    ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
+    streamed token (polling and streaming intervals); ``prompt_latency``: part of its own prefill that a prompt's first
+    token takes besides, without holding up others (pipelined scheduling, uncaptured launches). ``accepted``: tokens
+    per step with 1, 2 and 3 drafts. ``handover_s``: from prefill to decode worker. ``prompt_tokens``: taken into one
+    pass. ``memory_share``: of device memory that weights and cache may fill. ``distribution``: of choices over experts.
+    """
+
+    prefill_factor: Mapping[str, float] = field(default_factory=dict)
+    step_s: Mapping[str, float] = field(default_factory=dict)
+    linear_gap_s: float = 0.0
+    first_steps: Mapping[str, float] = field(default_factory=dict)
+    prompt_latency: float = 0.0
+    accepted: tuple[float, float, float] = (1.8, 2.2, 2.5)
+    handover_s: float = 0.0
+    prompt_tokens: Mapping[str, float] = field(default_factory=dict)
+    memory_share: float = 0.9
+    distribution: str = "power_law_1.01"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedPool:
+    """Workers of one kind and how many."""
+
+    engine: EngineCosts
+    workers: int = 1
+
+
+def kv_capacity_tokens(setup: EngineSetup, memory_share: float) -> float:
+    """Tokens of KV cache that one attention group holds beside the weights.
+
+    Raises:
+        InputError: the weights leave no room.
+    """
+    m = setup.model
+    experts = sum(m.experts_L) * m.expert_bytes(setup.expert_dtype) / setup.ranks
+    others = m.non_expert_parameters * DTYPE_BYTES[setup.dense_dtype] / setup.tp
+    free = memory_share * setup.accelerator.memory - experts - others
+    if free <= 0:
+        raise InputError(
+            f"weights of {m.name} ({(experts + others) / 1e9:.0f} GB per rank) exceed {memory_share:.0%} of the memory of"
+            f" {setup.accelerator.name} ({setup.accelerator.memory / 1e9:.0f} GB); use more than {setup.ranks} ranks"
+        )
+    per_token = m.kv_bytes_per_token(setup.kv_dtype)
+    if per_token is None:
+        return np.inf
+    if m.attention is not None and not m.attention.is_mla:
+        per_token /= min(setup.tp, m.attention.num_kv_heads)
+    return free / per_token
+
+
+def pass_times(decode: EngineCosts, prefill: EngineCosts, isl: int, osl: int) -> PassTimes:
+    """Passes as the tables have them, without :class:`Constants`: decode over contexts from the prompt's end to the
+    answer's, prefill of parts of a prompt, one, and several; at the mean lengths of the benchmark's draw."""
+    start, end = 0.9 * isl, 0.9 * (isl + osl)
+    context = np.array([start, end])
+    seconds = decode.decode_s(_BATCHES[:, None], context[None, :])
+    prompts = np.unique(np.concatenate([_PROMPTS, _PROMPTS * prefill.setup.dp]))
+    tokens = np.concatenate([_PARTS, prompts]) * start
+    took = np.concatenate([prefill.prefill_s(1.0, _PARTS * start), prefill.prefill_s(prompts, start)])
+    return PassTimes(_BATCHES, context, seconds, tokens, np.maximum.accumulate(took))
+
+
+def _with_constants(times: PassTimes, setup: EngineSetup, c: Constants) -> PassTimes:
+    linear = sum(part.count for part in attention_layers(setup.model) if part.kind == "gated_delta")
+    step = times.decode_s_b2 + c.step_s.get(setup.backend, 0.0) + linear * c.linear_gap_s
+    return replace(times, decode_s_b2=step, prefill_s_p=times.prefill_s_p * c.prefill_factor.get(setup.backend, 1.0))
+
+
+def served(
+    decode: ServedPool,
+    prefill: ServedPool | None,
+    constants: Constants,
+    isl: int,
+    osl: int,
+    concurrency: int,
+    times: PassTimes | None = None,
+    requests: int = 10,
+) -> Latencies:
+    """Latencies with ``concurrency`` requests in flight, ``requests`` times as many in all.
+
+    ``times`` are :func:`pass_times` of the same engines and lengths, where they are at hand.
+    """
+    setup = decode.engine.setup
+    backend = setup.backend
+    groups = decode.workers * setup.dp
+    mean_in, mean_out = 0.9 * isl, 0.9 * osl
+    held = mean_in + mean_out / 2  # tokens of cache per running sequence
+    source = prefill or decode
+    times = times or pass_times(decode.engine, source.engine, isl, osl)
+    times = _with_constants(times, setup, constants)
+    drafts = setup.draft_tokens
+    capacity = kv_capacity_tokens(setup, constants.memory_share)
+    if capacity < held:
+        raise InputError(f"the KV cache of one attention group ({capacity:.0f} tokens) is below one request's ({held:.0f})")
+    pools = Pools(
+        decode_groups=groups,
+        prompt_tokens=max(constants.prompt_tokens.get(backend, 8192.0), mean_in),
+        tokens_per_step=constants.accepted[drafts - 1] if drafts else 1.0,
+        max_running=int(min(1 << 30, groups * capacity / held)),
+        alone=backend == "sglang" and prefill is None,
+    )
+    if prefill is not None:
+        pools = replace(
+            pools,
+            prefill_workers=prefill.workers,
+            prefill_groups=prefill.engine.setup.dp,
+            transfer_s=constants.handover_s,
+        )
+    rng = np.random.default_rng(_SEED)
+    count = concurrency * requests
+    found = closed_loop(times, pools, concurrency, lengths(isl, count, rng), lengths(osl, count, rng))
+    alone = float(np.interp(mean_in, times.tokens_p, times.prefill_s_p))
+    steps = constants.first_steps.get(backend, 0.0) if prefill is None else 0.0
+    late = constants.prompt_latency * alone + steps * found.tpot_mean_s
+    return replace(found, ttft_mean_s=found.ttft_mean_s + late, ttft_median_s=found.ttft_median_s + late)

@@ -1,0 +1,310 @@
+"""The measured rows of ``silicon_sample.csv``: which count, which part each belongs to, and what it ran on.
+
+Which rows count, in this order:
+
+1. MoE models only; DeepSeek-V3, R1 and their variants are one model.
+2. Rows equal in all columns but ``id`` and ``silicon_data_source`` are one.
+3. Rows with impossible widths are set aside: a width missing or zero; ``tp x dp`` other than ``moe_tp x moe_ep``
+   (a missing ``dp`` is what makes them equal); one server (``agg``) of more ranks than its node or NVLink rack
+   has; ``tp`` that does not divide the attention heads, ``moe_tp`` the expert's width or ``moe_ep`` the experts;
+   weights that exceed the memory of a worker's ranks together.
+
+The split is by whole groups, ``model|system|backend`` (as in ``DeepSeek-V3|h200_sxm|trtllm``): MiniMax-M2.5,
+Kimi-K2.5 and GLM-5 are part ``c``; of the others a group is in ``a`` if the last bit of the sha256 of that name
+(UTF-8) is 0, in ``b`` if it is 1. Only ``a`` is used to choose constants.
+
+What a row ran on: the file's widths are partly an adapter's products, worker counts are mostly missing, and
+speculative decoding is not tagged. The public benchmark's own configuration of the day says all three
+(``benchmark_recipes.json``); a row takes the recipe with its model, hardware, framework, precision, lengths and
+concurrency whose widths agree with the row's, preferring its image, then its date, then the one added last, then
+none with drafts. Rows of the database export (``config_id``) are never drafted. Without a recipe the columns count.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date, timedelta
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from moeplan.errors import InputError
+from moeplan.specs.attention_layers import attention_layers
+from moeplan.specs.clusters import find_accelerator
+from moeplan.specs.model import DTYPE_BYTES, ModelSpec
+from moeplan.specs.models import find_model
+
+__all__ = ["FAMILIES", "Measured", "Workers", "distinct", "impossible", "part_of", "read_measured"]
+
+Part = Literal["a", "b", "c"]
+
+# model_path in the file -> (name of the model in the split, name in the registry, name in the recipes).
+# Kimi-K2.5's text model has Kimi-K2's shapes (text_config of moonshotai/Kimi-K2.5).
+FAMILIES: dict[str, tuple[str, str, str]] = {
+    "deepseek-ai/DeepSeek-R1": ("DeepSeek-V3", "deepseek-v3", "dsr1"),
+    "deepseek-ai/DeepSeek-V3": ("DeepSeek-V3", "deepseek-v3", "dsr1"),
+    "nvidia/DeepSeek-R1-NVFP4": ("DeepSeek-V3", "deepseek-v3", "dsr1"),
+    "nvidia/DeepSeek-V3.1-NVFP4": ("DeepSeek-V3", "deepseek-v3", "dsr1"),
+    "openai/gpt-oss-120b": ("gpt-oss-120b", "gpt-oss-120b", "gptoss"),
+    "Qwen/Qwen3.5-397B-A17B": ("Qwen3.5-397B-A17B", "qwen3.5-397b-a17b", "qwen3.5"),
+    "Qwen/Qwen3-235B-A22B-FP8": ("Qwen3-235B-A22B", "qwen3-235b-a22b", ""),
+    "MiniMaxAI/MiniMax-M2.5": ("MiniMax-M2.5", "minimax-m2", "minimaxm2.5"),
+    "moonshotai/Kimi-K2.5": ("Kimi-K2.5", "kimi-k2", "kimik2.5"),
+    "zhipuai/GLM-5": ("GLM-5", "glm-5", "glm5"),
+}
+_NEVER_TUNED = frozenset(["MiniMax-M2.5", "Kimi-K2.5", "GLM-5"])
+_NODE = {"gb200": 72, "gb300": 72}  # ranks that one server can have; else 8
+_DRAFTS = 3  # where a recipe uses drafts and does not say how many; with data-parallel attention on TensorRT-LLM 1
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Equal workers of one pool."""
+
+    count: int
+    tp: int
+    dp: int
+    ep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One row. ``prefill`` is None for one server; ``why_not`` says why an impossible row is set aside."""
+
+    id: str
+    group: str
+    part: Part
+    registry_name: str
+    system: str
+    backend: str
+    mode: str
+    precision: str
+    isl: int
+    osl: int
+    concurrency: int
+    ttft_ms: float
+    tpot_ms: float
+    decode: Workers
+    prefill: Workers | None
+    draft_tokens: int
+    recipe: bool
+    why_not: str
+
+
+def part_of(model: str, group: str) -> Part:
+    """``a`` calibrates, ``b`` is held out, ``c`` are the models that are never tuned on."""
+    if model in _NEVER_TUNED:
+        return "c"
+    return "b" if hashlib.sha256(group.encode()).digest()[-1] & 1 else "a"
+
+
+def distinct(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The first of rows that are equal in all columns but ``id`` and ``silicon_data_source``."""
+    seen: dict[tuple[tuple[str, str], ...], Mapping[str, str]] = {}
+    for row in rows:
+        key = tuple((k, v) for k, v in row.items() if k not in ("id", "silicon_data_source"))
+        seen.setdefault(key, row)
+    return list(seen.values())
+
+
+def _number(row: Mapping[str, str], name: str) -> int | None:
+    text = row.get(name) or ""
+    return int(float(text)) if text not in ("", "nan") else None
+
+
+def _widths(row: Mapping[str, str], side: str) -> tuple[int | None, int | None, int | None, int | None]:
+    """(tp, dp, moe_tp, moe_ep) as in the columns, a missing dp made up for."""
+    tp, dp, moe_tp, ep = (
+        _number(row, f"{side}{name}") for name in ("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
+    )
+    if dp is None and tp and moe_tp and ep and moe_tp * ep % tp == 0:
+        dp = moe_tp * ep // tp
+    return tp, dp, moe_tp, ep
+
+
+def impossible(row: Mapping[str, str], model: ModelSpec) -> str:
+    """Why the widths of a row cannot be, or an empty string. See the module."""
+    sides = [""] if row["mode"] == "agg" else ["prefill_", "decode_"]
+    heads = attention_layers(model)[0].spec.num_heads
+    for side in sides:
+        tp, dp, moe_tp, ep = _widths(row, side)
+        if not tp or not dp or not moe_tp or not ep:
+            return f"{side}width missing or zero"
+        if tp * dp != moe_tp * ep:
+            return f"{side}tp x dp ({tp} x {dp}) is not moe_tp x moe_ep ({moe_tp} x {ep})"
+        if row["mode"] == "agg" and tp * dp > _NODE.get(row["system"], 8):
+            return f"{tp * dp} ranks in a server of {_NODE.get(row['system'], 8)}"
+        if heads % tp or model.expert_intermediate_size % moe_tp or model.num_experts % ep:
+            return f"{side}widths ({tp}, {moe_tp}, {ep}) do not divide heads, expert width or experts"
+        if not _fits(row, model, tp * dp):
+            return f"{side}weights exceed the memory of {tp * dp} ranks"
+    return ""
+
+
+def _fits(row: Mapping[str, str], model: ModelSpec, ranks: int) -> bool:
+    """Whether ``ranks`` together hold the weights, all in the row's precision."""
+    memory = find_accelerator(row["system"].replace("_", "-")).memory
+    return model.total_parameters * DTYPE_BYTES[_precision(row)] <= ranks * memory
+
+
+def _precision(row: Mapping[str, str]) -> str:
+    return row["precision"] if row["precision"] not in ("", "nan") else "bf16"
+
+
+# ---------------------------------------------------------------------- what it ran on
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    image: str
+    draft_tokens: int
+    widths: tuple[int, ...]
+    first: date
+    last: date
+
+
+@cache
+def _recipes() -> dict[tuple[Any, ...], list[_Recipe]]:
+    text = files("moeplan").joinpath("data", "benchmark_recipes.json").read_text(encoding="utf-8")
+    index: dict[tuple[Any, ...], list[_Recipe]] = defaultdict(list)
+    for model, hardware, backend, precision, isl, osl, image, drafts, widths, first, last, lanes in json.loads(text)[
+        "rows"
+    ]:
+        one = _Recipe(_plain(image), drafts, tuple(widths), date.fromisoformat(first), date.fromisoformat(last))
+        for lane in lanes:
+            index[model, hardware, backend, precision, isl, osl, lane, len(widths) == 8].append(one)
+    return dict(index)
+
+
+def _plain(image: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", image.lower())
+
+
+def _agrees(row: Mapping[str, str], recipe: _Recipe) -> bool:
+    """Whether a recipe's widths can have become the row's columns."""
+    if row["mode"] == "agg":
+        ranks, ep, dp = recipe.widths
+        _, columns_dp, moe_tp, columns_ep = _widths(row, "")
+        shared = _number(row, "attention_dp_size") or 1
+        return columns_ep == ep and moe_tp in (ranks, ranks // ep) and (shared > 1) == bool(dp) and columns_dp != 0
+    sides = (("prefill_", recipe.widths[:4]), ("decode_", recipe.widths[4:]))
+    for side, (workers, ranks, _, dp) in sides:
+        tp, columns_dp, _, _ = _widths(row, side)
+        if not tp or tp * (columns_dp or 1) != ranks:
+            return False
+        counted = _number(row, f"{side}num_workers")
+        if counted is not None and (counted != workers or (dp != 0) != ((columns_dp or 1) > 1)):
+            return False
+    return True
+
+
+def _measured_on(row: Mapping[str, str]) -> date | None:
+    found = re.search(r"measured=(\d{4}-\d\d-\d\d)", row["silicon_data_source"])
+    return date.fromisoformat(found[1]) if found else None
+
+
+def _choose(row: Mapping[str, str], lane: int, on: date | None) -> _Recipe | None:
+    name = FAMILIES[row["model_path"]][2]
+    hardware = row["system"].removesuffix("_sxm")
+    key = (name, hardware, row["backend"], row["precision"], int(row["isl"]), int(row["osl"]), lane)
+    fits = [recipe for recipe in _recipes().get((*key, row["mode"] != "agg"), []) if _agrees(row, recipe)]
+    model = find_model(FAMILIES[row["model_path"]][1])
+    sizes = {3: (0,), 8: (1, 5)}
+    fits = [r for r in fits if all(_fits(row, model, r.widths[at]) for at in sizes[len(r.widths)])]
+    source = row["silicon_data_source"]
+    if "config_id=" in source:
+        fits = [recipe for recipe in fits if recipe.draft_tokens == 0]
+    image = re.search(r"(?:image=|workflow_run_id=\d+; )(\S+)$", source)
+    if image is not None:
+        fits = [recipe for recipe in fits if recipe.image == _plain(image[1])] or fits
+    if on is not None:
+        slack = timedelta(days=10)
+        fits = [recipe for recipe in fits if recipe.first - slack <= on <= recipe.last + slack] or fits
+    return max(fits, key=lambda recipe: (recipe.first, -abs(recipe.draft_tokens)), default=None)
+
+
+def _server(widths: tuple[int, ...], count: int = 1) -> Workers:
+    ranks, ep, dp = widths
+    return Workers(count, 1 if dp else ranks, ranks if dp else 1, ep)
+
+
+def _from_columns(row: Mapping[str, str], side: str) -> Workers:
+    tp, dp, _, ep = _widths(row, side)
+    return Workers(_number(row, f"{side}num_workers") or 1, tp or 1, dp or 1, min(ep or 1, (tp or 1) * (dp or 1)))
+
+
+def _lane(row: Mapping[str, str]) -> int:
+    found = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
+    if found:
+        return int(found[1])
+    return (_number(row, "batch_size") or 1) * (_widths(row, "")[1] or 1)
+
+
+def _measured(row: Mapping[str, str], on: date | None) -> Measured:
+    family, registry_name, _ = FAMILIES[row["model_path"]]
+    group = f"{family}|{row['system']}|{row['backend']}"
+    lane = _lane(row)
+    recipe = _choose(row, lane, on)
+    prefill = None
+    drafts = 0
+    if recipe is None:
+        decode = _from_columns(row, "" if row["mode"] == "agg" else "decode_")
+        prefill = None if row["mode"] == "agg" else _from_columns(row, "prefill_")
+    elif len(recipe.widths) == 3:
+        decode = _server(recipe.widths)
+    else:
+        prefill = _server(recipe.widths[1:4], recipe.widths[0])
+        decode = _server(recipe.widths[5:8], recipe.widths[4])
+    if recipe is not None and recipe.draft_tokens:
+        unsaid = 1 if row["backend"] == "trtllm" and decode.dp > 1 else _DRAFTS
+        drafts = recipe.draft_tokens if recipe.draft_tokens > 0 else unsaid
+    return Measured(
+        id=row["id"],
+        group=group,
+        part=part_of(family, group),
+        registry_name=registry_name,
+        system=row["system"],
+        backend=row["backend"],
+        mode=row["mode"],
+        precision=_precision(row),
+        isl=int(row["isl"]),
+        osl=int(row["osl"]),
+        concurrency=lane,
+        ttft_ms=float(row["silicon_ttft_ms"]),
+        tpot_ms=float(row["silicon_tpot_ms"]),
+        decode=decode,
+        prefill=prefill,
+        draft_tokens=drafts,
+        recipe=recipe is not None,
+        why_not=impossible(row, find_model(registry_name)),
+    )
+
+
+def _inputs(row: Mapping[str, str]) -> tuple[Any, ...]:
+    names = ("model_path", "system", "backend", "precision", "mode", "isl", "osl")
+    return (*(row[name] for name in names), _lane(row), _widths(row, "")[3])
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """The distinct rows of MoE models, impossible ones included with their reason.
+
+    A row without a date takes that of a dated row with equal inputs, where there is one.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["model_path"] in FAMILIES]
+    except (OSError, KeyError) as error:
+        raise InputError(f"cannot read {path}: {error}; reinstall aiconfigurator-core") from error
+    kept = distinct(rows)
+    dates = {_inputs(row): on for row in kept if (on := _measured_on(row)) is not None}
+    return [_measured(row, _measured_on(row) or dates.get(_inputs(row))) for row in kept]
