@@ -57,7 +57,9 @@ def _seconds(_context: click.Context, option: click.Parameter, value: str | None
 @click.option("--checkpoint", type=_FOLDER, help="Checkpoints go here; the last after the last step.")
 @click.option("--checkpoint-every", type=int, default=0, metavar="N", help="Steps between checkpoints. [at the end]")
 @click.option("--resume", type=_FOLDER, help="Go on from a checkpoint, of any number of ranks.")
-@click.option("--control", type=_FOLDER, help="Take plans from 'moeplan apply --to' through this folder.")
+@click.option("--control", type=_FOLDER, help="Talk to 'moeplan apply' and 'moeplan control' through this folder.")
+@click.option("--window", type=int, default=64, show_default=True, metavar="N",
+              help="Steps of each window put into --control, a multiple of 8; 0: none.")
 @click.option("--prometheus", type=int, metavar="PORT", help="Metrics at http://127.0.0.1:PORT/metrics.")
 @click.option("--generate", metavar="TEXT", help="Continue TEXT after training.")
 @click.option("--new-tokens", type=int, default=200, show_default=True, metavar="N", help="Bytes to generate.")

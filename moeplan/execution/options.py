@@ -83,6 +83,7 @@ class LiveJob:
     checkpoint_every: int = 0
     resume: Path | None = None
     control: Path | None = None
+    window: int = 64
     prometheus: int | None = None
     generate: str | None = None
     new_tokens: int = 200

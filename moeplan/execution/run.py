@@ -18,10 +18,12 @@ from moeplan.artifacts.placement import Placement
 from moeplan.errors import InputError, SpecError
 from moeplan.execution.apply import PlanCallback
 from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
+from moeplan.execution.closed_loop import ClosedLoop
 from moeplan.execution.groups import Mesh, build_mesh
 from moeplan.execution.launch import Rank
 from moeplan.execution.metrics import MetricsSink
 from moeplan.execution.migrate import MigrationReport
+from moeplan.execution.monitor import LoadMonitor
 from moeplan.execution.moves import require_fits
 from moeplan.execution.options import LiveJob
 from moeplan.execution.router import Routing
@@ -128,6 +130,7 @@ def _train(
 ) -> dict[str, Any]:
     steps: list[StepMetrics] = []
     reports: list[MigrationReport] = []
+    loop = _watching(job, trainer, callback)
     for number in range(trainer.steps_done - first, job.steps):
         metrics = trainer.step()
         steps.append(metrics)
@@ -136,7 +139,8 @@ def _train(
             me.send({"step": number + 1, "of": job.steps, **metrics.to_json()})
         if job.plan is not None and number == job.apply_at:
             callback.submit(job.plan)
-        report = callback.after_step()
+        left = job.steps - number - 1
+        report = callback.after_step() if loop is None else loop.after_step(metrics, left)
         if report is not None:
             reports.append(report)
         if job.checkpoint is not None and _due(number + 1, job):
@@ -161,6 +165,15 @@ def _train(
         "held_out_loss": trainer.evaluate(),
         **_moved(reports),
     }
+
+
+def _watching(job: LiveJob, trainer: Trainer, callback: PlanCallback) -> ClosedLoop | None:
+    """With a control folder each window of steps goes there, for ``moeplan control`` to plan from."""
+    if job.control is None or not job.window:
+        return None
+    spec = job.options.model
+    monitor = LoadMonitor(trainer.mesh, spec.num_moe_layers, spec.num_experts, steps=job.window)
+    return ClosedLoop(trainer.moe_layers, callback, monitor, folder=job.control)
 
 
 def _moved(reports: list[MigrationReport]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class LiveRequest:
     checkpoint_every: int = 0
     resume: Path | None = None
     control: Path | None = None
+    window: int = 64
     prometheus: int | None = None
     generate: str | None = None
     new_tokens: int = 200
@@ -158,6 +159,7 @@ def _job(request: LiveRequest) -> LiveJob:
         checkpoint_every=r.checkpoint_every,
         resume=r.resume,
         control=r.control,
+        window=r.window,
         prometheus=r.prometheus,
         generate=r.generate,
         new_tokens=r.new_tokens,

@@ -21,6 +21,7 @@ from moeplan.execution.monitor import LoadMonitor
 from moeplan.execution.replay import ReplayRouter
 from moeplan.execution.train import Trainer
 from moeplan.pipeline.control import Controller, ControlOptions, watch
+from moeplan.pipeline.live import LiveRequest, run_live
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.scenario import Scenario
 from moeplan.specs.workload import Objective
@@ -131,3 +132,19 @@ def test_an_adviser_that_fails_ends_all_ranks_with_its_reason():
     with pytest.raises(MoeplanError, match="the planner's trace is unreadable"):
         run_ranks(Launch(2), _run, None, None, True)
 
+
+
+def test_moeplan_live_puts_its_windows_into_the_control_folder(tmp_path):
+    (tmp_path / "model.json").write_text(SPEC.model_dump_json())
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 200)
+    run_live(
+        LiveRequest(model=str(tmp_path / "model.json"), ranks=2, nodes=2, steps=8, batch=4, length=32,
+                    text=tmp_path / "text.txt", control=tmp_path / "control", window=8)
+    )  # fmt: skip
+    window = LoadWindow.read(tmp_path / "control/window.npz")
+    assert window.load_BLE.sum() == 8 * 4 * 32 * SPEC.top_k * SPEC.num_moe_layers
+    assert window.costs.tokens == 4 * 32
+    assert 0 < window.costs.expert_s < window.costs.step_s
+    assert window.costs.steps_left == 0
+    assert set(window.trace.source_rank_T) == {0, 1}
+    assert window.placement.ranks_per_node == 1
