@@ -29,7 +29,7 @@ def row_at(rows_B, b, w):
 
 @njit(cache=True, nogil=True)
 def group_seconds(
-    decodes_D, cached_D, chunk_s_D, tokens_D, speed_D, share, points_B, fixed_B4, points_S, points_C, decode_s_SC,
+    decodes_D, cached_D, chunk_s_D, tokens_D, speed_D, share, points_B, fixed_B5, points_S, points_C, decode_s_SC,
     launch_s,
 ):
     """Seconds of each group, ``[D, 3]``: attention and token-wise parts of one layer; shared experts of one layer;
@@ -55,9 +55,9 @@ def group_seconds(
             if chunk_s_D[d] >= 0:
                 kernels[which] += launch_s + part * chunk_s_D[d]
         b, w = _place(points_B, tokens * share)
-        out[d, 0] = fixed_B4[b, 0] + w * (fixed_B4[b + 1, 0] - fixed_B4[b, 0]) + kernels[0]
-        out[d, 1] = fixed_B4[b, 1] + w * (fixed_B4[b + 1, 1] - fixed_B4[b, 1])
+        out[d, 0] = fixed_B5[b, 0] + w * (fixed_B5[b + 1, 0] - fixed_B5[b, 0]) + kernels[0]
+        out[d, 1] = fixed_B5[b, 1] + w * (fixed_B5[b + 1, 1] - fixed_B5[b, 1])
         b, w = _place(points_B, tokens)
-        out[d, 2] = fixed_B4[b, 2] + w * (fixed_B4[b + 1, 2] - fixed_B4[b, 2]) + fixed_B4[b, 3] * kernels[1]
+        out[d, 2] = fixed_B5[b, 2] + w * (fixed_B5[b + 1, 2] - fixed_B5[b, 2]) + fixed_B5[b, 3] * kernels[1]
         out[d] /= speed_D[d]
     return out

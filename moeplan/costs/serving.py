@@ -7,8 +7,8 @@ hold different batches takes, with ``m`` the tokens of the busiest group and ``n
 - attention and token-wise parts of the group that takes longest: projections, router, norms at its tokens; one decode
   kernel over its sequences at their mean context; one prefill kernel over its chunks (:meth:`AttentionCosts.kernel`);
 - shared experts, dense layers and head at ``m``;
-- experts of each layer at its busiest rank, and the exchange at ``n``: the slower of what the busiest rank receives
-  under the placement and what the fullest group sends;
+- experts of each layer at its busiest rank, and the exchange: the slower of what the busiest rank receives under the
+  placement at ``n``, and what the fullest group sends, which is a balanced exchange at ``m``;
 - combined layer by layer as the overlap mode says (:func:`moeplan.costs.step.combine`).
 
 A chunk of ``q`` tokens after ``p`` that are in the cache attends to ``q p + q^2 / 2`` pairs: the kernel over ``p + q``
@@ -107,7 +107,6 @@ class MoeTable:
     expert_BR: Floats
     exchange_BL: Floats
     error_B: Floats
-    sent_B4: Floats  # fixed and variable seconds inside a node, then between nodes, when ranks send alike
 
 
 class ServingCosts:
@@ -194,14 +193,18 @@ class ServingCosts:
         return self._models[key]
 
     def _fixed_rows(self, phase: Phase) -> Floats:
-        """``[B, 4]``: token-wise part of a layer, shared experts, other layers and head, kernels among those."""
+        """``[B, 5]``: token-wise part of a layer, shared experts, other layers and head, kernels among those, and a
+        layer's exchange where choices fall evenly."""
         if phase not in self._fixed:
             rows = []
+            cluster = self.cluster
+            copies = balanced_copies(self._plain.dispatch, self.model.top_k, cluster.num_ranks, cluster.num_nodes)
             for tokens in self._busy.points:
-                fixed = self.model_at(phase, tokens).fixed
+                model = self.model_at(phase, tokens)
+                fixed, balanced_s = model.fixed, float(model.exchange.time_s(tokens, *copies))
                 token_wise = fixed.layer_s - fixed.kernel_s
                 other = fixed.other_s - fixed.other_kernels * fixed.kernel_s
-                rows.append((token_wise, fixed.shared_s, other, float(fixed.other_kernels)))
+                rows.append((token_wise, fixed.shared_s, other, float(fixed.other_kernels), balanced_s))
             self._fixed[phase] = np.array(rows)
         return self._fixed[phase]
 
@@ -213,7 +216,7 @@ class ServingCosts:
             B, L, R = len(self._mean.points), len(load_LE), self.cluster.num_ranks
             found = MoeTable(
                 placement, load_LE, phase, [False] * B, np.zeros((B, L)), np.zeros((B, R)), np.zeros((B, L)),
-                np.zeros(B), np.zeros((B, 4)),
+                np.zeros(B),
             )  # fmt: skip
             self._tables[key] = found
         return found
@@ -230,16 +233,6 @@ class ServingCosts:
         table.expert_BR[b] = cost.expert_s_LR.sum(0)
         table.exchange_BL[b] = cost.exchange_s_L
         table.error_B[b] = cost.high_s / cost.total_s - 1
-        both = balanced_copies(
-            self._plain.dispatch, self.model.top_k, self.cluster.num_ranks, self.cluster.num_nodes
-        )
-        for column, path, copies in (
-            (0, model.exchange.inside, both[1]),
-            (2, model.exchange.between, both[0]),
-        ):
-            if path is not None:
-                whole = path.time_s(tokens, copies / path.copies_per_token)
-                table.sent_B4[b, column : column + 2] = path.fixed_s, whole - path.fixed_s
         table.filled_B[b] = True
         self.source |= dict(cost.source)
         self.extrapolated |= set(cost.extrapolated)
@@ -268,14 +261,15 @@ class ServingCosts:
         share = 0.5 if how.overlap == "two_batch" else 1.0
         tokens_D = batch.tokens_D / how.tp
         mean = float(tokens_D.sum()) * how.tp / self._num_live
+        fixed = self._fixed_rows(table.phase)
         group_D3 = group_seconds(
             batch.decodes_D, batch.cached_D, batch.chunk_s_D, tokens_D, self._speed_D, share, self._busy.points,
-            self._fixed_rows(table.phase), self._seqs.points, self._context.points, self._decode_s, self._launch_s,
+            fixed, self._seqs.points, self._context.points, self._decode_s, self._launch_s,
         )  # fmt: skip
         b, w = self._at(table, mean * share)
-        expert_L, sent = row_at(table.expert_BL, b, w), row_at(table.sent_B4, b, w)
-        skew = float((tokens_D / self._link_D).max()) / mean
-        sent_s = max(sent[0] + skew * sent[1], sent[2] + skew * sent[3])
+        expert_L = row_at(table.expert_BL, b, w)
+        i, v = self._busy.place(float((tokens_D / self._link_D).max()) * share)
+        sent_s = float(row_at(fixed[:, 4], i, v))
         exchange_L = np.maximum(row_at(table.exchange_BL, b, w), sent_s)
         attention, shared, other = group_D3.max(0).tolist()
         alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum())

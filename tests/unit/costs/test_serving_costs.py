@@ -1,0 +1,152 @@
+"""Step costs of a serving engine: tables against the step model asked directly, and the parts against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.profile import load_profile
+from moeplan.costs.attention import AttentionCosts
+from moeplan.costs.dense import DenseCosts
+from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room, kv_transfer_s, ranks_that_hold
+from moeplan.costs.serving import Batch, ServingCosts, grid
+from moeplan.costs.step import StepModel, Technique
+from moeplan.errors import InfeasibleError
+from moeplan.specs.cluster import ClusterSpec, RankSpec
+from moeplan.specs.clusters import cluster_for
+from moeplan.specs.models import find_model
+from moeplan.specs.serving import EngineSpec
+from moeplan.specs.workload import Workload
+
+MODEL, CLUSTER, PROFILE = find_model("deepseek-v3"), cluster_for("h100", 4, 8), load_profile("h100-sxm")
+LAYERS, EXPERTS, RANKS = MODEL.num_moe_layers, MODEL.num_experts, 32
+WORK = Workload(weight_dtype="fp8", activation_dtype="fp8")
+LOAD = np.random.default_rng(0).gamma(1.0, 1.0, (LAYERS, EXPERTS))
+PLACE = Placement(
+    np.tile(np.arange(EXPERTS, dtype=np.int32), (LAYERS, 1)), np.repeat(np.arange(RANKS), 8).astype(np.int32),
+    EXPERTS, RANKS, 8,
+)  # fmt: skip
+
+
+def costs(cluster: ClusterSpec = CLUSTER, **technique: object) -> ServingCosts:
+    how = Technique(**{"dispatch": "per_expert", **technique})  # type: ignore[arg-type]
+    return ServingCosts(MODEL, cluster, WORK, how, PROFILE, 8192, 256, 8192)
+
+
+def decode(groups: int, tokens: float, context: float) -> Batch:
+    every = np.full(groups, tokens)
+    return Batch(every, every * (context - 1), np.full(groups, -1.0), every, False)
+
+
+@pytest.mark.parametrize("overlap", ["none", "shared_expert", "two_batch", "shortcut"])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_equal_decode_batches_equal_the_step_model(overlap: str, tp: int) -> None:
+    found, rng = costs(overlap=overlap, tp=tp), np.random.default_rng(1)
+    how = Technique(dispatch="per_expert", overlap=overlap, tp=tp)  # type: ignore[arg-type]
+    for _ in range(4):
+        batch, context = 2 * int(2 ** rng.uniform(1, 5)), int(2 ** rng.uniform(5, 13))
+        work = WORK.model_copy(update={"phase": "decode", "batch_per_rank": batch, "context": context})
+        want = StepModel(MODEL, CLUSTER, work, how, PROFILE).step(PLACE, LOAD)
+        got = found.step(decode(RANKS // tp, float(batch * tp), context), PLACE, LOAD)
+        assert got.total_s == pytest.approx(want.total_s, rel=0.02)
+        assert got.relative_error == pytest.approx(want.high_s / want.total_s - 1, rel=0.25)
+
+
+def test_equal_prompts_equal_the_step_model() -> None:
+    found = costs()
+    for prompts, length in ((1, 300), (1, 2000), (3, 2048)):
+        tokens = prompts * length
+        work = WORK.model_copy(update={"phase": "prefill", "batch_per_rank": tokens, "context": length})
+        want = StepModel(MODEL, CLUSTER, work, Technique(dispatch="per_expert"), PROFILE).step(PLACE, LOAD)
+        chunks = np.full(RANKS, prompts * found.chunk_s(0, length))
+        batch = Batch(np.zeros(RANKS), np.zeros(RANKS), chunks, np.full(RANKS, float(tokens)), True)
+        assert found.step(batch, PLACE, LOAD).total_s == pytest.approx(want.total_s, rel=0.02)
+
+
+def test_few_tokens_hit_few_experts() -> None:
+    found = costs()
+    one = decode(RANKS, 0.0, 100.0)
+    one.decodes_D[0] = one.tokens_D[0] = 1.0
+    one.cached_D[0] = 99.0
+    assert found.step(one, PLACE, LOAD).total_s < found.step(decode(RANKS, 1.0, 100.0), PLACE, LOAD).total_s
+    want = StepModel(
+        MODEL, CLUSTER, WORK.model_copy(update={"phase": "decode", "batch_per_rank": 1}),
+        Technique(dispatch="per_expert"), PROFILE, tokens=1.0,
+    ).step(PLACE, LOAD)  # fmt: skip
+    table = found.table(PLACE, LOAD, "decode")
+    b, weight = found._at(table, 1 / RANKS)
+    line = table.expert_BL[b] + weight * (table.expert_BL[b + 1] - table.expert_BL[b])
+    assert line == pytest.approx(want.expert_s_LR.max(1), rel=1e-6)
+
+
+def test_chunks_of_a_prompt_add_up_to_it() -> None:
+    found = costs()
+    parts = sum(found.chunk_s(before, 512) for before in range(0, 4096, 512))
+    assert parts == pytest.approx(found.chunk_s(0, 4096), rel=1e-9)
+    assert found.chunk_s(3584, 512) > 3 * found.chunk_s(0, 512)
+    dense = DenseCosts(CLUSTER.accelerator, "fp8", PROFILE)
+    assert MODEL.attention is not None
+    direct = AttentionCosts(MODEL.attention, MODEL.hidden_size, CLUSTER.accelerator, False, dense, "bf16", PROFILE)
+    whole = direct.kernel(1, 4096).total - direct.kernel(1, float(grid(8192)[0])).total
+    assert found.chunk_s(0, 4096) == pytest.approx(whole, rel=0.01)
+
+
+def test_the_fullest_group_sets_the_pace_and_the_others_wait() -> None:
+    found = costs()
+    even, uneven = decode(RANKS, 100.0, 4000.0), decode(RANKS, 97.0, 4000.0)
+    uneven.decodes_D[5] = uneven.tokens_D[5] = 193.0  # as many in all
+    uneven.cached_D[5] = 193 * 3999.0
+    slow, fast = found.step(uneven, PLACE, LOAD), found.step(even, PLACE, LOAD)
+    assert slow.total_s > fast.total_s
+    more_R = slow.busy_R - fast.busy_R
+    assert more_R[5] > 0
+    assert more_R[5] > 5 * np.delete(more_R, 5).max()
+    assert (slow.busy_R + slow.exposed_s <= slow.total_s + 1e-12).all()
+
+
+def test_slow_ranks_and_slow_links_take_longer() -> None:
+    batch, base = decode(RANKS, 64.0, 1000.0), costs()
+    usual = base.step(batch, PLACE, LOAD)
+    for change in ({"speed": 0.5}, {"link_speed": 0.5}):
+        slow = costs(CLUSTER.model_copy(update={"ranks": {3: RankSpec.model_validate(change)}}))
+        found = slow.step(batch, PLACE, LOAD)
+        assert 1.02 < found.total_s / usual.total_s < 2.0
+    assert found.exposed_s > usual.exposed_s
+
+
+def test_grid_has_one_and_a_half_steps() -> None:
+    assert grid(100).tolist() == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    assert grid(2, 1 / 3).tolist() == [0.25, 0.375, 0.5, 0.75, 1, 2]
+
+
+# ---------------------------------------------------------------------- KV cache
+
+
+def test_kv_bytes_by_hand() -> None:
+    # MLA: (512 + 64) numbers of 2 bytes in 61 layers, whole on every rank; GQA heads are split.
+    assert kv_bytes_per_token(MODEL, EngineSpec(tp=4)) == 61 * 576 * 2
+    assert kv_bytes_per_token(MODEL, EngineSpec(pp=2, kv_dtype="fp8")) == 61 * 576 / 2
+    mixtral = find_model("mixtral-8x7b")  # 32 layers, 8 KV heads of 128, keys and values
+    assert kv_bytes_per_token(mixtral, EngineSpec()) == 32 * 2 * 8 * 128 * 2
+    assert kv_bytes_per_token(mixtral, EngineSpec(tp=4)) == 32 * 2 * 2 * 128 * 2
+    assert kv_bytes_per_token(mixtral, EngineSpec(tp=16)) == 32 * 2 * 1 * 128 * 2
+
+
+def test_what_does_not_fit_says_how_much_and_what_would() -> None:
+    engine = EngineSpec()
+    cluster = cluster_for("h100", 1, 8)
+    with pytest.raises(InfeasibleError, match=r"exceeded by (\d+) bytes .* use (\d+) ranks or more") as caught:
+        kv_room(MODEL, cluster, WORK, engine, np.full(8, 32))
+    enough = ranks_that_hold(MODEL, cluster, WORK, engine)
+    assert f"use {enough} ranks" in str(caught.value)
+    assert enough is not None
+    slots = -(-EXPERTS // enough)
+    assert kv_room(MODEL, cluster_for("h100", 1, enough), WORK, engine, np.full(enough, slots)).free_bytes > 0
+    fewer = enough - 1
+    with pytest.raises(InfeasibleError, match="does not fit"):
+        kv_room(MODEL, cluster_for("h100", 1, fewer), WORK, engine, np.full(fewer, -(-EXPERTS // fewer)))
+
+
+def test_transfers_take_latency_and_bandwidth() -> None:
+    assert kv_transfer_s(5e9, 50e9, 1e-5) == pytest.approx(0.10001)
