@@ -61,7 +61,7 @@ def _join(store: Any, rank: int, world: int, launch: Launch) -> None:
     import torch
     import torch.distributed as dist
 
-    place = f"moeplan/joined/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    place = "moeplan/joined"
     store.set(f"{place}/{rank}", "1")
     until = time.monotonic() + launch.join_timeout_s
     missing = [other for other in range(world) if other != rank]
@@ -104,7 +104,9 @@ def join_torchrun(launch: Launch) -> Rank:
         store = dist.TCPStore(host, port, None, rank == 0 and not agent, timeout=wait_for, wait_for_workers=False)
     except (KeyError, ValueError, RuntimeError, OSError) as error:
         raise RunError(f"rank {rank} cannot reach the store: {_first_line(error)}") from error
-    _join(store, rank, world, launch)
+    # One store serves all attempts of torchrun: what the ranks before said must not be heard.
+    attempt = f"moeplan/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    _join(dist.PrefixStore(attempt, store), rank, world, launch)
     return Rank(rank, world, launch.device, lambda _message: None)
 
 
@@ -127,7 +129,7 @@ def run_torchrun(
         )
     me = join_torchrun(launch)
     store = dist.distributed_c10d._get_default_store()
-    place = f"moeplan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    place = "moeplan"
     try:
         answer = target(Rank(rank, world, me.device, lambda m: None if rank else on_message(rank, m)), *args)
         dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -116,6 +117,34 @@ def test_under_torchrun_one_rank_speaks(tmp_path: Path, model: Path, text: Path)
     assert bad.stderr.count("plan.model (another) is not the running model (tiny)") == 1
     assert bad.stderr.count("error: ") == 1
     assert "moeplan/" not in bad.stderr.replace(str(tmp_path), "")  # torchrun's own traceback follows, none of ours
+
+
+def test_torchrun_starts_a_killed_rank_again(tmp_path: Path, model: Path, text: Path) -> None:
+    """All ranks go on from the last checkpoint; the metrics show every step to the last."""
+    saved, out = tmp_path / "saved", tmp_path / "out"
+    words = ("live", "--model", model, "--text", text, "--steps", 120, "--batch", 4, "--length", 32, "--out", out)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+         "--master-port", str(_free_port()), "-m", "moeplan.cli", *map(str, words), "--checkpoint", str(saved),
+         "--checkpoint-every", "50"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 100
+        metrics = out / "metrics.jsonl"
+        while not metrics.is_file() or metrics.read_text().count("\n") < 55:  # beyond the first checkpoint
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        os.kill(_children_of(run.pid)[-1], signal.SIGKILL)
+        assert run.wait(100) == 0
+    finally:
+        run.kill()
+        run.wait()
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])  # where it went on
+    assert steps[again] == 50
+    assert steps == [*range(steps[again - 1] + 1), *range(50, 120)]
+    assert (saved / "latest").read_text() == "step-000120\n"
 
 
 def test_a_rank_that_never_joins_is_named(model: Path, text: Path) -> None:
