@@ -29,10 +29,25 @@ Advise = Callable[[LoadWindow], Plan | None]
 class StepTimes(Protocol):
     """What a step cost, the same on all ranks: :class:`moeplan.execution.train.StepMetrics` is one."""
 
-    step_s: float
-    tokens: int
-    expert_R: list[float]
-    alltoall_R: list[float]
+    @property
+    def step_s(self) -> float:
+        """Seconds of the slowest rank."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Of all ranks."""
+        ...
+
+    @property
+    def expert_R(self) -> list[float]:
+        """Seconds in experts, by rank."""
+        ...
+
+    @property
+    def alltoall_R(self) -> list[float]:
+        """Seconds in exchanges, waiting included, by rank."""
+        ...
 
 
 class ClosedLoop:

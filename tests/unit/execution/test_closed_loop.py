@@ -136,7 +136,7 @@ def test_an_adviser_that_fails_ends_all_ranks_with_its_reason():
 
 def test_moeplan_live_puts_its_windows_into_the_control_folder(tmp_path):
     (tmp_path / "model.json").write_text(SPEC.model_dump_json())
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 200)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 400)
     run_live(
         LiveRequest(model=str(tmp_path / "model.json"), ranks=2, nodes=2, steps=8, batch=4, length=32,
                     text=tmp_path / "text.txt", control=tmp_path / "control", window=8)
