@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from moeplan.artifacts.request_trace import RequestTrace
-from moeplan.errors import TraceError
+from moeplan.errors import InputError, TraceError
 from moeplan.files import read_lines, sha256_file
 from moeplan.registry import load_plugin, plugin_names
 
@@ -107,11 +107,15 @@ def _whole(place: str, row: dict[str, Any], column: str) -> int:
     return int(value)
 
 
-def _first(path: Path) -> dict[str, Any]:
+def _first(path: Path) -> set[str]:
+    """Names of the columns: a table's header, or the keys of the first JSON line."""
     try:
-        return next(iter(_rows(path)), ("", {}))[1]
-    except TraceError:
-        return {}
+        if path.suffix in (".jsonl", ".json"):
+            return set(next(iter(_rows(path)), ("", {}))[1])
+        line = next(iter(read_lines(path)), b"").decode("utf-8-sig")
+        return {name.strip() for name in next(csv.reader([line]), [])}
+    except (InputError, UnicodeDecodeError, csv.Error):
+        return set()
 
 
 def _tokens(values: list[int]) -> Any:
@@ -125,7 +129,7 @@ class _Azure:
     description = "Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens)"
 
     def sniff(self, path: Path) -> bool:
-        return {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(_first(path))
+        return {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= _first(path)
 
     def read(self, path: Path) -> RequestTrace:
         times, inputs, outputs = [], [], []
@@ -150,7 +154,7 @@ class _Mooncake:
     BLOCK = 512
 
     def sniff(self, path: Path) -> bool:
-        return {"timestamp", "input_length", "output_length", "hash_ids"} <= set(_first(path))
+        return {"timestamp", "input_length", "output_length", "hash_ids"} <= _first(path)
 
     def read(self, path: Path) -> RequestTrace:
         times, inputs, outputs, prefixes = [], [], [], []
@@ -186,8 +190,8 @@ class _Table:
     )
 
     def sniff(self, path: Path) -> bool:
-        row = _first(path)
-        return bool(set(_INPUT) & set(row) and set(_OUTPUT) & set(row)) and "hash_ids" not in row
+        names = _first(path)
+        return bool(set(_INPUT) & names and set(_OUTPUT) & names) and "hash_ids" not in names
 
     def read(self, path: Path) -> RequestTrace:
         inputs, outputs, times = [], [], []
