@@ -36,9 +36,13 @@ def _row(figure: dict[str, Any]) -> tuple[str, str, str, str]:
 @command.command("kernels")
 @click.option("--systems", default="", metavar="NAMES", help="Public tables to use, as in h100,h200 (extra: aic).")
 @click.option("--profile", default=None, metavar="DIR|NAME", help="Use a profile instead of the public tables.")
+@click.option("--cpu", type=click.Path(path_type=Path), help="CPU profile to check.  [default: profiles/cpu-*]")
+@click.option("--live", metavar="TIME", help="Measure the CPU's FFN and all-to-all now for so long, as in 60s.")
 @output_options
-def kernels(systems: str, profile: str | None, as_json: bool, quiet: bool) -> None:
-    """Held-out kernel times, skewed kernels from balanced ones, and exchanges as published.
+def kernels(
+    systems: str, profile: str | None, cpu: Path | None, live: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Held-out kernel times, skewed kernels from balanced ones, exchanges as published, and this CPU.
 
     \b
     Example: moeplan validate kernels --systems h200 --json
@@ -49,7 +53,8 @@ def kernels(systems: str, profile: str | None, as_json: bool, quiet: bool) -> No
     if names and profile:
         raise click.UsageError("--systems and --profile exclude each other; give one")
     with progress_bar(quiet) as report:
-        answer = validate_kernels(names or None, Path(profile) if profile else None, report)
+        seconds = parse_duration(live) if live else None
+        answer = validate_kernels(names or None, Path(profile) if profile else None, cpu, seconds, report)
     if as_json:
         print_json(answer)
         return
@@ -85,6 +90,47 @@ def queues(as_json: bool, quiet: bool) -> None:
         verdict = "reached" if figure["reached"] else "not reached"
         grid.add_row(figure["figure"], f"{figure['value']:.3g}", f"{figure['target']:.3g}", verdict)
     Console().print(grid)
+
+
+@command.command("silicon")
+@click.option("--rows", default=None, metavar="FILE", type=click.Path(dir_okay=False), help="Write all predictions.")
+@output_options
+def silicon(rows: str | None, as_json: bool, quiet: bool) -> None:
+    """Served latencies from kernel tables, against the measured rows of aiconfigurator-core (extra: aic).
+
+    Groups of (b) and models of (c) are never tuned on; a nearest-row lookup over (a) and, with MOEPLAN_DATA set,
+    the peer on identical rows stand beside.
+
+    \b
+    Example: moeplan validate silicon --rows rows.csv
+    """
+    from moeplan.pipeline.silicon import validate_silicon
+
+    with progress_bar(quiet or as_json) as report:
+        answer = validate_silicon(Path(rows) if rows else None, report)
+    if as_json:
+        print_json(answer)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    def shown(name: str, value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}" if "spearman" in name else f"{100 * value:.1f} %"
+
+    grid = Table("figure", "value", "target", "", title="predicted against measured")
+    for figure in answer["figures"]:
+        name, verdict = figure["figure"], "reached" if figure["reached"] else "not reached"
+        grid.add_row(name, shown(name, figure["value"]), shown(name, figure["target"]), verdict)
+    Console().print(grid)
+    columns = ("rows", "coverage", "tpot_median", "tpot_mape", "tpot_bias", "tpot_spearman", "ttft_median")
+    beside = Table("who", *(name.replace("_", " ") for name in columns), title="beside each other")
+    who = [(f"({part}) moeplan", found) for part, found in answer["parts"].items()]
+    who += [(f"({part}) nearest row of (a)", found) for part, found in answer["nearest_row_of_a"].items()]
+    for part, pair in answer["peer_on_identical_rows"].items():
+        who += [(f"({part}) peer's rows, {name}", pair[key]) for name, key in (("moeplan", "ours"), ("peer", "peer"))]
+    for name, found in who:
+        beside.add_row(name, str(found["rows"]), *(shown(column, found[column]) for column in columns[1:]))
+    Console().print(beside)
 
 
 @command.command("published")

@@ -43,7 +43,7 @@ class Pools:
     """Groups are data-parallel attention groups over all workers of a pool; ``prefill_workers`` 0: one pool.
 
     ``tokens_per_step`` more than 1 with accepted drafts; ``max_running`` sequences over the decode pool;
-    ``alone``: prompts run in passes of their own.
+    ``alone``: prompts run in passes of their own; ``gather_passes``: prompts wait for one per group, at most so long.
     """
 
     decode_groups: int
@@ -54,6 +54,7 @@ class Pools:
     prefill_workers: int = 0
     prefill_groups: int = 1
     transfer_s: float = 0.0
+    gather_passes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def closed_loop(times: PassTimes, pools: Pools, concurrency: int, inputs_n: Ints
         pools.prefill_workers,
         float(pools.prefill_groups),
         pools.transfer_s,
+        pools.gather_passes,
         concurrency,
         inputs_n,
         outputs_n,
@@ -94,22 +96,22 @@ def closed_loop(times: PassTimes, pools: Pools, concurrency: int, inputs_n: Ints
     return Latencies(float(ttft.mean()), float(np.median(ttft)), float(tpot.mean()), float(np.median(tpot)))
 
 
-@njit(cache=True)
-def _line(x: Floats, y: Floats, at: float) -> float:  # pragma: no cover
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _line(x: Floats, y: Floats, at: float) -> float:
     if at >= x[-1]:
         return float(y[-1] * at / x[-1])
     return float(np.interp(at, x, y))
 
 
-@njit(cache=True)
-def _decode(batch_b: Floats, context_2: Floats, seconds_b2: Floats, b: float, context: float) -> float:  # pragma: no cover
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _decode(batch_b: Floats, context_2: Floats, seconds_b2: Floats, b: float, context: float) -> float:
     low, high = _line(batch_b, seconds_b2[:, 0], b), _line(batch_b, seconds_b2[:, 1], b)
     share = (context - context_2[0]) / (context_2[1] - context_2[0])
-    return low + share * (high - low)
+    return float(low + share * (high - low))
 
 
-@njit(cache=True)
-def _serve(  # type: ignore[no-untyped-def]  # pragma: no cover
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _serve(  # type: ignore[no-untyped-def]
     batch_b,
     context_2,
     decode_b2,
@@ -123,6 +125,7 @@ def _serve(  # type: ignore[no-untyped-def]  # pragma: no cover
     prefill_workers,
     prefill_groups,
     transfer,
+    gather,
     concurrency,
     inputs,
     outputs,
@@ -140,12 +143,16 @@ def _serve(  # type: ignore[no-untyped-def]  # pragma: no cover
     waiting_low, waiting_high = 0, 0
     free = np.zeros(max(1, prefill_workers))
     now, step, running, done, cached = 0.0, 0, 0, 0, 0.0
+    held = 0  # passes that prompts have waited for others
     admitted = np.zeros(n, np.int64)
     while done < n:
         taken, tokens = 0, 0.0
         if prefill_workers == 0:
             budget = prompt_tokens * groups
-            while begun < come and running + taken < max_running:
+            held = held + 1 if begun < come else 0
+            if running > 0 and come - begun < groups and held <= gather:
+                budget = -1.0
+            while budget > 0 and begun < come and running + taken < max_running:
                 if tokens > 0 and tokens + inputs[begun] > budget:
                     break
                 tokens += inputs[begun]
@@ -184,6 +191,7 @@ def _serve(  # type: ignore[no-untyped-def]  # pragma: no cover
             waiting_high = position
         prompts_s = 0.0
         if prefill_workers == 0 and taken > 0:
+            held = 0
             prompts_s = _line(tokens_p, prefill_p, tokens)
         decodes = running > 0 and not (alone and prompts_s > 0)
         if prefill_workers > 0:

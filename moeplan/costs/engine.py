@@ -10,8 +10,9 @@ tables of the engine's own framework where they are, else of any, else from the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,11 @@ from moeplan.specs.model import Dtype, ModelSpec
 
 __all__ = ["EngineCosts", "EngineSetup"]
 
+T = TypeVar("T")
 Floats = NDArray[np.float64]
 
+# A small message's way between nodes and through the library on both sides; all-reduces go there and back.
+_CROSSING_S = 15e-6
 _GEMM_TABLE = {"bf16": "bf16", "fp8": "fp8_block", "fp4": "nvfp4", "int4": "bf16"}
 
 
@@ -80,11 +84,12 @@ class EngineCosts:
 
     # ------------------------------------------------------------------ tables
 
-    def _cached(self, key: tuple[Any, ...], make: Any) -> Any:
+    def _cached(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         key = (self._profile.meta.name, *key)
         if key not in self._shared:
             self._shared[key] = make()
-        return self._shared[key]
+        found: T = self._shared[key]
+        return found
 
     def _dense(self, dtype: Dtype) -> DenseCosts:
         backend = self.setup.backend
@@ -111,7 +116,8 @@ class EngineCosts:
         tries = choices or ({"backend": self.setup.backend}, {})
         key = (table, str(tries), *sorted((k, str(v)) for k, v in names.items()))
         device = self.setup.accelerator.name
-        return self._cached(key, lambda: FastestTable(self._slice(table, names), table, axes, names, law, device, tries))
+        rows = self._slice(table, names)
+        return self._cached(key, lambda: FastestTable(rows, table, axes, names, law, device, tries))
 
     def _slice(self, table: str, names: dict[str, Any]) -> HardwareProfile:
         """The part of a large table that one model's rows are in: selecting from it is quick."""
@@ -218,7 +224,8 @@ class EngineCosts:
         length = np.ones_like(context) if decode else context
         total = np.zeros(np.broadcast(batch, context).shape)
         recurrence = "gated_delta_rule"
-        names = {"kind": "gated_delta", "phase": "decode" if decode else "prefill", "heads": heads, "kv_heads": keys}
+        phase = "decode" if decode else "prefill"
+        names: dict[str, Any] = {"kind": "gated_delta", "phase": phase, "heads": heads, "kv_heads": keys}
         table = self._profile.select("attention", **names)
         kernels = sorted(set(table["kernel"].to_pylist()))
         for part_of in ("conv1d", recurrence):
@@ -234,7 +241,8 @@ class EngineCosts:
             np.array([width, s.model.hidden_size]),
             np.array([s.model.hidden_size, a.num_heads * a.head_dim / s.tp]),
         )
-        return total + products.value.sum(-1)
+        seconds: Floats = total + products.value.sum(-1)
+        return seconds
 
     # ------------------------------------------------------------------ experts and links
 
@@ -299,10 +307,11 @@ class EngineCosts:
             inside = table.seconds(size)
         if ranks <= measured:
             return inside
-        # Beyond the measured ranks: the same latency again, and the rest of the way over the links between.
+        # Beyond the measured ranks: a second stage like the first, and the rest of the way over the links between.
         extra = (part - (2 if op == "all_reduce" else 1) * (measured - 1) / measured) * size / bandwidth
-        steps = 1.0 if joined else 2.0
-        return inside * steps + extra
+        crossing = 0.0 if joined else _CROSSING_S * (2 if op == "all_reduce" else 1)
+        seconds: Floats = 2 * inside + extra + crossing
+        return seconds
 
     def _exchange(self, every: Floats) -> Floats:
         """Dispatch and combine of ``every`` token: with data-parallel attention all go to all ranks and partial sums

@@ -51,4 +51,5 @@ class FastestTable:
 
     def seconds(self, *coords: Any) -> Floats:
         """Seconds at coordinates, one argument per axis, all of one shape."""
-        return np.min([table.seconds(*coords).value for table in self._tables], axis=0)
+        fastest: Floats = np.min([table.seconds(*coords).value for table in self._tables], axis=0)
+        return fastest

@@ -18,14 +18,16 @@ from moeplan.errors import InputError
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.model import DTYPE_BYTES
 
-__all__ = ["Constants", "ServedPool", "kv_capacity_tokens", "pass_times", "served"]
+__all__ = ["CALIBRATED", "Constants", "ServedPool", "kv_capacity_tokens", "pass_times", "served"]
 
 Floats = NDArray[np.float64]
 
-_BATCHES = 2.0 ** np.arange(0, 13)
-_PARTS = np.array([0.25, 0.5])
-_PROMPTS = np.array([1.0, 2, 4, 8, 16, 32])
+_BATCHES: Floats = np.exp2(np.arange(13.0))
+_PARTS: Floats = np.array([0.25, 0.5])
+_PROMPTS: Floats = np.array([1.0, 2, 4, 8, 16, 32])
 _SEED = 0
+# TensorRT-LLM with attention_dp_config: enable_balance, timeout_iters: 60, as the benchmark launches it.
+_GATHER = {"trtllm": 60}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,21 @@ class Constants:
 class ServedPool:
     """Workers of one kind and how many."""
 
-    engine: EngineCosts
+    setup: EngineSetup
     workers: int = 1
+
+
+# Chosen on the calibration rows (a) of silicon_sample.csv alone, by benchmarks/fit_silicon.py.
+CALIBRATED = Constants(
+    prefill_factor={"trtllm": 1.3, "sglang": 1.6, "vllm": 1.4},
+    step_s={"trtllm": 1e-4, "sglang": 4e-4, "vllm": 5e-4},
+    linear_gap_s=41e-6,
+    first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 4.0},
+    prompt_latency=0.25,
+    accepted=(1.5, 1.95, 2.3),
+    handover_s=0.05,
+    prompt_tokens={"sglang": 16384.0, "trtllm": 8448.0, "vllm": 8192.0},
+)
 
 
 def kv_capacity_tokens(setup: EngineSetup, memory_share: float) -> float:
@@ -74,8 +89,8 @@ def kv_capacity_tokens(setup: EngineSetup, memory_share: float) -> float:
     free = memory_share * setup.accelerator.memory - experts - others
     if free <= 0:
         raise InputError(
-            f"weights of {m.name} ({(experts + others) / 1e9:.0f} GB per rank) exceed {memory_share:.0%} of the memory of"
-            f" {setup.accelerator.name} ({setup.accelerator.memory / 1e9:.0f} GB); use more than {setup.ranks} ranks"
+            f"weights of {m.name} ({(experts + others) / 1e9:.0f} GB per rank) exceed {memory_share:.0%} of the memory"
+            f" of {setup.accelerator.name} ({setup.accelerator.memory / 1e9:.0f} GB); use more than {setup.ranks} ranks"
         )
     per_token = m.kv_bytes_per_token(setup.kv_dtype)
     if per_token is None:
@@ -104,49 +119,53 @@ def _with_constants(times: PassTimes, setup: EngineSetup, c: Constants) -> PassT
 
 
 def served(
+    times: PassTimes,
     decode: ServedPool,
     prefill: ServedPool | None,
     constants: Constants,
     isl: int,
     osl: int,
     concurrency: int,
-    times: PassTimes | None = None,
     requests: int = 10,
 ) -> Latencies:
     """Latencies with ``concurrency`` requests in flight, ``requests`` times as many in all.
 
-    ``times`` are :func:`pass_times` of the same engines and lengths, where they are at hand.
+    ``times`` are :func:`pass_times` of the pools' engines at these lengths; ``prefill`` None: one pool does both.
+
+    Raises:
+        InputError: the weights, or the cache of one request, do not fit.
     """
-    setup = decode.engine.setup
+    setup = decode.setup
     backend = setup.backend
     groups = decode.workers * setup.dp
     mean_in, mean_out = 0.9 * isl, 0.9 * osl
     held = mean_in + mean_out / 2  # tokens of cache per running sequence
-    source = prefill or decode
-    times = times or pass_times(decode.engine, source.engine, isl, osl)
     times = _with_constants(times, setup, constants)
     drafts = setup.draft_tokens
     capacity = kv_capacity_tokens(setup, constants.memory_share)
     if capacity < held:
-        raise InputError(f"the KV cache of one attention group ({capacity:.0f} tokens) is below one request's ({held:.0f})")
+        raise InputError(
+            f"KV cache of an attention group of {setup.accelerator.name} ({capacity:.0f} tokens) is below one request's"
+            f" ({held:.0f}); use more ranks"
+        )
     pools = Pools(
         decode_groups=groups,
         prompt_tokens=max(constants.prompt_tokens.get(backend, 8192.0), mean_in),
         tokens_per_step=constants.accepted[drafts - 1] if drafts else 1.0,
         max_running=int(min(1 << 30, groups * capacity / held)),
         alone=backend == "sglang" and prefill is None,
+        gather_passes=_GATHER.get(backend, 0) if setup.dp > 1 else 0,
     )
     if prefill is not None:
         pools = replace(
             pools,
             prefill_workers=prefill.workers,
-            prefill_groups=prefill.engine.setup.dp,
+            prefill_groups=prefill.setup.dp,
             transfer_s=constants.handover_s,
         )
     rng = np.random.default_rng(_SEED)
     count = concurrency * requests
     found = closed_loop(times, pools, concurrency, lengths(isl, count, rng), lengths(osl, count, rng))
     alone = float(np.interp(mean_in, times.tokens_p, times.prefill_s_p))
-    steps = constants.first_steps.get(backend, 0.0) if prefill is None else 0.0
-    late = constants.prompt_latency * alone + steps * found.tpot_mean_s
+    late = constants.prompt_latency * alone + constants.first_steps.get(backend, 0.0) * found.tpot_mean_s
     return replace(found, ttft_mean_s=found.ttft_mean_s + late, ttft_median_s=found.ttft_median_s + late)

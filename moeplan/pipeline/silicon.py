@@ -1,0 +1,288 @@
+"""``moeplan validate silicon``: served latencies predicted from kernel tables, against measured rows of others."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
+from moeplan.costs.closed_loop import PassTimes
+from moeplan.costs.engine import EngineCosts, EngineSetup
+from moeplan.costs.served import CALIBRATED, Constants, ServedPool, pass_times, served
+from moeplan.errors import MoeplanError
+from moeplan.files import write_text
+from moeplan.pipeline.aic import read_system
+from moeplan.pipeline.scoring import Features, nearest, scores
+from moeplan.pipeline.silicon_rows import FAMILIES, Measured, Workers, read_measured
+from moeplan.profiling import aic
+from moeplan.specs.attention_layers import attention_layers
+from moeplan.specs.clusters import find_accelerator
+from moeplan.specs.model import Dtype, ModelSpec
+from moeplan.specs.models import find_model
+
+__all__ = ["PEER_FILE", "TARGETS", "SiliconModel", "measured_rows", "validate_silicon"]
+
+Progress = Callable[[str, float], None]
+
+PEER_FILE = Path("baselines", "aiconfigurator_0.12.0_on_silicon_sample.csv")
+TARGETS: dict[str, dict[str, float]] = {
+    "b": {"tpot_median": 0.10, "tpot_mape": 0.18, "tpot_spearman": 0.95, "ttft_median": 0.25, "coverage": 0.90},
+    "c": {"tpot_median": 0.15, "coverage": 0.85},
+}
+_AT_LEAST = frozenset(["tpot_spearman", "coverage"])
+
+
+def _models() -> dict[str, ModelSpec]:
+    return {name: find_model(name) for _, name, _ in FAMILIES.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Milliseconds of one row, or why there are none."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    reason: str = ""
+
+
+class SiliconModel:
+    """Predictions of rows; profiles are read when first needed, passes of equal engines are computed once."""
+
+    def __init__(self, constants: Constants = CALIBRATED) -> None:
+        self.constants = constants
+        self._root = aic.systems_root()
+        self._profiles: dict[str, HardwareProfile] = {}
+        self._shared: dict[Any, Any] = {}
+        self._times: dict[Any, PassTimes] = {}
+        self._models = _models()
+
+    def _profile(self, system: str) -> HardwareProfile:
+        if system not in self._profiles:
+            models = []
+            for model in self._models.values():
+                layers = attention_layers(model)[0].spec
+                models.append(model if model.attention else model.model_copy(update={"attention": layers}))
+            self._shared.clear()  # tables of the system before
+            self._profiles = {}
+            tables, sources, _ = read_system(self._root, system, {}, models, hybrid=True)
+            meta = ProfileMeta(name=system, accelerator=system, date="", command="", sources=sources)
+            self._profiles[system] = HardwareProfile(meta, tables)
+        return self._profiles[system]
+
+    def _passes(self, row: Measured, decode: EngineSetup, prefill: EngineSetup) -> PassTimes:
+        where = (row.registry_name, row.system, row.backend, row.precision)
+        key = (*where, row.decode, row.prefill, row.draft_tokens, row.isl, row.osl)
+        if key not in self._times:
+            profile, how = self._profile(row.system), self.constants.distribution
+            first, second = (EngineCosts(setup, profile, how, self._shared) for setup in (decode, prefill))
+            self._times[key] = pass_times(first, second, row.isl, row.osl)
+        return self._times[key]
+
+    def predict(self, row: Measured) -> Prediction:
+        """Time to first token and per output token of one row."""
+        model = self._models[row.registry_name]
+        decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens), row.decode.count)
+        prefill = ServedPool(setup_of(row, row.prefill, model, 0), row.prefill.count) if row.prefill else None
+        try:
+            times = self._passes(row, decode.setup, (prefill or decode).setup)
+            found = served(times, decode, prefill, self.constants, row.isl, row.osl, row.concurrency)
+        except MoeplanError as error:
+            return Prediction(None, None, str(error))
+        return Prediction(found.ttft_mean_s * 1e3, found.tpot_mean_s * 1e3)
+
+
+def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int) -> EngineSetup:
+    """The engine of a row. Of a quantised checkpoint attention stays in bf16 but in fp8 ones, and of 4-bit ones only
+    DeepSeek's has 4-bit dense and shared parts (hf_quant_config.json of nvidia's NVFP4 checkpoints). The cache is
+    fp8 on TensorRT-LLM and on Blackwell, else bf16, as the benchmark's launch scripts set it."""
+    precision: Dtype = row.precision  # type: ignore[assignment]
+    plain: Dtype = "fp8" if precision == "fp8" else "bf16"
+    deepseek = model.name == "DeepSeek-V3" and precision == "fp4"
+    hopper = row.system.startswith("h")
+    return EngineSetup(
+        model=model,
+        accelerator=find_accelerator(row.system.replace("_", "-")),
+        backend=row.backend,
+        tp=workers.tp,
+        dp=workers.dp,
+        ep=workers.ep,
+        expert_dtype=precision,
+        dense_dtype="fp4" if deepseek else plain,
+        attention_dtype=plain,
+        kv_dtype="fp8" if row.backend == "trtllm" or (not hopper and precision != "bf16") else "bf16",
+        draft_tokens=drafts,
+    )
+
+
+# ---------------------------------------------------------------------- baselines
+
+
+def _features(row: Measured) -> Features:
+    per_rank = row.concurrency / (row.decode.count * row.decode.tp * row.decode.dp)
+    family = row.group.split("|", 1)[0]
+    names = (family, row.system, row.backend, row.mode, row.precision, str(row.draft_tokens))
+    return Features(names, (row.isl, row.osl, per_rank, row.decode.tp, row.decode.dp))
+
+
+def _lookup(rows: Sequence[Measured]) -> dict[str, Prediction]:
+    known = [row for row in rows if row.part == "a"]
+    features = [_features(row) for row in known]
+    answer = {}
+    for row in rows:
+        if row.part != "a":
+            found = known[nearest(_features(row), features)]
+            answer[row.id] = Prediction(found.ttft_ms, found.tpot_ms)
+    return answer
+
+
+def _peer() -> dict[str, Prediction]:
+    """The peer's predictions by row id; empty where the public data is not at hand."""
+    root = os.environ.get("MOEPLAN_DATA")
+    path = Path(root) / PEER_FILE if root else None
+    if path is None or not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {
+            line["id"]: Prediction(float(line["p_ttft"]), float(line["p_tpot"]))
+            for line in csv.DictReader(file)
+            if line["p_tpot"] and not line["err"]
+        }
+
+
+# ---------------------------------------------------------------------- all of it
+
+
+def _scores(rows: Sequence[Measured], predictions: dict[str, Prediction]) -> dict[str, Any]:
+    found = [predictions.get(row.id, Prediction(None, None)) for row in rows]
+    return scores(
+        [p.tpot_ms for p in found], [r.tpot_ms for r in rows], [p.ttft_ms for p in found], [r.ttft_ms for r in rows]
+    )
+
+
+def _figures(part: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    answer = []
+    for name, target in TARGETS[part].items():
+        value = found[name]
+        good = value is not None and (value >= target if name in _AT_LEAST else value <= target)
+        answer.append({"figure": f"({part}) {name}", "value": value, "target": target, "reached": good})
+    return answer
+
+
+def _against_peer(part: str, rows: Sequence[Measured], ours: dict[str, Prediction]) -> dict[str, Any]:
+    peer = _peer()
+    both = [row for row in rows if row.part == part and row.id in peer and ours[row.id].tpot_ms is not None]
+    return {"rows": len(both), "ours": _scores(both, ours), "peer": _scores(both, peer)}
+
+
+def _details(rows: Sequence[Measured], ours: dict[str, Prediction]) -> list[dict[str, Any]]:
+    """Scores by what may drive errors: backend and phase, batch per rank, drafts, whether a recipe was known."""
+
+    def load(row: Measured) -> str:
+        per_group = row.concurrency / (row.decode.count * row.decode.dp)
+        return "batch <= 8" if per_group <= 8 else "batch <= 64" if per_group <= 64 else "batch > 64"
+
+    cuts: tuple[tuple[str, Callable[[Measured], str]], ...] = (
+        ("group", lambda row: row.group),
+        ("backend and mode", lambda row: f"{row.backend} {row.mode}"),
+        ("sequences per attention group", load),
+        ("lengths", lambda row: f"{row.isl} in, {row.osl} out"),
+        ("drafts", lambda row: f"{row.draft_tokens} drafts"),
+        ("recipe", lambda row: "recipe known" if row.recipe else "columns only"),
+    )
+    return [
+        {"part": part, "cut": cut, "value": value, **_scores(mine, ours)}
+        for part in "abc"
+        for cut, of in cuts
+        for value in sorted({of(row) for row in rows if row.part == part})
+        if (mine := [row for row in rows if row.part == part and of(row) == value])
+    ]
+
+
+def measured_rows() -> list[Measured]:
+    """All distinct rows of the installed package.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    return read_measured(aic.systems_root() / "silicon_sample.csv")
+
+
+def validate_silicon(
+    rows_out: Path | None = None,
+    progress: Progress = lambda _what, _done: None,
+    constants: Constants = CALIBRATED,
+) -> dict[str, Any]:
+    """Every figure with its target; ``rows_out`` gets id, split and prediction of each row, also of those set aside
+    (split ``dropped``).
+
+    Raises:
+        MissingExtraError: the package with the tables is not installed; InputError: ``rows_out`` cannot be written.
+    """
+    everything = measured_rows()
+    model = SiliconModel(constants)
+    ours: dict[str, Prediction] = {}
+    for number, row in enumerate(sorted(everything, key=lambda one: one.system)):
+        progress(f"predict {row.system}", number / len(everything))
+        ours[row.id] = model.predict(row)
+    if rows_out is not None:
+        _write_rows(rows_out, everything, ours)
+    rows = [row for row in everything if not row.why_not]
+    parts = {part: _scores([row for row in rows if row.part == part], ours) for part in "abc"}
+    lookup = _lookup(rows)
+    nearest_scores = {part: _scores([row for row in rows if row.part == part], lookup) for part in "bc"}
+    peers = {part: _against_peer(part, rows, ours) for part in "bc"}
+    figures = _figures("b", parts["b"]) + _figures("c", parts["c"])
+    mine, other = peers["c"]["ours"]["tpot_median"], peers["c"]["peer"]["tpot_median"]
+    half = other / 2 if other is not None else None
+    figures.append(
+        {
+            "figure": "(c) tpot_median on the peer's rows, at most half the peer's",
+            "value": mine,
+            "target": half,
+            "reached": bool(mine is not None and half is not None and mine <= half),
+        }
+    )
+    progress("done", 1.0)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": "moeplan validate silicon",
+        "inputs": {
+            "package": f"aiconfigurator-core {aic.VERSION}",
+            "distinct_rows": len(everything),
+            "set_aside": dict(Counter(_kind(row.why_not) for row in everything if row.why_not)),
+            "rows": {part: sum(row.part == part for row in rows) for part in "abc"},
+            "not_predicted": dict(Counter(ours[row.id].reason for row in rows if ours[row.id].reason)),
+        },
+        "constants": asdict(constants),
+        "figures": figures,
+        "parts": parts,
+        "nearest_row_of_a": nearest_scores,
+        "peer_on_identical_rows": peers,
+        "detail": _details(rows, ours),
+        "reached": all(figure["reached"] for figure in figures),
+    }
+
+
+def _kind(reason: str) -> str:
+    if "not moe_tp" in reason:
+        return "tp x dp is not moe_tp x moe_ep"
+    if "ranks in a server" in reason:
+        return "more ranks than the node has"
+    return "widths do not divide the model" if "do not divide" in reason else reason
+
+
+def _write_rows(path: Path, rows: Sequence[Measured], ours: dict[str, Prediction]) -> None:
+    def text(value: float | None) -> str:
+        return "" if value is None else f"{value:.6g}"
+
+    lines = ["id,split,predicted_ttft_ms,predicted_tpot_ms"]
+    for row in rows:
+        split = "dropped" if row.why_not else row.part
+        lines.append(f"{row.id},{split},{text(ours[row.id].ttft_ms)},{text(ours[row.id].tpot_ms)}")
+    write_text(path, "\n".join(lines) + "\n")

@@ -1,0 +1,147 @@
+"""Rows of the measured file: which count, to which part they belong, what they ran on; scores against scipy's."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import date
+from importlib import metadata
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from moeplan.pipeline.scoring import Features, mean_error, median_error, nearest, scores, spearman
+from moeplan.pipeline.silicon_rows import Workers, _choose, distinct, impossible, part_of, read_measured
+from moeplan.specs.models import find_model
+
+ROW = {
+    "id": "one",
+    "silicon_data_source": "source_file=x; silicon_concurrency=32; measured=2026-02-03T00:00:00.000Z",
+    "backend": "trtllm",
+    "model_path": "deepseek-ai/DeepSeek-R1",
+    "system": "b200_sxm",
+    "precision": "fp4",
+    "mode": "agg",
+    "isl": "1024",
+    "osl": "1024",
+    "batch_size": "32.0",
+    "tp_size": "8.0",
+    "attention_dp_size": "1.0",
+    "moe_tp_size": "8.0",
+    "moe_ep_size": "1.0",
+    "silicon_ttft_ms": "100.0",
+    "silicon_tpot_ms": "10.0",
+}
+DISAGG = {
+    **{name: value for name, value in ROW.items() if "size" not in name},
+    "mode": "disagg",
+    "system": "gb300",
+    **{f"{side}_num_workers": "" for side in ("prefill", "decode")},
+    **{f"prefill_{name}": "4.0" for name in ("tp_size", "moe_ep_size")},
+    **{f"prefill_{name}": "1.0" for name in ("attention_dp_size", "moe_tp_size")},
+    "decode_tp_size": "8.0",
+    "decode_attention_dp_size": "1.0",
+    "decode_moe_tp_size": "2.0",
+    "decode_moe_ep_size": "4.0",
+}
+
+
+def test_the_last_bit_of_the_digest_decides_and_three_models_are_never_tuned() -> None:
+    for group in ("DeepSeek-V3|h200_sxm|trtllm", "gpt-oss-120b|b200_sxm|vllm", "Qwen3.5-397B-A17B|b300_sxm|sglang"):
+        even = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 2 == 0
+        assert part_of(group.split("|")[0], group) == ("a" if even else "b")
+    assert part_of("GLM-5", "GLM-5|b200_sxm|sglang") == "c"
+    assert part_of("Kimi-K2.5", "Kimi-K2.5|h200_sxm|vllm") == part_of("MiniMax-M2.5", "any") == "c"
+
+
+def test_rows_that_differ_in_id_and_source_alone_are_one() -> None:
+    again = {**ROW, "id": "two", "silicon_data_source": "elsewhere"}
+    other = {**ROW, "id": "three", "silicon_tpot_ms": "10.1"}
+    assert [row["id"] for row in distinct([ROW, again, other])] == ["one", "three"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, ""),
+        ({"attention_dp_size": ""}, ""),  # made up for by the product
+        ({"moe_tp_size": "0.0"}, "missing or zero"),
+        ({"moe_ep_size": "8.0"}, "is not moe_tp x moe_ep"),
+        ({"tp_size": "64.0", "moe_ep_size": "8.0"}, "64 ranks in a server of 8"),
+        ({"tp_size": "6.0", "moe_tp_size": "6.0"}, "do not divide"),
+        ({"tp_size": "1.0", "moe_tp_size": "1.0"}, "exceed the memory of 1 ranks"),
+    ],
+)
+def test_impossible_widths(changes: dict[str, str], why: str) -> None:
+    found = impossible({**ROW, **changes}, find_model("deepseek-v3"))
+    assert why in found if why else found == ""
+
+
+def test_a_server_of_a_rack_may_have_more_ranks_than_a_box() -> None:
+    wide = {**ROW, "tp_size": "16.0", "moe_tp_size": "16.0"}
+    assert impossible(wide, find_model("deepseek-v3"))
+    assert not impossible({**wide, "system": "gb200"}, find_model("deepseek-v3"))
+
+
+def test_the_recipe_says_what_the_columns_do_not() -> None:
+    # dsr1-fp4-gb300-dynamo-trt, 1k/1k, 192 in flight: a prefill worker of 2 ranks, four decode workers of 8, no drafts.
+    row = {**DISAGG, "prefill_tp_size": "2.0", "prefill_moe_ep_size": "2.0", "decode_moe_tp_size": "4.0"}
+    row |= {"decode_moe_ep_size": "2.0"}
+    recipe = _choose(row, 192, date(2026, 2, 3))
+    assert recipe is not None
+    assert recipe.draft_tokens == 0
+    assert recipe.widths == (1, 2, 2, 1, 4, 8, 8, 0)
+    assert _choose(row, 191, date(2026, 2, 3)) is None
+
+
+def test_of_one_point_the_image_tells_drafted_runs_from_others() -> None:
+    # dsr1-fp4-b200-trt and -mtp, 8k/1k, 32 in flight on 4 ranks: two images, one with drafts.
+    row = {**ROW, "isl": "8192", "tp_size": "4.0", "moe_tp_size": "1.0", "moe_ep_size": "4.0"}
+    drafts = {}
+    for image in ("1.2.0rc6.post2", "1.2.0rc6.post3"):
+        source = f"silicon_concurrency=32; image=nvcr.io/nvidia/tensorrt-llm/release:{image}"
+        recipe = _choose({**row, "silicon_data_source": source}, 32, date(2026, 2, 6))
+        assert recipe is not None
+        drafts[image] = recipe.draft_tokens
+    assert drafts["1.2.0rc6.post2"] == 0
+    assert drafts["1.2.0rc6.post3"] != 0
+
+
+def test_scores_agree_with_scipy_and_count_what_is_missing() -> None:
+    rng = np.random.default_rng(0)
+    measured = rng.uniform(1, 100, 50).round()  # with ties
+    predicted = measured * rng.uniform(0.7, 1.4, 50)
+    assert spearman(predicted, measured) == pytest.approx(spearmanr(predicted, measured).statistic)
+    errors = abs(predicted - measured) / measured
+    assert median_error(predicted, measured) == pytest.approx(np.quantile(errors, 0.5))
+    assert mean_error(predicted, measured) == pytest.approx(sum(errors) / 50)
+    assert spearman([1.0, 1.0], [1.0, 2.0]) is None
+    found = scores([1.1, None, 2.0], [1.0, 5.0, 2.0], [10.0, None, 30.0], [10.0, 7.0, 20.0])
+    assert found["coverage"] == pytest.approx(2 / 3)
+    assert found["tpot_median"] == pytest.approx(0.05)
+    assert found["ttft_median"] == pytest.approx(0.25)
+    assert scores([None], [1.0], [None], [1.0])["tpot_median"] is None
+
+
+def test_the_nearest_row_by_names_and_ratios() -> None:
+    known = [Features(("a", "x"), (8.0,)), Features(("b", "x"), (4.0,)), Features(("a", "x"), (3.0,))]
+    assert nearest(Features(("a", "x"), (4.0,)), known) == 2
+    assert nearest(Features(("b", "x"), (7.0,)), known) == 1
+
+
+def test_the_published_file_splits_as_stated() -> None:
+    try:
+        package = metadata.distribution("aiconfigurator-core")
+    except metadata.PackageNotFoundError:
+        pytest.skip("the extra aic is not installed")
+    if package.version != "0.12.0":
+        pytest.skip(f"aiconfigurator-core {package.version} is not 0.12.0")
+    rows = read_measured(package.locate_file("aiconfigurator_core/systems/silicon_sample.csv"))  # type: ignore[arg-type]
+    assert len(rows) == 3454
+    assert len({row.id for row in rows}) == len(rows)
+    parts = {part: {row.group for row in rows if row.part == part} for part in "abc"}
+    assert not parts["a"] & parts["b"]
+    assert {group.split("|")[0] for group in parts["c"]} == {"GLM-5", "Kimi-K2.5", "MiniMax-M2.5"}
+    row = next(row for row in rows if row.id == "dsr1_b200_trtllm_fp4_agg_8192x1024_c32_cfg82")
+    assert (row.part, row.decode, row.prefill, row.draft_tokens) == ("a", Workers(1, 4, 1, 1), None, 0)
+    assert row.concurrency == 32
