@@ -348,7 +348,7 @@ def main() -> None:
             if given.command:
                 nodes.run(given.command)
             else:
-                nodes.run([sys.executable, str(Path(__file__).resolve()), "--check", "1"], timeout_s=60)
+                nodes.run([sys.executable, str(Path(__file__).resolve()), "--check", "1"], timeout_s=100)
                 assert link.bytes_per_s
                 ideal = 2**20 * given.ranks_per_node / link.bytes_per_s + link.delay_s
                 print(f"the link alone takes {ideal * 1e3:.1f} ms for {given.ranks_per_node} ranks' 1 MiB")
