@@ -9,9 +9,26 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["output_options", "print_json", "progress_bar"]
+__all__ = ["Seconds", "output_options", "print_json", "progress_bar"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Seconds(click.ParamType[float]):
+    """An option's time with its unit, as in 60s."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Seconds; fails where the text has no unit of time."""
+        from moeplan.units import parse_quantity
+
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_quantity(value, "seconds")
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def output_options(function: F) -> F:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moeplan.cli.common import output_options, print_json, progress_bar
+from moeplan.cli.common import Seconds, output_options, print_json, progress_bar
 
 __all__ = ["commands", "routing"]
 
@@ -22,20 +22,6 @@ _PARTS = {
     "all": "everything that one process can, and collectives with --ranks",
 }
 _NUMBERS = click.IntRange(min=1)
-
-
-class _Seconds(click.ParamType[float]):
-    name = "TIME"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        from moeplan.units import parse_quantity
-
-        if isinstance(value, float):
-            return value
-        try:
-            return parse_quantity(value, "seconds")
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 class _Words(click.ParamType[tuple[Any, ...]]):
@@ -80,7 +66,7 @@ def _options(function: Any) -> Any:
         click.option("--tp", type=_Words(int, "NUMBERS"), help="Ranks that share one expert."),
         click.option("--direction", "directions", type=_Words(), help="forward, backward or both."),
         click.option("--max-tokens", type=_NUMBERS, help="Largest number of tokens."),
-        click.option("--budget", "budget_s", type=_Seconds(), help="Time to spend, as in 60s or 20min."),
+        click.option("--budget", "budget_s", type=Seconds(), help="Time to spend, as in 60s or 20min."),
         click.option("--threads", type=_NUMBERS, help="CPU threads, each pinned to a core."),
         click.option("--realtime", is_flag=True, default=None, help="Real-time priority, where that is allowed."),
         click.option("--op", "ops", type=_Words(), help="Collectives: which ones."),
@@ -179,7 +165,7 @@ def routing(as_json: bool, quiet: bool, **options: Any) -> None:
 @click.command()
 @click.argument("profile", type=_PATH)
 @click.option("--hold-out", default=4, show_default=True, type=click.IntRange(min=2), help="Every n-th size.")
-@click.option("--fresh", "fresh_s", type=_Seconds(), help="Also measure new sizes for this long and compare.")
+@click.option("--fresh", "fresh_s", type=Seconds(), help="Also measure new sizes for this long and compare.")
 @output_options
 def check(profile: Path, hold_out: int, fresh_s: float | None, as_json: bool, quiet: bool) -> None:
     """Check a profile: files, sense, and how well it predicts sizes it is not shown.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moeplan.cli.common import output_options, print_json, progress_bar
+from moeplan.cli.common import Seconds, output_options, print_json, progress_bar
 
 __all__ = ["command"]
 
@@ -37,10 +37,10 @@ def _row(figure: dict[str, Any]) -> tuple[str, str, str, str]:
 @click.option("--systems", default="", metavar="NAMES", help="Public tables to use, as in h100,h200 (extra: aic).")
 @click.option("--profile", default=None, metavar="DIR|NAME", help="Use a profile instead of the public tables.")
 @click.option("--cpu", type=click.Path(path_type=Path), help="CPU profile to check.  [default: profiles/cpu-*]")
-@click.option("--live", metavar="TIME", help="Measure the CPU's FFN and all-to-all now for so long, as in 60s.")
+@click.option("--live", type=Seconds(), help="Measure the CPU's FFN and all-to-all now for so long, as in 60s.")
 @output_options
 def kernels(
-    systems: str, profile: str | None, cpu: Path | None, live: str | None, as_json: bool, quiet: bool
+    systems: str, profile: str | None, cpu: Path | None, live: float | None, as_json: bool, quiet: bool
 ) -> None:
     """Held-out kernel times, skewed kernels from balanced ones, exchanges as published, and this CPU.
 
@@ -53,8 +53,7 @@ def kernels(
     if names and profile:
         raise click.UsageError("--systems and --profile exclude each other; give one")
     with progress_bar(quiet) as report:
-        seconds = parse_duration(live) if live else None
-        answer = validate_kernels(names or None, Path(profile) if profile else None, cpu, seconds, report)
+        answer = validate_kernels(names or None, Path(profile) if profile else None, cpu, live, report)
     if as_json:
         print_json(answer)
         return

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.costs.exchange import touched_share
 from moeplan.costs.experts import ExpertCosts
 
 __all__ = ["busiest_rank", "busiest_rank_eplb", "draw_choices", "skewed_over_balanced"]
@@ -82,9 +83,18 @@ def busiest_rank_eplb(counts_DE: Floats, ep: int, num_slots: int) -> Floats:
 
 
 def skewed_over_balanced(
-    costs: ExpertCosts, vectors_De: Floats, tokens: int, top_k: int, num_experts: int, ep: int
+    costs: ExpertCosts, vectors_De: Floats, tokens: int, top_k: int, num_experts: int, ep: int, dispatched: bool = False
 ) -> float:
-    """Predicted time of a skewed rank over that of a balanced one, averaged over draws."""
+    """Predicted time of a skewed rank over that of a balanced one, averaged over draws.
+
+    ``dispatched``: the skewed rank is sent its own tokens only (wide expert parallelism), where the balanced one
+    was measured with all tokens of the group in its memory; what is paid per token whatever its experts then
+    falls to the part that arrives.
+    """
     mean = tokens * top_k / num_experts
     balanced = costs.rank_s(np.full(num_experts // ep, mean), mean)
-    return float(costs.rank_s(vectors_De, mean).mean() / balanced)
+    if not dispatched:
+        return float(costs.rank_s(vectors_De, mean).mean() / balanced)
+    arriving = touched_share(vectors_De.sum(1) / (tokens * top_k), top_k)
+    skewed = [costs.rank_s(vector, mean * part) for vector, part in zip(vectors_De, arriving, strict=True)]
+    return float(np.mean(skewed) / balanced)

@@ -126,6 +126,7 @@ def check_profile(
         "name": profile.meta.name,
         "device": profile.meta.device,
         "command": profile.meta.command,
+        "foreign_cpu_share": profile.meta.system.get("foreign_cpu_share"),
         "tables": tables,
         "vectors": _vectors(profile),
         "fresh": None if fresh_s is None else fresh_sample(profile, fresh_s, progress),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,25 @@ import numpy as np
 import pyarrow.compute as pc
 
 from moeplan.artifacts.profile import HardwareProfile, load_profile
+from moeplan.costs.exchange import touched
 from moeplan.costs.experts import ExpertCosts, fit_experts
 from moeplan.costs.heldout import AXES, PARTS, hold_out
 from moeplan.costs.interpolation import line
 from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, skewed_over_balanced
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
+from moeplan.pipeline.validation_live import cpu_figures, find_measured, h200_figure
+from moeplan.specs.clusters import find_accelerator
 
 __all__ = ["PUBLISHED_DEEPEP", "validate_kernels"]
 
 Progress = Callable[[str, float], None]
 
 _TABLES = {"experts": "MoE GEMM", "alltoall": "all-to-all", "attention": "attention", "gemm": "GEMM"}
-_DRAWS = 8
+_DRAWS = 32
 _MEDIAN, _P90, _SKEW, _DEEPEP = 0.02, 0.10, 0.10, 0.15
 
 # DeepEP README and docs/legacy.md (H800, ConnectX-7 400 Gb/s, hidden 7168, top-8, fp8 dispatch, bf16 combine).
-# Low latency: 128 tokens, microseconds of dispatch and combine. Normal: 4,096 tokens, GB/s of the bottleneck.
+# Low latency: 128 tokens, microseconds of dispatch and combine. Normal: 4,096 tokens, GB/s of what it counts.
 PUBLISHED_DEEPEP: dict[str, dict[int, tuple[float, float]]] = {
     "low_latency": {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)},
     "normal": {8: (153, 158), 16: (43, 43), 32: (58, 57), 64: (51, 50)},
@@ -73,6 +77,11 @@ def _balanced_of(family: str) -> str:
     return "moe_torch_flow_cutlass" if family.startswith("wideep_compute") else family
 
 
+def _release(row: dict[str, Any]) -> str:
+    """The release of the framework a row is from: its source without the kind of file."""
+    return str(row["source"]).rsplit("/", 1)[0]
+
+
 _SHAPE = ("backend", "dtype", "hidden", "inter", "num_experts", "top_k", "tp")
 
 
@@ -84,7 +93,7 @@ def _skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[dict[st
     for row in rows:
         if row["distribution"] == "balanced":
             key = (*(row[c] for c in _SHAPE), row["kernel"])
-            balanced.setdefault((*key, row["source"]), []).append(row)
+            balanced.setdefault((*key, _release(row)), []).append(row)
             balanced.setdefault((*key, ""), []).append(row)
     fits: dict[tuple[Any, ...], tuple[ExpertCosts | None, dict[tuple[int, int], float]]] = {}
     answer = []
@@ -94,7 +103,9 @@ def _skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[dict[st
         if name == "balanced" or not name.startswith("power_law") or ep < 8 or tokens < min_tokens or experts % ep:
             continue
         kernel = _balanced_of(row["kernel"])
-        key = (*(row[c] for c in _SHAPE), kernel, row["source"] if kernel == row["kernel"] else "")
+        key = (*(row[c] for c in _SHAPE), kernel, _release(row))
+        if key not in balanced and kernel != row["kernel"]:
+            key = (*key[:-1], "")
         if key not in fits:
             base = balanced.get(key, [])
             fits[key] = _fit(base), {(r["ep"], r["tokens"]): r["latency_us"] for r in base}
@@ -117,8 +128,13 @@ def _skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[dict[st
                 "kernel": row["kernel"],
                 "eplb": eplb,
                 "mark": row["mark"],
+                "ep": ep,
+                "tokens": tokens,
+                "experts": experts,
+                "slots": slots,
+                "alpha": alpha,
                 "measured": row["latency_us"] / times[ep, tokens],
-                "ours": skewed_over_balanced(fit, vectors, tokens, row["top_k"], experts, ep),
+                "ours": skewed_over_balanced(fit, vectors, tokens, row["top_k"], experts, ep, kernel != row["kernel"]),
                 "token_sum": float(scaled.mean()) / times[ep, tokens],
             }
         )
@@ -157,15 +173,40 @@ def _skew_figure(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- DeepEP as published
 
 
-def _rdma_bytes(ranks: int, phase: str) -> float:
-    """Bytes that DeepEP counts for its normal kernels' bandwidth at 4,096 tokens.
+def _copies(ranks: int) -> tuple[float, float]:
+    """(node copies, rank copies) per token, the own ones too, as DeepEP's test draws choices and counts bytes.
 
-    Its test draws top-8 within the best 4 groups (of one per node where there are fewer nodes), and counts each
-    (token, node) copy, the own node's too; on one node each (token, rank) copy. fp8 with scales, or bf16.
+    Top-8 among the experts of the best 4 groups, a group per node.
     """
-    places = 8 if ranks == 8 else min(ranks // 8, 4)
-    copies = places * (1 - (1 - 1 / places) ** 8)
-    return 4096 * copies * 7168 * (1 + 4 / 128 if phase == "dispatch" else 2)
+    nodes = min(max(ranks // 8, 1), 4)
+    return touched(nodes, 8), touched(8 * nodes, 8)
+
+
+def _counted_bytes(ranks: int, phase: str) -> float:
+    """Bytes of 4,096 tokens that DeepEP divides by the time: node copies, on one node rank copies."""
+    between, inside = _copies(ranks)
+    return 4096 * (between if ranks > 8 else inside) * 7168 * (1 + 4 / 128 if phase == "dispatch" else 2)
+
+
+def _on_h800_us(us_by_nodes: dict[int, float], ranks: int, scale_up: float) -> float | None:
+    """A normal exchange on the published machine (H800) from times measured on one with faster NVLink.
+
+    The slower of two paths counts. Inside a node: the time on one node, by rank copies and by link speed.
+    Between nodes: the time at the nearest number of nodes measured (no more than asked), by the copies that leave
+    a node, through a NIC of the same speed.
+    """
+    nodes = ranks // 8
+    paths = []
+    if 1 in us_by_nodes:
+        slower = scale_up / find_accelerator("h800").scale_up_bandwidth
+        paths.append(us_by_nodes[1] * slower * _copies(ranks)[1] / _copies(8)[1])
+    if nodes > 1:
+        near = max((n for n in us_by_nodes if 1 < n <= nodes), default=0)
+        if not near:
+            return None
+        leaving = [_copies(8 * n)[0] * (1 - 1 / n) for n in (nodes, near)]
+        paths.append(us_by_nodes[near] * leaving[0] / leaving[1])
+    return max(paths, default=None)
 
 
 def _deepep(profile: HardwareProfile) -> list[dict[str, Any]]:
@@ -174,20 +215,22 @@ def _deepep(profile: HardwareProfile) -> list[dict[str, Any]]:
         tokens = 128 if mode == "low_latency" else 4096
         for ranks, values in published.items():
             for phase, value in zip(("dispatch", "combine"), values, strict=True):
-                where = {"mode": mode, "phase": phase, "ranks": ranks, "tokens_per_rank": tokens, "num_experts": 256}
-                found = profile.select(
-                    "alltoall", usable=False, hidden=7168, top_k=8, kernel="deepep", backend="sglang", **where
-                )
-                us = sorted(found["latency_us"].to_pylist())
-                table: float | None = us[0] if us else None
-                unit = "us"
-                if mode == "normal" and table is not None:
-                    table, unit = _rdma_bytes(ranks, phase) / table * 1e-3, "GB/s"
-                off = abs(table / value - 1) if table is not None else None
-                scored = 16 <= ranks <= 64
+                where: dict[str, Any] = {"mode": mode, "phase": phase, "tokens_per_rank": tokens, "num_experts": 256}
+                where |= {"hidden": 7168, "top_k": 8, "kernel": "deepep", "backend": "sglang"}
+                found = profile.select("alltoall", usable=False, ranks=ranks, **where)
+                read = min(found["latency_us"].to_pylist(), default=None)
+                ours, unit = read, "us"
+                if mode == "normal":
+                    rows = profile.select("alltoall", **where)
+                    times = sorted(zip(rows["nodes"].to_pylist(), rows["latency_us"].to_pylist(), strict=True))
+                    best = dict(reversed(times))  # the number of SMs with least time
+                    ours = _on_h800_us(best, ranks, find_accelerator(profile.meta.accelerator).scale_up_bandwidth)
+                    unit, size = "GB/s", _counted_bytes(ranks, phase) * 1e-3
+                    read, ours = (size / us if us else None for us in (read, ours))
+                off = abs(ours / value - 1) if ours is not None else None
                 name = f"DeepEP {mode} {phase}, EP{ranks}"
-                figure = _figure(name, off, _DEEPEP, published=value, from_table=table, unit=unit)
-                if not scored:
+                figure = _figure(name, off, _DEEPEP, published=value, predicted=ours, from_table=read, unit=unit)
+                if not 16 <= ranks <= 64:
                     figure |= {"target": None, "reached": None, "note": "reported beside, not scored"}
                 answer.append(figure)
     return answer
@@ -199,9 +242,14 @@ def _deepep(profile: HardwareProfile) -> list[dict[str, Any]]:
 def validate_kernels(
     systems: list[str] | None = None,
     profile: str | Path | None = None,
+    cpu: Path | None = None,
+    live_s: float | None = None,
     progress: Progress = lambda _what, _done: None,
 ) -> dict[str, Any]:
     """Every figure with its target. Inputs: the public tables of ``systems``, or one profile directory or name.
+
+    With the public tables also what this tool measured: the CPU profile ``cpu`` (``profiles/cpu-*`` where it is not
+    given), or one measured now for ``live_s`` seconds; and ``profiles/h200*``.
 
     Raises:
         MissingExtraError: no profile is given and the public tables are not installed.
@@ -221,7 +269,9 @@ def validate_kernels(
         progress("validate", number / len(names))
         one = read(name)
         inputs.append({"profile": one.meta.name, "rows": {t: one.table(t).num_rows for t in one.table_names}})
-        figures += [_held_out(one, table) for table in AXES if table in one.table_names and table in _TABLES]
+        tables = [table for table in AXES if table in one.table_names and table in _TABLES]
+        with ThreadPoolExecutor() as pool:  # compiled parts run side by side
+            figures += pool.map(_held_out, [one] * len(tables), tables)
         rows = _skew_rows(one) if "experts" in one.table_names else []
         skew += [{**row, "system": one.meta.name} for row in rows]
         multi_node = one.select("alltoall", usable=False, nodes=[2, 4, 8], kernel="deepep")
@@ -240,6 +290,10 @@ def validate_kernels(
         if (part := [row for row in skew if (row["backend"], row["system"]) == (backend, system)])
     ]
     figures += deepep
+    if cpu or live_s is not None or profile is None:
+        figures += cpu_figures(cpu or find_measured("cpu-*"), live_s, progress)
+    if profile is None:
+        figures.append(h200_figure(find_measured("h200*")))
     progress("validate", 1.0)
     scored = [figure for figure in figures if figure["reached"] is not None]
     return {

@@ -90,7 +90,10 @@ def _skew_marks(table: pa.Table, log_us: NDArray[Any], tokens: NDArray[Any]) -> 
 
 
 def _node_marks(table: pa.Table, log_us: NDArray[Any]) -> NDArray[np.bool_]:
-    """Exchanges over several nodes whose bandwidth collapses against half as many nodes."""
+    """Exchanges over a number of nodes at which bandwidth collapses against half as many.
+
+    All rows of that phase and number of nodes: what slowed the largest sizes slowed the others too.
+    """
     nodes = table["nodes"].to_numpy()
     # Copies a token sends to other nodes when its top-k falls evenly: (N - 1) (1 - (1 - 1/N)^K).
     remote = (nodes - 1) * (1 - (1 - 1 / nodes) ** table["top_k"].to_numpy())
@@ -105,7 +108,9 @@ def _node_marks(table: pa.Table, log_us: NDArray[Any]) -> NDArray[np.bool_]:
         if half is None or count < 4 or 2 * size < largest[group, count]:
             continue
         bad[row] = log_us[row] - log_us[half] > np.log(2 * remote[row] / remote[half])
-    return bad
+    places = _series("alltoall", table, {"sms", "tokens_per_rank"})
+    collapsed: NDArray[np.bool_] = np.isin(places, places[bad])
+    return collapsed
 
 
 def mark_rows(name: str, table: pa.Table) -> NDArray[np.str_]:

@@ -14,6 +14,7 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.cli.validate import command
 from moeplan.costs.heldout import hold_out
 from moeplan.pipeline import validation
+from moeplan.pipeline.validation_live import cpu_figures
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
 
@@ -54,32 +55,39 @@ def test_held_out_rows_do_not_serve() -> None:
     np.testing.assert_allclose(np.abs(answer.ours), 0.999, atol=1e-3)
 
 
-def test_published_exchanges_are_compared_in_their_own_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [
-        {
-            "mode": mode,
-            "phase": phase,
-            "nodes": 4,
-            "ranks": 32,
-            "hidden": 7168,
-            "top_k": 8,
-            "num_experts": 256,
-            "dtype": "fp8",
-            "tokens_per_rank": tokens,
-            "backend": "sglang",
-            "kernel": "deepep",
-            "source": "s",
-            "latency_us": latency,
-        }
-        for mode, phase, tokens, latency in (
-            ("low_latency", "dispatch", 128, 155 * 1.1),
-            ("low_latency", "combine", 128, 273 * 1.2),
-            ("normal", "dispatch", 4096, 4096 * 4 * (1 - 0.75**8) * 7392 / 58e3),
-            ("normal", "combine", 4096, 1e4),
-        )
-    ]
-    profile = HardwareProfile(META, {"alltoall": pa.Table.from_pylist(rows)})
-    figures = {figure["figure"]: figure for figure in validation._deepep(profile)}
+def deepep(mode: str, phase: str, nodes: int, latency: float) -> dict[str, object]:
+    return {
+        "mode": mode,
+        "phase": phase,
+        "nodes": nodes,
+        "ranks": 8 * nodes,
+        "hidden": 7168,
+        "top_k": 8,
+        "num_experts": 256,
+        "dtype": "fp8",
+        "tokens_per_rank": 128 if mode == "low_latency" else 4096,
+        "backend": "sglang",
+        "kernel": "deepep",
+        "source": "s",
+        "latency_us": latency,
+    }
+
+
+def figures_of(rows: list[dict[str, object]]) -> dict[str, dict[str, object]]:
+    meta = META.model_copy(update={"accelerator": "H200-SXM-141GB"})
+    profile = HardwareProfile(meta, {"alltoall": pa.Table.from_pylist(rows)})
+    return {figure["figure"]: figure for figure in validation._deepep(profile)}
+
+
+def test_published_exchanges_are_compared_in_their_own_unit() -> None:
+    figures = figures_of(
+        [
+            deepep("low_latency", "dispatch", 4, 155 * 1.1),
+            deepep("low_latency", "combine", 4, 273 * 1.2),
+            deepep("normal", "dispatch", 4, 4096 * 4 * (1 - 0.75**8) * 7392 / 58e3),
+            deepep("normal", "combine", 4, 1e4),
+        ]
+    )
     near = figures["DeepEP low_latency dispatch, EP32"]
     assert (near["value"], near["reached"]) == (pytest.approx(0.1), True)
     assert figures["DeepEP low_latency combine, EP32"]["reached"] is False
@@ -88,6 +96,39 @@ def test_published_exchanges_are_compared_in_their_own_unit(monkeypatch: pytest.
     assert figures["DeepEP low_latency dispatch, EP8"]["reached"] is None
     missing = figures["DeepEP low_latency dispatch, EP64"]
     assert (missing["value"], missing["reached"]) == (None, False)
+
+
+def test_more_nodes_than_measured_follow_the_copies_that_leave_a_node() -> None:
+    # Eight choices in four of eight groups leave a node for 7 of 8 copies, in four of four for 3 of 4.
+    figures = figures_of([deepep("normal", "dispatch", 4, 1000.0)])
+    at_32, at_64 = (figures[f"DeepEP normal dispatch, EP{ranks}"]["predicted"] for ranks in (32, 64))
+    assert at_64 == pytest.approx(at_32 * (3 / 4) / (7 / 8))
+
+
+def test_slower_links_inside_a_node_take_over() -> None:
+    # H800 links carry 200 GB/s, H200 links 450: the path inside the node is 2.25 times as slow.
+    rows = [deepep("normal", "combine", 1, 1000.0), deepep("normal", "combine", 2, 500.0)]
+    predicted = figures_of(rows)["DeepEP normal combine, EP16"]["predicted"]
+    inside_us = 1000 * 2.25 * 16 * (1 - (15 / 16) ** 8) / (8 * (1 - (7 / 8) ** 8))
+    counted = 4096 * 2 * (1 - 0.5**8) * 7168 * 2
+    assert predicted == pytest.approx(counted / inside_us * 1e-3)
+
+
+def test_a_cpu_profile_is_held_to_its_own_held_out_sizes(tmp_path: Path) -> None:
+    sizes = [2**i for i in range(12)]
+    row = {"op": "alltoall", "ranks": 2, "dtype": "fp32", "backend": "gloo", "kernel": "gloo", "source": "s"}
+    rows = [{**row, "tokens_per_rank": size, "latency_us": 5.0 * size**0.5} for size in sizes]
+    for entry in rows:
+        entry |= {"mode": "collective", "phase": "dispatch", "nodes": 1, "hidden": 8, "top_k": 2, "num_experts": 4}
+        del entry["op"]
+    HardwareProfile(META, {"alltoall": pa.Table.from_pylist(rows)}).save(tmp_path / "p")
+    experts, exchange = cpu_figures(tmp_path / "p", None, lambda _what, _done: None)
+    assert exchange["reached"] is True
+    assert exchange["held_out"] == 3
+    assert experts["value"] is None
+    assert experts["reached"] is False
+    nothing = cpu_figures(None, None, lambda _what, _done: None)
+    assert all(figure["reached"] is False and "moeplan profile" in figure["note"] for figure in nothing)
 
 
 def test_the_command_answers_one_object(tmp_path: Path) -> None:
