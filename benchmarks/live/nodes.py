@@ -214,18 +214,17 @@ class Nodes(AbstractContextManager["Nodes"]):
                 )
             while any(process.poll() is None for process in ranks):
                 while_running(ranks)
-                if failed := [r for r, process in enumerate(ranks) if process.poll()]:
+                if any(process.poll() for process in ranks):
                     time.sleep(0.05)  # who was killed goes before those who notice, but may be seen after them
-                    codes = {r: process.returncode for r, process in enumerate(ranks) if process.poll()}
-                    worst = min(failed, key=lambda r: codes[r])
-                    how = f"by signal {-codes[worst]}" if codes[worst] < 0 else f"with exit code {codes[worst]}"
-                    raise RunError(f"rank {worst} died {how}; the other ranks were ended")
+                    break
                 if timeout_s is not None and time.monotonic() - started > timeout_s:
                     late = [str(r) for r, process in enumerate(ranks) if process.poll() is None]
                     raise RunError(f"rank {', '.join(late)} not done after {timeout_s:g} s; ended")
                 time.sleep(0.05)
-            if failed := [r for r, process in enumerate(ranks) if process.poll()]:
-                raise RunError(f"rank {failed[0]} died with exit code {ranks[failed[0]].returncode}")
+            if codes := {r: process.returncode for r, process in enumerate(ranks) if process.poll()}:
+                worst = min(codes, key=lambda r: codes[r])
+                how = f"by signal {-codes[worst]}" if codes[worst] < 0 else f"with exit code {codes[worst]}"
+                raise RunError(f"rank {worst} died {how}; the other ranks were ended")
         finally:
             _end(ranks)
 
