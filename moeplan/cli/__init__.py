@@ -23,6 +23,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "live": ("live", "Train a small MoE model on real ranks; apply a plan on the way."),
     "apply": ("live", "Apply a plan to a live run at its next step."),
     "control": ("control", "Watch a live run; plan again when its load drifts and a plan pays."),
+    "report": ("report", "Report on a plan, a simulation or a live run as one page, or compare two."),
     "validate": ("validate", "Hold predictions against measurements."),
     "models": ("catalogue", "List the built-in models."),
     "clusters": ("catalogue", "List the built-in accelerators and clusters."),

@@ -62,7 +62,7 @@ def chrome_trace(log: EventLog) -> dict[str, Any]:
         kind, rank = names[v], int(log.rank_V[v])
         start, length = float(log.start_s_V[v]) * 1e6, float(log.duration_s_V[v]) * 1e6
         node = rank // per_node if rank >= 0 else log.num_nodes
-        fields = {"layer": log.layer_V, "step": log.step_V, "request": log.request_V}
+        fields: dict[str, Any] = {"layer": log.layer_V, "step": log.step_V, "request": log.request_V}
         details: dict[str, Any] = {name: int(column[v]) for name, column in fields.items() if column[v] >= 0}
         if log.amount_V[v]:
             details["amount"] = float(log.amount_V[v])

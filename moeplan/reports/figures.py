@@ -20,22 +20,29 @@ from numpy.typing import NDArray
 from moeplan.files import sha256_bytes
 
 __all__ = [
+    "AFTER",
+    "BEFORE",
+    "FILL",
+    "INK",
+    "MUTED",
     "colour_limits",
+    "drawing",
     "layer_bars",
     "layer_plot",
     "load_heat_map",
     "matrix_heat_map",
     "plan_picture",
     "replica_map",
+    "to_svg",
 ]
 
-_INK, _MUTED, _BEFORE, _AFTER, _FILL = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+INK, MUTED, BEFORE, AFTER, FILL = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 _CSS = {
-    _INK: "currentColor",
-    _MUTED: "var(--muted)",
-    _BEFORE: "var(--before)",
-    _AFTER: "var(--after)",
-    _FILL: "var(--empty)",
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    BEFORE: "var(--before)",
+    AFTER: "var(--after)",
+    FILL: "var(--empty)",
 }
 _RC: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -43,12 +50,12 @@ _RC: dict[str, Any] = {
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
     "font.size": 10.5,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
-    "axes.titlecolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -64,7 +71,8 @@ _NODE_LINE = {"color": "white", "linewidth": 1.1, "alpha": 0.75}
 
 
 @contextmanager
-def _figure(height_inch: float, width_inch: float = _WIDTH_INCH) -> Iterator[Any]:
+def drawing(height_inch: float, width_inch: float = _WIDTH_INCH) -> Iterator[Any]:
+    """An empty matplotlib figure with the page's style."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -72,7 +80,7 @@ def _figure(height_inch: float, width_inch: float = _WIDTH_INCH) -> Iterator[Any
         yield Figure(figsize=(width_inch, height_inch), layout="constrained", facecolor="none")
 
 
-def _svg(figure: Any, label: str) -> str:
+def to_svg(figure: Any, label: str) -> str:
     """Inline SVG of a figure: no date, no document type, no identifiers that nothing refers to."""
     stream = io.StringIO()
     none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -180,7 +188,7 @@ def _load_axes(
 def _range(axes: Any, values: NDArray[Any]) -> None:
     """Least and largest value, at the right of the title."""
     text = f"{np.nanmin(values):.2f} to {np.nanmax(values):.2f}"
-    axes.set_title(text, loc="right", fontsize=10, color=_MUTED, fontweight="normal")
+    axes.set_title(text, loc="right", fontsize=10, color=MUTED, fontweight="normal")
 
 
 def _rank_label(word: str, num_ranks: int, ranks_per_node: int) -> str:
@@ -200,9 +208,9 @@ def load_heat_map(
         f"{title}: heat map of {layers} layers by {ranks} ranks. Load over the layer's mean from"
         f" {np.nanmin(relative_LR):.3f} to {np.nanmax(relative_LR):.3f}."
     )
-    with _figure(min(6.5, 1.9 + 0.075 * layers)) as figure:
+    with drawing(min(6.5, 1.9 + 0.075 * layers)) as figure:
         _load_axes(figure, figure.add_subplot(), relative_LR, layer_ids, ranks_per_node, limits, title)
-        return _svg(figure, label)
+        return to_svg(figure, label)
 
 
 def _scale(largest: float, unit: str) -> tuple[float, str]:
@@ -232,7 +240,7 @@ def matrix_heat_map(
     across = float(np.nansum(matrix_RR[node_R[:, None] != node_R[None, :]]))
     label = f"{title}: {ranks} by {ranks} ranks, {total:.4g} {unit} in total"
     label += f", {across / total:.1%} of it between nodes." if total else "."
-    with _figure(4.9) as figure:
+    with drawing(4.9) as figure:
         axes = figure.add_subplot()
         _image(figure, axes, matrix_RR, limits, unit, "vertical")
         axes.set_aspect("equal")
@@ -240,7 +248,7 @@ def matrix_heat_map(
         _rank_ticks(axes.xaxis, ranks, ranks_per_node)
         _rank_ticks(axes.yaxis, ranks, ranks_per_node)
         axes.set(title=title, ylabel=words[0], xlabel=_rank_label(words[1], ranks, ranks_per_node))
-        return _svg(figure, label)
+        return to_svg(figure, label)
 
 
 def layer_plot(
@@ -255,39 +263,39 @@ def layer_plot(
     place_L = np.arange(len(layer_ids))
     after = np.array([np.nan if v is None else v for v in after_L], dtype=float)
     label = f"{title}, per layer. {names[1]}: from {np.nanmin(after):.4g} to {np.nanmax(after):.4g}."
-    with _figure(2.5) as figure:
+    with drawing(2.5) as figure:
         axes = figure.add_subplot()
         if before_L is not None:
             before = np.array([np.nan if v is None else v for v in before_L], dtype=float)
             label += f" {names[0]}: from {np.nanmin(before):.4g} to {np.nanmax(before):.4g}."
-            axes.plot(place_L, before, "s--", color=_BEFORE, markersize=2.6, linewidth=1.2, label=names[0])
-        axes.plot(place_L, after, "o-", color=_AFTER, markersize=3, linewidth=1.6, label=names[1])
+            axes.plot(place_L, before, "s--", color=BEFORE, markersize=2.6, linewidth=1.2, label=names[0])
+        axes.plot(place_L, after, "o-", color=AFTER, markersize=3, linewidth=1.6, label=names[1])
         if bound_L is not None:
-            axes.plot(place_L, list(bound_L), ":", color=_INK, linewidth=1.1, label="proven bound")
+            axes.plot(place_L, list(bound_L), ":", color=INK, linewidth=1.1, label="proven bound")
         _layer_ticks(axes.xaxis, layer_ids)
-        axes.grid(axis="y", color=_MUTED, alpha=0.25, linewidth=0.6)
+        axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
         axes.tick_params(length=2)
         axes.set_title(title, pad=22)
         axes.set(xlabel="layer")
         axes.margins(x=0.02)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, frameon=False, fontsize=9.5,
                     borderaxespad=0.1, borderpad=0, handlelength=2.2)  # fmt: skip
-        return _svg(figure, label)
+        return to_svg(figure, label)
 
 
 def layer_bars(layer_ids: Sequence[int], title: str, count_L: Sequence[int]) -> str:
     """One count per layer, as bars from zero."""
     label = f"{title}: from {min(count_L):,} to {max(count_L):,}, {sum(count_L):,} in all."
-    with _figure(4.9) as figure:
+    with drawing(4.9) as figure:
         axes = figure.add_subplot()
-        axes.bar(range(len(layer_ids)), list(count_L), color=_AFTER, width=0.72)
+        axes.bar(range(len(layer_ids)), list(count_L), color=AFTER, width=0.72)
         _layer_ticks(axes.xaxis, layer_ids)
-        axes.grid(axis="y", color=_MUTED, alpha=0.25, linewidth=0.6)
+        axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(length=2)
         axes.set(title=title, xlabel="layer")
         axes.margins(x=0.02)
-        return _svg(figure, label)
+        return to_svg(figure, label)
 
 
 def replica_map(replicas_LE: NDArray[np.int32], layer_ids: Sequence[int]) -> str:
@@ -301,7 +309,7 @@ def replica_map(replicas_LE: NDArray[np.int32], layer_ids: Sequence[int]) -> str
         f"Copies of each expert: {layers} layers by {experts} experts, up to {most} copies;"
         f" {int((replicas_LE > 1).sum())} experts have more than one."
     )
-    with _figure(min(5.0, 1.8 + 0.055 * layers), 2 * _WIDTH_INCH) as figure:
+    with drawing(min(5.0, 1.8 + 0.055 * layers), 2 * _WIDTH_INCH) as figure:
         axes = figure.add_subplot()
         cividis = matplotlib.colormaps["cividis"]
         shades = [
@@ -323,7 +331,7 @@ def replica_map(replicas_LE: NDArray[np.int32], layer_ids: Sequence[int]) -> str
             spine.set_visible(False)
         _layer_ticks(axes.yaxis, layer_ids)
         axes.set(xlabel="logical expert", ylabel="layer")
-        return _svg(figure, label)
+        return to_svg(figure, label)
 
 
 def plan_picture(
@@ -343,7 +351,7 @@ def plan_picture(
         f"{n}: {np.nanmin(v):.3f} to {np.nanmax(v):.3f}" for n, v in panels
     )
     height_inch = min(6.0, 2.5 + 0.06 * layers)
-    with _figure(height_inch, 4.6 * len(panels) + 0.6) as figure:
+    with drawing(height_inch, 4.6 * len(panels) + 0.6) as figure:
         axes_list = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (name, values) in zip(axes_list, panels, strict=True):
             _image(figure, axes, values, limits, bar_label)
@@ -356,8 +364,8 @@ def plan_picture(
         _layer_ticks(axes_list[0].yaxis, layer_ids)
         axes_list[0].set_ylabel("layer")
         figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=14, fontweight="bold")
-        figure.text(0.012, 1 - 0.45 / height_inch, subtitle, ha="left", fontsize=10.5, color=_MUTED)
-        inline = _svg(figure, label)
+        figure.text(0.012, 1 - 0.45 / height_inch, subtitle, ha="left", fontsize=10.5, color=MUTED)
+        inline = to_svg(figure, label)
     style = (
         "<style>svg{color:#1b1f24;--muted:#59636e;--empty:#e6e8eb;"
         "font-family:system-ui,-apple-system,'Segoe UI',sans-serif}"

@@ -1,0 +1,211 @@
+"""Sections of a report on runs: simulated or live, one or two to compare, a sweep over load. ``R`` ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moeplan.artifacts.event_log import EVENT_KINDS, EventLog
+from moeplan.artifacts.simulation_result import Headline, SimulationResult
+from moeplan.reports import run_figures
+from moeplan.reports.against import Against, seconds_per_step
+from moeplan.reports.document import Block, Cards, Picture, Section, Table, Text
+from moeplan.reports.wording import format_bytes, format_number, format_percent, format_seconds
+
+__all__ = [
+    "against_section",
+    "assumptions_section",
+    "comparison_section",
+    "figures_section",
+    "latency_section",
+    "log_section",
+    "memory_section",
+    "ranks_section",
+    "shown",
+    "sweep_section",
+]
+
+_NAMES = {
+    "output_tokens_per_s_per_gpu": "Output per GPU", "output_tokens_per_s": "Output",
+    "ttft_p50_s": "First token, median", "ttft_p99_s": "First token, 99 %", "tpot_p50_s": "Per further token, median",
+    "e2e_p50_s": "Whole answer, median",
+    "requests_per_s": "Requests", "goodput_requests_per_s": "Goodput", "slo_attainment": "Requests within objectives",
+    "bubble_share": "Waiting for others", "exchange_share": "Exchange that nothing hides",
+    "usd_per_million_output_tokens": "Cost of a million output tokens", "step_s": "Step", "tokens_per_s": "Tokens",
+    "tokens_per_s_per_gpu": "Tokens per GPU", "tflops_per_gpu": "Operations per GPU", "mfu": "Model FLOPs utilisation",
+    "exposed_exchange_share": "Exchange that nothing hides", "peak_memory_bytes": "Memory at its peak",
+}  # fmt: skip
+
+
+def shown(value: float, unit: str) -> str:
+    """A figure with its unit, as people read it."""
+    if unit == "s":
+        return format_seconds(value)
+    if unit == "bytes":
+        return format_bytes(value)
+    if unit == "1":
+        return format_percent(value) if 0 <= value <= 1 else format_number(value)
+    return f"{format_number(value)} {unit}"
+
+
+def _interval(line: Headline) -> str:
+    if line.low == line.high:
+        return ""
+    return f"{shown(line.low, line.unit)} to {shown(line.high, line.unit)}"
+
+
+def figures_section(result: SimulationResult) -> Section:
+    """Key figures as cards, all of them as a table."""
+    main = [(word, result.headlines[name]) for name, word in _NAMES.items() if name in result.headlines][:6]
+    cards = tuple((word, shown(line.value, line.unit), _interval(line)) for word, line in main)
+    rows = tuple(
+        (name.replace("_", " "), shown(line.value, line.unit), _interval(line) or "-", line.better)
+        for name, line in result.headlines.items()
+    )
+    blocks: list[Block] = [Cards(cards), Table(("figure", "value", "interval", "better"), rows, (0, 3))]
+    if result.counts:
+        counted = tuple((name.replace("_", " "), format_number(value, 6)) for name, value in result.counts.items())
+        blocks.append(Table(("counted", "number"), counted))
+    lead = "Each figure with the interval of the costs' residuals and the spread of seeds."
+    return Section("Figures", tuple(blocks), lead)
+
+
+def latency_section(results: Mapping[str, SimulationResult]) -> Section | None:
+    """Distributions of latencies, one run or several."""
+    titles = {"ttft": "Time to first token", "tpot": "Time per further token", "e2e": "Whole answer"}
+    pictures = []
+    for name, title in titles.items():
+        found = {run: {name: r.distributions[name]} for run, r in results.items() if name in r.distributions}
+        if found:
+            pictures.append(Picture(run_figures.latency_curves(title, found)))
+    return Section("Latency", tuple(pictures)) if pictures else None
+
+
+def ranks_section(result: SimulationResult) -> Section | None:
+    """Timeline of the run and where each rank's time goes."""
+    blocks: list[Block] = []
+    if result.timeline is not None and result.timeline.time_s:
+        blocks.append(Picture(run_figures.run_timeline("The run over time", result.timeline)))
+    if result.ranks is not None and result.ranks.compute:
+        blocks.append(Picture(run_figures.rank_stack("Where each rank's time goes", result.ranks)))
+    return Section("Over time, and by rank", tuple(blocks)) if blocks else None
+
+
+def memory_section(result: SimulationResult) -> Section | None:
+    """Training: memory of each stage, stacked and over a step."""
+    if not result.memory:
+        return None
+    tracks = result.memory
+    parts = [
+        ("weights, gradients, optimizer", [track.state_bytes for track in tracks]),
+        ("activations at their most", [max(track.activation_bytes, default=0.0) for track in tracks]),
+    ]
+    limit = tracks[0].limit_bytes
+    stack = run_figures.memory_stack("Memory of a rank of each stage", parts, limit, "stage")
+    return Section("Memory", (Picture(stack), Picture(run_figures.memory_curves("Over one step", tracks))))
+
+
+def log_section(log: EventLog) -> Section:
+    """A Gantt picture of one step, and seconds by kind."""
+    blocks: list[Block] = []
+    steps = np.unique(log.step_V[(log.step_V >= 0) & (log.duration_s_V > 0)])
+    step = int(steps[len(steps) // 2]) if len(steps) else 0
+    picture = run_figures.gantt(log, f"Step {step}", step) if len(steps) else None
+    if picture is not None:
+        blocks.append(Picture(picture, wide=True))
+    else:
+        blocks.append(Text("The log holds whole steps only: no picture of what ranks do inside one.", missing=True))
+    rows = []
+    for kind, meaning in EVENT_KINDS.items():
+        mine = log.of_kind(kind)
+        if mine.any():
+            seconds = seconds_per_step(log, kind)
+            middle = format_seconds(float(np.median(seconds))) if len(seconds) else "-"
+            rows.append((kind, f"{int(mine.sum()):,}", middle, meaning.partition(";")[0]))
+    columns = ("kind", "events", "busiest rank, per step", "what it is")
+    blocks.append(Table(columns, tuple(rows), (0, 3)))
+    return Section("One step", tuple(blocks), f"Event log, {log.source}: {len(log):,} events on {log.num_ranks} ranks.")
+
+
+def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> Section | None:
+    """Throughput and latency of the cases of a sweep, over the first field that is a number."""
+    if not cases:
+        return None
+    wanted = ("output_tokens_per_s_per_gpu", "tokens_per_s_per_gpu", "ttft_p50_s", "tpot_p50_s", "step_s")
+    names = [name for name in wanted if all(name in result.headlines for _, result in cases)]
+    rows, points, axis = [], [], ""
+    for case, result in cases:
+        lines = result.headlines
+        words = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in case.items())
+        rows.append((words, *(f"{shown(lines[n].value, lines[n].unit)} ({_interval(lines[n])})" for n in names)))
+        rate = lines.get("output_tokens_per_s_per_gpu") or lines.get("tokens_per_s_per_gpu")
+        slow = lines.get("tpot_p99_s") or lines.get("step_s")
+        for field, value in case.items():
+            load = _number(value)
+            if load is not None and rate is not None and slow is not None and axis in ("", field):
+                axis = field
+                points.append((load, rate.value, 1e3 * slow.value))
+    blocks: list[Block] = []
+    if len({load for load, _, _ in points}) > 1:
+        word = axis.rpartition(".")[2].replace("_", " ")
+        latency = "ms per further token, 99 %" if "ttft_p50_s" in names else "ms per step"
+        picture = run_figures.load_curve("Throughput against load", points, word, "tokens/s per GPU", latency)
+        blocks.append(Picture(picture))
+    blocks.append(Table(("case", *(name.replace("_", " ") for name in names)), tuple(rows)))
+    return Section("Sweep", tuple(blocks))
+
+
+def _number(value: Any) -> float | None:
+    """A number, also at the front of a quantity such as '12 /s'."""
+    try:
+        return float(str(value).split()[0])
+    except (ValueError, IndexError):
+        return None
+
+
+def comparison_section(differences: Sequence[Any], a: str, b: str) -> Section:
+    """Headlines of two runs (:class:`moeplan.pipeline.compare.Difference`)."""
+    rows = tuple(
+        (
+            d.name.replace("_", " "),
+            shown(d.a.value, d.unit),
+            shown(d.b.value, d.unit),
+            "-" if d.relative is None else f"{100 * d.relative:+.1f} %",
+            d.verdict,
+        )
+        for d in differences
+    )
+    return Section(f"From {a} to {b}", (Table(("figure", a, b, "change", "verdict"), rows, (0, 4)),))
+
+
+def against_section(rows: Sequence[Against]) -> Section:
+    """Predicted against measured, kind by kind."""
+    lines = tuple(
+        (
+            row.kind,
+            format_seconds(row.predicted_s),
+            format_seconds(row.measured_s),
+            f"{format_seconds(row.measured_low_s)} to {format_seconds(row.measured_high_s)}",
+            f"{100 * row.error:+.1f} %",
+        )
+        for row in rows
+    )
+    columns = ("kind", "predicted", "measured", "middle half of steps", "error")
+    lead = "Seconds of the busiest rank per step, median over steps; the first measured step is left out."
+    return Section("Predicted against measured", (Table(columns, lines),), lead)
+
+
+def assumptions_section(result: SimulationResult) -> Section:
+    """What the prediction rests on, and where each part is from."""
+    blocks: list[Block] = []
+    rows = tuple((a.name, a.value, a.source) for a in result.assumptions)
+    if rows:
+        blocks.append(Table(("assumption", "value", "from"), rows, (0, 1, 2)))
+    if result.notes:
+        blocks.append(Table(("note",), tuple((note,) for note in result.notes)))
+    made = tuple((name.replace("_", " "), value) for name, value in result.provenance.items())
+    if made:
+        blocks.append(Table(("made from", ""), made, (0, 1)))
+    return Section("What this rests on", tuple(blocks))
