@@ -29,7 +29,8 @@ from routing import Home, Recorded, Shape, Skew, load_of, traces
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.operating_point import layer_costs
-from moeplan.execution.dispatch import make_dispatcher
+from moeplan.errors import SpecError
+from moeplan.execution.dispatch import PairDispatcher, make_dispatcher
 from moeplan.execution.experts import grouped_swiglu, initial_row
 from moeplan.execution.groups import Mesh, build_mesh
 from moeplan.execution.layer import ExpertLayer
@@ -49,7 +50,8 @@ MAX_CALLS = 4
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """One model: which routings, tokens per rank and planners, and at which tokens per rank to calibrate."""
+    """One model: which routings, tokens per rank and planners, and at which tokens per rank to calibrate (3 or more:
+    fewer make no measured curve of an exchange)."""
 
     shape: Shape
     routings: tuple[Skew | Home | Recorded, ...]
@@ -57,6 +59,10 @@ class Study:
     planners: tuple[str, ...]
     calibrated: tuple[int, ...]
     dispatch: DispatchKind = "per_expert"
+
+    def __post_init__(self) -> None:
+        if len(self.calibrated) < 3:
+            raise SpecError(f"calibrated ({self.calibrated}) must have 3 sizes or more; fewer make no measured curve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +173,33 @@ def _step(layers: list[ExpertLayer], trace: RoutingTrace, rank: int, shape: Shap
     return call
 
 
+def _exchange_calls(
+    layer: ExpertLayer, x: torch.Tensor, experts_TK: torch.Tensor, even_TK: torch.Tensor
+) -> tuple[Call, Call]:
+    """Dispatch and combine of balanced tokens; of pairs the exchange alone, the rest is in what whole layers take more.
+
+    Relayed copies are handled between two exchanges: there all of it is timed.
+    """
+    with torch.inference_mode():
+        sent = layer.dispatcher.dispatch(x, layer.table.slots(experts_TK), even_TK, layer.table, 0)
+    if isinstance(layer.dispatcher, PairDispatcher):
+        way, pairs_NH = sent.way, torch.zeros(experts_TK.numel(), x.shape[1])
+        return (
+            lambda _i: way.wire.send(pairs_NH, way.send_R, way.recv_R, "dispatch"),
+            lambda _i: way.wire.send(sent.rows_MH, way.recv_R, way.send_R, "combine"),
+        )
+
+    def out(_i: int) -> object:
+        with torch.inference_mode():
+            return layer.dispatcher.dispatch(x, layer.table.slots(experts_TK), even_TK, layer.table, 0)
+
+    def back(_i: int) -> object:
+        with torch.inference_mode():
+            return layer.dispatcher.combine(sent.rows_MH, sent)
+
+    return out, back
+
+
 def _calibration_cases(lab: _Lab, study: Study, bank: _Bank, even: Placement) -> dict[Any, Call]:
     shape, rank = study.shape, lab.mesh.world.rank
     cases: dict[Any, Call] = {}
@@ -192,17 +225,7 @@ def _calibration_cases(lab: _Lab, study: Study, bank: _Bank, even: Placement) ->
             trace = balanced(replace(shape, layers=1), mesh.ep.size, b)
             x, experts_LTK, even_TK = _tokens(trace, mesh.ep.rank, shape)
 
-            with torch.inference_mode():
-                sent = layer.dispatcher.dispatch(x, layer.table.slots(experts_LTK[0]), even_TK, layer.table, 0)
-
-            pairs_NH = torch.zeros(b * shape.top_k, shape.hidden)
-
-            def out(_i: int, way: Any = sent.way, rows: torch.Tensor = pairs_NH) -> object:
-                return way.wire.send(rows, way.send_R, way.recv_R, "dispatch")
-
-            def back(_i: int, way: Any = sent.way, rows: torch.Tensor = sent.rows_MH) -> object:
-                return way.wire.send(rows, way.recv_R, way.send_R, "combine")
-
+            out, back = _exchange_calls(layer, x, experts_LTK[0], even_TK)
             cases["dispatch", nodes, mesh.ep.size, b] = out
             cases["combine", nodes, mesh.ep.size, b] = back
         cases["layer", b] = _step(bank.layers(lab, study, even), balanced(shape, lab.mesh.world.size, b), rank, shape)

@@ -33,6 +33,7 @@ from predict import Machine
 from routing import V2_LITE, Home, Recorded, Shape, Skew
 
 from moeplan.errors import MoeplanError
+from moeplan.specs.workload import DispatchKind
 
 HERE = Path(__file__).resolve().parent
 SMALL = Shape("32 experts", hidden=256, inter=512, experts=32, top_k=2, layers=4)
@@ -50,7 +51,8 @@ def environments() -> dict[str, tuple[int, int, float | None, tuple[Study, ...],
     real: tuple[Study, ...] = ()
     data = os.environ.get("MOEPLAN_DATA")
     if data and (Path(data) / "routing" / V2_LITE).is_file():
-        real = (Study(REAL, (Recorded("law"),), (64, 128), PLANNERS, (32, 96, 160)),)
+        forms: tuple[DispatchKind, ...] = ("per_expert", "per_node")
+        real = tuple(Study(REAL, (Recorded("law"),), (112,), PLANNERS, (40, 80, 160), form) for form in forms)
     return {
         "1 node, 2 ranks": (1, 2, None, (one_node,), True),
         "1 node, 4 ranks": (1, 4, None, (one_node,), False),
@@ -94,14 +96,14 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
     for statistic in ("p20", "median"):
         measured, predicted = f"{statistic}_s", f"predicted_{statistic}_s"
         errors, right, pairs, over_contiguous, slower = [], 0, 0, {}, []
-        for name, _study, cases in groups(results):
+        for name, study, cases in groups(results):
             errors += [abs(c[predicted] / c[measured] - 1) for c in cases]
             by_name = {c["placement"]: c for c in cases}
             for a, b in combinations(cases, 2):
                 if differ(a, b, statistic):
                     pairs += 1
                     right += (a[measured] < b[measured]) == (a[predicted] < b[predicted])
-            label = f"{name}, {cases[0]['routing']}, {cases[0]['tokens_per_rank']} tokens per rank"
+            label = f"{name}, {cases[0]['routing']}, {study['dispatch']}, {cases[0]['tokens_per_rank']} tokens per rank"
             joint, greedy = by_name["joint"], by_name["greedy"]
             if name.startswith("2 nodes"):
                 over_contiguous[label] = by_name["contiguous"][measured] / joint[measured]
@@ -153,7 +155,8 @@ def verdicts(results: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, 
 
 def show(results: Mapping[str, Any]) -> None:
     for name, study, cases in groups(results):
-        head = f"{name}, {study['model']['name']}, {cases[0]['routing']}, {cases[0]['tokens_per_rank']} tokens per rank"
+        head = f"{name}, {study['model']['name']}, {cases[0]['routing']}, {study['dispatch']},"
+        head += f" {cases[0]['tokens_per_rank']} tokens per rank"
         print(f"\n{head} (foreign CPU {study['foreign_cpu_share']:.0%})")
         for c in cases:
             rate = {k: c["tokens"] / c[f"{k}_s"] for k in ("p20", "median", "p10", "p90")}
