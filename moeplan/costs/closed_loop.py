@@ -111,25 +111,25 @@ def _decode(batch_b: Floats, context_2: Floats, seconds_b2: Floats, b: float, co
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _serve(  # type: ignore[no-untyped-def]
-    batch_b,
-    context_2,
-    decode_b2,
-    tokens_p,
-    prefill_p,
-    groups,
-    prompt_tokens,
-    per_step,
-    max_running,
-    alone,
-    prefill_workers,
-    prefill_groups,
-    transfer,
-    gather,
-    concurrency,
-    inputs,
-    outputs,
-):
+def _serve(
+    batch_b: Floats,
+    context_2: Floats,
+    decode_b2: Floats,
+    tokens_p: Floats,
+    prefill_p: Floats,
+    groups: float,
+    prompt_tokens: float,
+    per_step: float,
+    max_running: int,
+    alone: bool,
+    prefill_workers: int,
+    prefill_groups: float,
+    transfer: float,
+    gather: int,
+    concurrency: int,
+    inputs: Ints,
+    outputs: Ints,
+) -> tuple[Floats, Floats]:
     n = len(inputs)
     arrival, first, end = np.zeros(n), np.zeros(n), np.zeros(n)
     steps = np.ceil((outputs - 1) / per_step).astype(np.int64)

@@ -66,8 +66,8 @@ class ServedPool:
 
 # Chosen on the calibration rows (a) of silicon_sample.csv alone, by benchmarks/fit_silicon.py.
 CALIBRATED = Constants(
-    prefill_factor={"trtllm": 1.3, "sglang": 1.6, "vllm": 1.4},
-    step_s={"trtllm": 1e-4, "sglang": 4e-4, "vllm": 5e-4},
+    prefill_factor={"trtllm": 1.1, "sglang": 1.9, "vllm": 1.4},
+    step_s={"trtllm": 0.7e-4, "sglang": 4.8e-4, "vllm": 4.3e-4},
     linear_gap_s=41e-6,
     first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 4.0},
     prompt_latency=0.25,

@@ -85,7 +85,9 @@ class SiliconModel:
         return self._times[key]
 
     def predict(self, row: Measured) -> Prediction:
-        """Time to first token and per output token of one row."""
+        """Time to first token and per output token of one row; of one set aside only where its recipe is known."""
+        if row.why_not and not row.recipe:
+            return Prediction(None, None, row.why_not)
         model = self._models[row.registry_name]
         decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens), row.decode.count)
         prefill = ServedPool(setup_of(row, row.prefill, model, 0), row.prefill.count) if row.prefill else None
@@ -99,12 +101,12 @@ class SiliconModel:
 
 def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int) -> EngineSetup:
     """The engine of a row. Of a quantised checkpoint attention stays in bf16 but in fp8 ones, and of 4-bit ones only
-    DeepSeek's has 4-bit dense and shared parts (hf_quant_config.json of nvidia's NVFP4 checkpoints). The cache is
-    fp8 on TensorRT-LLM and on Blackwell, else bf16, as the benchmark's launch scripts set it."""
+    DeepSeek's has 4-bit dense and shared parts (hf_quant_config.json of nvidia's NVFP4 checkpoints). The cache of
+    fp8 and fp4 checkpoints is fp8 on TensorRT-LLM and on Blackwell, else bf16, as the benchmark's scripts set it."""
     precision: Dtype = row.precision  # type: ignore[assignment]
     plain: Dtype = "fp8" if precision == "fp8" else "bf16"
     deepseek = model.name == "DeepSeek-V3" and precision == "fp4"
-    hopper = row.system.startswith("h")
+    small_cache = precision in ("fp8", "fp4") and (row.backend == "trtllm" or not row.system.startswith("h"))
     return EngineSetup(
         model=model,
         accelerator=find_accelerator(row.system.replace("_", "-")),
@@ -115,7 +117,7 @@ def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int) -> 
         expert_dtype=precision,
         dense_dtype="fp4" if deepseek else plain,
         attention_dtype=plain,
-        kv_dtype="fp8" if row.backend == "trtllm" or (not hopper and precision != "bf16") else "bf16",
+        kv_dtype="fp8" if small_cache else "bf16",
         draft_tokens=drafts,
     )
 
@@ -175,7 +177,8 @@ def _figures(part: str, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _against_peer(part: str, rows: Sequence[Measured], ours: dict[str, Prediction]) -> dict[str, Any]:
-    peer = _peer()
+    found = _peer()
+    peer = {row.id: found[name] for row in rows for name in (*row.repeats, row.id) if name in found}
     both = [row for row in rows if row.part == part and row.id in peer and ours[row.id].tpot_ms is not None]
     return {"rows": len(both), "ours": _scores(both, ours), "peer": _scores(both, peer)}
 
@@ -219,7 +222,7 @@ def validate_silicon(
     constants: Constants = CALIBRATED,
 ) -> dict[str, Any]:
     """Every figure with its target; ``rows_out`` gets id, split and prediction of each row, also of those set aside
-    (split ``dropped``).
+    (split ``dropped``) and of repeated ones (``duplicate``).
 
     Raises:
         MissingExtraError: the package with the tables is not installed; InputError: ``rows_out`` cannot be written.
@@ -283,6 +286,7 @@ def _write_rows(path: Path, rows: Sequence[Measured], ours: dict[str, Prediction
 
     lines = ["id,split,predicted_ttft_ms,predicted_tpot_ms"]
     for row in rows:
-        split = "dropped" if row.why_not else row.part
-        lines.append(f"{row.id},{split},{text(ours[row.id].ttft_ms)},{text(ours[row.id].tpot_ms)}")
+        values = f"{text(ours[row.id].ttft_ms)},{text(ours[row.id].tpot_ms)}"
+        lines.append(f"{row.id},{'dropped' if row.why_not else row.part},{values}")
+        lines += [f"{name},duplicate,{values}" for name in row.repeats]
     write_text(path, "\n".join(lines) + "\n")

@@ -76,9 +76,11 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One row. ``prefill`` is None for one server; ``why_not`` says why an impossible row is set aside."""
+    """One row. ``prefill`` is None for one server; ``why_not`` says why an impossible row is set aside; ``repeats``
+    are the ids of rows equal to it."""
 
     id: str
+    repeats: tuple[str, ...]
     group: str
     part: Part
     registry_name: str
@@ -105,13 +107,13 @@ def part_of(model: str, group: str) -> Part:
     return "b" if hashlib.sha256(group.encode()).digest()[-1] & 1 else "a"
 
 
-def distinct(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """The first of rows that are equal in all columns but ``id`` and ``silicon_data_source``."""
-    seen: dict[tuple[tuple[str, str], ...], Mapping[str, str]] = {}
+def distinct(rows: Iterable[Mapping[str, str]]) -> list[tuple[Mapping[str, str], tuple[str, ...]]]:
+    """The first of rows that are equal in all columns but ``id`` and ``silicon_data_source``, and the others' ids."""
+    seen: dict[tuple[tuple[str, str], ...], list[Mapping[str, str]]] = {}
     for row in rows:
         key = tuple((k, v) for k, v in row.items() if k not in ("id", "silicon_data_source"))
-        seen.setdefault(key, row)
-    return list(seen.values())
+        seen.setdefault(key, []).append(row)
+    return [(same[0], tuple(row["id"] for row in same[1:])) for same in seen.values()]
 
 
 def _number(row: Mapping[str, str], name: str) -> int | None:
@@ -150,8 +152,20 @@ def impossible(row: Mapping[str, str], model: ModelSpec) -> str:
 
 def _fits(row: Mapping[str, str], model: ModelSpec, ranks: int) -> bool:
     """Whether ``ranks`` together hold the weights, all in the row's precision."""
-    memory = find_accelerator(row["system"].replace("_", "-")).memory
-    return model.total_parameters * DTYPE_BYTES[_precision(row)] <= ranks * memory
+    return _parameters(model.name) * DTYPE_BYTES[_precision(row)] <= ranks * _memory(row["system"])
+
+
+@cache
+def _parameters(name: str) -> int:
+    return find_model(name).total_parameters
+
+
+@cache
+def _memory(system: str) -> float:
+    return find_accelerator(system.replace("_", "-")).memory
+
+
+_model = cache(find_model)
 
 
 def _precision(row: Mapping[str, str]) -> str:
@@ -215,7 +229,7 @@ def _choose(row: Mapping[str, str], lane: int, on: date | None) -> _Recipe | Non
     hardware = row["system"].removesuffix("_sxm")
     key = (name, hardware, row["backend"], row["precision"], int(row["isl"]), int(row["osl"]), lane)
     fits = [recipe for recipe in _recipes().get((*key, row["mode"] != "agg"), []) if _agrees(row, recipe)]
-    model = find_model(FAMILIES[row["model_path"]][1])
+    model = _model(FAMILIES[row["model_path"]][1])
     sizes = {3: (0,), 8: (1, 5)}
     fits = [r for r in fits if all(_fits(row, model, r.widths[at]) for at in sizes[len(r.widths)])]
     source = row["silicon_data_source"]
@@ -247,7 +261,7 @@ def _lane(row: Mapping[str, str]) -> int:
     return (_number(row, "batch_size") or 1) * (_widths(row, "")[1] or 1)
 
 
-def _measured(row: Mapping[str, str], on: date | None) -> Measured:
+def _measured(row: Mapping[str, str], repeats: tuple[str, ...], on: date | None) -> Measured:
     family, registry_name, _ = FAMILIES[row["model_path"]]
     group = f"{family}|{row['system']}|{row['backend']}"
     lane = _lane(row)
@@ -267,6 +281,7 @@ def _measured(row: Mapping[str, str], on: date | None) -> Measured:
         drafts = recipe.draft_tokens if recipe.draft_tokens > 0 else unsaid
     return Measured(
         id=row["id"],
+        repeats=repeats,
         group=group,
         part=part_of(family, group),
         registry_name=registry_name,
@@ -283,7 +298,7 @@ def _measured(row: Mapping[str, str], on: date | None) -> Measured:
         prefill=prefill,
         draft_tokens=drafts,
         recipe=recipe is not None,
-        why_not=impossible(row, find_model(registry_name)),
+        why_not=impossible(row, _model(registry_name)),
     )
 
 
@@ -306,5 +321,5 @@ def read_measured(path: Path) -> list[Measured]:
     except (OSError, KeyError) as error:
         raise InputError(f"cannot read {path}: {error}; reinstall aiconfigurator-core") from error
     kept = distinct(rows)
-    dates = {_inputs(row): on for row in kept if (on := _measured_on(row)) is not None}
-    return [_measured(row, _measured_on(row) or dates.get(_inputs(row))) for row in kept]
+    dates = {_inputs(row): on for row, _ in kept if (on := _measured_on(row)) is not None}
+    return [_measured(row, repeats, _measured_on(row) or dates.get(_inputs(row))) for row, repeats in kept]

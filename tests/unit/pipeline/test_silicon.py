@@ -57,7 +57,7 @@ def test_the_last_bit_of_the_digest_decides_and_three_models_are_never_tuned() -
 def test_rows_that_differ_in_id_and_source_alone_are_one() -> None:
     again = {**ROW, "id": "two", "silicon_data_source": "elsewhere"}
     other = {**ROW, "id": "three", "silicon_tpot_ms": "10.1"}
-    assert [row["id"] for row in distinct([ROW, again, other])] == ["one", "three"]
+    assert [(row["id"], ids) for row, ids in distinct([ROW, again, other])] == [("one", ("two",)), ("three", ())]
 
 
 @pytest.mark.parametrize(
