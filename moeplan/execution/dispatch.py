@@ -87,16 +87,14 @@ class _Permute(torch.autograd.Function):
     """``rows[order]`` for a permutation: its gradient is the inverse permutation, with nothing summed."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(order)
-        return rows[order]
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (order,) = ctx.saved_tensors
-        out = torch.empty_like(grads[0])
-        out[order] = grads[0]
-        return out, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -106,7 +104,7 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, x_TH: torch.Tensor, pairs_N: torch.Tensor, width: int) -> torch.Tensor:
         ctx.save_for_backward(pairs_N)
         ctx.shape, ctx.width = x_TH.shape, width
-        return x_TH[pairs_N // width]
+        return x_TH.index_select(0, pairs_N // width)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -125,14 +123,40 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (pairs_N,) = ctx.saved_tensors
-        return grads[0].flatten(0, 1)[pairs_N], None, None, None
+        return grads[0].flatten(0, 1).index_select(0, pairs_N), None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """``sum_k weights_TK * out_TKH`` in float32, term by term in the order of the choices."""
+
+    @staticmethod
+    def forward(ctx: Any, out_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(out_TKH, weights_TK)
+        weights_TK = weights_TK.float()
+        total_TH = out_TKH[:, 0].float() * weights_TK[:, :1]
+        for k in range(1, out_TKH.shape[1]):
+            total_TH.addcmul_(out_TKH[:, k].float(), weights_TK[:, k, None])
+        return total_TH
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out_TKH, weights_TK = ctx.saved_tensors
+        grad_TKH = (grads[0][:, None] * weights_TK.float()[..., None]).to(out_TKH.dtype)
+        return grad_TKH, torch.matmul(out_TKH.float(), grads[0][..., None])[..., 0].to(weights_TK.dtype)
 
 
 def _gather(rows: torch.Tensor, pairs_N: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
-    make = torch.empty if len(pairs_N) == tokens * width else torch.zeros
-    out = make((tokens * width, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    out[pairs_N] = rows
-    return out.unflatten(0, (tokens, width))
+    if len(pairs_N) == tokens * width:
+        return rows.index_select(0, _inverse(pairs_N)).unflatten(0, (tokens, width))
+    out = rows.new_zeros(tokens * width, *rows.shape[1:])
+    return out.index_copy_(0, pairs_N, rows).unflatten(0, (tokens, width))
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """The permutation that undoes ``order``."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
 
 
 def _counts(send_RS: torch.Tensor, sizes_R: list[int], axis: Axis) -> torch.Tensor:
@@ -153,7 +177,7 @@ class _PairWay:
     pairs_N: torch.Tensor
     send_R: list[int]
     recv_R: list[int]
-    order_M: torch.Tensor
+    order_M: torch.Tensor | None  # None: one rank, nothing travels
     tokens: int
     width: int
     weights_TK: torch.Tensor
@@ -169,26 +193,32 @@ def _send_pairs(
     order = flat.argsort(stable=True)
     pairs_N = order[int((slots_TK < 0).sum()) :]  # dropped choices sort first
     count_P = torch.bincount(flat[pairs_N], minlength=total)
+    spread = _Spread.apply(x_TH, pairs_N, slots_TK.shape[1])
+    if axis.group is None:
+        alone = _PairWay(wire, pairs_N, [], [], None, len(x_TH), slots_TK.shape[1], weights_TK)
+        return Dispatched(spread, count_P.tolist(), alone)
     with wire.clock.span("dispatch", wire.layer):
         recv_RS = _counts(count_P, slots_R, axis)
     send_R = [int(part.sum()) for part in count_P.cpu().split(slots_R)]
     recv_cpu = recv_RS.cpu()
     recv_R = recv_cpu.sum(1).tolist()
-    rows = _Exchange.apply(_Spread.apply(x_TH, pairs_N, slots_TK.shape[1]), wire, send_R, recv_R, "dispatch")
+    rows = _Exchange.apply(spread, wire, send_R, recv_R, "dispatch")
     # Received by rank, then slot; wanted by slot, then rank: a rank's tokens stay in their order.
     slot_M = torch.arange(recv_RS.shape[1]).repeat(axis.size).repeat_interleave(recv_cpu.flatten())
     order_M = slot_M.argsort(stable=True).to(x_TH.device)
     way = _PairWay(wire, pairs_N, send_R, recv_R, order_M, len(x_TH), slots_TK.shape[1], weights_TK)
-    return Dispatched(_Permute.apply(rows, order_M), recv_cpu.sum(0).tolist(), way)
+    return Dispatched(_Permute.apply(rows, order_M, _inverse(order_M)), recv_cpu.sum(0).tolist(), way)
 
 
 def _bring_pairs(out_MH: torch.Tensor, way: _PairWay) -> torch.Tensor:
     """Results back over the same hop and summed per token in the order of its choices."""
-    inverse_M = torch.empty_like(way.order_M)
-    inverse_M[way.order_M] = torch.arange(len(way.order_M), device=way.order_M.device)
-    rows = _Exchange.apply(_Permute.apply(out_MH, inverse_M), way.wire, way.recv_R, way.send_R, "combine")
-    out_TKH = _Collect.apply(rows, way.pairs_N, way.tokens, way.width)
-    weighted: torch.Tensor = (out_TKH.float() * way.weights_TK[..., None].float()).sum(1)
+    rows = out_MH
+    if way.order_M is not None:
+        back = _Permute.apply(out_MH, _inverse(way.order_M), way.order_M)
+        rows = _Exchange.apply(back, way.wire, way.recv_R, way.send_R, "combine")
+    weighted: torch.Tensor = _WeightedSum.apply(
+        _Collect.apply(rows, way.pairs_N, way.tokens, way.width), way.weights_TK
+    )
     return weighted
 
 

@@ -16,6 +16,7 @@ from moeplan.execution.launch import Launch, Rank, run_ranks
 from moeplan.execution.layer import ExpertLayer, MoELayer, SharedExpert
 from moeplan.execution.options import RouterOptions
 from moeplan.execution.router import Router
+from moeplan.execution.sync import sync_copies
 
 H, F, E, K = 32, 32, 12, 3
 
@@ -72,7 +73,14 @@ def _layer_case(me: Rank, case: dict) -> dict[str, float]:
             assert not layer.weights_SW.grad[s].any()
     mesh.ep.sum_(total)
     mesh.edp.sum_(total)
-    errors["grad experts"] = _error(total, layer.shape.local_part(dense[0].grad))
+    whole = layer.shape.local_part(dense[0].grad)
+    errors["grad experts"] = _error(total, whole)
+    # Copies told each other: every one has the whole gradient.
+    sync_copies([layer], mesh, clock)
+    mesh.edp.sum_(layer.weights_SW.grad)
+    held = [(s, e) for s, e in enumerate(layer.table.local_experts_S.tolist()) if e >= 0]
+    got = torch.stack([layer.weights_SW.grad[s] for s, _ in held]) if held else whole[:0]
+    errors["grad copies"] = _error(got, whole[[e for _, e in held]])
     return errors
 
 

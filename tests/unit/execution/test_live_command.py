@@ -76,6 +76,7 @@ def test_a_plan_applied_in_mid_run(tmp_path: Path, model: Path, text: Path) -> N
     answer = json.loads(done.stdout)
     assert len(answer["losses"]) == 6
     assert answer["losses"] == answer["reference_losses"]
+    assert answer["losses"][-1] < answer["losses"][0]
     assert answer["moved_experts"] > 0
     assert 0 < answer["stall_s"] < 60
     assert answer["tokens_per_s"] > 0
