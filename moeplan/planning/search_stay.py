@@ -16,20 +16,20 @@ __all__ = ["anneal_stay", "kept_value"]
 
 
 @njit(cache=True, nogil=True)
-def _add_expert(flow_LEE, flow_back_LEE, layer, expert, rank, node, share, at_rank_LER, at_node_LEN):
+def _add_expert(flow_LEE, flow_back_LEE, layer, expert, rank, node, share, at_rank_LRE, at_node_LNE):
     """Tell the two neighbouring layers that ``share`` of an expert has come to (or, negative, left) a rank."""
-    layers = at_rank_LER.shape[0]
-    experts = at_rank_LER.shape[1]
+    layers = at_rank_LRE.shape[0]
+    experts = at_rank_LRE.shape[2]
     if layer > 0:
         for f in range(experts):
             moved = share * flow_back_LEE[layer - 1, expert, f]
-            at_rank_LER[layer - 1, f, rank] += moved
-            at_node_LEN[layer - 1, f, node] += moved
+            at_rank_LRE[layer - 1, rank, f] += moved
+            at_node_LNE[layer - 1, node, f] += moved
     if layer < layers - 1:
         for f in range(experts):
             moved = share * flow_LEE[layer, expert, f]
-            at_rank_LER[layer + 1, f, rank] += moved
-            at_node_LEN[layer + 1, f, node] += moved
+            at_rank_LRE[layer + 1, rank, f] += moved
+            at_node_LNE[layer + 1, node, f] += moved
 
 
 @njit(cache=True, nogil=True)
@@ -98,8 +98,8 @@ def anneal_stay(
     ranks = len(speed_R)
     nodes = ranks // per_node
     windows = load_LWP.shape[1]
-    at_rank = np.zeros((layers, experts, ranks))
-    at_node = np.zeros((layers, experts, nodes))
+    at_rank = np.zeros((layers, ranks, experts))
+    at_node = np.zeros((layers, nodes, experts))
     load_LWR = np.zeros((layers, windows, ranks))
     holds = np.zeros((layers, ranks, experts), np.bool_)
     for l in range(layers):
@@ -123,12 +123,14 @@ def anneal_stay(
     best_load = load_LWP.copy()
 
     changes = 0.0
+    moved = 0.0
     tried = 0
     temperature = 0.0
     cooling = (3e-3) ** (1.0 / max(1, sweeps - 2))
     for sweep in range(sweeps):
         if sweep == 1:
-            temperature = heat * changes / max(1, tried)
+            # Hot experts put loads far beyond the cap: that much heat would melt what traffic gains.
+            temperature = heat * min(changes, 10.0 * moved) / max(1, tried)
         elif sweep > 1:
             temperature *= cooling
         for l in np.random.permutation(layers):
@@ -148,13 +150,13 @@ def anneal_stay(
                 a = share_LP[l, s1]
                 b = share_LP[l, s2]
                 delta = rank_value * (
-                    a * (at_rank[l, e1, r2] - at_rank[l, e1, r1])
-                    + b * (at_rank[l, e2, r1] - at_rank[l, e2, r2])
+                    a * (at_rank[l, r2, e1] - at_rank[l, r1, e1])
+                    + b * (at_rank[l, r1, e2] - at_rank[l, r2, e2])
                 )
                 if n1 != n2:
                     delta += node_value * (
-                        a * (at_node[l, e1, n2] - at_node[l, e1, n1])
-                        + b * (at_node[l, e2, n1] - at_node[l, e2, n2])
+                        a * (at_node[l, n2, e1] - at_node[l, n1, e1])
+                        + b * (at_node[l, n1, e2] - at_node[l, n2, e2])
                     )
                 price = 0.0
                 for w in range(windows):
@@ -171,6 +173,7 @@ def anneal_stay(
                 gain = delta - price / windows
                 if sweep == 0:
                     changes += abs(gain)
+                    moved += abs(delta)
                     tried += 1
                 if gain < 0.0 and (temperature == 0.0 or np.random.random() >= np.exp(gain / temperature)):
                     continue
