@@ -37,7 +37,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _CHUNK = 4096  # queries looked up together
-_TRIALS = ((150, 3), (800, 1))  # known points left out, settings kept thereby
+_TRIALS = ((100, 3), (400, 1))  # known points left out, settings kept thereby
 _SAME = 1e-9
 _TILES = (64, 128, 256)
 _MAX_ALIGNMENT = 16

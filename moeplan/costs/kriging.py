@@ -14,7 +14,7 @@ __all__ = ["NEIGHBOURS", "krige"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-NEIGHBOURS = 64
+NEIGHBOURS = 48
 _ROUNDS = 8  # of reweighting, at most
 _SETTLED = 0.1  # relative change of the weights at which they rest
 _FREEDOM = 2.0  # of Student's t
