@@ -225,6 +225,10 @@ class ServingCosts:
         """Drop the tables of a placement that is no longer in use."""
         self._tables = {key: table for key, table in self._tables.items() if table.placement is not placement}
 
+    def clear(self) -> None:
+        """Drop all tables of placements; what does not depend on one stays."""
+        self._tables.clear()
+
     def _fill(self, table: MoeTable, b: int) -> None:
         tokens = float(self._mean.points[b])
         model = self.model_at(table.phase, tokens)

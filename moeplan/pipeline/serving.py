@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +44,7 @@ from moeplan.specs.clusters import sized_cluster
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
 from moeplan.specs.serving import EngineSpec, ServingSpec
+from moeplan.specs.workload import Workload
 
 __all__ = ["Service", "build_service"]
 
@@ -264,18 +266,30 @@ def _costs(
         launches_per_layer=engine.launches_per_layer,
         backend=engine.backend,
     )
+    context = 1 << (longest - 1).bit_length()  # runs with other lengths share the tables
     made: dict[str, ServingCosts] = {}
 
     def costs(cluster: ClusterSpec) -> ServingCosts:
         key = cluster.model_dump_json()
         if key not in made:
-            made[key] = ServingCosts(
-                model, cluster, scenario.workload, technique, profile, engine.max_num_batched_tokens,
-                engine.max_num_seqs, longest,
+            made[key] = _compiled(
+                model, key, scenario.workload, technique, profile, engine.max_num_batched_tokens, engine.max_num_seqs,
+                context,
             )  # fmt: skip
+            made[key].clear()
         return made[key]
 
     return costs
+
+
+@lru_cache(maxsize=8)
+def _compiled(
+    model: ModelSpec, cluster: str, workload: Workload, technique: Technique, profile: HardwareProfile | None,
+    tokens: int, seqs: int, context: int,
+) -> ServingCosts:  # fmt: skip
+    """Costs that the runs of a scenario share; ``cluster`` is a document, which can be compared."""
+    spec = ClusterSpec.model_validate_json(cluster)
+    return ServingCosts(model, spec, workload, technique, profile, tokens, seqs, context)
 
 
 # ---------------------------------------------------------------------- planning again

@@ -70,6 +70,7 @@ class InstanceStats:
     reused: int = 0
     recomputed: int = 0
     preemptions: int = 0
+    longest_queue: int = 0
     transferred_bytes: float = 0.0
     swapped_bytes: float = 0.0
     migrated_bytes: float = 0.0
@@ -147,6 +148,7 @@ class Instance:
         request.instance, request.group = self.number, d
         queue.append(request)
         self.num_waiting += 1
+        self.stats.longest_queue = max(self.stats.longest_queue, self.num_waiting)
         self.load_D[d] += 1
         self._wake()
         return True

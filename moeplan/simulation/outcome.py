@@ -126,7 +126,7 @@ def outcome_of(served: Served, spec: ServingSpec) -> Outcome:
     # Little: the mean number waiting is the time all of them waited over the time of the run.
     waited = np.where(columns[:, 1] == NEVER, finish - arrival, admit - arrival)[done]
     figures["mean_queue_length"] = float(waited.sum() / max(served.end_s, 1e-9))
-    figures["longest_queue"] = max((max(i.stats.waiting_at, default=0.0) for i in served.instances), default=0.0)
+    figures["longest_queue"] = float(max(instance.stats.longest_queue for instance in served.instances))
     return Outcome(figures, _counts(served), distributions, ranks, _timeline(served), served.end_s)
 
 

@@ -1,0 +1,212 @@
+"""Scenarios from file to result: intervals, sweeps, comparisons, and what cannot be served."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from moeplan.artifacts.event_log import EventLog
+from moeplan.artifacts.simulation_result import SimulationResult
+from moeplan.cli import cli
+from moeplan.errors import InfeasibleError, InputError, MoeplanError, ProfileError, SpecError, TraceError
+from moeplan.pipeline.compare import compare
+from moeplan.pipeline.executor import InlineExecutor
+from moeplan.pipeline.simulate import cases_of, simulate, sweep, write_simulation
+from moeplan.specs.scenario import Scenario
+
+DEMO = Path(__file__).resolve().parents[3] / "moeplan" / "data" / "demo_trace.npz"
+REQUESTS = {"arrivals": "poisson", "rate": "30 /s", "count": 40, "input_tokens": 200, "output_tokens": 20}
+
+
+def scenario(serving: dict[str, Any] | None = None, **fields: Any) -> Scenario:
+    base = {"model": "deepseek-v2-lite", "trace": str(DEMO), "cluster": "h100", "ranks": 8, "profile": "none"}
+    return Scenario.parse(base | {"serving": {"requests": REQUESTS} | (serving or {})} | fields, "test")
+
+
+def test_a_result_has_intervals_around_its_values_and_can_be_read_back(tmp_path: Path) -> None:
+    found = simulate(scenario({"slo": {"ttft": "10 s"}, "price": "2 USD/h"}), seeds=2)
+    result = found.result
+    assert {"ttft_p99_s", "tpot_p50_s", "output_tokens_per_s_per_gpu", "usd_per_million_output_tokens"} <= set(
+        result.headlines
+    )
+    for name, line in result.headlines.items():
+        assert line.low <= line.value <= line.high, name
+    # The roofline is wrong by up to half: every step at the ends of that moves the median by about as much.
+    tpot = result.headlines["tpot_p50_s"]
+    assert tpot.high / tpot.value > 1.3
+    assert result.headlines["slo_attainment"].value == 1.0
+    assert result.counts["finished"] == 40
+    assert result.ranks is not None
+    total = np.array([result.ranks.compute, result.ranks.exchange, result.ranks.bubble, result.ranks.idle]).sum(0)
+    assert total == pytest.approx(np.ones(8), abs=1e-6)
+    paths = write_simulation(found, tmp_path / "run")
+    assert SimulationResult.load(tmp_path / "run") == result
+    log = EventLog.read(paths[1])
+    assert log.source == "simulated"
+    assert log.of_kind("finish").sum() == 40
+    assert log.num_ranks == 8
+    with pytest.raises(SpecError, match="does not hold a simulation"):
+        write_simulation(found, tmp_path)
+
+
+def test_host_time_adds_to_every_step() -> None:
+    alone = {"requests": REQUESTS | {"arrivals": "constant", "rate": "1 /s", "count": 3}}
+    usual = simulate(scenario(alone), seeds=1).result.headlines["tpot_p50_s"].value
+    slower = simulate(scenario(alone | {"engine": {"step_overhead": "20 ms"}}), seeds=1).result
+    assert slower.headlines["tpot_p50_s"].value == pytest.approx(usual + 0.02, abs=1e-8)
+
+
+def test_one_and_two_phases_and_samples() -> None:
+    bubble = {}
+    for mode in ("replay", "sample", "mean", "balanced"):
+        found = simulate(scenario({"experts": {"mode": mode, "windows": 3, "window": "100 ms"}}), seeds=1).result
+        assert found.counts["finished"] == 40
+        bubble[mode] = found.headlines["bubble_share"].value
+    assert bubble["balanced"] < min(bubble["replay"], bubble["sample"], bubble["mean"])
+
+
+def test_disaggregation_and_stages_run() -> None:
+    split = simulate(
+        scenario({"prefill": {"ranks": 4, "instances": 2}, "engine": {"max_num_seqs": 16}}), seeds=1
+    ).result
+    assert split.num_ranks == 16
+    sent = 40 * 200 * (27 * 576 * 2)  # prompts, latent and rotary part in bf16 over 27 layers
+    assert split.counts["kv_transferred_bytes"] == sent
+    stages = simulate(scenario({"engine": {"pp": 2, "tp": 2}}), seeds=1).result
+    assert stages.num_ranks == 8
+    assert stages.counts["finished"] == 40
+
+
+def test_re_balancing_lowers_the_bubble() -> None:
+    requests = REQUESTS | {"count": 150, "rate": "60 /s"}
+    still = simulate(scenario({"requests": requests, "experts": {"mode": "mean"}}), seeds=1).result
+    moved = simulate(
+        scenario(
+            {"requests": requests, "experts": {"mode": "mean"},
+             "rebalance": {"interval": "300 ms", "window": "300 ms", "planner": "greedy", "apply": "bulk"}}
+        ),
+        seeds=1,
+    ).result  # fmt: skip
+    assert moved.counts["migrated_bytes"] > 0
+    assert moved.headlines["bubble_share"].value < still.headlines["bubble_share"].value
+
+
+def test_a_lost_rank_is_planned_around() -> None:
+    faults = [{"kind": "rank-loss", "at": "200 ms", "rank": 3, "detect": "100 ms"}]
+    found = simulate(scenario({"faults": faults}), seeds=1).result
+    assert found.counts["finished"] == 40
+    assert found.counts["stalled_s"] > 0.1
+
+
+# ---------------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("serving", "fields", "kind", "message"),
+    [
+        ({}, {"model": "deepseek-v3"}, TraceError, r"is a trace of another model"),
+        ({"experts": {"mode": "balanced"}}, {"model": "deepseek-v3", "trace": None}, InfeasibleError,
+         r"does not fit rank 0: .* exceeded by \d+ bytes .* use \d+ ranks or more"),
+        ({"slo": {"tpot": "1 us"}}, {}, SpecError, r"slo.tpot \(0.001 ms\) is below the service time .* by"),
+        ({"slo": {"ttft": "1 us"}}, {}, SpecError, r"slo.ttft .* no load meets it; allow"),
+        ({"requests": REQUESTS | {"duration": "1 us"}}, {}, SpecError, r"zero arrivals within duration"),
+        ({"warmup": "1 h"}, {}, SpecError, r"zero finished requests arrive after it"),
+        ({}, {"profile": "h100-sxm"}, ProfileError, r"does not cover .* measure it: moeplan profile experts"),
+        ({"faults": [{"kind": "rank-loss", "at": "1 s", "rank": 8}]}, {}, SpecError, r"faults.0.rank \(8\) is outside"),
+        ({"engine": {"tp": 3}}, {}, SpecError, r"engine.tp \(3\) times engine.pp \(1\) does not divide"),
+        ({"requests": REQUESTS | {"input_tokens": 9_000_000}}, {}, InfeasibleError, r"more than a group holds"),
+        ({"requests": REQUESTS | {"file": "none.csv"}}, {}, TraceError, r"none.csv does not exist"),
+        ({}, {"trace": None}, SpecError, r"trace is missing"),
+    ],
+)  # fmt: skip
+def test_impossible_scenarios_say_why(serving: Any, fields: Any, kind: type[MoeplanError], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        simulate(scenario(serving, **fields), seeds=1)
+
+
+# ---------------------------------------------------------------------- sweeps
+
+
+def test_a_sweep_resumes_and_lists_what_failed(tmp_path: Path) -> None:
+    wanted = {"serving.requests.rate": ["10 /s", "60 /s"], "serving.engine.tp": [1, 3]}
+    one = scenario(sweep=wanted)
+    assert [case for case, _ in cases_of(one)][1] == {"serving.requests.rate": "10 /s", "serving.engine.tp": 3}
+    first = sweep(one, tmp_path, seeds=1)
+    assert [result is not None for result in first.results] == [True, False, True, False]
+    assert "does not divide the ranks" in first.failures[1]
+    second = sweep(one, tmp_path, seeds=1)
+    assert second.resumed == 2
+    assert second.results[0] == first.results[0]
+    (tmp_path / "cases").joinpath(next(p.name for p in (tmp_path / "cases").iterdir()), "result.json").write_text("{")
+    assert sweep(one, tmp_path, seeds=1).resumed == 1
+    found = compare(tmp_path, tmp_path)
+    assert len(found) == 2
+    assert all(d.verdict == "equal" for _, differences in found for d in differences)
+
+
+def test_an_interrupted_sweep_keeps_its_finished_cases(tmp_path: Path) -> None:
+    one = scenario(sweep={"seed": [1, 2]})
+
+    class Interrupted(InlineExecutor):
+        def run(self, function: Any, cases: Any, done: Any) -> None:
+            super().run(function, cases[:4], done)
+            raise KeyboardInterrupt("stopped")
+
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
+        sweep(one, tmp_path, seeds=1, executor=Interrupted())
+    assert sweep(one, tmp_path, seeds=1).resumed == 1
+
+
+def test_wrong_sweeps_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"sweep serving.requests.rat=1: .*rat.*Extra inputs"):
+        cases_of(scenario(sweep={"serving.requests.rat": [1]}))
+    with pytest.raises(SpecError, match=r"model is no section"):
+        cases_of(scenario(sweep={"model.name": [1]}))
+
+
+# ---------------------------------------------------------------------- comparison and command line
+
+
+def test_faster_links_compare_better(tmp_path: Path) -> None:
+    for name, overhead in (("slow", "50 ms"), ("fast", "0 ms")):
+        found = simulate(scenario({"engine": {"step_overhead": overhead}}), seeds=1)
+        write_simulation(found, tmp_path / name)
+    ((_, differences),) = compare(tmp_path / "slow", tmp_path / "fast")
+    tpot = next(d for d in differences if d.name == "tpot_p50_s")
+    assert tpot.change < 0
+    assert tpot.verdict == "better"
+    assert tpot.change_low < tpot.change < tpot.change_high < 0
+    with pytest.raises(InputError, match=r"no result.json: it is no simulation"):
+        compare(tmp_path, tmp_path / "fast")
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = scenario().model_dump(mode="json", exclude_unset=True)
+    (tmp_path / "s.json").write_text(json.dumps(fields))
+    runner = CliRunner()
+    out = str(tmp_path / "run")
+    answer = runner.invoke(cli, ["simulate", str(tmp_path / "s.json"), "--out", out, "--json", "--seeds", "1"])
+    assert answer.exit_code == 0, answer.output
+    document = json.loads(answer.stdout)
+    assert document["written"] == [f"{out}/result.json", f"{out}/events.parquet"]
+    again = runner.invoke(cli, ["compare", out, out, "--json"])
+    assert json.loads(again.stdout)["cases"][0]["headlines"][0]["verdict"] == "equal"
+    monkeypatch.setenv("COLUMNS", "160")
+    assert "ttft_p50_s" in runner.invoke(cli, ["simulate", str(tmp_path / "s.json"), "--seeds", "1"]).stdout
+    fields["sweep"] = {"seed": [1]}
+    (tmp_path / "s.json").write_text(json.dumps(fields))
+    assert "give --out" in runner.invoke(cli, ["simulate", str(tmp_path / "s.json")]).output
+
+
+def test_nothing_of_this_needs_torch() -> None:
+    import subprocess
+
+    code = "import sys, moeplan.pipeline.simulate, moeplan.pipeline.queues; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"
