@@ -53,7 +53,7 @@ def main() -> None:
     """Read the tables of the main systems once and compare them pairwise."""
     tables = {system: full_profile(system).table("gemm") for system in MAIN_SYSTEMS}
     pairs = [
-        (f"{backend} {dtype} on {one} and {other}", [_logs(tables[s], backend=backend, dtype=dtype) for s in (one, other)])
+        (f"{backend} {dtype}, {one}, {other}", [_logs(tables[t], backend=backend, dtype=dtype) for t in (one, other)])
         for one, other in (("b200_sxm", "gb200"), ("h100_sxm", "h200_sxm"))
         for backend in FRAMEWORKS
         for dtype in ("bf16", "fp8", "fp8_block", "nvfp4")
