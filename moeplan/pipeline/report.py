@@ -333,16 +333,19 @@ def _plan_step(shown: Shown, cluster: ClusterSpec) -> Section | None:
     )
     profile = profile_of(None, cluster.accelerator.name)
     step = StepModel(few, cluster, plan.workload, Technique(dispatch=plan.objective.dispatch), profile)
-    blocks: list[Block] = []
+    played = []
     for name, placement in ((evidence.before_name, evidence.before), ("this plan", plan.placement)):
         part = replace(
             placement,
             physical_to_logical_LP=placement.physical_to_logical_LP[:layers],
             share_LP=None if placement.share_LP is None else placement.share_LP[:layers],
         )
-        found = simulate_step(step, part, evidence.load_LE[:layers])
+        played.append((name, simulate_step(step, part, evidence.load_LE[:layers])))
+    longest = max(found.total_s for _, found in played)
+    blocks: list[Block] = []
+    for name, found in played:
         title = f"{name}: first {layers} MoE layers, {format_seconds(found.total_s)}"
-        picture = run_figures.gantt(found.log, title, 0)
+        picture = run_figures.gantt(found.log, title, 0, span_s=longest)
         blocks += [] if picture is None else [Picture(picture, wide=True)]
     lead = "Played event by event over the links of the cluster, homes spread evenly."
     return Section("One step", tuple(blocks), lead)

@@ -48,6 +48,27 @@ def _unit(largest_s: float) -> tuple[float, str]:
     return next((u for u in ((1.0, "s"), (1e-3, "ms")) if largest_s >= 2 * u[0]), (1e-6, "µs"))
 
 
+def _log_seconds(axes: Any) -> None:
+    """A logarithmic time axis with at most about six ticks, at 1, 2 and 5 of a decade, or closer."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks: list[float] = []
+    for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(ticks) >= 3:
+            break
+    axes.set_xticks(ticks, [f"{tick / factor:.3g} {unit}" for tick in ticks for factor, unit in [_unit(2 * tick)]])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _whole_ticks(axes: Any, count: int) -> None:
+    axes.set_xticks(range(0, count, max(1, -(-count // 12))))
+
+
 def latency_curves(title: str, quantiles: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Cumulative distributions: name of a run -> its 101 quantiles in seconds. One axes, time in logs."""
     with drawing(3.0) as figure:
@@ -60,8 +81,8 @@ def latency_curves(title: str, quantiles: Mapping[str, Mapping[str, Sequence[flo
                 seconds = np.maximum(np.asarray(values, float), 1e-6)
                 axes.plot(seconds, np.linspace(0, 100, len(seconds)), line, color=colour, linewidth=1.6, label=name)
                 label += f" {name}: median {seconds[len(seconds) // 2]:.4g} s, 99 % {seconds[-2]:.4g} s."
-        axes.set_xscale("log")
-        axes.set(xlabel="seconds", ylabel="% of requests", ylim=(0, 100))
+        _log_seconds(axes)
+        axes.set(ylabel="% of requests", ylim=(0, 100))
         axes.set_title(title, pad=22 if len(quantiles) > 1 else 9)
         _clean(axes)
         if len(quantiles) > 1:
@@ -111,8 +132,13 @@ def run_timeline(title: str, timeline: Timeline) -> str:
         return to_svg(figure, label)
 
 
-def gantt(log: EventLog, title: str, step: int, max_ranks: int = 16) -> str | None:
-    """Who did what when in one step: a row per rank, thinner bars for exchanges; None where nothing has a length."""
+def gantt(
+    log: EventLog, title: str, step: int, max_ranks: int = 16, span_s: float | None = None
+) -> str | None:
+    """Who did what when in one step: a row per rank, thinner bars for exchanges; None where nothing has a length.
+
+    ``span_s``: length of the time axis, so that two pictures compare.
+    """
     kinds = [kind for kind in _KIND_COLOUR if kind != "step"]
     mine = log.of_kind(*kinds) & (log.step_V == step) & (log.duration_s_V > 0) & (log.rank_V >= 0)
     if {"attention", "experts"} & {name for name, use in zip(log.kind_names(), mine, strict=True) if use}:
@@ -149,7 +175,8 @@ def gantt(log: EventLog, title: str, step: int, max_ranks: int = 16) -> str | No
                 low = row_of[int(rank)] + (0.12 if thin else -0.38)
                 axes.broken_barh(bars, (low, 0.26 if thin else 0.48), facecolors=_KIND_COLOUR[kind],
                                  edgecolor="none", label=kind if rank == shown[0] else None)  # fmt: skip
-        axes.set(xlim=(0, (end - start) / factor), ylim=(len(shown) - 0.5, -0.6), xlabel=f"{unit} since the step began")
+        axes.set(xlim=(0, (span_s or end - start) / factor), ylim=(len(shown) - 0.5, -0.6))
+        axes.set(xlabel=f"{unit} since the step began")
         axes.set_yticks(range(len(shown)), [f"rank {rank}" for rank in shown])
         axes.set_title(title + cut, pad=22)
         handles, labels = axes.get_legend_handles_labels()
@@ -174,6 +201,7 @@ def rank_stack(title: str, ranks: RankTimes) -> str:
             axes.bar(range(count), height, bottom=low, width=1.0 if count > 64 else 0.85, color=colour, label=name)
             low += height
         axes.set(xlabel="rank", ylabel="% of the run", ylim=(0, 100))
+        _whole_ticks(axes, count)
         axes.set_title(title, pad=22)
         axes.margins(x=0.01)
         _clean(axes, "y")
@@ -197,6 +225,7 @@ def memory_stack(title: str, parts: Sequence[tuple[str, Sequence[float]]], limit
         axes.axhline(limit_bytes / 2**30, color=INK, linewidth=1.2, linestyle=":")
         axes.annotate("memory", (0.995, limit_bytes / 2**30), xycoords=("axes fraction", "data"), ha="right",
                       va="bottom", fontsize=9.5, color=MUTED)  # fmt: skip
+        _whole_ticks(axes, count)
         axes.set(xlabel=row, ylabel="GiB", ylim=(0, 1.12 * max(total.max(), limit_bytes / 2**30)))
         axes.set_title(title, pad=22)
         axes.margins(x=0.01)

@@ -32,28 +32,32 @@ _NAMES = {
     "ttft_p50_s": "First token, median", "ttft_p99_s": "First token, 99 %", "tpot_p50_s": "Per further token, median",
     "e2e_p50_s": "Whole answer, median",
     "requests_per_s": "Requests", "goodput_requests_per_s": "Goodput", "slo_attainment": "Requests within objectives",
-    "bubble_share": "Waiting for others", "exchange_share": "Exchange that nothing hides",
-    "usd_per_million_output_tokens": "Cost of a million output tokens", "step_s": "Step", "tokens_per_s": "Tokens",
+    "usd_per_million_output_tokens": "Cost of a million output tokens", "step_s": "Step",
     "tokens_per_s_per_gpu": "Tokens per GPU", "tflops_per_gpu": "Operations per GPU", "mfu": "Model FLOPs utilisation",
+    "bubble_share": "Waiting for others", "exchange_share": "Exchange that nothing hides",
     "exposed_exchange_share": "Exchange that nothing hides", "peak_memory_bytes": "Memory at its peak",
 }  # fmt: skip
 
 
-def shown(value: float, unit: str) -> str:
-    """A figure with its unit, as people read it."""
+def shown(value: float, unit: str, name: str = "") -> str:
+    """A figure with its unit, as people read it; shares in per cent, but for the length of a queue."""
     if unit == "s":
         return format_seconds(value)
     if unit == "bytes":
         return format_bytes(value)
     if unit == "1":
-        return format_percent(value) if 0 <= value <= 1 else format_number(value)
+        return format_number(value) if "queue" in name else format_percent(value)
     return f"{format_number(value)} {unit}"
 
 
-def _interval(line: Headline) -> str:
-    if line.low == line.high:
+def _interval(line: Headline, name: str = "") -> str:
+    if line.high - line.low <= 1e-6 * abs(line.high):
         return ""
-    return f"{shown(line.low, line.unit)} to {shown(line.high, line.unit)}"
+    return f"{shown(line.low, line.unit, name)} to {shown(line.high, line.unit, name)}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else format_number(value, 4)
 
 
 def figures_section(result: SimulationResult) -> Section:
@@ -61,12 +65,12 @@ def figures_section(result: SimulationResult) -> Section:
     main = [(word, result.headlines[name]) for name, word in _NAMES.items() if name in result.headlines][:6]
     cards = tuple((word, shown(line.value, line.unit), _interval(line)) for word, line in main)
     rows = tuple(
-        (name.replace("_", " "), shown(line.value, line.unit), _interval(line) or "-", line.better)
+        (name.replace("_", " "), shown(line.value, line.unit, name), _interval(line, name) or "-", line.better)
         for name, line in result.headlines.items()
     )
     blocks: list[Block] = [Cards(cards), Table(("figure", "value", "interval", "better"), rows, (0, 3))]
     if result.counts:
-        counted = tuple((name.replace("_", " "), format_number(value, 6)) for name, value in result.counts.items())
+        counted = tuple((name.replace("_", " "), _count(value)) for name, value in result.counts.items())
         blocks.append(Table(("counted", "number"), counted))
     lead = "Each figure with the interval of the costs' residuals and the spread of seeds."
     return Section("Figures", tuple(blocks), lead)
@@ -170,8 +174,8 @@ def comparison_section(differences: Sequence[Any], a: str, b: str) -> Section:
     rows = tuple(
         (
             d.name.replace("_", " "),
-            shown(d.a.value, d.unit),
-            shown(d.b.value, d.unit),
+            shown(d.a.value, d.unit, d.name),
+            shown(d.b.value, d.unit, d.name),
             "-" if d.relative is None else f"{100 * d.relative:+.1f} %",
             d.verdict,
         )
@@ -200,9 +204,9 @@ def against_section(rows: Sequence[Against]) -> Section:
 def assumptions_section(result: SimulationResult) -> Section:
     """What the prediction rests on, and where each part is from."""
     blocks: list[Block] = []
-    rows = tuple((a.name, a.value, a.source) for a in result.assumptions)
+    rows = tuple((a.name, f"{a.value} ({a.source})" if a.value else a.source) for a in result.assumptions)
     if rows:
-        blocks.append(Table(("assumption", "value", "from"), rows, (0, 1, 2)))
+        blocks.append(Table(("assumption", "value, or from what"), rows, (0, 1)))
     if result.notes:
         blocks.append(Table(("note",), tuple((note,) for note in result.notes)))
     made = tuple((name.replace("_", " "), value) for name, value in result.provenance.items())
