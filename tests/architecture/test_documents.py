@@ -13,7 +13,12 @@ from moeplan.registry import load_plugin, plugin_names
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGE_OF = {"planners": "README.md", "trace_readers": "docs/guides/traces.md", "exporters": "docs/guides/exporters.md"}
+PAGE_OF = {
+    "planners": "README.md",
+    "trace_readers": "docs/guides/traces.md",
+    "request_readers": "docs/guides/simulate.md",
+    "exporters": "docs/guides/exporters.md",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
