@@ -173,13 +173,17 @@ def _document(subjects: list[_Subject], sections: list[Section]) -> Document:
         if result is not None:
             kind = f"{result.kind} {'sweep' if first.cases else 'simulation'}"
             title = result.model if len(subjects) == 1 else f"{result.model}: {title}"
-            facts = [result.cluster, f"{result.num_ranks} ranks in {result.num_nodes} nodes"]
+            facts = [result.cluster, _size(result.num_ranks, result.num_nodes)]
             facts += [f"{format_number(result.simulated_s)} s simulated", f"seeds {', '.join(map(str, result.seeds))}"]
     elif first.log is not None:
         kind = f"{first.log.source} run"
         title = str(first.log.origin.get("model", title))
-        facts = [f"{first.log.num_ranks} ranks in {first.log.num_nodes} nodes", f"{len(first.log):,} events"]
+        facts = [_size(first.log.num_ranks, first.log.num_nodes), f"{len(first.log):,} events"]
     return Document(kind, title, tuple(facts), tuple(sections))
+
+
+def _size(ranks: int, nodes: int) -> str:
+    return f"{ranks} ranks in {nodes} node{'s' * (nodes != 1)}"
 
 
 # ---------------------------------------------------------------------- sections
