@@ -140,13 +140,14 @@ def infersim(folder: Path | None) -> dict[str, Any]:
 
 
 def frontier(folder: Path | None, python: str) -> dict[str, Any]:
-    """Frontier's online MoE example with fixed operator times: 200 requests of 256 + 64 tokens, 10 a second."""
+    """Frontier's online MoE example with fixed operator times: 200 requests of 256 + 64 tokens, 2 a second."""
     if folder is None:
         return {"peer": "Frontier", "ran": False, "why": "no checkout given (--frontier)"}
     with tempfile.TemporaryDirectory() as out:
         given = {
             "PYTHON_BIN": python, "ATTN_TP": "1", "DP": "1", "MOE_TP": "1", "MOE_EP": "1", "TOTAL_EXPERTS": "16",
-            "NUM_REQUESTS": "200", "QPS": "10", "METRICS_OUTPUT_DIR": out, "OMP_NUM_THREADS": "1",
+            "NUM_REQUESTS": "200", "QPS": "2", "METRICS_OUTPUT_DIR": out, "OMP_NUM_THREADS": "1",
+            "LONG_PREFILL_TOKEN_THRESHOLD": "0",
         }  # fmt: skip
         script = "examples/architecture/co-location/online/moe_model_basic_online.sh"
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -159,32 +160,23 @@ def frontier(folder: Path | None, python: str) -> dict[str, Any]:
             return {"peer": "Frontier", "ran": False, "why": (answer.stderr or answer.stdout)[-300:]}
         with tables[0].open() as stream:
             rows = list(csv.DictReader(stream))
+    column = {name: np.array([float(row[name] or 0.0) for row in rows]) for name in _FRONTIER_COLUMNS}
+    ttft, tpot, e2e, gap = (column[name] for name in _FRONTIER_COLUMNS)
     return {
-        "peer": "Frontier", "ran": True, "version": _commit(folder), "kind": "discrete events",
-        "wall_s": wall, "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "requests": len(rows), "columns": sorted(rows[0])[:12], **_frontier_times(rows),
+        "peer": "Frontier", "ran": True, "version": _commit(folder), "kind": "discrete events", "wall_s": wall,
+        "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, "requests": len(rows),
+        "ttft_p50_s": float(np.median(ttft)) / 1e3, "tpot_p50_s": float(np.median(tpot)) / 1e3,
+        "e2e_p50_s": float(np.median(e2e)) / 1e3, "arrival_s": np.cumsum(gap).tolist(),
     }  # fmt: skip
 
 
-def _frontier_times(rows: list[dict[str, str]]) -> dict[str, float]:
-    def column(*names: str) -> np.ndarray | None:
-        name = next((n for n in names if n in rows[0]), None)
-        return None if name is None else np.array([float(row[name]) for row in rows])
-
-    found: dict[str, float] = {}
-    prefill, e2e = column("prefill_e2e_time", "ttft"), column("request_e2e_time")
-    if prefill is not None:
-        found["ttft_p50_s"] = float(np.median(prefill))
-    if e2e is not None and prefill is not None:
-        found["tpot_p50_s"] = float(np.median((e2e - prefill) / 63))
-        found["e2e_p50_s"] = float(np.median(e2e))
-    return found
+_FRONTIER_COLUMNS = ("ttft", "tpot", "request_e2e_time", "request_inter_arrival_delay")  # ms, the gaps in s
 
 
-def like_frontier(step_s: float) -> dict[str, Any]:
-    """The same 200 requests through our engine with every step as long as the peer's median one."""
+def like_frontier(step_s: float, arrival_s: list[float]) -> dict[str, Any]:
+    """The same requests at the same times through our engine, every step as long as the peer's."""
     from moeplan.artifacts.placement import Placement
-    from moeplan.simulation.arrivals import make_requests
+    from moeplan.artifacts.request_trace import RequestTrace
     from moeplan.simulation.expert_loads import ExpertLoads
     from moeplan.simulation.oracles import PlainCosts
     from moeplan.simulation.outcome import outcome_of
@@ -193,7 +185,7 @@ def like_frontier(step_s: float) -> dict[str, Any]:
     from moeplan.specs.serving import ServingSpec
 
     engine = {"max_num_seqs": 128, "max_num_batched_tokens": 1024}
-    requests = {"arrivals": "poisson", "rate": "10 /s", "count": 200, "input_tokens": 256, "output_tokens": 64}
+    requests = {"arrivals": "poisson", "rate": "2 /s", "count": 200, "input_tokens": 256, "output_tokens": 64}
     spec = ServingSpec.parse({"requests": requests, "engine": engine}, "benchmark")
     rank = np.zeros(1, np.int32)
     pool = Pool(
@@ -201,7 +193,9 @@ def like_frontier(step_s: float) -> dict[str, Any]:
         ExpertLoads({"decode": [np.ones((1, 1))]}, 1.0), lambda c: PlainCosts(c, step_s, 0.0), 10**6, 1.0,
     )  # fmt: skip
     start, cpu = time.perf_counter(), time.process_time()
-    served = simulate_service(spec, make_requests(spec.requests, None, np.random.default_rng(SEED)), [pool])
+    count = len(arrival_s)
+    trace = RequestTrace(np.full(count, 256), np.full(count, 64), np.array(arrival_s))
+    served = simulate_service(spec, trace, [pool])
     found = outcome_of(served, spec).headlines
     return {
         "wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu, "step_s": step_s,
@@ -250,10 +244,8 @@ def main() -> None:
         }
     )  # fmt: skip
     two = frontier(given.frontier, given.frontier_python)
-    beside = like_frontier(two.get("tpot_p50_s", 0.03)) if two["ran"] else None
-    peers.append(
-        two | {"scenario": "200 requests, 256 + 64 tokens, Poisson 10 /s, one rank, fixed step time", "ours": beside}
-    )
+    beside = like_frontier(two["tpot_p50_s"], two.pop("arrival_s")) if two["ran"] else None
+    peers.append(two | {"scenario": "200 requests, 256 + 64 tokens, 2 /s, one rank, fixed step time", "ours": beside})
     answer = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": "python benchmarks/simulation.py --infersim DIR --frontier DIR",

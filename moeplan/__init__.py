@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moeplan.artifacts.plan import Plan
     from moeplan.artifacts.profile import HardwareProfile, load_profile
     from moeplan.artifacts.routing_trace import RoutingTrace
+    from moeplan.artifacts.simulation_result import SimulationResult
     from moeplan.errors import (
         ExportError,
         InfeasibleError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from moeplan.pipeline.evaluate import Score, evaluate_plan
     from moeplan.pipeline.exports import export_plan, import_plan
     from moeplan.pipeline.optimize import Optimized, optimize, write_plan
+    from moeplan.pipeline.simulate import simulate
     from moeplan.routing.io import read_load, read_trace
     from moeplan.specs.cluster import ClusterSpec
     from moeplan.specs.clusters import find_cluster
@@ -66,6 +68,7 @@ _ROOM_OF = {
     "RoutingTrace": "artifacts.routing_trace",
     "Scenario": "specs.scenario",
     "Score": "pipeline.evaluate",
+    "SimulationResult": "artifacts.simulation_result",
     "SpecError": "errors",
     "TraceError": "errors",
     "UnknownNameError": "errors",
@@ -79,6 +82,7 @@ _ROOM_OF = {
     "optimize": "pipeline.optimize",
     "read_load": "routing.io",
     "read_trace": "routing.io",
+    "simulate": "pipeline.simulate",
     "write_plan": "pipeline.optimize",
 }
 
@@ -101,6 +105,7 @@ __all__ = [
     "RoutingTrace",
     "Scenario",
     "Score",
+    "SimulationResult",
     "SpecError",
     "TraceError",
     "UnknownNameError",
@@ -116,6 +121,7 @@ __all__ = [
     "optimize",
     "read_load",
     "read_trace",
+    "simulate",
     "write_plan",
 ]
 

@@ -11,7 +11,6 @@ from moeplan.registry import plugin_names
 from moeplan.simulation.request_readers import azure, mooncake, read_requests, table
 from moeplan.testing.request_readers import RequestReaderContract
 
-
 MOONCAKE = '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1, 2]}'
 
 
