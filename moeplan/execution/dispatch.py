@@ -142,7 +142,8 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out_TKH, weights_TK = ctx.saved_tensors
         grad_TKH = (grads[0][:, None] * weights_TK.float()[..., None]).to(out_TKH.dtype)
-        return grad_TKH, torch.matmul(out_TKH.float(), grads[0][..., None])[..., 0].to(weights_TK.dtype)
+        terms = [(out_TKH[:, k].float() * grads[0]).sum(-1) for k in range(out_TKH.shape[1])]
+        return grad_TKH, torch.stack(terms, 1).to(weights_TK.dtype)
 
 
 def _gather(rows: torch.Tensor, pairs_N: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
