@@ -275,6 +275,8 @@ _DRIVERS = {
     "qwen30-b300": "exchange kernels of the tables are older than those of the run",
     "dsv3-h100": "the tables' exchange at 8 nodes is an outlier, about twice as slow as DeepEP publishes",
     "imbalance": "tokens of one request choose alike, so real loads scatter more than independent draws",
+    "qwen30-b200": "the launch gap is smaller here than the one that all rows share",
+    "qwen235-b200": "the launch gap is smaller here than the one that all rows share",
     "qwen235-b300": "slower than the same layout on B200 as published; no cause in the configuration",
     "dsv3-gb200-bf16": "an older container: newer ones are faster at the same layout",
     "dsv3-b200-mxfp8-2511": "an older container: newer ones are faster at the same layout",
