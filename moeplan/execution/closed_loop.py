@@ -18,6 +18,7 @@ from moeplan.artifacts.load_window import LoadWindow, WindowCosts
 from moeplan.artifacts.plan import Plan
 from moeplan.errors import MoeplanError
 from moeplan.execution.apply import PlanCallback
+from moeplan.execution.launch import under_torchrun
 from moeplan.execution.migrate import MigrationReport
 from moeplan.execution.monitor import LoadMonitor, Routed
 
@@ -125,6 +126,7 @@ class ClosedLoop:
                 answer = None, str(error)
         text, error_text = world.all_of(answer)[0]
         if error_text is not None:
-            raise MoeplanError(error_text if world.rank == 0 else "")
+            # Of ranks started here one error is shown; under torchrun each shows its own, so that one speaks.
+            raise MoeplanError(error_text if world.rank == 0 or not under_torchrun() else "")
         if text is not None and not self.plans.migrator.under_way:
             self.plans.submit(Plan.parse(json.loads(text), "advice"))

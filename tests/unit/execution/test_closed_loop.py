@@ -118,7 +118,7 @@ def test_plans_from_another_process_through_a_folder(tmp_path, reference, monkey
     monkeypatch.setattr(joint, "HOME_PROPOSALS", 100_000)
     control = tmp_path / "control"
     controller = Controller(SCENARIO, tmp_path / "report", ControlOptions(steps_left=10**6))
-    process = threading.Thread(target=watch, args=(controller, control), kwargs={"windows": 1, "timeout_s": 60})
+    process = threading.Thread(target=watch, args=(controller, control), kwargs={"windows": 1, "timeout_s": 400})
     process.start()
     answers = run_ranks(Launch(2), _run, None, str(control))
     process.join()
