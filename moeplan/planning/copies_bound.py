@@ -14,7 +14,7 @@ __all__ = ["copies_bound"]
 
 _OPTIONS = 12  # copies beyond the least that are told apart; a programme takes some 0.3 s at 256 experts
 _LEVELS, _CUTS = 60, 8
-_GAPS = (0.001, 0.003, 0.006, 0.009, 0.012, 0.016, 0.02, 0.03, 0.05, 0.1)
+_STEP = 0.002  # how finely limits are tried
 
 
 def _spaced(values: NDArray[np.float64], most: int) -> NDArray[np.float64]:
@@ -86,12 +86,13 @@ def copies_bound(load_E: NDArray[np.float64], ranks: int, slots: int, floor: flo
         load_E: loads, mean over ranks 1.
         ranks, slots: ``R`` and the slots of each, all filled.
         floor: a bound already known.
-        value: the busiest rank of a known plan; limits a little below it are tried, tightest first.
+        value: the busiest rank of a known plan; limits from ``floor`` up to it are tried.
     """
-    for gap in _GAPS:
-        limit = value / (1 + gap)
-        if limit <= floor:
-            break
-        if not _feasible(load_E, ranks, slots, limit):
-            return limit
-    return floor
+    low, high, step = floor, value, _STEP
+    while low * (1 + _STEP) < high:
+        limit = min(low * (1 + step), 0.5 * (low + high))
+        if _feasible(load_E, ranks, slots, limit):
+            high, step = limit, _STEP
+        else:
+            low, step = limit, 2 * step
+    return low
