@@ -14,7 +14,7 @@ __all__ = ["copies_bound"]
 
 _OPTIONS = 12  # copies beyond the least that are told apart; a programme takes some 0.3 s at 256 experts
 _LEVELS, _CUTS = 60, 8
-_STEP = 0.002  # how finely limits are tried
+_STEP = 0.002  # how finely limits are tried at most; a twentieth of the gap to be closed does
 
 
 def _spaced(values: NDArray[np.float64], most: int) -> NDArray[np.float64]:
@@ -88,11 +88,12 @@ def copies_bound(load_E: NDArray[np.float64], ranks: int, slots: int, floor: flo
         floor: a bound already known.
         value: the busiest rank of a known plan; limits from ``floor`` up to it are tried.
     """
-    low, high, step = floor, value, _STEP
-    while low * (1 + _STEP) < high:
+    least = max(_STEP, 0.05 * (value / floor - 1))
+    low, high, step = floor, value, least
+    while low * (1 + least) < high:
         limit = min(low * (1 + step), 0.5 * (low + high))
         if _feasible(load_E, ranks, slots, limit):
-            high, step = limit, _STEP
+            high, step = limit, least
         else:
             low, step = limit, 2 * step
     return low
