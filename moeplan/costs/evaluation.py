@@ -27,9 +27,9 @@ class Evaluation:
     """What a placement does, per window and layer. Arrays that need tokens or transitions are None without them.
 
     ``time_WL = expert_WL + exchange_WL`` in seconds; ``node_path_WL`` and ``rank_path_WL`` are the two paths of the
-    exchange in ``return_home``, of which it takes the slower. ``max_over_mean_WL`` is the busiest rank's token load over the
-    mean, each divided by the rank's speed (1 where a window has no tokens). Hop shares are per layer ``[L]``; the last
-    layer has none (0).
+    exchange in ``return_home``, of which it takes the slower. ``max_over_mean_WL`` is the busiest rank's token load
+    over the mean, each divided by the rank's speed (1 where a window has no tokens). Hop shares are per layer ``[L]``;
+    the last layer has none (0).
     """
 
     expert_WL: NDArray[np.float64]

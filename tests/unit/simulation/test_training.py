@@ -66,7 +66,8 @@ def test_one_stage_is_the_sum_of_its_layers() -> None:
     found = simulate_training(costs)
     # Copies of dense parts only: their reduction hides behind the last backward.
     assert chunk.sync_s < chunk.backward_s_W[0]
-    assert found.step_s == pytest.approx(by_hand + chunk.optimizer_s + max(0.0, chunk.gather_s - (chunk.forward_s_W + chunk.exchange_s_W)[0]))
+    gathered_s = max(0.0, chunk.gather_s - (chunk.forward_s_W + chunk.exchange_s_W)[0])
+    assert found.step_s == pytest.approx(by_hand + chunk.optimizer_s + gathered_s)
     assert found.bubble_share == pytest.approx(0.0, abs=1e-12)
     assert found.exposed_exchange_share == pytest.approx(4 * chunk.exchange_s_W[0] / found.step_s)
 
