@@ -58,6 +58,14 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
+def test_a_scenario_without_a_trace_is_refused(run, place):
+    Path("scenario.yaml").write_text("model: model.json\nranks: 4\n")
+    code, out, err = run("optimize", "scenario.yaml", "--out", "plan")
+    assert (code, out) == (2, "")
+    assert "give --trace, or a scenario file that names it" in err
+    assert not Path("plan").exists()
+
+
 def test_json_is_one_object_and_the_directory_is_the_plan(run, place):
     code, out, err = run(*BASE, "--out", "plan", "--json", "--quiet")
     assert (code, err) == (0, "")

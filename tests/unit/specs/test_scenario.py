@@ -74,7 +74,6 @@ def test_models_and_clusters_may_be_files_beside_it_or_written_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: m\n", r"scenario.yaml: trace: Field required"),
         ("model: m\ntrace: t\nrank: 4\n", r"rank \(4\): Extra inputs are not permitted"),
         ("model: m\ntrace: t\ntime_limit: 30\n", r"time_limit \(30\): 30 is not a quantity in seconds"),
         ("model: m\ntrace: t\nredundant: -1\n", r"redundant \(-1\): write 0 or more, or max"),
