@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeplan.artifacts.placement import Placement
@@ -26,6 +27,8 @@ __all__ = [
     "Prediction",
     "Status",
     "Verdict",
+    "placement_fields",
+    "plan_file",
 ]
 
 SCHEMA_VERSION = 1
@@ -33,6 +36,27 @@ IMPORTED = "imported:"
 """Prefix of ``planner`` in plans that were read from another engine's file; the format's name follows."""
 
 Status = Literal["optimal", "feasible", "time_limit", "interrupted"]
+
+
+def plan_file(path: Path) -> Path:
+    """The plan's file where ``path`` is the directory that holds it."""
+    return path / "plan.json" if path.is_dir() else path
+
+
+def placement_fields(placement: Placement) -> dict[str, Any]:
+    """The fields of a :class:`Plan` that hold a placement's slots."""
+
+    def rows(array: NDArray[Any]) -> tuple[tuple[Any, ...], ...]:
+        return tuple(tuple(row) for row in array.tolist())
+
+    return {
+        "num_ranks": placement.num_ranks,
+        "ranks_per_node": placement.ranks_per_node,
+        "physical_to_logical_map": rows(placement.physical_to_logical_LP),
+        "rank_of_slot": tuple(placement.rank_of_slot_P.tolist()),
+        "share": None if placement.share_LP is None else rows(placement.share_LP),
+        "replicas": rows(placement.replicas_LE),
+    }
 
 
 class _Paper(BaseModel):
@@ -176,12 +200,13 @@ class Plan(_Paper):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read ``plan.json``.
+        """Read ``plan.json``, or the one in a directory.
 
         Raises:
             InputError: unreadable; PlanError: not a valid plan.
         """
-        return cls.parse(read_json(path), str(path))
+        place = plan_file(path)
+        return cls.parse(read_json(place), str(place))
 
     def save(self, path: Path) -> None:
         """Write ``plan.json`` atomically: one line per field and per layer, so that two plans can be compared."""

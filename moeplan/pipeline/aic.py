@@ -16,24 +16,16 @@ import yaml
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
 from moeplan.errors import UnknownNameError
+from moeplan.pipeline.profile_request import MAIN_MODELS
 from moeplan.profiling import aic
 from moeplan.profiling.sanity import group_ids, mark_rows
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
 
-__all__ = ["MAIN_MODELS", "MAIN_SYSTEMS", "full_profile", "import_aic", "read_system"]
+__all__ = ["MAIN_SYSTEMS", "full_profile", "import_aic", "read_system"]
 
 MAIN_SYSTEMS = ("a100_sxm", "b200_sxm", "gb200", "h100_sxm", "h200_sxm")
-MAIN_MODELS = (
-    "mixtral-8x7b",
-    "deepseek-v2-lite",
-    "deepseek-v3",
-    "qwen3-30b-a3b",
-    "qwen3-235b-a22b",
-    "gpt-oss-120b",
-    "olmoe-1b-7b",
-)
 # Rows of activations that the shipped GEMM tables keep: enough for the log-log curve, a quarter of the rows.
 _GEMM_M = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.load_window import LoadWindow, WindowCosts
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.plan import Plan
+from moeplan.artifacts.plan import Plan, placement_fields
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.evaluation import evaluate
 from moeplan.costs.operating_point import layer_costs
@@ -212,21 +212,15 @@ class Controller:
 
     def _paper(self, placement: Placement, costs: WindowCosts) -> Plan:
         """The placement in force as a plan file."""
-        rows = placement.physical_to_logical_LP
         return Plan(
             model=self.model.name,
             planner="imported:run",
             status="feasible",
             seed=0,
             num_experts=placement.num_experts,
-            num_ranks=placement.num_ranks,
-            ranks_per_node=placement.ranks_per_node,
             num_redundant_experts=placement.num_slots - placement.num_experts,
             layer_ids=self.model.moe_layer_ids,
-            physical_to_logical_map=tuple(tuple(row) for row in rows.tolist()),
-            rank_of_slot=tuple(placement.rank_of_slot_P.tolist()),
-            share=None if placement.share_LP is None else tuple(tuple(row) for row in placement.share_LP.tolist()),
-            replicas=tuple(tuple(row) for row in placement.replicas_LE.tolist()),
+            **placement_fields(placement),
             objective=self.scenario.objective,
             workload=self._workload(costs),
         )

@@ -83,11 +83,11 @@ def evaluate_plan(
     Raises:
         InputError: a file is wrong, or plan and trace are of different models.
     """
-    from moeplan.artifacts.plan import Plan
+    from moeplan.artifacts.plan import Plan, plan_file
     from moeplan.errors import SpecError, UnknownNameError
     from moeplan.files import read_json
 
-    path = plan_path / "plan.json" if plan_path.is_dir() else plan_path
+    path = plan_file(plan_path)
     own: Plan | None = None
     if path.suffix == ".json":
         document = read_json(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.plan import IMPORTED, Plan
+from moeplan.artifacts.plan import IMPORTED, Plan, placement_fields
 from moeplan.errors import InputError, PlanError, SpecError
 from moeplan.exports.base import (
     ExportContext,
@@ -64,7 +64,7 @@ def export_plan(
         PlanError: not a plan, or not of ``model``. ExportError: the format cannot express it.
     """
     exporter: Exporter = load_plugin("exporters", format_name)
-    plan = Plan.load(plan_path / "plan.json" if plan_path.is_dir() else plan_path)
+    plan = Plan.load(plan_path)
     given: dict[str, Any] = {
         "num_layers": num_layers,
         "variant": variant,
@@ -112,13 +112,9 @@ def import_plan(
         status="feasible",
         seed=0,
         num_experts=placement.num_experts,
-        num_ranks=placement.num_ranks,
-        ranks_per_node=placement.ranks_per_node,
         num_redundant_experts=placement.num_slots - placement.num_experts,
         layer_ids=found.layer_ids,
-        physical_to_logical_map=tuple(map(tuple, placement.physical_to_logical_LP.tolist())),
-        rank_of_slot=tuple(placement.rank_of_slot_P.tolist()),
-        replicas=tuple(map(tuple, placement.replicas_LE.tolist())),
+        **placement_fields(placement),
         objective=Objective(),
         workload=Workload(),
         notes=_notes(found),

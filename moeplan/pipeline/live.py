@@ -122,9 +122,7 @@ def _job(request: LiveRequest) -> LiveJob:
             raise SpecError(f"{name} ({getattr(r, name)}) must be positive")
     if r.apply_at is not None and r.plan is None:
         raise SpecError(f"apply_at ({r.apply_at}) needs a plan to apply; give --plan")
-    plan = None
-    if r.plan is not None:
-        plan = Plan.load(r.plan / "plan.json" if r.plan.is_dir() else r.plan)
+    plan = None if r.plan is None else Plan.load(r.plan)
     ranks = r.ranks if r.ranks is not None else int(os.environ.get("WORLD_SIZE", "4"))
     ep = ranks // (r.tp * r.edp)
     if ranks < 1 or ranks % (r.tp * r.edp) or ep % r.nodes:
@@ -213,7 +211,7 @@ def apply_plan(plan_path: Path, control: Path, wait_s: float = 60.0) -> dict[str
         InputError: no run watches the folder. PlanError: the plan is not for that run; nothing has moved.
         RunError: the run did not answer in time, or could not apply the plan.
     """
-    plan = Plan.load(plan_path / "plan.json" if plan_path.is_dir() else plan_path)
+    plan = Plan.load(plan_path)
     if not (control / "run.json").is_file():
         raise InputError(f"{control} is not watched by a live run; start one with --control {control}")
     run = read_json(control / "run.json")

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.plan import Bound, LayerEvaluation, Plan, Prediction
+from moeplan.artifacts.plan import Bound, LayerEvaluation, Plan, Prediction, placement_fields
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
@@ -291,14 +291,9 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
         seed=scenario.seed,
         num_experts=job.model.num_experts,
         experts_per_layer=job.model.experts_per_layer,
-        num_ranks=job.cluster.num_ranks,
-        ranks_per_node=job.cluster.ranks_per_node,
         num_redundant_experts=job.num_redundant,
         layer_ids=job.load.layer_ids,
-        physical_to_logical_map=tuple(tuple(row) for row in placement.physical_to_logical_LP.tolist()),
-        rank_of_slot=tuple(placement.rank_of_slot_P.tolist()),
-        share=None if placement.share_LP is None else tuple(tuple(row) for row in placement.share_LP.tolist()),
-        replicas=tuple(tuple(row) for row in placement.replicas_LE.tolist()),
+        **placement_fields(placement),
         objective=job.objective,
         workload=job.workload,
         bounds=bounds,

@@ -8,7 +8,7 @@ from typing import Any
 
 from moeplan.errors import UnknownNameError
 
-__all__ = ["PARTS", "PRESETS", "ProfileRequest", "Sizes", "profile_request"]
+__all__ = ["MAIN_MODELS", "PARTS", "PRESETS", "ProfileRequest", "Sizes", "profile_request"]
 
 PARTS = ("system", "memory", "experts", "attention", "dense", "collectives")
 
@@ -84,7 +84,7 @@ _DEFAULTS: dict[str, Any] = {name: getattr(ProfileRequest(), name) for name in P
     "dtypes": None,
 }
 
-_H200_MODELS = (
+MAIN_MODELS = (
     "mixtral-8x7b",
     "deepseek-v2-lite",
     "deepseek-v3",
@@ -97,7 +97,7 @@ _GPU = ("system", "memory", "experts", "attention", "dense")
 PRESETS: dict[str, dict[str, Any]] = {
     "h200": {
         "parts": _GPU,
-        "models": _H200_MODELS,
+        "models": MAIN_MODELS,
         "device": "cuda",
         "dtypes": ("bf16", "fp8"),
         "ep": (1, 8),

@@ -90,8 +90,8 @@ def show_plan(
         PlanError: a plan is not valid, or ``before_path`` is a plan of another model.
         TraceError: the trace is not usable, or is of another model.
     """
-    plan = Plan.load(_plan_file(plan_path))
-    before = None if before_path is None else _before(plan, Plan.load(_plan_file(before_path)))
+    plan = Plan.load(plan_path)
+    before = None if before_path is None else _before(plan, Plan.load(before_path))
     evidence = Evidence(before=before, before_name="before" if before_path is None else before_path.name)
     messages: list[str] = []
     if trace_path is not None:
@@ -145,10 +145,6 @@ def view_of(plan: Plan, evidence: Evidence, width: int) -> RenderableType:
     from moeplan.reports.terminal import plan_view
 
     return plan_view(plan, evidence, width)
-
-
-def _plan_file(path: Path) -> Path:
-    return path / "plan.json" if path.is_dir() else path
 
 
 def _before(plan: Plan, other: Plan) -> Placement:

@@ -29,6 +29,7 @@ from moeplan.planning.balance import LayerLoad, balance_layer
 from moeplan.planning.budget import within_budget
 from moeplan.planning.exact import exact_placement
 from moeplan.planning.prepare import (
+    LayerTokens,
     Prepared,
     copy_costs,
     layer_tokens,
@@ -207,8 +208,9 @@ def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
     rooms = NODE_ROOMS if _nodes_alike(problem) else (0.0,)
 
     def search(layer: int) -> Rows:
-        limits = _limits(ready, layer, base_LP[layer])
-        return np.stack([base_LP[layer], *(_search_layer(ready, layer, base_LP[layer], limits, x) for x in rooms)])
+        row_P = base_LP[layer]
+        data, limits = layer_tokens(ready, layer, row_P), _limits(ready, layer, row_P)
+        return np.stack([row_P, *(_search_layer(ready, layer, row_P, data, limits, x) for x in rooms)])
 
     unfinished_LCP = np.repeat(base_LP[:, None], 1 + len(rooms), axis=1)
     return _best_of(ready, _each_layer(clock, "search traffic", len(base_LP), search, unfinished_LCP))
@@ -252,27 +254,29 @@ def _busiest(problem: PlanningProblem, layer: int, row_P: Rows) -> float:
     return float((load_R / problem.speed_R).max())
 
 
-def _search_layer(ready: Prepared, layer: int, row_P: Rows, limits: _Limits, node_room: float) -> Rows:
-    """One layer's annealing from ``row_P``: over nodes that may exceed the mean load by ``node_room`` of what ranks
-    may, then over the ranks of each node, then both at a low temperature; with no node room over ranks at once.
+def _search_layer(
+    ready: Prepared, layer: int, row_P: Rows, data: LayerTokens, limits: _Limits, node_room: float
+) -> Rows:
+    """One layer's annealing from ``row_P`` and its tokens ``data``: over nodes that may exceed the mean load by
+    ``node_room`` of what ranks may, then over the ranks of each node, then both at a low temperature; with no node
+    room over ranks at once.
     """
     problem = ready.problem
     budget, seed, heat = HOME_PROPOSALS // len(row_P), problem.seed * 2003 + layer, 0.3
     half = 0.5 * float(ready.seconds_L[layer]) if problem.objective.kind == "time" else 0.0
     if node_room:
-        data, even_W = layer_tokens(ready, layer, row_P), np.ones(len(limits.base_W))
+        even_W = np.ones(len(limits.base_W))
         best = anneal_home(
             data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP / problem.ranks_per_node,
-            data.copy_of_slot_P, _node_of_slot(problem), data.first_N, data.first_N, 1,
+            data.copy_of_slot_P.copy(), _node_of_slot(problem), data.first_N, data.first_N, 1,
             problem.speed_R[:: problem.ranks_per_node], problem.ranks_per_node, even_W,
             even_W * max(node_room * ready.max_imbalance, 1e-3),
             limits.slope * problem.ranks_per_node, limits.steep, 0.0, data.node_price, 0.0, heat, budget // 2, seed,
         )  # fmt: skip
         row_P = _inside_nodes(ready, layer, np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)]))
-        budget, heat = budget // 4, HOME_HEAT
-    data = layer_tokens(ready, layer, row_P)
+        data, budget, heat = layer_tokens(ready, layer, row_P), budget // 4, HOME_HEAT
     best = anneal_home(
-        data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
+        data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P.copy(),
         problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R,
         1, limits.base_W, limits.cap_W, 0.5 * limits.slope, limits.steep, half, data.node_price, data.rank_price, heat,
         budget, seed,

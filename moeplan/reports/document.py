@@ -91,16 +91,9 @@ def _groups(blocks: tuple[Block, ...]) -> list[tuple[str, Any]]:
 
 def to_html(document: Document) -> str:
     """One self-contained page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from moeplan.reports.templating import page_environment
 
-    environment = Environment(
-        loader=PackageLoader("moeplan.reports"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2")
+    page = page_environment().get_template("report.html.j2")
     return page.render(document=document, sections=[(s, _groups(s.blocks)) for s in document.sections])
 
 

@@ -68,7 +68,7 @@ def render_plan_page(
     Raises:
         PlanError: the load does not fit the placements.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from moeplan.reports.templating import page_environment
 
     evidence = Evidence(
         load_LE=load_LE,
@@ -83,13 +83,7 @@ def render_plan_page(
         locality_after=locality_after,
         speed_R=speed_R,
     )
-    environment = Environment(
-        loader=PackageLoader("moeplan.reports"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    environment = page_environment()
     environment.filters |= {
         "seconds": format_seconds,
         "size": format_bytes,
