@@ -12,6 +12,7 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
 from moeplan.errors import MissingExtraError
 from moeplan.pipeline.aic import _merge_repeats, _version_key, import_aic
 from moeplan.profiling import aic
+from moeplan.profiling.sanity import mark_rows
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
 
@@ -60,3 +61,12 @@ def test_a_system_becomes_a_profile_with_sources(tmp_path: Path) -> None:
     for name in profile.table_names:  # the shipped subset is what the command makes
         for column in ("kernel", "source", "mark", "latency_us"):
             assert shipped.table(name)[column].to_pylist() == profile.table(name)[column].to_pylist()
+
+
+@pytest.mark.parametrize("system", ["gb200", "h100-sxm"])
+def test_shipped_exchanges_carry_the_marks_of_the_present_sanity_pass(system: str) -> None:
+    table = load_profile(system).table("alltoall")
+    sources = np.array(table["source"].to_pylist())
+    for source in np.unique(sources):
+        part = table.filter(pa.array(sources == source))
+        assert mark_rows("alltoall", part).tolist() == part["mark"].to_pylist()
