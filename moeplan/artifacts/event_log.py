@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +104,39 @@ class EventLog:
         """Name of each event's kind."""
         return [_NAMES[code] for code in self.kind_V]
 
+    def part_of_run(
+        self,
+        start_s: float,
+        *,
+        rank: int = 0,
+        step: int = NONE,
+        request: int = NONE,
+        layers: Sequence[int] | None = None,
+    ) -> EventLog:
+        """The events of one step or operation, its step's own left out, as part of a longer run: begun at ``start_s``
+        on ranks from ``rank`` on, of ``step`` and ``request``, layer ``l`` called ``layers[l]``."""
+        mine = ~self.of_kind("step")
+        layer_V, rank_V = self.layer_V[mine], self.rank_V[mine]
+        if layers is not None:
+            layer_V = np.append(np.array(layers, np.int32), np.int32(NONE))[layer_V]  # -1 takes the last: none
+        return replace(
+            self,
+            start_s_V=self.start_s_V[mine] + start_s,
+            duration_s_V=self.duration_s_V[mine],
+            kind_V=self.kind_V[mine],
+            rank_V=np.where(rank_V == NONE, NONE, rank_V + rank).astype(np.int32),
+            layer_V=layer_V,
+            step_V=np.full(len(layer_V), step, np.int64),
+            request_V=np.full(len(layer_V), request, np.int64),
+            amount_V=self.amount_V[mine],
+        )
+
+    def joined(self, other: EventLog) -> EventLog:
+        """These events, and those of ``other`` after them."""
+        names = [f"{name}_V" for name in _COLUMNS]
+        both: dict[str, Any] = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names}
+        return replace(self, **both)
+
     def write(self, path: Path) -> None:
         """Write as Parquet, whole or not at all; the same log gives the same bytes."""
         columns: dict[str, Any] = {name: getattr(self, f"{name}_V") for name in _COLUMNS if name != "kind"}
@@ -186,6 +219,11 @@ class EventRecorder:
         step_(step)
         request_(request)
         amount_(amount)
+
+    def extend(self, log: EventLog) -> None:
+        """Record all events of ``log``."""
+        for name, column in self._columns.items():
+            column.frombytes(getattr(log, f"{name}_V").tobytes())
 
     def __len__(self) -> int:
         return len(self._columns["start_s"])

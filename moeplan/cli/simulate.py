@@ -24,10 +24,12 @@ _MAIN = (
 @click.option("--out", type=click.Path(path_type=Path), help="Directory for result.json and events.parquet; a sweep"
               " goes on where it stopped there.")
 @click.option("--seeds", type=int, default=3, show_default=True, metavar="N", help="Runs, from the scenario's seed on.")
+@click.option("--fidelity", type=click.Choice(["step", "detailed"]), help="Seconds of steps from formulas, or every"
+              " layer, rank and link played event by event (small cases).  [default: the scenario's, else step]")
 @click.option("--workers", type=int, default=None, metavar="N", help="Processes. [all cores for a sweep, else 1]")
 @output_options
 def command(
-    scenario: Path, out: Path | None, seeds: int, workers: int | None, as_json: bool, quiet: bool
+    scenario: Path, out: Path | None, seeds: int, fidelity: str | None, workers: int | None, as_json: bool, quiet: bool
 ) -> None:
     """Predict what a service or a training job does: latency, throughput, goodput, where ranks spend their time.
 
@@ -42,6 +44,7 @@ def command(
     from moeplan.specs.scenario import Scenario
 
     found = Scenario.from_file(scenario)
+    found = found if fidelity is None else found.model_copy(update={"fidelity": fidelity})
     place = out or found.out
     if found.sweep:
         if place is None:

@@ -20,18 +20,19 @@ tokens less the kernel over ``p``, the launch paid once per step.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.attention import AttentionCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.exchange import balanced_copies
 from moeplan.costs.group_kernel import group_seconds, row_at
-from moeplan.costs.step import StepModel, Technique, combine
+from moeplan.costs.step import BatchParts, StepModel, Technique, combine
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Phase, Workload
@@ -69,13 +70,14 @@ class Batch:
 class StepSeconds:
     """``total_s`` with the relative error of its parts; ``exposed_s`` of it is exchange that nothing hides.
 
-    ``busy_R``: seconds in which each rank computes.
+    ``busy_R``: seconds in which each rank computes; ``log``: what happened inside, where that was played.
     """
 
     total_s: float
     relative_error: float
     exposed_s: float
     busy_R: Floats
+    log: EventLog | None = None
 
 
 class _Curve:
@@ -107,6 +109,7 @@ class MoeTable:
     expert_BR: Floats
     exchange_BL: Floats
     error_B: Floats
+    parts_B: dict[int, BatchParts] = field(default_factory=dict)
 
 
 class ServingCosts:
@@ -263,13 +266,8 @@ class ServingCosts:
         how, L = self.technique, len(load_LE)
         table = self.table(placement, load_LE, "prefill" if batch.has_prefill else "decode")
         share = 0.5 if how.overlap == "two_batch" else 1.0
-        tokens_D = batch.tokens_D / how.tp
-        mean = float(tokens_D.sum()) * how.tp / self._num_live
+        tokens_D, mean, group_D3 = self._groups(batch, share)
         fixed = self._fixed_rows(table.phase)
-        group_D3 = group_seconds(
-            batch.decodes_D, batch.cached_D, batch.chunk_s_D, tokens_D, self._speed_D, share, self._busy.points,
-            fixed, self._seqs.points, self._context.points, self._decode_s, self._launch_s,
-        )  # fmt: skip
         b, w = self._at(table, mean * share)
         expert_L = row_at(table.expert_BL, b, w)
         i, v = self._busy.place(float((tokens_D / self._link_D).max()) * share)
@@ -282,3 +280,44 @@ class ServingCosts:
         busy_R = busy_D if how.tp == 1 else np.repeat(busy_D, how.tp)
         busy_R = np.minimum(busy_R + row_at(table.expert_BR, b, w) / share, alone + other)
         return StepSeconds(layers + other, float(row_at(table.error_B, b, w)), layers - alone, busy_R)
+
+    def _groups(self, batch: Batch, share: float) -> tuple[Floats, float, Floats]:
+        """Tokens on each rank of a group ``[D]``, their mean over live ranks, and seconds of each group ``[D, 3]``
+        (:func:`moeplan.costs.group_kernel.group_seconds`)."""
+        tokens_D = batch.tokens_D / self.technique.tp
+        mean = float(tokens_D.sum()) * self.technique.tp / self._num_live
+        fixed = self._fixed_rows("prefill" if batch.has_prefill else "decode")
+        seconds_D3 = group_seconds(
+            batch.decodes_D, batch.cached_D, batch.chunk_s_D, tokens_D, self._speed_D, share, self._busy.points,
+            fixed, self._seqs.points, self._context.points, self._decode_s, self._launch_s,
+        )  # fmt: skip
+        return tokens_D, mean, seconds_D3
+
+    def batches(
+        self, batch: Batch, placement: Placement, load_LE: Floats
+    ) -> tuple[StepModel, tuple[BatchParts, ...], Floats, Floats]:
+        """A step apart, for who plays it event by event: a step model of about its size; its batches, two under
+        ``two_batch``; each rank's seconds outside MoE layers; the part of all tokens at home on each rank."""
+        how = self.technique
+        table = self.table(placement, load_LE, "prefill" if batch.has_prefill else "decode")
+        share = 0.5 if how.overlap == "two_batch" else 1.0
+        tokens_D, mean, group_D3 = self._groups(batch, share)
+        b, w = self._mean.place(mean * share)
+        for point in (b, b + 1):
+            if point not in table.parts_B:
+                model = self.model_at(table.phase, float(self._mean.points[point]))
+                table.parts_B[point] = model.batches(placement, load_LE)[0]
+        low, high = table.parts_B[b], table.parts_B[b + 1]
+        attention_R, shared_R, other_R = np.repeat(group_D3, how.tp, axis=0).T
+        parts = replace(
+            low,
+            tokens=mean * share * self._num_live,
+            attention_s_R=attention_R,
+            shared_s_R=shared_R,
+            expert_s_LR=low.expert_s_LR + w * (high.expert_s_LR - low.expert_s_LR),
+            exchange_s_L=low.exchange_s_L + w * (high.exchange_s_L - low.exchange_s_L),
+            pairs_LR=low.pairs_LR + w * (high.pairs_LR - low.pairs_LR),
+        )
+        home_R = np.repeat(tokens_D, how.tp)
+        model = self.model_at(table.phase, float(self._mean.points[b]))
+        return model, (parts,) * round(1 / share), other_R, home_R / home_R.sum()

@@ -90,14 +90,14 @@ class StepCost:
 class BatchParts:
     """What one batch of a step is made of (two of them under ``two_batch``), for who plays it event by event.
 
-    ``expert_s_LR`` and ``pairs_LR``: seconds and (token, expert) pairs of each rank; ``attention_s`` and
-    ``shared_s`` of one layer; ``exchange_s_L`` dispatch and combine; ``exchange`` gives seconds per copy at
+    ``expert_s_LR`` and ``pairs_LR``: seconds and (token, expert) pairs of each rank; ``attention_s_R`` and
+    ``shared_s_R`` of one layer; ``exchange_s_L`` dispatch and combine; ``exchange`` gives seconds per copy at
     ``tokens`` over all ranks.
     """
 
     tokens: float
-    attention_s: float
-    shared_s: float
+    attention_s_R: Floats
+    shared_s_R: Floats
     expert_s_LR: Floats
     exchange_s_L: Floats
     pairs_LR: Floats
@@ -330,9 +330,9 @@ class StepModel:
             pairs_LP = self._pairs_LP(placement, load_LE, part, taken_LE)
             pairs_LR = np.zeros((len(pairs_LP), self.cluster.num_ranks))
             np.add.at(pairs_LR.T, placement.rank_of_slot_P, pairs_LP.T)
-            return BatchParts(
-                part.tokens, part.fixed.layer_s, part.fixed.shared_s, expert, exchange_s_L, pairs_LR, part.exchange
-            )
+            attention_R = np.full(self.cluster.num_ranks, part.fixed.layer_s)
+            shared_R = np.full(self.cluster.num_ranks, part.fixed.shared_s)
+            return BatchParts(part.tokens, attention_R, shared_R, expert, exchange_s_L, pairs_LR, part.exchange)
 
         return (parts(self._half),) * 2 if self.technique.overlap == "two_batch" else (parts(self._whole),)
 

@@ -126,14 +126,17 @@ def _live(cluster: ClusterSpec) -> NDArray[np.bool_]:
     return np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
 
 
-def expected_traffic(share_LR: Floats, cluster: ClusterSpec, dispatch: DispatchKind, top_k: int) -> Traffic:
-    """Traffic with homes spread evenly and a token's K choices independent, as ``StepModel`` takes them.
+def expected_traffic(
+    share_LR: Floats, cluster: ClusterSpec, dispatch: DispatchKind, top_k: int, home_R: Floats | None = None
+) -> Traffic:
+    """Traffic where a token's K choices are independent, as ``StepModel`` takes them.
 
-    ``share_LR``: part of all (token, expert) pairs that each rank works on (not looked at for ``allgather``).
+    ``share_LR``: part of all (token, expert) pairs that each rank works on (not looked at for ``allgather``);
+    ``home_R``: part of all tokens at home on each rank, left out: spread evenly over those that work.
     """
     live_R = _live(cluster)
     R, per_node = cluster.num_ranks, cluster.ranks_per_node
-    home_R = live_R / live_R.sum()
+    home_R = live_R / live_R.sum() if home_R is None else home_R
     node_R = np.arange(R) // per_node
     same_node = np.ones((R, R), bool) if is_joined(cluster) else node_R[:, None] == node_R[None, :]
     others = ~np.eye(R, dtype=bool)

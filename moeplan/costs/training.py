@@ -136,11 +136,13 @@ def activation_bytes(model: ModelSpec, moe: bool, recompute: str, dtype: Dtype =
 class Chunk:
     """Consecutive layers of one pipeline chunk. Seconds of one micro-batch, by window of load; bytes on a rank.
 
+    ``moe_rows``: rows of the load that its MoE layers have.
     ``exchange_s_W``: dispatch and combine of one direction. ``sync_s``: reduce-scatter of gradients, ``gather_s``:
     all-gather of weights, ``optimizer_s``: the update. ``activation_bytes`` of one micro-batch.
     """
 
     layers: tuple[int, ...]
+    moe_rows: tuple[int, ...]
     forward_s_W: Floats
     backward_s_W: Floats
     exchange_s_W: Floats
@@ -184,13 +186,13 @@ class TrainingCosts:
             weight_dtype=weight_dtype,
             activation_dtype=activation_dtype,
         )
-        step = StepModel(model, group, work, Technique(dispatch=dispatch, tp=spec.tp, cp=spec.cp), profile)
+        how = Technique(dispatch=dispatch, tp=spec.tp, cp=spec.cp)
+        step = self.step = StepModel(model, group, work, how, profile)
         taken_WLE, self.dropped_WL = capacity(load_WLE, spec.capacity_factor, spec.overflow == "pad")
-        batches = [
+        self.batches_W = batches = [
             step.batches(placement, load_LE, taken_LE)[0] for load_LE, taken_LE in zip(load_WLE, taken_WLE, strict=True)
         ]
-        self.expert_s_WLR = np.stack([batch.expert_s_LR for batch in batches])
-        expert_s_WL = self.expert_s_WLR.max(2)
+        expert_s_WL = np.stack([batch.expert_s_LR.max(1) for batch in batches])
         exchange_s_WL = np.stack([batch.exchange_s_L for batch in batches])
         whole, fixed = step.step(placement, load_WLE.mean(0)), step.fixed
         self.relative_error = whole.high_s / whole.total_s - 1
@@ -205,8 +207,9 @@ class TrainingCosts:
         again = {"none": 0.0, "attention": kernel, "full": fixed.layer_s + forward}[spec.recompute]
         attention = (plain + kernel + forward, _BACKWARD * plain + _BACKWARD_ATTENTION * kernel + backward + again)
         full = spec.recompute == "full"
-        back = _BACKWARD + full
+        back = self.backward_factor = _BACKWARD + full
         shared = fixed.shared_s
+        self.attention_s = attention
         hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
         self._moe_forward_WL = attention[0] + shared + expert_s_WL
         self._moe_backward_WL = attention[1] + back * (shared + expert_s_WL) + (exchange_s_WL if full else 0.0)
@@ -289,6 +292,7 @@ class TrainingCosts:
             kept += self.tokens * spec.tp * model.vocab_size / spec.tp * 4
         return Chunk(
             layers=tuple(layers),
+            moe_rows=tuple(min(sum(kinds[:l]), model.num_moe_layers - 1) for l in layers if kinds[l]),
             forward_s_W=forward_W,
             backward_s_W=backward_W,
             exchange_s_W=exchange_W,

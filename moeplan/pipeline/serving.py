@@ -35,6 +35,7 @@ from moeplan.planning.simple import contiguous
 from moeplan.registry import load_plugin
 from moeplan.routing.loads import pick_tokens
 from moeplan.simulation.arrivals import make_requests
+from moeplan.simulation.detailed_costs import DetailedCosts
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.instance import Role
 from moeplan.simulation.request_readers import read_requests
@@ -106,7 +107,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
                 link or stage.accelerator.nic_bandwidth, stage.nic_latency,
             )
         )  # fmt: skip
-        size = f"{capacity} tokens, {capacity * per_token / 2**30:.1f} GiB on each of its ranks"
+        size = f"{capacity:,} tokens, {capacity * per_token / 2**30:.1f} GiB on each of its ranks"
         assumptions.append((f"KV cache of a group ({role})", size, "modelled: what memory leaves"))
     faults_fit(spec, pools[-1])
     slo_possible(spec, requests, pools)
@@ -257,7 +258,12 @@ def _problem(
 
 def _costs(
     scenario: Scenario, model: ModelSpec, engine: EngineSpec, profile: HardwareProfile | None, longest: int
-) -> Callable[[ClusterSpec], ServingCosts]:
+) -> Callable[[ClusterSpec], ServingCosts | DetailedCosts]:
+    if scenario.fidelity == "detailed" and engine.pp > 1:
+        raise SpecError(
+            f"fidelity (detailed) plays the ranks of one pipeline stage, but engine.pp is {engine.pp}; use fidelity:"
+            " step, or pp 1"
+        )
     technique = Technique(
         dispatch=scenario.objective.dispatch,
         overlap=engine.overlap,
@@ -267,16 +273,17 @@ def _costs(
         backend=engine.backend,
     )
     context = 1 << (longest - 1).bit_length()  # runs with other lengths share the tables
-    made: dict[str, ServingCosts] = {}
+    made: dict[str, ServingCosts | DetailedCosts] = {}
 
-    def costs(cluster: ClusterSpec) -> ServingCosts:
+    def costs(cluster: ClusterSpec) -> ServingCosts | DetailedCosts:
         key = cluster.model_dump_json()
         if key not in made:
-            made[key] = _compiled(
+            compiled = _compiled(
                 model, key, scenario.workload, technique, profile, engine.max_num_batched_tokens, engine.max_num_seqs,
                 context,
             )  # fmt: skip
-            made[key].clear()
+            compiled.clear()
+            made[key] = DetailedCosts(compiled) if scenario.fidelity == "detailed" else compiled
         return made[key]
 
     return costs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moeplan.files import atomic_directory, canonical_json, sha256_bytes, sha256
 from moeplan.pipeline.executor import Executor, Failure, executor_for
 from moeplan.pipeline.serving import build_service
 from moeplan.pipeline.training import TRAINING_DIRECTIONS, simulate_training
+from moeplan.simulation.detailed_costs import SAMPLED_LAYERS, first_layers
 from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of
 from moeplan.simulation.service import simulate_service
 from moeplan.specs.scenario import Scenario
@@ -101,8 +102,13 @@ def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
         served = simulate_service(
             service.spec, service.requests, service.pools, service.replan,
             keep_log=run.keep_log, errors=run.errors, progress=progress,
-            origin={"seed": run.seed, "scenario_sha256": _digest(scenario), "moeplan": version("moeplan")},
+            origin={"seed": run.seed, "scenario_sha256": _digest(scenario), "moeplan": version("moeplan"),
+                    "fidelity": scenario.fidelity},
         )  # fmt: skip
+        log = served.log
+        inside = first_layers(served.instances[-1]) if scenario.fidelity == "step" else None
+        if log is not None and inside is not None:
+            log = replace(log.joined(inside), origin={**log.origin, "played_layers": SAMPLED_LAYERS})
     sources: dict[str, str] = {}
     extrapolated: set[str] = set()
     for instance in served.instances:
@@ -113,7 +119,7 @@ def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
     if scenario.objective.return_mode == "stay":
         notes.append("costs are of return_home: tokens go back to their rank after each layer")
     return _Answer(
-        outcome_of(served, service.spec), served.log, service.model.name, service.cluster.name,
+        outcome_of(served, service.spec), log, service.model.name, service.cluster.name,
         sum(len(i.stats.busy_R) for i in served.instances), served.num_nodes, tuple(rows), tuple(notes),
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ def simulate_training(scenario: Scenario, origin: Mapping[str, Any] | None = Non
         scenario.workload.activation_dtype,
         scenario.objective.dispatch,
     )
-    result = play(costs, origin)
+    result = play(costs, origin, scenario.fidelity)
     for note in result.notes:
         if note.startswith("does not fit"):
             raise InfeasibleError(f"training {note}")

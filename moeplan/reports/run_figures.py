@@ -15,6 +15,8 @@ from moeplan.artifacts.simulation_result import MemoryTrack, RankTimes, Timeline
 from moeplan.reports.figures import AFTER, BEFORE, FILL, INK, MUTED, drawing, to_svg
 
 __all__ = [
+    "INSIDE",
+    "OPERATIONS",
     "gantt",
     "latency_curves",
     "load_curve",
@@ -31,6 +33,8 @@ _KIND_COLOUR = {
     "gradient_sync": _TAB[1], "optimizer": _TAB[3], "migrate": _TAB[3], "step": _TAB[5],
 }  # fmt: skip
 _MAX_BARS = 6000
+OPERATIONS = ("forward", "backward", "gradient_sync", "optimizer", "transfer")
+INSIDE = tuple(kind for kind in _KIND_COLOUR if kind not in ("step", "migrate", *OPERATIONS))
 
 
 def _clean(axes: Any, grid: str = "both") -> None:
@@ -49,13 +53,18 @@ def _unit(largest_s: float) -> tuple[float, str]:
 
 
 def _log_seconds(axes: Any) -> None:
-    """A logarithmic time axis with at most about six ticks, at 1, 2 and 5 of a decade, or closer."""
-    from matplotlib.ticker import NullFormatter, NullLocator
+    """A logarithmic time axis with at most about six ticks, at 1, 2 and 5 of a decade, or closer; a plain one where
+    times hardly differ."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
+    low, high = axes.dataLim.intervalx
+    if high < 4 * low:
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high] or [low]
+        axes.set_xticks(ticks, [f"{tick / factor:.4g} {unit}" for tick in ticks for factor, unit in [_unit(2 * tick)]])
+        return
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    ticks: list[float] = []
     for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
         ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
         if len(ticks) >= 3:
@@ -133,16 +142,21 @@ def run_timeline(title: str, timeline: Timeline) -> str:
 
 
 def gantt(
-    log: EventLog, title: str, step: int, max_ranks: int = 16, span_s: float | None = None
+    log: EventLog,
+    title: str,
+    step: int,
+    kinds: Sequence[str] = INSIDE,
+    part: tuple[float, float] | None = None,
+    max_ranks: int = 16,
+    span_s: float | None = None,
 ) -> str | None:
     """Who did what when in one step: a row per rank, thinner bars for exchanges; None where nothing has a length.
 
-    ``span_s``: length of the time axis, so that two pictures compare.
+    ``part``: only what begins between these seconds; ``span_s``: length of the time axis, so that two pictures compare.
     """
-    kinds = [kind for kind in _KIND_COLOUR if kind != "step"]
     mine = log.of_kind(*kinds) & (log.step_V == step) & (log.duration_s_V > 0) & (log.rank_V >= 0)
-    if {"attention", "experts"} & {name for name, use in zip(log.kind_names(), mine, strict=True) if use}:
-        mine &= ~log.of_kind("forward", "backward")  # they hold the others
+    if part is not None:
+        mine &= (log.start_s_V >= part[0]) & (log.start_s_V < part[1])
     if not mine.any():
         return None
     ranks = np.unique(log.rank_V[mine])
@@ -174,9 +188,9 @@ def gantt(
                 bars = np.stack([log.start_s_V[own] - start, log.duration_s_V[own]], 1) / factor
                 low = row_of[int(rank)] + (0.12 if thin else -0.38)
                 axes.broken_barh(bars, (low, 0.26 if thin else 0.48), facecolors=_KIND_COLOUR[kind],
-                                 edgecolor="none", label=kind if rank == shown[0] else None)  # fmt: skip
+                                 edgecolor="none", label=kind)  # fmt: skip
         axes.set(xlim=(0, (span_s or end - start) / factor), ylim=(len(shown) - 0.5, -0.6))
-        axes.set(xlabel=f"{unit} since the step began")
+        axes.set(xlabel=f"{unit} since {'the step' if part is None else 'it'} began")
         axes.set_yticks(range(len(shown)), [f"rank {rank}" for rank in shown])
         axes.set_title(title + cut, pad=22)
         handles, labels = axes.get_legend_handles_labels()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,15 +112,35 @@ def memory_section(result: SimulationResult) -> Section | None:
     return Section("Memory", (Picture(stack), Picture(run_figures.memory_curves("Over one step", tracks))))
 
 
-def log_section(log: EventLog) -> Section:
-    """A Gantt picture of one step, and seconds by kind."""
-    blocks: list[Block] = []
-    steps = np.unique(log.step_V[(log.step_V >= 0) & (log.duration_s_V > 0)])
-    step = int(steps[len(steps) // 2]) if len(steps) else 0
-    picture = run_figures.gantt(log, f"Step {step}", step) if len(steps) else None
-    if picture is not None:
-        blocks.append(Picture(picture, wide=True))
+def _step_pictures(log: EventLog) -> list[Block]:
+    """One step as Gantt pictures: its operations, and what ranks do inside a step or one of its operations."""
+    timed = (log.step_V >= 0) & (log.duration_s_V > 0)
+    inside = timed & log.of_kind(*run_figures.INSIDE)
+    operations = timed & log.of_kind("forward")
+    steps = np.unique(log.step_V[inside if inside.any() else timed])
+    if not len(steps):
+        return []
+    step = int(steps[len(steps) // 2])
+    few = log.origin.get("played_layers")
+    title = f"Step {step}" + (f", its first {few} MoE layers, event by event" if few else "")
+    if not operations.any():
+        pictures = [run_figures.gantt(log, title, step)]
     else:
+        pictures = [run_figures.gantt(log, title, step, run_figures.OPERATIONS)]
+        forward = np.flatnonzero(operations & (log.step_V == step))
+        if len(forward) and inside.any():
+            v = int(forward[len(forward) // 2])
+            start, stop = float(log.start_s_V[v]), float(log.start_s_V[v] + log.duration_s_V[v])
+            name = "One forward" if log.request_V[v] < 0 else f"Forward of micro-batch {log.request_V[v]}"
+            mine = replace(log, step_V=np.where(log.request_V == log.request_V[v], log.step_V, -1))
+            pictures.append(run_figures.gantt(mine, f"{name}", step, part=(start, stop)))
+    return [Picture(picture, wide=True) for picture in pictures if picture is not None]
+
+
+def log_section(log: EventLog) -> Section:
+    """Gantt pictures of one step, and seconds by kind."""
+    blocks = _step_pictures(log)
+    if not blocks:
         blocks.append(Text("The log holds whole steps only: no picture of what ranks do inside one.", missing=True))
     rows = []
     for kind, meaning in EVENT_KINDS.items():

@@ -20,7 +20,7 @@ made up for while the other batch computes).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,15 +30,14 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventLog, EventRecorder
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.exchange import ExchangeCosts
 from moeplan.costs.roofline import token_bytes
-from moeplan.costs.step import BatchParts, StepModel
+from moeplan.costs.step import BatchParts, Overlap, StepModel
 from moeplan.costs.traffic import Traffic, expected_traffic
 from moeplan.errors import InputError
 from moeplan.simulation.links import Links
-from moeplan.topology import Topology, build
+from moeplan.simulation.network import Network
 
-__all__ = ["DetailedStep", "Sync", "simulate_step"]
+__all__ = ["DetailedStep", "Sync", "play_step", "simulate_step"]
 
 Floats = NDArray[np.float64]
 Sync = Literal["phases", "none"]
@@ -84,28 +83,34 @@ def simulate_step(
         )
     if traffic is not None and traffic.inside_LRR.shape != (L, R, R):
         raise InputError(f"traffic {traffic.inside_LRR.shape} is not [{L} layers, {R} ranks, {R} ranks]")
-    batches = model.batches(placement, load_LE)
+    batches, network = model.batches(placement, load_LE), Network(model.cluster, link_speed)
+    return play_step(model, batches, np.full(R, model.other_s), network, traffic, sync=sync, origin=origin)
+
+
+def play_step(
+    model: StepModel,
+    batches: Sequence[BatchParts],
+    other_s_R: Floats,
+    network: Network,
+    traffic: Traffic | None = None,
+    *,
+    home_R: Floats | None = None,
+    overlap: Overlap | None = None,
+    sync: Sync = "phases",
+    origin: Mapping[str, Any] | None = None,
+) -> DetailedStep:
+    """Play ``batches`` on the cluster of ``model`` after ``other_s_R`` seconds of everything that is no MoE layer.
+
+    ``traffic`` left out: expected from the batches' pairs, with the part ``home_R`` of the tokens on each rank.
+    ``overlap`` left out: the model's.
+    """
     if traffic is None:
-        share_LR = batches[0].pairs_LR / batches[0].pairs_LR.sum(1, keepdims=True)
-        traffic = expected_traffic(share_LR, model.cluster, model.technique.dispatch, model.model.top_k)
-    return _Step(model, batches, traffic, sync, link_speed or {}).run(origin or {})
-
-
-def _capacity_X(topology: Topology, exchange: ExchangeCosts, tokens_per_rank: float, wire: float) -> Floats:
-    """Bytes per second of each link when the cost model's exchange runs over it."""
-    cluster = topology.cluster
-    built_X = np.array([link.bandwidth_bytes_per_s for link in topology.links])
-    if cluster.topology == "explicit":
-        return built_X
-    paths = {"scale-up": exchange.inside, "network": exchange.between}
-    nominal = {"scale-up": cluster.accelerator.scale_up_bandwidth, "network": cluster.accelerator.nic_bandwidth}
-    reached = {}
-    for name, path in paths.items():
-        seconds = 0.0 if path is None else path.per_copy_s(tokens_per_rank)
-        reached[name] = wire / seconds / nominal[name] if seconds > 0 else 1.0
-    outside = ("nic", "rail", "spine")
-    network = [link.source.startswith(outside) or link.target.startswith("nic") for link in topology.links]
-    return built_X * np.where(network, reached["network"], reached["scale-up"])
+        top_k, parts = model.model.top_k, batches[0]
+        share_LR = parts.pairs_LR / (parts.tokens * top_k)
+        traffic = expected_traffic(share_LR, model.cluster, model.technique.dispatch, top_k, home_R)
+    fullest = 1 / model.live.sum() if home_R is None else float(home_R.max())
+    step = _Step(model, batches, other_s_R, network, traffic, overlap or model.technique.overlap, sync, fullest)
+    return step.run(origin or {})
 
 
 class _Exchange:
@@ -156,7 +161,7 @@ class _Exchange:
             was = latency_s
             mine = np.ones(len(size_F), bool) if rank is None else source_F == rank
             if mine.any():
-                self.step.send(i, self.kind, source_F[mine], target_F[mine], size_F[mine], self._arrived)
+                self.step.send(self.kind, source_F[mine], target_F[mine], size_F[mine], self._arrived)
         for target in range(self.step.num_ranks) if rank is None else (rank,):
             if not self.missing_R[target]:
                 self._let_go(target)
@@ -185,12 +190,16 @@ class _Step:
     def __init__(
         self,
         model: StepModel,
-        batches: tuple[BatchParts, ...],
+        batches: Sequence[BatchParts],
+        other_s_R: Floats,
+        network: Network,
         traffic: Traffic,
+        overlap: Overlap,
         sync: Sync,
-        link_speed: Mapping[tuple[str, str], float],
+        fullest: float,
     ) -> None:
-        self.model, self.batches, self.traffic, self.sync = model, batches, traffic, sync
+        self.model, self.batches, self.other_s_R = model, batches, other_s_R
+        self.network, self.traffic, self.overlap, self.sync = network, traffic, overlap, sync
         self.cluster, self.num_ranks = model.cluster, model.cluster.num_ranks
         self.live = [int(r) for r in np.flatnonzero(model.live)]
         self.num_live = len(self.live)
@@ -198,41 +207,23 @@ class _Step:
         self.recorder = EventRecorder()
         self.busy_s_R = np.zeros(self.num_ranks)
         self.spans: list[tuple[float, float]] = []
-        hidden, topology = model.model.hidden_size, build(self.cluster)
+        hidden, parts = model.model.hidden_size, batches[0]
         out = token_bytes(hidden, model.workload.activation_dtype)
         self.wire = {"dispatch": out, "combine": token_bytes(hidden, "bf16")}
-        parts = batches[0]
         exchange = parts.exchange
-        capacity_X = _capacity_X(topology, exchange, parts.tokens / self.num_live, sum(self.wire.values()))
-        self.links_X = tuple((link.source, link.target) for link in topology.links)
-        for name, speed in link_speed.items():
-            if name not in self.links_X:
-                raise InputError(f"link_speed names {name[0]} -> {name[1]}, which is not a link of the cluster")
-            capacity_X[self.links_X.index(name)] *= speed
         between = exchange.between
         self.latency_s = (exchange.inside.fixed_s / 2, 0.0 if between is None else between.fixed_s / 2)
+        # What links reach depends on the size of messages: those of the rank that sends most.
+        capacity_X = network.capacity_X(exchange, parts.tokens * fullest, sum(self.wire.values()))
         self.links = Links(self.env, capacity_X)
-        routes = topology.incidence.tocsc()
-        self._first, self._route = routes.indptr.astype(np.int64), routes.indices.astype(np.int64)
-        self._port_in = {t: x for x, (s, t) in enumerate(self.links_X) if s.startswith("domain")}
-        self._port_out = {s: x for x, (s, t) in enumerate(self.links_X) if t.startswith("domain")}
         self.wire_in_use = simpy.Resource(self.env)
         self.exchanges: dict[tuple[int, int, str], _Exchange] = {}
         self.compute_R = [simpy.Resource(self.env) for _ in range(self.num_ranks)]
 
-    def send(self, path: int, kind: str, source_F: Any, target_F: Any, size_F: Floats, arrived: Any) -> None:
-        """Hand transfers to the links: the route of each pair, or the one port a forwarder's own copy crosses."""
-        routes = []
-        for source, target in zip(source_F, target_F, strict=True):
-            pair = source * self.num_ranks + target
-            route = self._route[self._first[pair] : self._first[pair + 1]]
-            if source == target:
-                ports = self._port_in if kind == "dispatch" else self._port_out
-                port = ports.get(f"rank{source}")
-                route = np.zeros(0, np.int64) if port is None else np.array([port])
-            routes.append(route)
-        count_F = np.array([len(route) for route in routes], np.int64)
-        self.links.send(count_F, np.concatenate(routes), size_F, [int(t) for t in target_F], arrived)
+    def send(self, kind: str, source_F: Any, target_F: Any, size_F: Floats, arrived: Any) -> None:
+        """Hand transfers to the links."""
+        count_F, links = self.network.routes(kind, source_F, target_F)
+        self.links.send(count_F, links, size_F, [int(t) for t in target_F], arrived)
 
     # ------------------------------------------------------------------ what a rank does
 
@@ -280,30 +271,30 @@ class _Step:
                 yield from self._work(rank, layer, ("experts", seconds, pairs))
 
     def _layers(self, rank: int, batch: int) -> _Process:
-        parts, overlap = self.batches[batch], self.model.technique.overlap
-        attention, shared = ("attention", parts.attention_s, 0.0), ("shared", parts.shared_s, 0.0)
+        parts, overlap = self.batches[batch], self.overlap
+        attention_s, shared_s = float(parts.attention_s_R[rank]), float(parts.shared_s_R[rank])
+        attention, shared = ("attention", attention_s, 0.0), ("shared", shared_s, 0.0)
         for layer in range(len(parts.expert_s_LR)):
             if overlap == "shortcut":
                 moe = self.env.process(self._moe(rank, layer, batch))
                 start = self.env.now
-                yield self.env.timeout(parts.attention_s + parts.shared_s)
-                self.busy_s_R[rank] += parts.attention_s + parts.shared_s
-                self.recorder.add("attention", start, parts.attention_s, rank=rank, layer=layer, step=0)
-                self.recorder.add(
-                    "shared", start + parts.attention_s, parts.shared_s, rank=rank, layer=layer, step=0
-                )
+                yield self.env.timeout(attention_s + shared_s)
+                self.busy_s_R[rank] += attention_s + shared_s
+                self.recorder.add("attention", start, attention_s, rank=rank, layer=layer, step=0)
+                self.recorder.add("shared", start + attention_s, shared_s, rank=rank, layer=layer, step=0)
                 yield moe
             elif overlap == "shared_expert":
                 yield from self._work(rank, layer, attention)
-                yield from self._moe(rank, layer, batch, parts.shared_s)
+                yield from self._moe(rank, layer, batch, shared_s)
             else:
                 yield from self._work(rank, layer, attention, shared)
                 yield from self._moe(rank, layer, batch)
 
     def _rank(self, rank: int) -> _Process:
-        seconds = self.model.other_s
+        seconds = float(self.other_s_R[rank])
         yield self.env.timeout(seconds)
-        self.recorder.add("dense", 0.0, seconds, rank=rank, step=0)
+        if seconds > 0:
+            self.recorder.add("dense", 0.0, seconds, rank=rank, step=0)
         self.busy_s_R[rank] += seconds
         yield self.env.all_of([self.env.process(self._layers(rank, b)) for b in range(len(self.batches))])
 
@@ -318,7 +309,7 @@ class _Step:
             "simulated", self.num_ranks, self.cluster.num_nodes, {"fidelity": "detailed", "sync": self.sync, **origin}
         )
         return DetailedStep(
-            total, log, self.links_X, self.links.moved_X, self.busy_s_R, _covered(self.spans)
+            total, log, self.network.links_X, self.links.moved_X, self.busy_s_R, _covered(self.spans)
         )
 
 

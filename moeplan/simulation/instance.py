@@ -26,7 +26,7 @@ from moeplan.simulation.request import NEVER, Request
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.serving import EngineSpec
 
-__all__ = ["Hooks", "Instance", "InstanceStats", "Role", "StepCosts"]
+__all__ = ["Hooks", "Instance", "InstanceStats", "Role", "Sample", "StepCosts"]
 
 Floats = NDArray[np.float64]
 Role = Literal["both", "prefill", "decode"]
@@ -87,6 +87,18 @@ class InstanceStats:
         self.gaps[gap_ns] = self.gaps.get(gap_ns, 0) + count
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One step as it was asked of the costs, to be looked into afterwards."""
+
+    number: int
+    start_s: float
+    costs: StepCosts
+    batch: Batch
+    placement: Placement
+    load_LE: Floats
+
+
 @dataclass(slots=True, eq=False)
 class Hooks:
     """What an instance tells its service."""
@@ -133,6 +145,7 @@ class Instance:
         self.blocked_until_ns = self.stage_free_ns = 0
         self.moves: deque[tuple[int, Placement, float, float]] = deque()
         self._swap_s = 0.0
+        self.sample: Sample | None = None
         self.stats = InstanceStats(np.zeros(costs.cluster.num_ranks * spec.pp))
         self.lanes = [Lane(self) for _ in range(spec.pp)]
         for lane in self.lanes:
@@ -291,6 +304,10 @@ class Instance:
             self.recorder.add(
                 "step", now_s, duration_ns * 1e-9, rank=self.first_rank, step=stats.steps, amount=tokens
             )
+            if not stats.steps & (stats.steps - 1):  # a power of two: the last one lies in the run's second half
+                self.sample = Sample(stats.steps, now_s, self.costs, batch, self.placement, load_LE)
+            if cost.log is not None:
+                self.recorder.extend(cost.log.part_of_run(now_s, rank=self.first_rank, step=stats.steps))
         stats.steps += 1
         return duration_ns
 

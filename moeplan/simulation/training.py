@@ -2,7 +2,8 @@
 
 One rank stands for each pipeline stage (the others of its stage do the same): its operations follow the schedule,
 dispatch and combine open a part of them, gradients are reduced as the last backwards run, weights gathered as the
-first forwards do. Memory is followed from operation to operation.
+first forwards do. Memory is followed from operation to operation. In the detailed mode each operation's MoE layers are
+played event by event on one expert-parallel group (:mod:`moeplan.simulation.detailed`).
 
 ``p`` stages, ``v`` chunks per stage, ``m`` micro-batches, ``W`` windows of load: micro-batch ``i`` has window
 ``i mod W``.
@@ -19,8 +20,14 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventLog, EventRecorder
 from moeplan.costs.roofline import matmul_flops
+from moeplan.costs.step import Overlap
 from moeplan.costs.training import TrainingCosts, model_flops_per_token
+from moeplan.costs.training_parts import chunk_parts
+from moeplan.errors import SpecError
+from moeplan.simulation.detailed import DetailedStep, play_step
+from moeplan.simulation.network import Network
 from moeplan.simulation.schedule import Op, Timed, one_forward_one_backward, run_schedule
+from moeplan.specs.scenario import Fidelity
 
 __all__ = ["StageMemory", "TrainingResult", "simulate_training"]
 
@@ -74,17 +81,37 @@ class TrainingResult:
 
 
 class _Play:
-    """One step after another."""
+    """One step after another. ``inside`` holds what was played, by chunk, direction and window of load."""
 
-    def __init__(self, costs: TrainingCosts) -> None:
+    def __init__(self, costs: TrainingCosts, detailed: bool) -> None:
         self.costs, self.spec = costs, costs.spec
         self.chunks = costs.chunks()
         p = self.p = self.spec.pp
         self.times = [costs.overlapped(chunk) for chunk in self.chunks]
         self.windows = len(self.times[0][0])
+        self.inside: dict[tuple[int, bool, int], DetailedStep] = {}
+        if detailed:
+            self._play_chunks()
         self.orders = one_forward_one_backward(p, costs.micro_batches, self.spec.virtual_stages)
         self.recorder = EventRecorder()
         self.per_stage = costs.cluster.num_ranks // p
+
+    def _play_chunks(self) -> None:
+        """Seconds of every operation, and what is open of its exchange, from playing it."""
+        costs, network = self.costs, Network(self.costs.step.cluster)
+        ranks = costs.step.cluster.num_ranks
+        overlap: Overlap = "shared_expert" if self.spec.overlap == "shared_expert" else "none"
+        for number, chunk in enumerate(self.chunks):
+            seconds = np.zeros((2, self.windows))
+            for backward in (False, True):
+                for window in range(self.windows):
+                    parts, other_s = chunk_parts(costs, chunk, window, backward)
+                    other_R = np.full(ranks, other_s)
+                    played = play_step(costs.step, (parts,), other_R, network, overlap=overlap)
+                    self.inside[number, backward, window] = played
+                    seconds[int(backward), window] = played.total_s
+            open_W = np.maximum(0.0, seconds - np.stack([chunk.forward_s_W, chunk.backward_s_W])).sum(0)
+            self.times[number] = (seconds[0], seconds[1], open_W)
 
     def chunk(self, stage: int, op: Op) -> int:
         """Virtual stage of an operation."""
@@ -108,8 +135,16 @@ class _Play:
             begin, length = start_s + t.start_s, t.end_s - t.start_s
             self.recorder.add(t.op.kind, begin, length, rank=rank, step=number, request=t.op.micro_batch, amount=tokens)
             window = (first + t.op.micro_batch) % self.windows
+            backward = t.op.kind == "backward"
+            if self.inside:
+                rows = self.chunks[chunk].moe_rows
+                inner = self.inside[chunk, backward, window].log
+                layers = rows[::-1] if backward else rows
+                self.recorder.extend(
+                    inner.part_of_run(begin, rank=rank, step=number, request=t.op.micro_batch, layers=layers)
+                )
             spent["exchange"] += float(self.times[chunk][2][window]) / 2
-            onward = chunk < len(self.chunks) - 1 if t.op.kind == "forward" else chunk > 0
+            onward = chunk > 0 if backward else chunk < len(self.chunks) - 1
             if onward:
                 self.recorder.add(
                     "transfer", start_s + t.end_s, costs.transfer_s, rank=rank, step=number,
@@ -168,9 +203,20 @@ class _Play:
         return tuple(answer)
 
 
-def simulate_training(costs: TrainingCosts, origin: Mapping[str, Any] | None = None) -> TrainingResult:
-    """Play ``costs.spec.steps`` optimizer steps."""
-    play, spec, cluster = _Play(costs), costs.spec, costs.cluster
+def simulate_training(
+    costs: TrainingCosts, origin: Mapping[str, Any] | None = None, fidelity: Fidelity = "step"
+) -> TrainingResult:
+    """Play ``costs.spec.steps`` optimizer steps.
+
+    Raises:
+        SpecError: the detailed mode cannot play what is asked.
+    """
+    if fidelity == "detailed" and costs.spec.overlap == "1f1b":
+        raise SpecError(
+            "fidelity (detailed) plays one micro-batch of a stage at a time, but training.overlap is 1f1b, which hides"
+            " one behind another; use fidelity: step, or overlap none or shared_expert"
+        )
+    play, spec, cluster = _Play(costs, fidelity == "detailed"), costs.spec, costs.cluster
     now, steps, totals = 0.0, [], dict.fromkeys(("work", "exchange", "sync", "optimizer"), 0.0)
     timed: list[Timed] = []
     for number in range(spec.steps):
@@ -196,6 +242,8 @@ def simulate_training(costs: TrainingCosts, origin: Mapping[str, Any] | None = N
         )
     error = costs.relative_error
     ranks = {"ranks": "one for each pipeline stage", "fidelity": "schedule"}
+    if fidelity == "detailed":
+        ranks = {"ranks": "one expert-parallel group for each pipeline stage", "fidelity": "detailed"}
     return TrainingResult(
         step_s=step_s,
         low_s=step_s / (1 + error),

@@ -19,7 +19,9 @@ from moeplan.specs.training import TrainingSpec
 from moeplan.specs.workload import Objective, Workload
 from moeplan.units import Bytes, Seconds
 
-__all__ = ["Scenario"]
+__all__ = ["Fidelity", "Scenario"]
+
+Fidelity = Literal["step", "detailed"]
 
 _FILES = ("trace", "current", "out")
 _INNER_FILES = (("serving", "requests", "file"), ("serving", "prefill", "placement"))
@@ -87,6 +89,11 @@ class Scenario(Spec):
     serving: ServingSpec | None = Field(None, description="what moeplan simulate serves; current is the placement")
     training: TrainingSpec | None = Field(
         None, description="what moeplan simulate trains; current is the placement of one expert-parallel group"
+    )
+    fidelity: Fidelity = Field(
+        "step",
+        description="moeplan simulate: seconds of steps from formulas; or every layer of every rank and every link"
+        " played event by event, for small cases",
     )
     sweep: dict[str, tuple[Any, ...]] = Field(
         default_factory=dict,

@@ -58,3 +58,26 @@ def test_what_is_no_log_is_refused(tmp_path):
     pq.write_table(table.replace_schema_metadata({b"moeplan.event_log": head}), tmp_path / "old")
     with pytest.raises(InputError, match=r"schema_version \(9\) is not 1"):
         EventLog.read(tmp_path / "old")
+
+
+def test_part_of_a_longer_run() -> None:
+    inner = EventRecorder()
+    inner.add("experts", 0.5, 1.0, rank=1, layer=1, step=0, amount=7)
+    inner.add("dense", 0.0, 0.5, rank=0, step=0)
+    inner.add("step", 0.0, 1.5, step=0)
+    part = inner.build("simulated", 2, 1).part_of_run(10.0, rank=4, step=3, request=2, layers=(8, 9))
+    assert part.kind_names() == ["experts", "dense"]
+    assert part.start_s_V.tolist() == [10.5, 10.0]
+    assert part.rank_V.tolist() == [5, 4]
+    assert part.layer_V.tolist() == [9, -1]
+    assert part.step_V.tolist() == [3, 3]
+    assert part.request_V.tolist() == [2, 2]
+    outer = EventRecorder()
+    outer.add("step", 10.0, 2.0, step=3)
+    whole = outer.build("simulated", 8, 1)
+    joined = whole.joined(part)
+    outer.extend(part)
+    again = outer.build("simulated", 8, 1)
+    for name in ("start_s_V", "kind_V", "rank_V", "layer_V", "step_V", "amount_V"):
+        assert getattr(joined, name).tolist() == getattr(again, name).tolist()
+    assert joined.num_ranks == 8

@@ -1,0 +1,68 @@
+"""Step costs of a service whose every step is played event by event: :mod:`moeplan.simulation.detailed`.
+
+For small services: a step of L layers on R ranks is some 10 L R events and 2 L exchanges of up to R^2 transfers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.event_log import EventLog
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.serving import Batch, ServingCosts, StepSeconds
+from moeplan.simulation.detailed import play_step
+from moeplan.simulation.instance import Instance
+from moeplan.simulation.network import Network
+
+__all__ = ["SAMPLED_LAYERS", "DetailedCosts", "first_layers"]
+
+Floats = NDArray[np.float64]
+SAMPLED_LAYERS = 3
+
+
+class DetailedCosts:
+    """:class:`moeplan.costs.serving.ServingCosts` with the seconds of steps that were played."""
+
+    def __init__(self, costs: ServingCosts) -> None:
+        self._costs, self._network = costs, Network(costs.cluster)
+        self.groups, self.cluster = costs.groups, costs.cluster
+        self.source, self.extrapolated = costs.source, costs.extrapolated
+        self.chunk_s, self.forget, self.clear = costs.chunk_s, costs.forget, costs.clear
+
+    def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
+        """Play one step; the interval is the step mode's."""
+        whole = self._costs.step(batch, placement, load_LE)
+        model, batches, other_s_R, home_R = self._costs.batches(batch, placement, load_LE)
+        found = play_step(
+            model, batches, other_s_R, self._network, home_R=home_R, overlap=self._costs.technique.overlap
+        )
+        alone_s = whole.total_s - whole.exposed_s
+        exposed_s = max(0.0, found.total_s - alone_s)
+        return StepSeconds(found.total_s, whole.relative_error, exposed_s, found.busy_s_R, found.log)
+
+
+def first_layers(instance: Instance) -> EventLog | None:
+    """What ranks did in the first MoE layers of a step of a run whose steps were not played; None where there is none.
+
+    The step is the one of :attr:`Instance.sample`; ``origin`` names it.
+    """
+    sample = instance.sample
+    if sample is None or not isinstance(sample.costs, ServingCosts):
+        return None
+    model, batches, other_s_R, home_R = sample.costs.batches(sample.batch, sample.placement, sample.load_LE)
+    few = tuple(
+        replace(
+            parts,
+            expert_s_LR=parts.expert_s_LR[:SAMPLED_LAYERS],
+            exchange_s_L=parts.exchange_s_L[:SAMPLED_LAYERS],
+            pairs_LR=parts.pairs_LR[:SAMPLED_LAYERS],
+        )
+        for parts in batches
+    )
+    found = play_step(
+        model, few, 0 * other_s_R, Network(model.cluster), home_R=home_R, overlap=sample.costs.technique.overlap
+    )
+    return found.log.part_of_run(sample.start_s, rank=instance.first_rank, step=sample.number)
