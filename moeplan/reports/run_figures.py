@@ -33,8 +33,8 @@ _KIND_COLOUR = {
     "gradient_sync": _TAB[1], "optimizer": _TAB[3], "migrate": _TAB[3], "step": _TAB[5],
 }  # fmt: skip
 _MAX_BARS = 6000
-OPERATIONS = ("forward", "backward", "gradient_sync", "optimizer", "transfer")
-INSIDE = tuple(kind for kind in _KIND_COLOUR if kind not in ("step", "migrate", *OPERATIONS))
+OPERATIONS = ("forward", "backward", "gradient_sync", "optimizer", "transfer", "migrate")
+INSIDE = tuple(kind for kind in _KIND_COLOUR if kind not in ("step", *OPERATIONS))
 
 
 def _clean(axes: Any, grid: str = "both") -> None:
@@ -108,14 +108,17 @@ def load_curve(
     label = f"{title}: {len(points)} loads from {load[0]:.4g} to {load[-1]:.4g}; {y_label} up to {rate.max():.4g}."
     with drawing(3.0) as figure:
         axes = figure.add_subplot()
-        axes.plot(load, rate, "o-", color=AFTER, markersize=3.5, linewidth=1.6, label=y_label)
         other = axes.twinx()
-        other.plot(load, latency, "s--", color=BEFORE, markersize=3.2, linewidth=1.3, label=z_label)
+        lines = axes.plot(load, rate, "o-", color=AFTER, markersize=3.5, linewidth=1.6, label=f"{y_label} (left)")
+        right = f"{z_label} (right)"
+        lines += other.plot(load, latency, "s--", color=BEFORE, markersize=3.2, linewidth=1.3, label=right)
         other.spines["right"].set_visible(True)
-        axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
-        axes.set_title(title)
-        other.set(ylabel=z_label, ylim=(0, None))
+        axes.set(xlabel=x_label, ylim=(0, None))
+        axes.set_title(title, pad=22)
+        other.set(ylim=(0, None))
         _clean(axes)
+        axes.legend(handles=lines, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, fontsize=9.5,
+                    borderaxespad=0.1, borderpad=0, handlelength=2.2, columnspacing=1.2)  # fmt: skip
         return to_svg(figure, label)
 
 
@@ -180,7 +183,7 @@ def gantt(
         axes = figure.add_subplot()
         for kind in present:
             of_kind = mine & log.of_kind(kind)
-            thin = kind in ("dispatch", "combine", "gradient_sync", "transfer")
+            thin = kind in ("dispatch", "combine", "gradient_sync", "transfer", "migrate")
             for rank in shown:
                 own = of_kind & (log.rank_V == rank)
                 if not own.any():

@@ -54,7 +54,9 @@ def shown(value: float, unit: str, name: str = "") -> str:
 def _interval(line: Headline, name: str = "") -> str:
     if line.high - line.low <= 1e-6 * abs(line.high):
         return ""
-    return f"{shown(line.low, line.unit, name)} to {shown(line.high, line.unit, name)}"
+    low, high = (shown(value, line.unit, name) for value in (line.low, line.high))
+    same_unit = low.split()[1:] == high.split()[1:]  # said once
+    return f"{low.split()[0] if same_unit else low} to {high}"
 
 
 def _count(value: float) -> str:
@@ -69,7 +71,7 @@ def figures_section(result: SimulationResult) -> Section:
         (name.replace("_", " "), shown(line.value, line.unit, name), _interval(line, name) or "-", line.better)
         for name, line in result.headlines.items()
     )
-    blocks: list[Block] = [Cards(cards), Table(("figure", "value", "interval", "better"), rows, (0, 3))]
+    blocks: list[Block] = [Cards(cards), Table(("figure", "value", "interval", "better"), rows)]
     if result.counts:
         counted = tuple((name.replace("_", " "), _count(value)) for name, value in result.counts.items())
         blocks.append(Table(("counted", "number"), counted))
@@ -160,7 +162,7 @@ def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> S
         return None
     wanted = ("output_tokens_per_s_per_gpu", "tokens_per_s_per_gpu", "ttft_p50_s", "tpot_p50_s", "step_s")
     names = [name for name in wanted if all(name in result.headlines for _, result in cases)]
-    rows, points, axis = [], [], ""
+    rows, points, axis, unit = [], [], "", ""
     for case, result in cases:
         lines = result.headlines
         words = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in case.items())
@@ -170,11 +172,11 @@ def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> S
         for field, value in case.items():
             load = _number(value)
             if load is not None and rate is not None and slow is not None and axis in ("", field):
-                axis = field
+                axis, unit = field, str(value).partition(" ")[2]
                 points.append((load, rate.value, 1e3 * slow.value))
     blocks: list[Block] = []
     if len({load for load, _, _ in points}) > 1:
-        word = axis.rpartition(".")[2].replace("_", " ")
+        word = axis.rpartition(".")[2].replace("_", " ") + (f", {unit}" if unit else "")
         latency = "ms per further token, 99 %" if "ttft_p50_s" in names else "ms per step"
         picture = run_figures.load_curve("Throughput against load", points, word, "tokens/s per GPU", latency)
         blocks.append(Picture(picture))
@@ -197,12 +199,12 @@ def comparison_section(differences: Sequence[Any], a: str, b: str) -> Section:
             d.name.replace("_", " "),
             shown(d.a.value, d.unit, d.name),
             shown(d.b.value, d.unit, d.name),
-            "-" if d.relative is None else f"{100 * d.relative:+.1f} %",
+            "-" if d.relative is None else f"{100 * d.relative:+.1f}\u00a0%",
             d.verdict,
         )
         for d in differences
     )
-    return Section(f"From {a} to {b}", (Table(("figure", a, b, "change", "verdict"), rows, (0, 4)),))
+    return Section(f"From {a} to {b}", (Table(("figure", a, b, "change", "verdict"), rows),))
 
 
 def against_section(rows: Sequence[Against]) -> Section:
