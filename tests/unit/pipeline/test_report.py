@@ -118,7 +118,7 @@ def test_a_simulation_as_one_page_that_needs_nothing_else(runs: Path) -> None:
     assert "url(http" not in html
     text = " ".join(page.texts)
     assert "DeepSeek-V2-Lite <b>" in text  # escaped, not markup
-    for word in ("20.0 ms", "15.0 ms to 30.0 ms", "costs of experts", "measured: table", "a note"):
+    for word in ("20.0 ms", "15.0 to 30.0 ms", "costs of experts", "measured: table", "a note"):
         assert word in text.replace("\N{NO-BREAK SPACE}", " ")
     assert html.count("<svg") == 5  # two latencies, timeline, ranks, one step
     assert "mathdefault" not in html
@@ -136,7 +136,7 @@ def test_markdown_and_json_say_the_same(runs: Path) -> None:
     titles = [section["title"] for section in document["sections"]]
     assert titles == ["Figures", "Latency", "Over time, and by rank", "One step", "What this rests on"]
     assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == titles
-    assert "| ttft p50 s | 20.0 ms | 15.0 ms to 30.0 ms | lower |" in markdown
+    assert "| ttft p50 s | 20.0 ms | 15.0 to 30.0 ms | lower |" in markdown
     assert "busiest kinds: experts" in markdown
 
 
@@ -145,7 +145,7 @@ def test_two_simulations_are_compared(runs: Path) -> None:
     first = document.sections[0]
     assert first.title == "From a to b"
     rows = {row[0]: row for row in first.blocks[0].rows}  # type: ignore[union-attr]
-    assert rows["tpot p50 s"][3:] == ("+100.0 %", "worse")
+    assert rows["tpot p50 s"][3:] == ("+100.0\N{NO-BREAK SPACE}%", "worse")
     assert (runs / "c.html").read_text().count('aria-label="Time to first token') == 3  # both together, and each
 
 
