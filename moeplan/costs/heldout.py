@@ -6,6 +6,7 @@ predicted to be. Marked rows serve like the others here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,8 +103,8 @@ def _exponent(name: str) -> tuple[bool, float]:
     return parts[-1] == "eplb", numbers[0] if numbers else 0.0
 
 
-def hold_out(name: str, table: pa.Table) -> HeldOut:
-    """Predict each 4th row of ``table`` from the others."""
+def hold_out(name: str, table: pa.Table, steps: Callable[[Floats], Floats] | None = None) -> HeldOut:
+    """Predict each 4th row of ``table`` from the others; ``steps`` as :class:`GridInterpolator` takes them."""
     axes = AXES[name]
     coords = [_skew(table) if a == "skew" else table[a].to_numpy().astype(float) for a in axes]
     coords_nA = np.maximum(np.stack(coords, 1), 0.5)
@@ -125,7 +126,7 @@ def hold_out(name: str, table: pa.Table) -> HeldOut:
         test = test[np.isin(series[test], series[train])]
         if not len(test):
             continue
-        model = GridInterpolator(series[train], coords_nA[train], latency[train])
+        model = GridInterpolator(series[train], coords_nA[train], latency[train], steps=steps)
         answer = model.predict(series[test], coords_nA[test])
         ours[test], inside[test] = answer.latency_us / latency[test] - 1, answer.inside
         plain[test] = model.plain(series[test], coords_nA[test]) / latency[test] - 1

@@ -7,22 +7,24 @@ the same alignment share (the largest power of two in a size decides about paddi
 
     cov(p, q) = e^{-|p - q|} (1 + sum_a share_a [p_a = q_a] + share [align p = align q]) + noise [p = q]
 
-with distances in logs over a length, the size counted also in tiles where that helps, and a linear trend
+with distances in logs over a length, the size counted also in tiles where that helps, coordinates added that
+say where the kernel's time jumps (``steps``: products have the idle part of the last wave), and a linear trend
 (universal kriging: Cressie, Statistics for Spatial Data, 1993, section 3.4; the exponential covariance
 interpolates linearly along one axis). Scatter follows Student's t with 2 degrees of freedom, since a run that
 met a slow clock or a neighbour's traffic is off by far more than the others: points that their neighbours
 contradict lose weight (iteratively reweighted: Lange, Little and Taylor, JASA 84, 1989).
 
-Each query is solved on its nearest neighbours only. Which of a few settings, or the plain log-log line along
-the size, serves a table best is chosen by leaving out known points; what they miss by is the error of every
-answer.
+Each query is solved on its nearest neighbours only, few or many. Which of a few settings, or the plain log-log
+line along the size, serves a table best is chosen by leaving out known points; what they miss by is the error of
+every answer.
 
 Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``S`` series, ``V`` grid values.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -41,6 +43,8 @@ _TRIALS = ((100, 3), (400, 1))  # known points left out, settings kept thereby
 _SAME = 1e-9
 _TILES = (64, 128, 256)
 _MAX_ALIGNMENT = 16
+_NEIGHBOURS = (48, 80)  # few, many
+_STEPS_WEIGHT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class _Setting:
     noise: float
     scatter: float  # scale of the scatter, in e-foldings of latency
     tiles: float = 0.0  # weight of the size counted in tiles
+    wide: bool = False  # more and farther neighbours: what scatters much needs many
 
 
 # From smooth and quiet to stepped and noisy; shares and noise are ratios to the smooth part's variance.
@@ -83,11 +88,11 @@ def line(x: Floats, y: Floats, at: Floats) -> Floats:
 
 
 @cache
-def _offsets(on_grid: tuple[bool, ...]) -> Ints:
+def _offsets(on_grid: tuple[bool, ...], wide: bool) -> Ints:
     """(b, A) grid steps to neighbours, nearest first, from the value at or below the query on each axis."""
     choices = []
     for axis, on in enumerate(on_grid):
-        reach = 4 if axis == 0 else 2
+        reach = 4 if axis == 0 else 2 + wide
         if on:
             choices.append([(step, abs(step)) for step in range(-reach, reach + 1)])
         else:
@@ -96,15 +101,26 @@ def _offsets(on_grid: tuple[bool, ...]) -> Ints:
     found = sorted(
         (sum(cost for _, cost in steps), [step for step, _ in steps])
         for steps in product(*choices)
-        if sum(cost for _, cost in steps[1:]) <= max(0, 2 - off)
+        if sum(cost for _, cost in steps[1:]) <= max(0, 2 + wide - off)
     )
-    return np.array([steps for cost, steps in found if cost <= 4], np.int64)
+    return np.array([steps for cost, steps in found if cost <= 4 + wide], np.int64)
 
 
 class GridInterpolator:
-    """One table family (one kernel and type) as a function of its numeric axes. See the module."""
+    """One table family (one kernel and type) as a function of its numeric axes. See the module.
 
-    def __init__(self, series_n: Ints, coords_nA: Floats, latency_us_n: Floats, seed: int = 0) -> None:
+    ``steps``: coordinates [q, A] to further ones [q, D], in logs, that say where the kernel's time jumps.
+    """
+
+    def __init__(
+        self,
+        series_n: Ints,
+        coords_nA: Floats,
+        latency_us_n: Floats,
+        seed: int = 0,
+        steps: Callable[[Floats], Floats] | None = None,
+    ) -> None:
+        self._steps = steps
         self._names, self._series = np.unique(series_n, return_inverse=True)
         self._x, self._y = np.log(coords_nA), np.log(latency_us_n)
         self._axes = coords_nA.shape[1]
@@ -169,7 +185,9 @@ class GridInterpolator:
             misses = [np.abs(self._krige(names[part], x[part], setting) - y[part]) for setting in settings]
             order = np.argsort([_cost(miss) for miss in misses], kind="stable")[:keep]
             settings, misses = [settings[i] for i in order], [misses[i] for i in order]
-        self._setting, own = settings[0], misses[0]
+        wide = replace(settings[0], wide=True)
+        far = np.abs(self._krige(names, x, wide) - y)
+        self._setting, own = (wide, far) if _cost(far) < _cost(misses[0]) else (settings[0], misses[0])
         straight = np.abs(self._line(names, x) - y)
         both = np.isfinite(own) & np.isfinite(straight)
         self._use_line = bool(_cost(straight[both]) < _cost(own[both])) or not np.isfinite(own).any()
@@ -224,11 +242,12 @@ class GridInterpolator:
         """Kriging from the neighbours, the point itself left out; nan where it has fewer than two."""
         answer = np.full(len(x), np.nan)
         left, on = self._place(names, x)
-        points, queries = _steps(self._x, setting.tiles), _steps(x, setting.tiles)
+        points, queries = self._places(self._x, setting.tiles), self._places(x, setting.tiles)
+        most = _NEIGHBOURS[setting.wide]
         numbers = (setting.length, setting.share_size, setting.share_other, setting.noise, setting.scatter)
         patterns, group = np.unique(on, axis=0, return_inverse=True)
         for number, pattern in enumerate(patterns):
-            offsets = _offsets(tuple(bool(flag) for flag in pattern))
+            offsets = _offsets(tuple(bool(flag) for flag in pattern), setting.wide)
             if pattern.all():
                 offsets = offsets[offsets.any(1)]
             members = np.flatnonzero(group.ravel() == number)
@@ -236,20 +255,22 @@ class GridInterpolator:
                 part = members[start : start + _CHUNK]
                 rows = self._at(names[part], left[part][:, None, :] + offsets)
                 places, alignment = (array[part] for array in queries)
-                answer[part] = krige(self._x, *points, self._y, x[part], places, alignment, rows, numbers)
+                answer[part] = krige(self._x, *points, self._y, x[part], places, alignment, rows, most, numbers)
         return answer
+
+    def _places(self, x_nA: Floats, tiles: float) -> tuple[Floats, Ints]:
+        """What tells points apart: coordinates with the size counted in tiles too, by this weight, and further
+        ones; the alignment of each size."""
+        size = np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
+        place = x_nA.copy()
+        for tile in _TILES:
+            place[:, 0] += tiles * np.log(np.maximum(-(-size // tile), 1))
+        if self._steps is not None:
+            place = np.hstack([place, _STEPS_WEIGHT * self._steps(np.exp(x_nA))])
+        return place, np.minimum(size & -size, _MAX_ALIGNMENT)
 
 
 def _cost(miss: Floats) -> float:
     """One number for misses: their median, and their 90th percentile at a fifth; infinite where there are none."""
     known = miss[np.isfinite(miss)]
     return float(np.quantile(known, 0.5) + np.quantile(known, 0.9) / 5) if len(known) else np.inf
-
-
-def _steps(x_nA: Floats, tiles: float) -> tuple[Floats, Ints]:
-    """Coordinates with the size counted in tiles too, by this weight; the alignment of each size."""
-    size = np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
-    place = x_nA.copy()
-    for tile in _TILES:
-        place[:, 0] += tiles * np.log(np.maximum(-(-size // tile), 1))
-    return place, np.minimum(size & -size, _MAX_ALIGNMENT)

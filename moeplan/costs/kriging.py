@@ -1,6 +1,6 @@
 """Robust kriging of many queries, each from its own nearest points: the compiled part of ``interpolation``.
 
-Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``A`` axes.
+Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``A`` axes, ``D`` coordinates that tell points apart.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["NEIGHBOURS", "krige"]
+__all__ = ["krige"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-NEIGHBOURS = 48
 _ROUNDS = 8  # of reweighting, at most
 _SETTLED = 0.1  # relative change of the weights at which they rest
 _FREEDOM = 2.0  # of Student's t
@@ -23,12 +22,14 @@ _SAME = 1e-9
 
 
 @njit(cache=True, nogil=True)
-def _covariance(a_A: Floats, b_A: Floats, same_alignment: bool, length: float, size: float, other: float) -> float:
+def _covariance(
+    a_D: Floats, b_D: Floats, axes: int, same_alignment: bool, length: float, size: float, other: float
+) -> float:
     apart, share = 0.0, other if same_alignment else 0.0
-    for axis in range(len(a_A)):
-        distance = abs(a_A[axis] - b_A[axis])
+    for axis in range(len(a_D)):
+        distance = abs(a_D[axis] - b_D[axis])
         apart += distance
-        if distance <= _SAME:
+        if axis < axes and distance <= _SAME:
             share += size if axis == 0 else other
     return float(np.exp(-apart / length) * (1 + share))
 
@@ -58,30 +59,33 @@ def _solve(lower_bb: Floats, noise_b: Floats, y_b: Floats, factor_bb: Floats, du
 @njit(cache=True, nogil=True)
 def krige(
     x_nA: Floats,
-    place_nA: Floats,
+    place_nD: Floats,
     align_n: Ints,
     y_n: Floats,
     x_qA: Floats,
-    place_qA: Floats,
+    place_qD: Floats,
     align_q: Ints,
     rows_qb: Ints,
+    most: int,
     setting: tuple[float, float, float, float, float],
 ) -> Floats:
     """Answers [q] in the logs of ``y``; nan for queries with fewer than two neighbours.
 
-    ``x`` are log coordinates, ``place`` the same with steps that lie apart stretched, ``align`` alignment classes,
-    ``rows`` neighbours, nearest first, -1 for none; the first :data:`NEIGHBOURS` serve. ``setting``: length, share
-    of an equal size, of another equal coordinate or alignment, noise, and the scale of the scatter.
+    ``x`` are log coordinates, ``place`` the same with steps that lie apart stretched, and then what else tells
+    points apart, ``align`` alignment classes, ``rows`` neighbours, nearest first, -1 for none; the first ``most``
+    serve. ``setting``: length, share of an equal size, of another equal coordinate or alignment, noise, and the
+    scale of the scatter.
     """
     length, size, other, noise, scatter = setting
     answer = np.full(len(x_qA), np.nan)
-    rows = np.empty(NEIGHBOURS, np.int64)
-    among, factor = np.empty((NEIGHBOURS, NEIGHBOURS)), np.empty((NEIGHBOURS, NEIGHBOURS))
-    towards, y, dual, own = np.empty(NEIGHBOURS), np.empty(NEIGHBOURS), np.empty(NEIGHBOURS), np.empty(NEIGHBOURS)
+    axes = x_nA.shape[1]
+    rows = np.empty(most, np.int64)
+    among, factor = np.empty((most, most)), np.empty((most, most))
+    towards, y, dual, own = np.empty(most), np.empty(most), np.empty(most), np.empty(most)
     for q in range(len(x_qA)):
         count = 0
         for row in rows_qb[q]:
-            if row >= 0 and count < NEIGHBOURS:
+            if row >= 0 and count < most:
                 rows[count] = row
                 count += 1
         if count < 2:
@@ -91,14 +95,14 @@ def krige(
             at = rows[i]
             y[i], own[i] = y_n[at] - level, noise
             same = align_n[at] == align_q[q]
-            towards[i] = _covariance(place_nA[at], place_qA[q], same, length, size, other) + _LEVEL
+            towards[i] = _covariance(place_nD[at], place_qD[q], axes, same, length, size, other) + _LEVEL
             for j in range(i + 1):
                 to = rows[j]
                 slope = 0.0  # the trend, centred on the query
-                for axis in range(x_nA.shape[1]):
+                for axis in range(axes):
                     slope += (x_nA[at, axis] - x_qA[q, axis]) * (x_nA[to, axis] - x_qA[q, axis])
                 same = align_n[at] == align_n[to]
-                smooth = _covariance(place_nA[at], place_nA[to], same, length, size, other)
+                smooth = _covariance(place_nD[at], place_nD[to], axes, same, length, size, other)
                 among[i, j] = smooth + _LEVEL + _SLOPE * slope
         for _ in range(_ROUNDS):
             _solve(among, own, y, factor, dual, count)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.interpolation import GridInterpolator
+from moeplan.costs.waves import steps_of
 
 __all__ = ["Seconds", "TableCosts"]
 
@@ -50,7 +51,8 @@ def _fitted(
     source = str(values[counts.argmax()])
     mine = np.array(kernels) == source
     coords = np.stack([rows[axis].to_numpy()[mine].astype(float) for axis in axes], 1)
-    model = GridInterpolator(np.zeros(len(coords), np.int64), coords, rows["latency_us"].to_numpy()[mine])
+    latency = rows["latency_us"].to_numpy()[mine]
+    model = GridInterpolator(np.zeros(len(coords), np.int64), coords, latency, steps=steps_of(profile, table))
     return model, source, coords.min(0), coords.max(0)
 
 

@@ -18,6 +18,7 @@ from moeplan.costs.experts import ExpertCosts, fit_experts
 from moeplan.costs.heldout import AXES, PARTS, hold_out
 from moeplan.costs.interpolation import line
 from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, skewed_over_balanced
+from moeplan.costs.waves import steps_of
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
 from moeplan.pipeline.validation_live import cpu_figures, find_measured, h200_figure
 from moeplan.specs.clusters import find_accelerator
@@ -47,7 +48,7 @@ def _figure(name: str, value: float | None, target: float, **more: Any) -> dict[
 
 
 def _held_out(profile: HardwareProfile, name: str) -> dict[str, Any]:
-    answer = hold_out(name, profile.table(name))
+    answer = hold_out(name, profile.table(name), steps_of(profile, name))
     total = answer.figures()
     better = total["median_on_plain"] <= total["plain_median"] and total["p90_on_plain"] <= total["plain_p90"]
     reached = total["median"] <= _MEDIAN and total["p90"] <= _P90 and better

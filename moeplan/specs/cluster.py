@@ -32,6 +32,9 @@ class AcceleratorSpec(Spec):
         None,
         description="per rank to its host, one way; joins the ranks of a node that share no scale-up domain",
     )
+    multiprocessors: int | None = Field(
+        None, gt=0, description="how many tiles of a product run at once; unknown: products in between are less sure"
+    )
     tdp: Watts | None = None
     source: str = ""
 

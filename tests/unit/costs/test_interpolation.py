@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan.costs.interpolation import GridInterpolator, line
+from moeplan.costs.waves import idle_share
 
 
 def grid(*axes: list[float]) -> np.ndarray:
@@ -121,3 +122,27 @@ def test_incomplete_grids_answer() -> None:
     miss = np.abs(answer.latency_us[ok] / y[~keep][ok] - 1)
     assert np.quantile(miss, 0.85) < 0.02
     assert miss.max() < 0.3  # missing corners are the trend's
+
+
+def test_a_product_whose_time_goes_in_waves_is_known_between_its_sizes() -> None:
+    # Time by whole waves of 128 x 128 tiles on 100 multiprocessors: a line cuts through the stairs.
+    def seconds(x: np.ndarray) -> np.ndarray:
+        tiles = np.ceil(x[:, 0] / 128) * np.ceil(x[:, 1] / 128)
+        return 5 * np.ceil(tiles / 100) * x[:, 2] ** 0.9
+
+    x = grid([128.0 * i for i in range(1, 25)], [1024, 2048, 3072, 4096], [512, 1024, 2048])
+    hidden = np.random.default_rng(7).random(len(x)) < 0.25
+    names, known, y = np.zeros(len(x), int), x[~hidden], seconds(x)
+    with_waves = GridInterpolator(names[~hidden], known, y[~hidden], steps=idle_share(100))
+    without = GridInterpolator(names[~hidden], known, y[~hidden])
+    off, plain_off = (
+        float(np.quantile(np.abs(model.predict(names[hidden], x[hidden]).latency_us / y[hidden] - 1), 0.9))
+        for model in (with_waves, without)
+    )
+    assert off < 0.7 * plain_off
+
+
+def test_the_last_wave_is_idle_where_few_tiles_are_left() -> None:
+    # 101 tiles of 128 x 128 on 100 multiprocessors take two waves; 100 tiles fill one.
+    shares = np.exp(idle_share(100)(np.array([[128.0, 128 * 101, 64], [128.0, 128 * 100, 64]])))
+    np.testing.assert_allclose(shares[:, 3], [200 / 101, 1.0])
