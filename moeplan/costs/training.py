@@ -3,6 +3,8 @@
 - Products cost twice their forward in backward (gradients of inputs and of weights); FlashAttention's kernel two
   and a half times (five products for two: Dao 2023, arXiv 2307.08691). Exchanges cost the same both ways.
 - Elementwise work beyond a forward's: see :data:`PASSES`.
+- Every micro-batch adds its weights' gradients to those before: one read and one write of all of them (Megatron-LM's
+  ``gradient_accumulation_fusion`` does it in the product's kernel).
 - 1F1B with ``p`` stages, ``m`` micro-batches and ``v`` chunks per stage idles ``(p - 1) / (v m)`` of the work
   (Narayanan et al. 2021, arXiv 2104.04473); the simulation plays the schedule, :func:`training_step` uses this.
 - Gradients are reduce-scattered and weights all-gathered over the ranks that hold copies: ``ranks / (pp tp)`` for
@@ -209,7 +211,14 @@ class TrainingCosts:
         full = spec.recompute == "full"
         back = self.backward_factor = _BACKWARD + full
         shared = fixed.shared_s
-        self.attention_s = attention
+        # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch.
+        self._slots = int(np.bincount(placement.rank_of_slot_P).max())
+        tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
+        self._dense_parameters = (model.non_expert_parameters - tables) / model.num_layers / spec.tp
+        self._bandwidth = roofline.MEMORY_EFFICIENCY * cluster.accelerator.memory_bandwidth
+        once_s = 2 * DTYPE_BYTES[spec.gradient_dtype] / self._bandwidth
+        added = once_s * self._dense_parameters, once_s * self._slots * float(model.expert_parameters)
+        attention = self.attention_s = (attention[0], attention[1] + sum(added))
         hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
         self._moe_forward_WL = attention[0] + shared + expert_s_WL
         self._moe_backward_WL = attention[1] + back * (shared + expert_s_WL) + (exchange_s_WL if full else 0.0)
@@ -219,12 +228,11 @@ class TrainingCosts:
         # A dense layer permutes nothing and has no router.
         routing = dense.passes(self.tokens * hidden, 2 * model.top_k).total
         routing += dense.product(self.tokens, model.num_experts, hidden).total
-        self._dense = (attention[0] - routing + block, attention[1] - 2 * routing + back * block)
+        self._dense = (attention[0] - routing + block, attention[1] - added[1] - 2 * routing + back * block)
         head = dense.product(rows, model.vocab_size / spec.tp, hidden).total
         loss = dense.passes(rows * model.vocab_size / spec.tp, _HEAD_PASSES).total
         self._head = (head + loss / 2, 2 * head + loss / 2)
         self.links = CollectiveCosts(cluster, profile)
-        self._slots = int(np.bincount(placement.rank_of_slot_P).max())
 
     # ------------------------------------------------------------------ layers and chunks
 
@@ -271,9 +279,7 @@ class TrainingCosts:
         model, spec, ranks = self.model, self.spec, self.cluster.num_ranks
         tables = model.vocab_size * model.hidden_size
         ends = (layers[0] == 0) + (layers[-1] == len(kinds) - 1)
-        both = 1 if model.tie_word_embeddings else 2
-        per_layer = (model.non_expert_parameters - both * tables) / model.num_layers
-        dense = (per_layer * len(layers) + tables * ends) / spec.tp
+        dense = self._dense_parameters * len(layers) + tables * ends / spec.tp
         expert = sum(kinds[layer] for layer in layers) * self._slots * float(model.expert_parameters)
         groups = [
             (dense, ranks // (spec.pp * spec.tp), spec.tp),
@@ -286,7 +292,6 @@ class TrainingCosts:
             gather += self.links.seconds("all_gather", copies, parameters * width, stride).total
             own += parameters / (copies if spec.zero else 1)
             moved += parameters * grad * (copies > 1)
-        bandwidth = roofline.MEMORY_EFFICIENCY * self.cluster.accelerator.memory_bandwidth
         kept = sum(activation_bytes(model, kinds[layer], spec.recompute) for layer in layers) * self.tokens
         if layers[-1] == len(kinds) - 1:  # logits and their softmax in fp32
             kept += self.tokens * spec.tp * model.vocab_size / spec.tp * 4
@@ -298,7 +303,7 @@ class TrainingCosts:
             exchange_s_W=exchange_W,
             sync_s=sync,
             gather_s=gather,
-            optimizer_s=own * _ADAM_MOVED_BYTES / bandwidth,
+            optimizer_s=own * _ADAM_MOVED_BYTES / self._bandwidth,
             sync_bytes=moved,
             state_bytes=_state_bytes(spec, [(parameters, copies) for parameters, copies, _ in groups]),
             activation_bytes=kept,

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from moeplan.artifacts.profile import shipped_profiles
-from moeplan.pipeline import published as module
-from moeplan.pipeline.published import CONSTANTS, published_rows, validate_published
+from moeplan.pipeline import published
+from moeplan.pipeline import published_predict as module
+from moeplan.pipeline.published import published_rows, validate_published
+from moeplan.pipeline.published_predict import CONSTANTS
 
 ROWS = {row["id"]: row for row in published_rows()}
 
@@ -18,7 +20,7 @@ def test_every_row_names_its_source_and_configuration() -> None:
     for row in published_rows():
         assert row["source"]
         assert row["measured"] > 0
-        assert row["section"] in ("serving", "training", "exchange")
+        assert row["section"] in ("serving", "training", "exchange", "memory")
         assert row["quality"] in ("A", "A+", "A/B", "B")
         assert row["config"] or row["why"]
     wanted = ("deepseek-prefill-ep32", "deepseek-decode-ep144", "imbalance-ep32-288", "dsv3-gb200-mxfp8-2602")
@@ -63,8 +65,8 @@ def test_rows_that_cannot_be_predicted_count_as_missed(monkeypatch: pytest.Monke
     def fake(row: dict[str, Any]) -> tuple[float | None, str]:
         return (row["measured"] * 1.1, "") if row["section"] == "training" else (None, "not today")
 
-    monkeypatch.setattr(module, "_predict", fake)
-    monkeypatch.setattr(module, "_ablations", list)
+    monkeypatch.setattr(published, "predict", fake)
+    monkeypatch.setattr(published, "_ablations", list)
     answer = validate_published()
     shares = {figure["figure"]: figure for figure in answer["figures"]}
     assert shares["share within 15 %, training"]["value"] == 1.0

@@ -58,6 +58,17 @@ def test_the_simulated_step_is_the_closed_form_where_stages_are_equal() -> None:
         )
 
 
+def test_every_micro_batch_reads_and_writes_all_gradients() -> None:
+    backward = {}
+    for dtype in ("fp32", "bf16"):
+        (chunk,) = _costs(pp=1, gradient_dtype=dtype).chunks()
+        backward[dtype] = chunk.backward_s_W[0]
+    # Per layer attention (4096 x (4096 + 2 x 1024 + 4096)), router, norms, and one expert of 3 x 4096 x 14336.
+    parameters = 32 * (4096 * (2 * 4096 + 2 * 1024) + 8 * 4096 + 3 * 4096 * 14336)
+    moved = 2 * (4 - 2) * parameters  # read and write, two bytes less each
+    assert backward["fp32"] - backward["bf16"] == pytest.approx(moved / (0.8 * 3.35e12), rel=2e-3)
+
+
 def test_one_stage_is_the_sum_of_its_layers() -> None:
     costs = _costs(pp=1, nodes=1, global_batch=16, zero=0)
     (chunk,) = costs.chunks()
