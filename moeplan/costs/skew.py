@@ -4,19 +4,23 @@ The power-law benchmark draws one weight per expert from a bounded power law wit
 and 0.8 T, or between 0.01 and 2 when ``T K <= E``), scales the weights to ``T K`` choices, caps an expert at
 ``T`` tokens and hands the overflow to the least loaded experts, rank by rank; the busiest contiguous rank is the
 one measured. Its ``eplb`` variant first copies the busiest experts into the spare slots and packs greedily.
+Choices are dealt out without chance: the busiest slot takes the first tokens, the next slot goes on from there,
+round the tokens ``K`` times (aiconfigurator, collector/helper.py: ``power_law_logits_v3``). Which tokens arrive at
+the measured rank follows, and their number is what wide-EP tables record of their draw.
 
-``D`` draws, ``E`` experts, ``e`` experts of the measured rank.
+``D`` draws, ``E`` experts, ``P`` slots, ``e`` experts of the measured rank.
 """
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.costs.exchange import touched_share
 from moeplan.costs.experts import ExpertCosts
 
-__all__ = ["busiest_rank", "busiest_rank_eplb", "draw_choices", "skewed_over_balanced"]
+__all__ = ["busiest_rank", "busiest_rank_eplb", "draw_choices", "nearest_draws", "skewed_over_balanced"]
 
 Floats = NDArray[np.float64]
 
@@ -55,46 +59,79 @@ def _settle(row_E: Floats, cap: int, total: int, ep: int) -> None:
         short = total - row_E.sum()
 
 
-def busiest_rank(counts_DE: Floats, ep: int) -> Floats:
-    """Tokens per local expert ``[D, e]`` of the contiguous rank with most."""
-    per_rank = counts_DE.reshape(len(counts_DE), ep, -1)
-    busiest: Floats = per_rank[np.arange(len(per_rank)), per_rank.sum(2).argmax(1)]
-    return busiest
-
-
-def busiest_rank_eplb(counts_DE: Floats, ep: int, num_slots: int) -> Floats:
-    """Tokens per slot ``[D, slots / ep]`` of the busiest rank after copying and greedy packing."""
-    local = num_slots // ep
-    answer = np.zeros((len(counts_DE), local))
+def busiest_rank(counts_DE: Floats, ep: int, tokens: int) -> tuple[Floats, Floats]:
+    """Of the contiguous rank with most: tokens per local expert ``[D, e]``, and tokens that arrive ``[D]``."""
+    draws, experts = counts_DE.shape
+    local = experts // ep
+    busiest_D = counts_DE.reshape(draws, ep, local).sum(2).argmax(1)
+    vectors_De = counts_DE.reshape(draws, ep, local)[np.arange(draws), busiest_D]
+    arriving = np.zeros(draws)
     for number, counts in enumerate(counts_DE):
-        copies = np.ones(len(counts))
+        order = np.argsort(-counts, kind="stable")
+        arriving[number] = _arriving(counts[order], order // local == busiest_D[number], tokens)
+    return vectors_De, arriving
+
+
+def busiest_rank_eplb(counts_DE: Floats, ep: int, num_slots: int, tokens: int) -> tuple[Floats, Floats]:
+    """As :func:`busiest_rank`, after copying and greedy packing: ``[D, slots / ep]`` and ``[D]``."""
+    local = num_slots // ep
+    vectors, arriving = np.zeros((len(counts_DE), local)), np.zeros(len(counts_DE))
+    for number, counts in enumerate(counts_DE):
+        copies = np.ones(len(counts), np.int64)
+        heaviest = [(-count, expert) for expert, count in enumerate(counts)]
+        heapq.heapify(heaviest)
         for _ in range(num_slots - len(counts)):
-            copies[np.argmax(counts / copies)] += 1
-        slots = np.sort(np.repeat(counts / copies, copies.astype(int)))[::-1]
-        load, used = np.zeros(ep), np.zeros(ep, np.int64)
-        held = np.zeros((ep, local))
-        for tokens in slots:
-            rank = int(np.argmin(np.where(used < local, load, np.inf)))
-            held[rank, used[rank]] = tokens
-            load[rank] += tokens
+            expert = heaviest[0][1]
+            copies[expert] += 1
+            heapq.heapreplace(heaviest, (-counts[expert] / copies[expert], expert))
+        slots_P = np.sort(np.repeat(counts / copies, copies))[::-1]
+        lightest = [(0.0, rank) for rank in range(ep)]
+        used, rank_P = np.zeros(ep, np.int64), np.zeros(num_slots, np.int64)
+        for slot, more in enumerate(slots_P):
+            load, rank = heapq.heappop(lightest)
+            rank_P[slot] = rank
             used[rank] += 1
-        answer[number] = held[load.argmax()]
-    return answer
+            if used[rank] < local:
+                heapq.heappush(lightest, (load + more, rank))
+        mine_P = rank_P == np.bincount(rank_P, slots_P).argmax()
+        vectors[number], arriving[number] = slots_P[mine_P], _arriving(slots_P, mine_P, tokens)
+    return vectors, arriving
+
+
+def _arriving(falling_P: Floats, mine_P: NDArray[np.bool_], tokens: int) -> float:
+    """Tokens that choose one of the slots ``mine``: the union of the slots' runs, dealt round the tokens."""
+    first = (np.cumsum(falling_P) - falling_P)[mine_P] % tokens
+    last = first + falling_P[mine_P]
+    runs = [*zip(first, np.minimum(last, tokens), strict=True), *((0.0, end - tokens) for end in last if end > tokens)]
+    covered = reached = 0.0
+    for start, end in sorted(runs):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def nearest_draws(arriving_D: Floats, recorded: float, keep: int) -> NDArray[np.intp]:
+    """The draws whose number of arriving tokens is nearest to that of the measured one."""
+    return np.argsort(np.abs(arriving_D - recorded), kind="stable")[:keep]
 
 
 def skewed_over_balanced(
-    costs: ExpertCosts, vectors_De: Floats, tokens: int, top_k: int, num_experts: int, ep: int, dispatched: bool = False
+    costs: ExpertCosts,
+    vectors_De: Floats,
+    tokens: int,
+    top_k: int,
+    num_experts: int,
+    ep: int,
+    arriving_D: Floats | None = None,
 ) -> float:
     """Predicted time of a skewed rank over that of a balanced one, averaged over draws.
 
-    ``dispatched``: the skewed rank is sent its own tokens only (wide expert parallelism), where the balanced one
-    was measured with all tokens of the group in its memory; what is paid per token whatever its experts then
-    falls to the part that arrives.
+    ``arriving_D``: the skewed rank is sent its own tokens only (wide expert parallelism), so many, where the
+    balanced one was measured with all tokens of the group in its memory; what is paid per token whatever its
+    experts then falls to the part that arrives.
     """
     mean = tokens * top_k / num_experts
     balanced = costs.rank_s(np.full(num_experts // ep, mean), mean)
-    if not dispatched:
-        return float(costs.rank_s(vectors_De, mean).mean() / balanced)
-    arriving = touched_share(vectors_De.sum(1) / (tokens * top_k), top_k)
-    skewed = [costs.rank_s(vector, mean * part) for vector, part in zip(vectors_De, arriving, strict=True)]
+    parts = np.ones(len(vectors_De)) if arriving_D is None else arriving_D / tokens
+    skewed = [costs.rank_s(vector, mean * part) for vector, part in zip(vectors_De, parts, strict=True)]
     return float(np.mean(skewed) / balanced)

@@ -17,7 +17,7 @@ from moeplan.costs.exchange import touched
 from moeplan.costs.experts import ExpertCosts, fit_experts
 from moeplan.costs.heldout import AXES, PARTS, hold_out
 from moeplan.costs.interpolation import line
-from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, skewed_over_balanced
+from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, nearest_draws, skewed_over_balanced
 from moeplan.costs.waves import steps_of
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
 from moeplan.pipeline.validation_live import cpu_figures, find_measured, h200_figure
@@ -29,6 +29,7 @@ Progress = Callable[[str, float], None]
 
 _TABLES = {"experts": "MoE GEMM", "alltoall": "all-to-all", "attention": "attention", "gemm": "GEMM"}
 _DRAWS = 32
+_RECORDED_DRAWS, _NEAREST = 64, 8  # where a table records how many tokens its draw sent
 _MEDIAN, _P90, _SKEW, _DEEPEP = 0.02, 0.10, 0.10, 0.15
 
 # DeepEP README and docs/legacy.md (H800, ConnectX-7 400 Gb/s, hidden 7168, top-8, fp8 dispatch, bf16 combine).
@@ -66,11 +67,11 @@ def _held_out(profile: HardwareProfile, name: str) -> dict[str, Any]:
 
 
 @cache
-def _vectors(tokens: int, top_k: int, experts: int, alpha: float, ep: int, slots: int) -> Any:
+def _vectors(tokens: int, top_k: int, experts: int, alpha: float, ep: int, slots: int, draws: int) -> Any:
     # One generator per case: its draws do not depend on what else is validated.
     rng = np.random.default_rng([tokens, top_k, experts, round(alpha * 100), ep])
-    counts = draw_choices(tokens, top_k, experts, alpha, ep, _DRAWS, rng)
-    return busiest_rank_eplb(counts, ep, slots) if slots else busiest_rank(counts, ep)
+    counts = draw_choices(tokens, top_k, experts, alpha, ep, draws, rng)
+    return busiest_rank_eplb(counts, ep, slots, tokens) if slots else busiest_rank(counts, ep, tokens)
 
 
 def _balanced_of(family: str) -> str:
@@ -118,7 +119,13 @@ def _skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[dict[st
         if slots % ep:
             continue
         alpha = float(name.split("_")[2])
-        vectors = _vectors(tokens, row["top_k"], experts, alpha, ep, slots if eplb else 0)
+        recorded = row["rank_tokens"]
+        draws = _DRAWS if recorded < 0 else _RECORDED_DRAWS
+        vectors, arriving = _vectors(tokens, row["top_k"], experts, alpha, ep, slots if eplb else 0, draws)
+        if recorded >= 0:  # one draw was measured: the like of it
+            near = nearest_draws(arriving, recorded, _NEAREST)
+            vectors, arriving = vectors[near], np.full(len(near), float(recorded))
+        sent = arriving if kernel != row["kernel"] else None
         sizes = np.array(sorted(t for e, t in times if e == ep), float)
         took = np.array([times[ep, int(t)] for t in sizes])
         busiest = vectors.sum(1) * ep / row["top_k"]
@@ -135,7 +142,7 @@ def _skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[dict[st
                 "slots": slots,
                 "alpha": alpha,
                 "measured": row["latency_us"] / times[ep, tokens],
-                "ours": skewed_over_balanced(fit, vectors, tokens, row["top_k"], experts, ep, kernel != row["kernel"]),
+                "ours": skewed_over_balanced(fit, vectors, tokens, row["top_k"], experts, ep, sent),
                 "token_sum": float(scaled.mean()) / times[ep, tokens],
             }
         )
@@ -272,7 +279,9 @@ def validate_kernels(
         inputs.append({"profile": one.meta.name, "rows": {t: one.table(t).num_rows for t in one.table_names}})
         tables = [table for table in AXES if table in one.table_names and table in _TABLES]
         with ThreadPoolExecutor() as pool:  # compiled parts run side by side
-            figures += pool.map(_held_out, [one] * len(tables), tables)
+            for done, figure in enumerate(pool.map(_held_out, [one] * len(tables), tables), 1):
+                figures.append(figure)
+                progress("validate", (number + done / (len(tables) + 1)) / len(names))
         rows = _skew_rows(one) if "experts" in one.table_names else []
         skew += [{**row, "system": one.meta.name} for row in rows]
         multi_node = one.select("alltoall", usable=False, nodes=[2, 4, 8], kernel="deepep")

@@ -8,7 +8,7 @@ import pytest
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs.experts import ExpertCosts, expert_costs, fit_experts
-from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, skewed_over_balanced
+from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, nearest_draws, skewed_over_balanced
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import ModelSpec
 
@@ -142,17 +142,39 @@ def test_drawn_choices_are_whole_and_capped(tokens: int, top_k: int, experts: in
     np.testing.assert_allclose(counts.sum(1), tokens * top_k)
     assert counts.max() <= tokens
     assert counts.min() >= 0
-    busiest = busiest_rank(counts, ep)
+    busiest, _ = busiest_rank(counts, ep, tokens)
     assert busiest.shape == (20, experts // ep)
     np.testing.assert_allclose(busiest.sum(1), counts.reshape(20, ep, -1).sum(2).max(1))
 
 
 def test_copies_take_the_skew_away() -> None:
     counts = draw_choices(16384, 4, 64, 1.2, 8, 20, np.random.default_rng(0))
-    spread = busiest_rank_eplb(counts, 8, 96)
+    spread, _ = busiest_rank_eplb(counts, 8, 96, 16384)
     assert spread.shape == (20, 12)
-    assert spread.sum(1).mean() < 0.7 * busiest_rank(counts, 8).sum(1).mean()
+    assert spread.sum(1).mean() < 0.7 * busiest_rank(counts, 8, 16384)[0].sum(1).mean()
     assert (spread.sum(1) >= counts.sum(1) / 8 - 1e-6).all()
+
+
+def test_arriving_tokens_are_those_that_choose_the_busiest_rank() -> None:
+    # Deal the choices out one by one and count the tokens that meet the rank.
+    tokens, top_k, ep = 64, 4, 4
+    counts = np.random.default_rng(3).multinomial(tokens * top_k, np.arange(1, 17) / 136, 12).astype(float)
+    vectors, arriving = busiest_rank(counts, ep, tokens)
+    for row, vector, count in zip(counts.astype(int), vectors, arriving, strict=True):
+        order = np.argsort(-row, kind="stable")
+        chosen_TK = np.repeat(order, row[order]).reshape(top_k, tokens).T
+        rank = int(row.reshape(ep, -1).sum(1).argmax())
+        assert vector.tolist() == row.reshape(ep, -1)[rank].tolist()
+        assert count == (chosen_TK // 4 == rank).any(1).sum()
+    # As many slots as experts: greedy packing moves experts, and no rank gets fewer tokens than its largest slot.
+    packed, met = busiest_rank_eplb(counts, ep, 16, tokens)
+    assert (packed.sum(1) <= vectors.sum(1)).all()
+    assert (met >= packed.max(1)).all()
+    assert (met <= np.minimum(packed.sum(1), tokens)).all()
+
+
+def test_the_draws_nearest_to_what_was_recorded_are_kept() -> None:
+    assert nearest_draws(np.array([5.0, 1.0, 9.0, 4.0]), 4.4, 2).tolist() == [3, 0]
 
 
 def test_the_skewed_ratio_counts_what_is_shared() -> None:
