@@ -28,6 +28,9 @@ import numpy as np
 SEED = 0
 LAYERS, EXPERTS = 58, 256
 TARGETS = {"requests_10k_s": 5.0, "decode_hour_s": 60.0, "memory_gib": 2.0, "per_step_spread": 1.5}
+COUNTS = (1_000, 10_000, 100_000)
+# Requests come faster than they can be served, or a few at a time: then each further one adds steps in proportion.
+RATES = {"requests": "20 /s", "few": "2 /s"}
 MIXED = {"input_tokens": {"mean": 1000, "cv": 1.0}, "output_tokens": {"mean": 250, "cv": 1.0}}
 
 
@@ -59,9 +62,10 @@ def write_counts(folder: Path) -> Path:
 def cases() -> dict[str, tuple[int, int, dict[str, Any]]]:
     """name -> (ranks, nodes, serving section)."""
     found: dict[str, tuple[int, int, dict[str, Any]]] = {}
-    for count in (1_000, 10_000, 100_000):
-        requests = {"arrivals": "poisson", "rate": "20 /s", "count": count, **MIXED}
-        found[f"requests_{count}"] = 64, 8, {"requests": requests, "engine": {"max_num_seqs": 128}}
+    for name, rate in RATES.items():
+        for count in COUNTS:
+            requests = {"arrivals": "poisson", "rate": rate, "count": count, **MIXED}
+            found[f"{name}_{count}"] = 64, 8, {"requests": requests, "engine": {"max_num_seqs": 128}}
     hour = {"arrivals": "poisson", "rate": "120 /s", "duration": "1 h", "input_tokens": {"mean": 3000, "cv": 0.5},
             "output_tokens": {"mean": 1500, "cv": 0.5}}  # fmt: skip
     engine = {"max_num_seqs": 192, "overlap": "two_batch", "kv_dtype": "fp8"}
@@ -222,7 +226,15 @@ def main() -> None:
         print(json.dumps(run_case(given.case)))
         return
     runs = {name: in_process(name, given.repeats if name == "requests_10000" else 1) for name in cases()}
-    per_step = {count: runs[f"requests_{count}"]["cpu_us_per_step"] for count in (1_000, 10_000, 100_000)}
+    linear = []
+    for name, rate in RATES.items():
+        own = {count: runs[f"{name}_{count}"] for count in COUNTS}
+        per_step = {count: run["cpu_us_per_step"] for count, run in own.items()}
+        linear.append(
+            figure(f"cost per step at {rate}, 100,000 over 10,000 requests", per_step[100_000] / per_step[10_000],
+                   TARGETS["per_step_spread"], cpu_us_per_step=per_step, cpu_s={c: r["cpu_s"] for c, r in own.items()},
+                   steps={c: r["steps"] for c, r in own.items()})
+        )  # fmt: skip
     memory = max(run["memory_gib"] for run in runs.values())
     first = runs["requests_10000"]
     figures = [
@@ -230,8 +242,7 @@ def main() -> None:
         figure("1 hour of a 144-rank decode service, s of one core", runs["decode_hour"]["cpu_s"],
                TARGETS["decode_hour_s"]),
         figure("largest memory of a process, GiB", memory, TARGETS["memory_gib"]),
-        figure("cost per step, 100,000 over 10,000 requests", per_step[100_000] / per_step[10_000],
-               TARGETS["per_step_spread"], cpu_us_per_step=per_step),
+        *linear,
     ]  # fmt: skip
     peers: list[dict[str, Any]] = []
     one = infersim(given.infersim)
