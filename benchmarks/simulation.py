@@ -91,7 +91,7 @@ def run_case(name: str) -> dict[str, Any]:
         asked = scenario(write_counts(Path(folder)), ranks, nodes, serving)
         wall, cpu = time.perf_counter(), time.process_time()
         service = build_service(asked, SEED)
-        served = simulate_service(service.spec, service.requests, service.pools, service.replan)
+        served = simulate_service(service.spec, service.requests, service.pools)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     found = outcome_of(served, service.spec)
     steps = int(found.counts["steps"])

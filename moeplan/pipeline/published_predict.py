@@ -145,7 +145,7 @@ def _simulated(scenario: dict[str, Any]) -> dict[str, float]:
     from moeplan.simulation.service import simulate_service
 
     service = build_service(Scenario.parse(scenario, "published"), 0)
-    found = simulate_service(service.spec, service.requests, service.pools, service.replan, keep_log=False)
+    found = simulate_service(service.spec, service.requests, service.pools, keep_log=False)
     return outcome_of(found, service.spec).headlines
 
 

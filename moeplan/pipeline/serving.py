@@ -64,7 +64,6 @@ class Service:
     cluster: ClusterSpec
     requests: RequestTrace
     pools: tuple[Pool, ...]
-    replan: Replan
     assumptions: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
 
@@ -107,18 +106,18 @@ def build_service(scenario: Scenario, seed: int) -> Service:
                 link or stage.accelerator.nic_bandwidth, stage.nic_latency,
             )
         )  # fmt: skip
+        pools[-1] = replace(pools[-1], replan=_replanner(scenario, model, pools[-1], profile))
         size = f"{capacity:,} tokens, {capacity * per_token / 2**30:.1f} GiB on each of its ranks"
         assumptions.append((f"KV cache of a group ({role})", size, "modelled: what memory leaves"))
-    faults_fit(spec, pools[-1])
+    faults_fit(spec, pools)
     slo_possible(spec, requests, pools)
     assumptions += [
         ("placement", str(scenario.current or "contiguous"), "given"),
         ("expert load", f"{spec.experts.mode}: {scenario.trace or 'every expert alike'}", "given"),
         ("dispatch", scenario.objective.dispatch, "given"),
     ]
-    replan = _replanner(scenario, model, pools[-1], profile)
     return Service(
-        scenario, spec, model, cluster, requests, tuple(pools), replan, tuple(assumptions),
+        scenario, spec, model, cluster, requests, tuple(pools), tuple(assumptions),
         tuple(dict.fromkeys(notes)),
     )  # fmt: skip
 

@@ -44,18 +44,23 @@ def coverage_notes(
     return [f"scaled or modelled: {gap}" for gap in gaps]
 
 
-def faults_fit(spec: ServingSpec, pool: Pool) -> None:
-    """Faults name ranks and instances that there are.
+def faults_fit(spec: ServingSpec, pools: list[Pool]) -> None:
+    """Faults name pools, instances and ranks that there are.
 
     Raises:
         SpecError: which does not.
     """
     for number, fault in enumerate(spec.faults):
         where = f"serving.faults.{number}"
+        if fault.pool == "prefill" and spec.prefill is None:
+            raise SpecError(f"{where}.pool (prefill): there is no prefill pool; leave it out, or add serving.prefill")
+        pool = pools[0 if fault.pool == "prefill" else -1]
         if pool.engine.pp > 1:
             raise SpecError(f"{where}: faults with engine.pp ({pool.engine.pp}) above 1 cannot be simulated yet")
         if fault.instance >= pool.instances:
-            raise SpecError(f"{where}.instance ({fault.instance}) is outside 0..{pool.instances - 1} (instances)")
+            raise SpecError(
+                f"{where}.instance ({fault.instance}) is outside 0..{pool.instances - 1} ({fault.pool} instances)"
+            )
         if fault.rank >= pool.cluster.num_ranks:
             raise SpecError(f"{where}.rank ({fault.rank}) is outside 0..{pool.cluster.num_ranks - 1} (ranks)")
 

@@ -100,7 +100,7 @@ def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
     with threadpool_limits(1):
         service = build_service(scenario, run.seed)
         served = simulate_service(
-            service.spec, service.requests, service.pools, service.replan,
+            service.spec, service.requests, service.pools,
             keep_log=run.keep_log, errors=run.errors, progress=progress,
             origin={"seed": run.seed, "scenario_sha256": _digest(scenario), "moeplan": version("moeplan"),
                     "fidelity": scenario.fidelity},

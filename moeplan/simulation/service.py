@@ -53,7 +53,8 @@ class Replan(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
-    """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank."""
+    """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank; ``replan`` plans
+    anew for these instances, left out: the service's."""
 
     role: Role
     instances: int
@@ -66,6 +67,7 @@ class Pool:
     kv_bytes: float
     link_bytes_per_s: float = 0.0
     link_latency_s: float = 0.0
+    replan: Replan | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -346,13 +348,14 @@ class _Service:
 
     # ------------------------------------------------------------------ re-balancing and faults
 
-    def _planned(self) -> Replan:
-        if self._replan is None:
+    def _planned(self, pool: Pool) -> Replan:
+        found = pool.replan or self._replan
+        if found is None:
             raise SpecError("re-balancing and lost ranks need a planner, and none was given")
-        return self._replan
+        return found
 
     def _rebalance(self, spec: RebalanceSpec, instance: Instance, pool: Pool) -> Generator[Any, Any, None]:
-        clock, replan = self.clock, self._planned()
+        clock, replan = self.clock, self._planned(pool)
         phase: Literal["prefill", "decode"] = "prefill" if pool.role == "prefill" else "decode"
         for turn in range(1, 10**9):
             yield clock.at(nanoseconds(spec.interval * turn), Order.REBALANCE)
@@ -399,8 +402,8 @@ class _Service:
 
     def _fault(self, fault: FaultSpec) -> Generator[Any, Any, None]:
         clock = self.clock
-        # Faults concern the instances that decode: the only ones, or the last pool's.
-        instance, pool = self.stages[-1][fault.instance], self.pools[-1]
+        which = 0 if fault.pool == "prefill" else -1
+        instance, pool = self.stages[which][fault.instance], self.pools[which]
         yield clock.at(nanoseconds(fault.at), Order.FAULT)
         self._break(fault, instance, pool, broken=True)
         if fault.until is not None:
@@ -429,7 +432,7 @@ class _Service:
         lost = instance.lose_group(d) if broken else []
         now = self.clock.now_s
         load_LE = instance.loads.over(max(0.0, now - 1.0), max(now, 1e-9), "decode")
-        found = self._planned()(load_LE, changed, instance.placement, None)
+        found = self._planned(pool)(load_LE, changed, instance.placement, None)
         instance.costs = pool.costs(changed)
         self._put(instance, found)
         whole = all(not changed.rank(r).failed for r in range(d * instance.spec.tp, (d + 1) * instance.spec.tp))

@@ -166,6 +166,7 @@ class FaultSpec(Spec):
     """Something breaks. Rank numbers count inside an instance."""
 
     kind: Literal["rank-loss", "slow-rank", "slow-link"]
+    pool: Literal["decode", "prefill"] = Field("decode", description="of a disaggregated service; else leave it out")
     at: Seconds
     until: Seconds | None = Field(None, description="left out: to the end")
     instance: int = Field(0, ge=0)
@@ -177,6 +178,8 @@ class FaultSpec(Spec):
     def _consistent(self) -> Self:
         if (self.kind == "rank-loss") == (self.speed is not None):
             raise ValueError(f"{self.kind} {'has no' if self.speed else 'needs'} speed")
+        if self.kind == "rank-loss" and self.pool == "prefill":
+            raise ValueError("a rank lost in the prefill pool cannot be simulated yet; slow-rank and slow-link can")
         if self.until is not None and self.until <= self.at:
             raise ValueError(f"until ({self.until:g} s) is not after at ({self.at:g} s)")
         return self

@@ -97,6 +97,25 @@ def test_re_balancing_lowers_the_bubble() -> None:
     assert moved.headlines["bubble_share"].value < still.headlines["bubble_share"].value
 
 
+def test_pools_of_different_size_are_re_balanced_and_slowed_apart() -> None:
+    split = {"prefill": {"ranks": 4, "instances": 2}, "requests": REQUESTS | {"count": 60, "rate": "60 /s"}}
+    again = {"rebalance": {"interval": "200 ms", "window": "200 ms", "apply": "bulk"}}
+    moved = simulate(scenario(split | again), seeds=1).result
+    assert moved.counts["finished"] == 60
+    assert moved.counts["migrated_bytes"] > 0
+    well = simulate(scenario(split), seeds=1).result.headlines
+    fault = {"kind": "slow-rank", "pool": "prefill", "rank": 1, "speed": 0.2, "at": "0 s"}
+    faults = [fault | {"instance": n} for n in (0, 1)]
+    slow = simulate(scenario(split | {"faults": faults}), seeds=1).result.headlines
+    assert slow["ttft_p50_s"].value > 1.5 * well["ttft_p50_s"].value  # prompts take longer, further tokens do not
+    assert slow["tpot_p50_s"].value < 1.1 * well["tpot_p50_s"].value
+
+
+def test_a_rank_lost_in_the_prefill_pool_is_refused() -> None:
+    with pytest.raises(SpecError, match="a rank lost in the prefill pool cannot be simulated yet"):
+        scenario({"faults": [{"kind": "rank-loss", "pool": "prefill", "at": "1 s", "rank": 0}]})
+
+
 def test_a_lost_rank_is_planned_around() -> None:
     faults = [{"kind": "rank-loss", "at": "200 ms", "rank": 3, "detect": "100 ms"}]
     found = simulate(scenario({"faults": faults}), seeds=1).result
@@ -113,6 +132,12 @@ def test_a_lost_rank_is_planned_around() -> None:
         ({}, {"model": "deepseek-v3"}, TraceError, r"is a trace of another model"),
         ({"experts": {"mode": "balanced"}}, {"model": "deepseek-v3", "trace": None}, InfeasibleError,
          r"does not fit rank 0: .* exceeded by \d+ bytes .* use \d+ ranks or more"),
+        ({"faults": [{"kind": "slow-rank", "pool": "prefill", "at": "1 s", "rank": 0, "speed": 0.5}]}, {}, SpecError,
+         r"faults.0.pool \(prefill\): there is no prefill pool"),
+        ({"faults": [{"kind": "slow-link", "at": "1 s", "rank": 0, "speed": 0.5, "instance": 3}]}, {}, SpecError,
+         r"faults.0.instance \(3\) is outside 0..0 \(decode instances\)"),
+        ({"engine": {"pp": 2}, "faults": [{"kind": "slow-rank", "at": "1 s", "rank": 0, "speed": 0.5}]}, {}, SpecError,
+         r"faults with engine.pp \(2\) above 1 cannot be simulated yet"),
         ({"slo": {"tpot": "1 us"}}, {}, SpecError, r"slo.tpot \(0.001 ms\) is below the service time .* by"),
         ({"slo": {"ttft": "1 us"}}, {}, SpecError, r"slo.ttft .* no load meets it; allow"),
         ({"requests": REQUESTS | {"duration": "1 us"}}, {}, SpecError, r"zero arrivals within duration"),
