@@ -53,7 +53,7 @@ def cli_text() -> str:
 def _commands(
     command: click.Command, path: tuple[str, ...], parent: click.Context | None
 ) -> list[tuple[tuple[str, ...], str]]:
-    settings = {"terminal_width": 100, "max_content_width": 100}
+    settings = {"terminal_width": 100, "max_content_width": 100, **command.context_settings}
     context = click.Context(command, info_name=path[-1], parent=parent, **settings)
     found = [(path, command.get_help(context))]
     if isinstance(command, click.Group):
