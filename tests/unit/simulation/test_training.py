@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
 from moeplan.costs.training import (
     TrainingCosts,
     activation_bytes,
@@ -25,7 +27,9 @@ from moeplan.specs.training import TrainingSpec
 MIXTRAL = find_model("mixtral-8x7b")  # 32 equal MoE layers, 8 experts
 
 
-def _costs(load: np.ndarray | None = None, nodes: int = 4, model: Any = MIXTRAL, **fields: Any) -> TrainingCosts:
+def _costs(
+    load: np.ndarray | None = None, nodes: int = 4, model: Any = MIXTRAL, profile: Any = None, **fields: Any
+) -> TrainingCosts:
     spec = TrainingSpec.parse({"global_batch": 64, "ep": 8, **fields}, "training")
     L, E = model.num_moe_layers, model.num_experts
     group = expert_group(cluster_for("h100", nodes, 8), spec.ep)
@@ -37,7 +41,7 @@ def _costs(load: np.ndarray | None = None, nodes: int = 4, model: Any = MIXTRAL,
         group.ranks_per_node,
     )
     load = np.ones((1, L, E)) if load is None else load
-    return TrainingCosts(model, cluster_for("h100", nodes, 8), None, placement, load, spec)
+    return TrainingCosts(model, cluster_for("h100", nodes, 8), profile, placement, load, spec)
 
 
 def _run(**fields: Any) -> TrainingResult:
@@ -56,6 +60,21 @@ def test_the_simulated_step_is_the_closed_form_where_stages_are_equal() -> None:
         assert closed.bubble_s / work == pytest.approx(
             (costs.spec.pp - 1) / (costs.spec.virtual_stages * costs.micro_batches)
         )
+
+
+def test_context_parallel_ranks_split_a_sequence_and_gather_its_keys() -> None:
+    one, two = _costs(pp=1, nodes=1), _costs(pp=1, nodes=1, cp=2)
+    assert two.tokens == one.tokens / 2 == 2048
+    assert two.micro_batches == 2 * one.micro_batches  # half as many groups share the batch
+    alone, shared = one.step.fixed, two.step.fixed
+    assert shared.kernel_s == pytest.approx(alone.kernel_s / 2)
+    gathered_s = two.links.seconds("all_gather", 2, 4096 * 2 * 8 * 128 * 2).total  # keys and values of 8 heads in bf16
+    assert gathered_s > 0
+    token_wise_s = shared.layer_s - shared.kernel_s - gathered_s
+    assert token_wise_s == pytest.approx((alone.layer_s - alone.kernel_s) / 2, rel=0.02)
+    (first,), (second,) = one.chunks(), two.chunks()
+    assert second.activation_bytes == pytest.approx(first.activation_bytes / 2)
+    assert second.state_bytes == pytest.approx(first.state_bytes)  # copies are on cp ranks, too
 
 
 def test_every_micro_batch_reads_and_writes_all_gradients() -> None:
@@ -214,3 +233,51 @@ def test_the_same_run_twice_gives_the_same_log() -> None:
 def test_impossible_degrees_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         _costs(**fields)
+
+
+def _streams(**bytes_per_s: float) -> HardwareProfile:
+    """A profile of passes alone: the largest size at a bandwidth, a small one at a tenth of it."""
+    moved = {"norm": 2, "norm_backward": 3, "optimizer": 7}
+    rows = [
+        {
+            "op": name.split("_")[0],
+            "tokens": tokens,
+            "hidden": 1024,
+            "dtype": "fp32",
+            "direction": "backward" if name.endswith("backward") else "forward",
+            "backend": "moeplan",
+            "kernel": "k",
+            "source": "mine",
+            "latency_us": moved[name] * 4 * tokens * 1024 / rate * 1e6,
+        }
+        for name, top in bytes_per_s.items()
+        for tokens, rate in ((64, top / 10), (8192, top))
+    ]
+    meta = ProfileMeta(
+        name="toy",
+        accelerator="toy",
+        date="2026-11-22",
+        command="none",
+        sources={"mine": Source(kind="measured", title="by hand", version="1")},
+    )
+    return HardwareProfile(meta, {"elementwise": pa.Table.from_pylist(rows)})
+
+
+def test_measured_passes_and_optimizer_steps_replace_the_roofline() -> None:
+    sheet = 0.8 * cluster_for("h100", 4, 8).accelerator.memory_bandwidth
+    plain = training_step(_costs())
+    same = training_step(_costs(profile=_streams(norm=sheet, norm_backward=sheet, optimizer=sheet)))
+    assert same.total_s == pytest.approx(plain.total_s)
+    assert "optimizer" in plain.extrapolated
+    assert "optimizer" not in same.extrapolated
+    assert same.source["optimizer"].startswith("measured")
+    # An optimizer at half the bandwidth takes twice its time and touches nothing else.
+    slow = training_step(_costs(profile=_streams(optimizer=sheet / 2)))
+    assert slow.optimizer_s == pytest.approx(2 * plain.optimizer_s)
+    assert slow.total_s - slow.optimizer_s == pytest.approx(plain.total_s - plain.optimizer_s)
+    # 40 passes of 4 bytes over the hidden state of every layer and micro-batch, a third of them forward.
+    costs = _costs(profile=_streams(norm=sheet / 3, norm_backward=sheet / 2))
+    moved = 4 * 40 * costs.tokens * MIXTRAL.hidden_size * MIXTRAL.num_layers * costs.micro_batches / sheet
+    halved = training_step(costs)
+    assert halved.forward_s - plain.forward_s == pytest.approx(moved / 3 * 2)
+    assert halved.backward_s - plain.backward_s == pytest.approx(moved * 2 / 3)
