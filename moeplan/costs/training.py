@@ -2,7 +2,8 @@
 
 - Products cost twice their forward in backward (gradients of inputs and of weights); FlashAttention's kernel two
   and a half times (five products for two: Dao 2023, arXiv 2307.08691). Exchanges cost the same both ways.
-- Elementwise work beyond a forward's: see :data:`PASSES`.
+- Elementwise work beyond a forward's: see :data:`PASSES`; at the bandwidth of measured norms, forward and backward,
+  where a profile has them, as Adam at that of a measured step.
 - Every micro-batch adds its weights' gradients to those before: one read and one write of all of them (Megatron-LM's
   ``gradient_accumulation_fusion`` does it in the product's kernel).
 - 1F1B with ``p`` stages, ``m`` micro-batches and ``v`` chunks per stage idles ``(p - 1) / (v m)`` of the work
@@ -31,6 +32,7 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
+from moeplan.costs.elementwise import stream
 from moeplan.costs.step import StepModel, Technique
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
@@ -198,13 +200,20 @@ class TrainingCosts:
         exchange_s_WL = np.stack([batch.exchange_s_L for batch in batches])
         whole, fixed = step.step(placement, load_WLE.mean(0)), step.fixed
         self.relative_error = whole.high_s / whole.total_s - 1
-        self.source = {**whole.source, "backward": "modelled from forward", "optimizer": "modelled from bytes moved"}
-        self.extrapolated = (*whole.extrapolated, "backward", "optimizer")
+        accelerator = cluster.accelerator
+        onward, back_stream = (stream(profile, accelerator, "norm", way) for way in ("forward", "backward"))
+        self._adam = stream(profile, accelerator, "optimizer", "forward")
+        self.source = {
+            **whole.source,
+            "backward": "modelled from forward" + f"; its passes {back_stream.source}" * back_stream.measured,
+            "optimizer": self._adam.source if self._adam.measured else "modelled from bytes moved",
+        }
+        self.extrapolated = (*whole.extrapolated, "backward", *(() if self._adam.measured else ("optimizer",)))
 
         dense = DenseCosts(cluster.accelerator, weight_dtype if DTYPE_BYTES[weight_dtype] >= 1 else "bf16", profile)
         hidden, rows = model.hidden_size, self.tokens * spec.tp
-        passes = dense.passes(self.tokens * hidden, PASSES).total
-        forward, backward = passes / 3, 2 * passes / 3
+        moved = 2 * DTYPE_BYTES["bf16"] * PASSES * self.tokens * hidden  # a third of it in forward
+        forward, backward = moved / 3 / onward.bytes_per_s, 2 * moved / 3 / back_stream.bytes_per_s
         plain, kernel = fixed.layer_s - fixed.kernel_s, fixed.kernel_s
         again = {"none": 0.0, "attention": kernel, "full": fixed.layer_s + forward}[spec.recompute]
         attention = (plain + kernel + forward, _BACKWARD * plain + _BACKWARD_ATTENTION * kernel + backward + again)
@@ -303,7 +312,7 @@ class TrainingCosts:
             exchange_s_W=exchange_W,
             sync_s=sync,
             gather_s=gather,
-            optimizer_s=own * _ADAM_MOVED_BYTES / self._bandwidth,
+            optimizer_s=own * _ADAM_MOVED_BYTES / self._adam.bytes_per_s,
             sync_bytes=moved,
             state_bytes=_state_bytes(spec, [(parameters, copies) for parameters, copies, _ in groups]),
             activation_bytes=kept,

@@ -104,7 +104,7 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
 
 def _other_benches(part: str, request: ProfileRequest, device: Any, models: list[ModelSpec]) -> list[Bench]:
     from moeplan.profiling.attention import attention_bench
-    from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes
+    from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes, optimizer_bench
     from moeplan.profiling.memory import memory_bench
 
     if part == "memory":
@@ -135,7 +135,13 @@ def _other_benches(part: str, request: ProfileRequest, device: Any, models: list
         for start in range(0, len(shapes), 8):  # weights of a few shapes at a time, so that they fit
             benches.append(gemm_bench(device, shapes[start : start + 8], dtype, own, request.max_tokens))
     keys = {(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models}
-    benches += [elementwise_bench(device, *key, d, request.max_tokens) for key in sorted(keys) for d in plain]
+    benches += [
+        elementwise_bench(device, *key, dtype, request.max_tokens, request.directions)
+        for key in sorted(keys)
+        for dtype in plain
+    ]
+    if "backward" in request.directions:
+        benches += [optimizer_bench(device, hidden) for hidden in sorted({key[0] for key in keys})]
     return benches
 
 

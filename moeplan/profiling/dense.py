@@ -13,7 +13,7 @@ from moeplan.profiling.device import Device
 from moeplan.profiling.protocol import Bench, Call, Series
 from moeplan.specs.model import ModelSpec
 
-__all__ = ["elementwise_bench", "gemm_bench", "gemm_shapes"]
+__all__ = ["elementwise_bench", "gemm_bench", "gemm_shapes", "optimizer_bench"]
 
 _VOCABULARY = 32768  # rows of the embedding that is gathered from: beyond any cache, whatever the model's
 Prepare = Callable[[Series, int], Call]
@@ -129,9 +129,16 @@ def _open_gemm(device: Device, dtype: str, what: Mapping[str, tuple[int, int, st
 
 
 def elementwise_bench(
-    device: Device, hidden: int, inter: int, num_experts: int, top_k: int, dtype: str, max_tokens: int = 16384
+    device: Device,
+    hidden: int,
+    inter: int,
+    num_experts: int,
+    top_k: int,
+    dtype: str,
+    max_tokens: int = 16384,
+    directions: Sequence[str] = ("forward",),
 ) -> Bench:
-    """Router top-k, permute, unpermute, norm, activation and embedding over tokens.
+    """Router top-k, permute, unpermute, norm, activation and embedding over tokens; backward of the middle four.
 
     Raises:
         SpecError: the type is none for activations.
@@ -142,16 +149,9 @@ def elementwise_bench(
     size = 4 if dtype == "fp32" else 2
     high = max(1, min(max_tokens, int(device.free_bytes / 8 // (size * top_k * max(hidden, 2 * inter)))))
     series = []
-    for op, routed in (
-        ("router", True),
-        ("permute", True),
-        ("unpermute", True),
-        ("norm", False),
-        ("activation", False),
-        ("embedding", False),
-    ):
 
-        def row(tokens: int, op: str = op, routed: bool = routed) -> Mapping[str, Any]:
+    def add(op: str, direction: str, routed: bool) -> None:
+        def row(tokens: int) -> Mapping[str, Any]:
             return {
                 "backend": "moeplan",
                 "kernel": _KERNEL[op],
@@ -161,10 +161,15 @@ def elementwise_bench(
                 "num_experts": num_experts if routed else 0,
                 "top_k": top_k if routed else 0,
                 "dtype": dtype,
-                "direction": "forward",
+                "direction": direction,
             }
 
-        series.append(Series("elementwise", f"{op} H{hidden} {dtype}", row, 1, high, 6))
+        turn = " backward" if direction == "backward" else ""
+        series.append(Series("elementwise", f"{op} H{hidden} {dtype}{turn}", row, 1, high, 6))
+
+    for direction in directions:
+        for op in _KERNEL if direction == "forward" else ("permute", "unpermute", "norm", "activation"):
+            add(op, direction, op in ("router", "permute", "unpermute"))
     shape = (hidden, inter, num_experts, top_k)
     return Bench(f"elementwise H{hidden} {dtype}", tuple(series), lambda: _open_elementwise(device, shape, dtype))
 
@@ -187,7 +192,7 @@ def _open_elementwise(device: Device, shape: tuple[int, int, int, int], dtype: s
     gain = device.normal((hidden,), kind)
 
     def prepare(series: Series, tokens: int) -> Call:
-        op = str(series.row(tokens)["op"])
+        op, direction = (str(series.row(tokens)[column]) for column in ("op", "direction"))
         wide = {"router": num_experts, "unpermute": top_k * hidden, "activation": 2 * inter}.get(op, hidden)
         count = device.copies(tokens * wide * (4 if dtype == "fp32" else 2), most=16)
         xs = [device.normal((tokens, wide), kind) for _ in range(count)]
@@ -197,33 +202,68 @@ def _open_elementwise(device: Device, shape: tuple[int, int, int, int], dtype: s
         scores = torch.rand((tokens * top_k, 1), device=device.kind).to(kind)
         functional = torch.nn.functional
 
-        def router(x: Any, i: int) -> object:
+        def router(x: Any, i: int) -> Any:
             top = x.float().softmax(-1).topk(top_k, -1)
             return top.values / top.values.sum(-1, keepdim=True), top.indices
 
-        def permute(x: Any, i: int) -> object:
+        def permute(x: Any, i: int) -> Any:
             return x[chosen_TK.flatten().argsort(stable=True) // top_k]
 
-        def unpermute(x: Any, i: int) -> object:
+        def unpermute(x: Any, i: int) -> Any:
             rows = x.reshape(tokens * top_k, hidden) * scores
             return torch.zeros((tokens, hidden), dtype=kind, device=device.kind).index_add_(0, order // top_k, rows)
 
-        def norm(x: Any, i: int) -> object:
+        def norm(x: Any, i: int) -> Any:
             return functional.rms_norm(x, (hidden,), gain, 1e-6)
 
-        def activation(x: Any, i: int) -> object:
+        def activation(x: Any, i: int) -> Any:
             gate, up = x.chunk(2, -1)
             return functional.silu(gate) * up
 
-        def embedding(x: Any, i: int) -> object:
+        def embedding(x: Any, i: int) -> Any:
             return functional.embedding(ids[i % count], table)
 
         run = {f.__name__: f for f in (router, permute, unpermute, norm, activation, embedding)}[op]
 
-        def call(i: int) -> object:
+        def forward(i: int) -> object:
             with torch.inference_mode():
                 return run(xs[i % count], i)
 
-        return call
+        if direction == "forward":
+            return forward
+        graphs = []
+        for i, x in enumerate(xs[:2]):
+            leaf = x.detach().requires_grad_()
+            out = run(leaf, i)
+            graphs.append((out, leaf, device.normal(out.shape, out.dtype)))
+
+        def backward(i: int) -> object:
+            out, leaf, gradient = graphs[i % len(graphs)]
+            return torch.autograd.grad(out, leaf, gradient, retain_graph=True)
+
+        return backward
 
     return prepare
+
+
+def optimizer_bench(device: Device, hidden: int) -> Bench:
+    """A step of Adam over ``T`` rows of ``H`` parameters: fp32 weights, gradients and moments, 28 bytes each moved."""
+    torch = device.torch
+    high = max(1, min(2**26, int(device.free_bytes / 8 / 16)) // hidden)
+
+    def row(rows: int) -> Mapping[str, Any]:
+        key = {"backend": "moeplan", "kernel": "fused_adam", "op": "optimizer", "tokens": rows, "hidden": hidden}
+        return {**key, "dtype": "fp32", "direction": "forward"}
+
+    def prepare(series: Series, rows: int) -> Call:
+        weight = device.normal((rows, hidden), torch.float32).requires_grad_()
+        weight.grad = device.normal((rows, hidden), torch.float32)
+        optimizer = torch.optim.Adam([weight], fused=True)
+
+        def step(i: int) -> object:
+            optimizer.step()
+            return weight
+
+        return step
+
+    return Bench("optimizer", (Series("elementwise", f"optimizer H{hidden}", row, 1, high, 6),), lambda: prepare)

@@ -12,7 +12,7 @@ from moeplan.errors import SpecError, UnknownNameError
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
 from moeplan.profiling.attention import attention_bench  # noqa: E402
-from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes  # noqa: E402
+from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes, optimizer_bench  # noqa: E402
 from moeplan.profiling.device import Device, find_device  # noqa: E402
 from moeplan.profiling.expert_kernels import make_weights, runner, usable_kernels  # noqa: E402
 from moeplan.profiling.experts import ExpertShape, balanced_vector, expert_bench, skewed_vector  # noqa: E402
@@ -215,6 +215,26 @@ def test_dense_and_elementwise_run(cpu):
     assert ops["unpermute"].shape == (4, 32)
     assert torch.allclose(ops["router"][0].sum(1), torch.ones(4))
     assert set(ops) == {"router", "permute", "unpermute", "norm", "activation", "embedding"}
+
+
+def test_backward_passes_give_the_gradients(cpu):
+    bench = elementwise_bench(cpu, 32, 48, 8, 2, "fp32", 16, ("backward",))
+    gradients = {series.row(4)["op"]: results[0][0] for series, results in _calls(bench, 4)}
+    shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
+    assert shapes == {"permute": (4, 32), "unpermute": (4, 64), "norm": (4, 32), "activation": (4, 96)}
+    assert {series.row(4)["direction"] for series in bench.series} == {"backward"}
+    assert all(float(gradient.abs().max()) > 0 for gradient in gradients.values())
+
+
+def test_an_optimizer_step_moves_every_weight(cpu):
+    (series,) = optimizer_bench(cpu, 32).series
+    row = series.row(8)
+    assert (row["op"], row["kernel"], row["tokens"], row["hidden"]) == ("optimizer", "fused_adam", 8, 32)
+    call = optimizer_bench(cpu, 32).open()(series, 8)
+    before = call(0).detach().clone()
+    after = call(1).detach()
+    # Adam's steps with a constant gradient are its learning rate, whatever the gradient's size.
+    assert torch.allclose((after - before).abs(), torch.full((8, 32), 1e-3), rtol=0.01)
 
 
 def test_memory_on_a_cpu_has_no_host_copies(cpu):
