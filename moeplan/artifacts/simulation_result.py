@@ -16,7 +16,7 @@ from moeplan.errors import InputError
 from moeplan.files import canonical_json, read_json, sha256_bytes, write_text
 from moeplan.specs.base import validation_message
 
-__all__ = ["Assumption", "Headline", "MemoryTrack", "RankTimes", "SimulationResult", "Timeline"]
+__all__ = ["Assumption", "Headline", "MemoryTrack", "RankBytes", "RankTimes", "SimulationResult", "Timeline"]
 
 
 class _Paper(BaseModel):
@@ -48,6 +48,16 @@ class RankTimes(_Paper):
     exchange: tuple[float, ...] = Field(description="dispatch and combine that no compute hides")
     bubble: tuple[float, ...] = Field(description="in a step, waiting for busier ranks or for the host")
     idle: tuple[float, ...] = Field(description="no step runs")
+
+
+class RankBytes(_Paper):
+    """Where the memory of each rank goes, in bytes; ranks of one stage of one instance of each pool in order."""
+
+    limit: tuple[float, ...] = Field(description="memory of the rank")
+    experts: tuple[float, ...]
+    other_weights: tuple[float, ...]
+    workspace: tuple[float, ...]
+    kv_cache: tuple[float, ...] = Field(description="all that its group may fill")
 
 
 class Timeline(_Paper):
@@ -90,6 +100,7 @@ class SimulationResult(_Paper):
     ranks: RankTimes | None = None
     timeline: Timeline | None = None
     memory: tuple[MemoryTrack, ...] = Field((), description="training: one rank of each pipeline stage")
+    rank_memory: RankBytes | None = Field(None, description="serving")
     assumptions: tuple[Assumption, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: dict[str, str] = Field(default_factory=dict, description="versions and hashes of what it is made from")

@@ -24,7 +24,8 @@ from moeplan.specs.model import DTYPE_BYTES, ModelSpec
 from moeplan.specs.serving import EngineSpec
 from moeplan.specs.workload import Workload
 
-__all__ = ["KvRoom", "kv_bytes_per_token", "kv_room", "kv_transfer_s", "ranks_that_hold", "swap_s"]
+__all__ = ["KvRoom", "kv_bytes_per_token", "kv_room",
+    "kv_rooms", "kv_transfer_s", "ranks_that_hold", "swap_s"]
 
 _PCIE_BYTES_PER_S = 32e9  # PCIe 4.0 x16, one way, where the accelerator's is not known
 
@@ -51,14 +52,10 @@ def kv_bytes_per_token(model: ModelSpec, engine: EngineSpec) -> float | None:
     return model.num_layers * a.kv_elements_per_token * DTYPE_BYTES[engine.kv_dtype] / split / engine.pp
 
 
-def kv_room(
+def kv_rooms(
     model: ModelSpec, cluster: ClusterSpec, workload: Workload, engine: EngineSpec, slots_R: NDArray[np.integer]
-) -> KvRoom:
-    """Memory of the rank with least left. ``cluster`` and ``slots_R`` are those of one pipeline stage.
-
-    Raises:
-        InfeasibleError: nothing is left for the KV cache; the message says by how much, and what would fit.
-    """
+) -> list[KvRoom]:
+    """Memory of every rank that works. ``cluster`` and ``slots_R`` are those of one pipeline stage."""
     batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
     other = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp
     workspace = workspace_bytes(model, batch)
@@ -71,6 +68,18 @@ def kv_room(
         free = engine.memory_fraction * memory - float(slots) * per_slot - other - workspace
         tokens = None if per_token is None else max(0, int(free // per_token))
         rooms.append(KvRoom(rank, memory, float(slots) * per_slot, other, workspace, free, tokens))
+    return rooms
+
+
+def kv_room(
+    model: ModelSpec, cluster: ClusterSpec, workload: Workload, engine: EngineSpec, slots_R: NDArray[np.integer]
+) -> KvRoom:
+    """Memory of the rank with least left, of those of :func:`kv_rooms`.
+
+    Raises:
+        InfeasibleError: nothing is left for the KV cache; the message says by how much, and what would fit.
+    """
+    rooms = kv_rooms(model, cluster, workload, engine, slots_R)
     least = min(rooms, key=lambda room: (room.free_bytes, room.rank))
     if least.free_bytes <= 0 or least.tokens == 0:
         enough = ranks_that_hold(model, cluster, workload, engine)
@@ -78,7 +87,8 @@ def kv_room(
         raise InfeasibleError(
             f"{model.name} does not fit rank {least.rank}: {100 * engine.memory_fraction:.0f} % of its memory"
             f" ({_gib(least.memory_bytes)}) less experts ({_gib(least.expert_bytes)}), other weights"
-            f" ({_gib(other)}) and workspace ({_gib(workspace)}) leaves nothing for the KV cache: it is exceeded by"
+            f" ({_gib(least.other_weight_bytes)}) and workspace ({_gib(least.workspace_bytes)}) leaves nothing for the"
+            " KV cache: it is exceeded by"
             f" {max(0.0, -least.free_bytes):.0f} bytes ({_gib(max(0.0, -least.free_bytes))}); {fits},"
             " a smaller workload.weight_dtype, or smaller engine.max_num_batched_tokens"
         )

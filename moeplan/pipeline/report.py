@@ -206,6 +206,7 @@ def _sections(subject: _Subject) -> list[Section]:
         ]
     if subject.log is not None:
         found.append(run_report.log_section(subject.log))
+        found.append(run_report.loads_section({subject.name: subject.log}))
         found.append(_losses(subject.log))
     if result is not None:
         found.append(run_report.assumptions_section(result))
@@ -237,7 +238,8 @@ def _between(a: _Subject, b: _Subject) -> list[Section]:
         names = (a.name, b.name) if a.name != b.name else ("a", "b")
         sections.append(run_report.comparison_section(differences, *names))
         latency = run_report.latency_section({names[0]: a.result, names[1]: b.result})
-        sections += [] if latency is None else [latency]
+        loads = None if a.log is None or b.log is None else run_report.loads_section({names[0]: a.log, names[1]: b.log})
+        sections += [section for section in (latency, loads) if section is not None]
     elif a.cases and b.cases:
         for case, differences in compare(a.path, b.path):
             words = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in case.items())

@@ -19,8 +19,9 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
+from moeplan.artifacts.simulation_result import RankBytes
 from moeplan.checks import Bundle, require, run_checks
-from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room
+from moeplan.costs.kv_cache import KvRoom, kv_bytes_per_token, kv_room, kv_rooms
 from moeplan.costs.operating_point import layer_costs
 from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import Technique
@@ -64,6 +65,7 @@ class Service:
     cluster: ClusterSpec
     requests: RequestTrace
     pools: tuple[Pool, ...]
+    memory: RankBytes
     assumptions: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
 
@@ -86,6 +88,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     longest = int((requests.input_tokens_Q + requests.output_tokens_Q).max())
     assumptions: list[tuple[str, str, str]] = []
     pools: list[Pool] = []
+    rooms: list[tuple[KvRoom, float]] = []
     for role, engine, whole, instances, placed, link in _stages(scenario, spec, cluster):
         stage = _stage_cluster(whole, engine)
         place, said = _placement(scenario, model, stage, placed, load)
@@ -106,6 +109,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
                 link or stage.accelerator.nic_bandwidth, stage.nic_latency,
             )
         )  # fmt: skip
+        rooms += [(each, capacity * per_token) for each in kv_rooms(model, stage, work, engine, slots_R)]
         pools[-1] = replace(pools[-1], replan=_replanner(scenario, model, pools[-1], profile))
         size = f"{capacity:,} tokens, {capacity * per_token / 2**30:.1f} GiB on each of its ranks"
         assumptions.append((f"KV cache of a group ({role})", size, "modelled: what memory leaves"))
@@ -117,9 +121,19 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         ("dispatch", scenario.objective.dispatch, "given"),
     ]
     return Service(
-        scenario, spec, model, cluster, requests, tuple(pools), tuple(assumptions),
+        scenario, spec, model, cluster, requests, tuple(pools), _memory(rooms), tuple(assumptions),
         tuple(dict.fromkeys(notes)),
     )  # fmt: skip
+
+
+def _memory(rooms: list[tuple[KvRoom, float]]) -> RankBytes:
+    return RankBytes(
+        limit=tuple(room.memory_bytes for room, _ in rooms),
+        experts=tuple(room.expert_bytes for room, _ in rooms),
+        other_weights=tuple(room.other_weight_bytes for room, _ in rooms),
+        workspace=tuple(room.workspace_bytes for room, _ in rooms),
+        kv_cache=tuple(cache for _, cache in rooms),
+    )
 
 
 # ---------------------------------------------------------------------- expert loads

@@ -19,7 +19,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from moeplan.artifacts.event_log import EventLog
-from moeplan.artifacts.simulation_result import Assumption, Headline, MemoryTrack, SimulationResult
+from moeplan.artifacts.simulation_result import Assumption, Headline, MemoryTrack, RankBytes, SimulationResult
 from moeplan.errors import InputError, MoeplanError, SpecError
 from moeplan.files import atomic_directory, canonical_json, sha256_bytes, sha256_file, write_text
 from moeplan.pipeline.executor import Executor, Failure, executor_for
@@ -57,6 +57,7 @@ class _Answer:
     assumptions: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
     memory: tuple[MemoryTrack, ...] = ()
+    rank_memory: RankBytes | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,6 +122,7 @@ def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
     return _Answer(
         outcome_of(served, service.spec), log, service.model.name, service.cluster.name,
         sum(len(i.stats.busy_R) for i in served.instances), served.num_nodes, tuple(rows), tuple(notes),
+        rank_memory=service.memory,
     )  # fmt: skip
 
 
@@ -196,6 +198,7 @@ def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Seque
         ranks=first.outcome.ranks,
         timeline=first.outcome.timeline,
         memory=first.memory,
+        rank_memory=first.rank_memory,
         assumptions=tuple(Assumption(name=n, value=v, source=s) for n, v, s in first.assumptions),
         notes=tuple(notes),
         provenance=_provenance(scenario, seeds),

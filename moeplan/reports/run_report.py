@@ -10,7 +10,7 @@ import numpy as np
 
 from moeplan.artifacts.event_log import EVENT_KINDS, EventLog
 from moeplan.artifacts.simulation_result import Headline, SimulationResult
-from moeplan.reports import run_figures
+from moeplan.reports import figures, run_figures
 from moeplan.reports.against import Against, seconds_per_step
 from moeplan.reports.document import Block, Cards, Picture, Section, Table, Text
 from moeplan.reports.wording import format_bytes, format_number, format_percent, format_seconds
@@ -21,6 +21,7 @@ __all__ = [
     "comparison_section",
     "figures_section",
     "latency_section",
+    "loads_section",
     "log_section",
     "memory_section",
     "ranks_section",
@@ -101,7 +102,17 @@ def ranks_section(result: SimulationResult) -> Section | None:
 
 
 def memory_section(result: SimulationResult) -> Section | None:
-    """Training: memory of each stage, stacked and over a step."""
+    """Serving: memory of every rank, stacked. Training: that of each stage, stacked and over a step."""
+    if (held := result.rank_memory) is not None:
+        stack = run_figures.memory_stack(
+            "Memory of every rank",
+            [("experts", held.experts), ("other weights", held.other_weights), ("workspace", held.workspace),
+             ("KV cache", held.kv_cache)],
+            min(held.limit),
+            "rank",
+        )  # fmt: skip
+        lead = "The KV cache is all that requests may fill; what is left under the line is kept free."
+        return Section("Memory", (Picture(stack),), lead)
     if not result.memory:
         return None
     tracks = result.memory
@@ -137,6 +148,27 @@ def _step_pictures(log: EventLog) -> list[Block]:
             mine = replace(log, step_V=np.where(log.request_V == log.request_V[v], log.step_V, -1))
             pictures.append(run_figures.gantt(mine, f"{name}", step, part=(start, stop)))
     return [Picture(picture, wide=True) for picture in pictures if picture is not None]
+
+
+def loads_section(logs: Mapping[str, EventLog]) -> Section | None:
+    """Load of ranks by layer from what experts worked on in each run, in one scale; None where a log does not tell."""
+    maps = {}
+    for name, log in logs.items():
+        mine = log.of_kind("experts") & (log.layer_V >= 0) & (log.amount_V > 0)
+        layers, ranks = np.unique(log.layer_V[mine]), np.unique(log.rank_V[mine])
+        pairs_LR = np.zeros((len(layers), len(ranks)))
+        place = np.searchsorted(layers, log.layer_V[mine]), np.searchsorted(ranks, log.rank_V[mine])
+        np.add.at(pairs_LR, place, log.amount_V[mine])
+        if "played_layers" in log.origin or len(ranks) < log.num_ranks or not pairs_LR.all() or not len(layers):
+            return None
+        maps[name] = pairs_LR / pairs_LR.mean(1, keepdims=True), layers, log.num_ranks // log.num_nodes
+    limits = figures.colour_limits(*(relative_LR for relative_LR, _, _ in maps.values()))
+    blocks = tuple(
+        Picture(figures.load_heat_map(relative_LR, tuple(layers.tolist()), per_node, limits, name))
+        for name, (relative_LR, layers, per_node) in maps.items()
+    )
+    lead = "(Token, expert) pairs of the whole run over their mean."
+    return Section("Load of every rank in every layer", blocks, lead)
 
 
 def log_section(log: EventLog) -> Section:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from moeplan.artifacts.event_log import EventLog
 from moeplan.cli import cli
 from moeplan.errors import SpecError
+from moeplan.pipeline.report import report
 from moeplan.pipeline.simulate import simulate
 from moeplan.pipeline.training import simulate_training
 from moeplan.specs.scenario import Scenario
@@ -63,6 +65,22 @@ def test_serving_agrees_within_two_per_cent(tmp_path: Path, overlap: str) -> Non
             [at] = np.flatnonzero(mine & each.of_kind("step"))
             assert each.start_s_V[mine].min() >= each.start_s_V[at] - 1e-9
             assert ends[mine].max() <= ends[at] + 2e-9
+
+
+def test_reports_look_inside_a_step(tmp_path: Path) -> None:
+    """Both modes have a picture of a step and of memory; loads of all layers are known where all were played."""
+    titles = {}
+    for fidelity in ("step", "detailed"):
+        _command(tmp_path, SERVING, fidelity)
+        found = report([tmp_path / fidelity], tmp_path / f"{fidelity}.html")
+        titles[fidelity] = [section.title for section in found.document.sections]
+        page = (tmp_path / f"{fidelity}.html").read_text(encoding="utf-8")
+        assert "4 ranks" in re.findall(r'aria-label="(Step [^"]*)"', page)[0]
+        assert re.search(r'aria-label="Memory of every rank: 4 ranks, at most [\d.]+ GiB of 79.6 GiB', page)
+    assert "Load of every rank in every layer" in titles["detailed"]
+    assert "Load of every rank in every layer" not in titles["step"]
+    both = report([tmp_path / "detailed", tmp_path / "detailed"]).markdown()
+    assert both.count("heat map of 26 layers by 4 ranks") >= 2
 
 
 @pytest.mark.parametrize(
