@@ -132,6 +132,6 @@ def skewed_over_balanced(
     """
     mean = tokens * top_k / num_experts
     balanced = costs.rank_s(np.full(num_experts // ep, mean), mean)
-    parts = np.ones(len(vectors_De)) if arriving_D is None else arriving_D / tokens
-    skewed = [costs.rank_s(vector, mean * part) for vector, part in zip(vectors_De, parts, strict=True)]
-    return float(np.mean(skewed) / balanced)
+    parts = np.ones(1) if arriving_D is None else arriving_D / tokens
+    shared = np.mean([costs.shared_s(mean * part) for part in parts])
+    return float((shared + costs.one_expert_s(vectors_De).sum(-1).mean()) / balanced)

@@ -93,13 +93,16 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
                     shape = ExpertShape(hidden, inter, model.num_experts, model.top_k, ep, tp)
                     if (shape, dtype) not in seen:
                         seen.add((shape, dtype))
-                        own = tuple(
-                            d for d in request.directions if d == "forward" or dtype in ("fp32", "bf16", "fp16")
-                        )
+                        own = _directions(request, dtype in ("fp32", "bf16", "fp16"))
                         benches.append(
                             expert_bench(device, shape, dtype, kernels, own, request.max_tokens, request.seed)
                         )
     return benches
+
+
+def _directions(request: ProfileRequest, differentiable: bool) -> tuple[str, ...]:
+    """Those asked for; forward alone where a type has no gradient, unless nothing but backward is asked for."""
+    return request.directions if differentiable or "forward" not in request.directions else ("forward",)
 
 
 def _other_benches(part: str, request: ProfileRequest, device: Any, models: list[ModelSpec]) -> list[Bench]:
@@ -131,7 +134,7 @@ def _other_benches(part: str, request: ProfileRequest, device: Any, models: list
     for dtype in request.dtypes:
         if dtype in ("int8", "int4"):
             continue
-        own = tuple(d for d in request.directions if d == "forward" or dtype != "fp8")
+        own = _directions(request, dtype != "fp8")
         for start in range(0, len(shapes), 8):  # weights of a few shapes at a time, so that they fit
             benches.append(gemm_bench(device, shapes[start : start + 8], dtype, own, request.max_tokens))
     keys = {(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models}

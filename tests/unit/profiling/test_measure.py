@@ -166,6 +166,13 @@ def test_an_older_or_corrupt_profile_is_refused(measured: Path, tmp_path: Path):
         check_profile(out)
 
 
+def test_backward_of_a_type_without_gradient_is_refused(tmp_path: Path):
+    sizes = Sizes(hidden=128, inter=128, experts=2, top_k=1)
+    request = ProfileRequest(parts=("experts",), sizes=sizes, dtypes=("int8",), directions=("backward",))
+    with pytest.raises(SpecError, match=r"direction \(backward\) is not measured for dtype \(int8\)"):
+        measure_profile(request, tmp_path / "p")
+
+
 def test_requests_need_sizes(tmp_path: Path):
     for part, message in (("experts", "--hidden"), ("attention", "--heads"), ("dense", "--n")):
         request = ProfileRequest(parts=(part,))
