@@ -18,7 +18,7 @@ from moeplan.costs.served import CALIBRATED, Constants
 from moeplan.pipeline.silicon import SiliconModel, measured_rows
 from moeplan.pipeline.silicon_rows import Measured
 
-_MAPS = ("prefill_factor", "step_s", "first_steps")
+_MAPS = ("prefill_factor", "layer_gap_s", "first_steps")
 _SCALARS = ("linear_gap_s", "prompt_latency", "handover_s")
 _STEPS = (0.7, 0.85, 1.2, 1.4)
 

@@ -50,12 +50,12 @@ class AttentionCosts:
         bandwidth = roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
         stored = (rank + rotary) if attention.is_mla else 2 * kv_heads * attention.head_dim
 
-        def law(coords: Floats) -> Floats:
+        def law(coords: Floats, queries: float = 1.0) -> Floats:
             context, batch = coords.T
-            query = np.ones_like(context) if decode else context
+            query = np.full_like(context, queries) if decode else context
             context = np.minimum(context, window) if window else context
             if attention.is_mla and decode:
-                work = 2 * batch * heads * context * (2 * rank + rotary)
+                work = 2 * batch * heads * query * context * (2 * rank + rotary)
             else:
                 work = 2 * batch * heads * query * context * (query_dim + attention.head_dim) / (1 if decode else 2)
             moved = batch * context * stored * DTYPE_BYTES[kv_dtype] + 4 * batch * query * heads * query_dim
@@ -74,6 +74,7 @@ class AttentionCosts:
             "kv_dtype": kv_dtype,
             "direction": "forward",
         } | ({"backend": backend} if backend else {})
+        self._law = law
         self._kernel = TableCosts(profile, "attention", ("context_tokens", "batch"), names, law, accelerator.name)
 
     def kernel(self, batch: Any, context: Any) -> Seconds:
@@ -83,6 +84,10 @@ class AttentionCosts:
     def kernels(self, batch: Floats, context: Floats) -> Seconds:
         """As :meth:`kernel`, for arrays of one shape."""
         return self._kernel.seconds(context, batch)
+
+    def work(self, batch: Floats, context: Floats, queries: float = 1.0) -> Floats:
+        """Roofline seconds of the kernel with ``queries`` new tokens per sequence in decode, arrays of one shape."""
+        return self._law(np.stack([context.ravel(), batch.ravel()], -1), queries).reshape(batch.shape)
 
     def projections(self, tokens: Any) -> Seconds:
         """Products before and after the kernel for ``tokens`` new tokens, each on the last axis."""

@@ -35,17 +35,18 @@ class Constants:
     """One set for all rows; mappings are by framework.
 
     ``prefill_factor``: how much longer a prompt's kernels take in a running server than measured alone (launches that
-    no graph captures, other versions, what no table times: norms, quantisation, permutation); ``step_s``: host work per
-    pass; ``linear_gap_s``: kernels of one linear-attention layer that no table times (gates, norms, splits).
+    no graph captures, other versions, what no table times: norms, quantisation, permutation); ``layer_gap_s``: kernels
+    of one layer in decode that no table times, and its part of the host's work; ``linear_gap_s``: the same of a
+    linear-attention layer besides (gates, norms, splits).
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
-    streamed token (polling and streaming intervals); ``prompt_latency``: part of its own prefill that a prompt's first
-    token takes besides, without holding up others (pipelined scheduling, uncaptured launches). ``accepted``: tokens
-    per step with 1, 2 and 3 drafts. ``handover_s``: from prefill to decode worker. ``prompt_tokens``: taken into one
-    pass. ``memory_share``: of device memory that weights and cache may fill. ``distribution``: of choices over experts.
+    streamed token, where a :class:`ServedPool` does not say; ``prompt_latency``: part of its own prefill that a
+    prompt's first token takes besides, without holding up others (pipelined scheduling, uncaptured launches).
+    ``accepted``: tokens per step with 1, 2 and 3 drafts. ``handover_s``: from prefill to decode worker.
+    ``prompt_tokens``: taken into one pass. ``memory_share``: of device memory that weights and cache may fill.
     """
 
     prefill_factor: Mapping[str, float] = field(default_factory=dict)
-    step_s: Mapping[str, float] = field(default_factory=dict)
+    layer_gap_s: Mapping[str, float] = field(default_factory=dict)
     linear_gap_s: float = 0.0
     first_steps: Mapping[str, float] = field(default_factory=dict)
     prompt_latency: float = 0.0
@@ -53,25 +54,31 @@ class Constants:
     handover_s: float = 0.0
     prompt_tokens: Mapping[str, float] = field(default_factory=dict)
     memory_share: float = 0.9
-    distribution: str = "power_law_1.01"
 
 
 @dataclass(frozen=True, slots=True)
 class ServedPool:
-    """Workers of one kind and how many."""
+    """Workers of one kind and how many.
+
+    ``prompt_tokens`` that one attention group takes into a pass and ``first_steps`` (see :class:`Constants`), None: as
+    the constants say; ``max_running`` sequences of a worker, 0: as the cache allows.
+    """
 
     setup: EngineSetup
     workers: int = 1
+    prompt_tokens: int | None = None
+    first_steps: float | None = None
+    max_running: int = 0
 
 
 # Chosen on the calibration rows (a) of silicon_sample.csv alone, by benchmarks/fit_silicon.py.
 CALIBRATED = Constants(
-    prefill_factor={"trtllm": 1.1, "sglang": 1.9, "vllm": 1.4},
-    step_s={"trtllm": 0.7e-4, "sglang": 4.8e-4, "vllm": 4.3e-4},
+    prefill_factor={"trtllm": 1.2, "sglang": 1.6, "vllm": 1.4},
+    layer_gap_s={"trtllm": 1.3e-6, "sglang": 10e-6, "vllm": 12e-6},
     linear_gap_s=41e-6,
     first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 4.0},
     prompt_latency=0.25,
-    accepted=(1.5, 1.95, 2.3),
+    accepted=(1.6, 2.1, 2.3),
     handover_s=0.05,
     prompt_tokens={"sglang": 16384.0, "trtllm": 8448.0, "vllm": 8192.0},
 )
@@ -114,8 +121,9 @@ def pass_times(decode: EngineCosts, prefill: EngineCosts, isl: int, osl: int) ->
 
 def _with_constants(times: PassTimes, setup: EngineSetup, c: Constants) -> PassTimes:
     linear = sum(part.count for part in attention_layers(setup.model) if part.kind == "gated_delta")
-    step = times.decode_s_b2 + c.step_s.get(setup.backend, 0.0) + linear * c.linear_gap_s
-    return replace(times, decode_s_b2=step, prefill_s_p=times.prefill_s_p * c.prefill_factor.get(setup.backend, 1.0))
+    gaps = setup.model.num_layers * c.layer_gap_s.get(setup.backend, 0.0) + linear * c.linear_gap_s
+    factor = c.prefill_factor.get(setup.backend, 1.0)
+    return replace(times, decode_s_b2=times.decode_s_b2 + gaps, prefill_s_p=times.prefill_s_p * factor)
 
 
 def served(
@@ -148,11 +156,14 @@ def served(
             f"KV cache of an attention group of {setup.accelerator.name} ({capacity:.0f} tokens) is below one request's"
             f" ({held:.0f}); use more ranks"
         )
+    limit = decode.workers * decode.max_running or 1 << 30
+    prompt_tokens = (prefill or decode).prompt_tokens or constants.prompt_tokens.get(backend, 8192.0)
+    per_step = constants.accepted[drafts - 1] if drafts else 1.0
     pools = Pools(
         decode_groups=groups,
-        prompt_tokens=max(constants.prompt_tokens.get(backend, 8192.0), mean_in),
-        tokens_per_step=constants.accepted[drafts - 1] if drafts else 1.0,
-        max_running=int(min(1 << 30, groups * capacity / held)),
+        prompt_tokens=max(prompt_tokens, mean_in),
+        tokens_per_step=per_step,
+        max_running=int(min(limit, groups * capacity / held)),
         alone=backend == "sglang" and prefill is None,
         gather_passes=_GATHER.get(backend, 0) if setup.dp > 1 else 0,
     )
@@ -167,5 +178,6 @@ def served(
     count = concurrency * requests
     found = closed_loop(times, pools, concurrency, lengths(isl, count, rng), lengths(osl, count, rng))
     alone = float(np.interp(mean_in, times.tokens_p, times.prefill_s_p))
-    late = constants.prompt_latency * alone + constants.first_steps.get(backend, 0.0) * found.tpot_mean_s
+    steps = constants.first_steps.get(backend, 0.0) if decode.first_steps is None else decode.first_steps * per_step
+    late = constants.prompt_latency * alone + steps * found.tpot_mean_s
     return replace(found, ttft_mean_s=found.ttft_mean_s + late, ttft_median_s=found.ttft_median_s + late)

@@ -7,13 +7,16 @@ import datetime
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs.closed_loop import PassTimes
-from moeplan.costs.engine import EngineCosts, EngineSetup
+from moeplan.costs.engine import EngineCosts, EngineSetup, Exchange
 from moeplan.costs.served import CALIBRATED, Constants, ServedPool, pass_times, served
 from moeplan.errors import MoeplanError
 from moeplan.files import write_text
@@ -72,15 +75,20 @@ class SiliconModel:
             self._profiles = {}
             tables, sources, _ = read_system(self._root, system, {}, models, hybrid=True)
             meta = ProfileMeta(name=system, accelerator=system, date="", command="", sources=sources)
+            if system == "gb300":  # its NVLink is GB200's, where the exchange was measured
+                other, _, _ = read_system(self._root, "gb200", {}, models)
+                rows = other["alltoall"]
+                nvlink = rows.filter(pc.match_substring(rows["mode"].cast(pa.string()), "nvlink"))
+                tables["alltoall"] = pa.concat_tables((tables["alltoall"], nvlink), promote_options="permissive")
             self._profiles[system] = HardwareProfile(meta, tables)
         return self._profiles[system]
 
     def _passes(self, row: Measured, decode: EngineSetup, prefill: EngineSetup) -> PassTimes:
         where = (row.registry_name, row.system, row.backend, row.precision)
-        key = (*where, row.decode, row.prefill, row.draft_tokens, row.isl, row.osl)
+        key = (*where, decode, prefill, row.isl, row.osl)
         if key not in self._times:
-            profile, how = self._profile(row.system), self.constants.distribution
-            first, second = (EngineCosts(setup, profile, how, self._shared) for setup in (decode, prefill))
+            profile = self._profile(row.system)
+            first, second = (EngineCosts(setup, profile, self._shared) for setup in (decode, prefill))
             self._times[key] = pass_times(first, second, row.isl, row.osl)
         return self._times[key]
 
@@ -89,8 +97,7 @@ class SiliconModel:
         if row.why_not and not row.recipe:
             return Prediction(None, None, row.why_not)
         model = self._models[row.registry_name]
-        decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens), row.decode.count)
-        prefill = ServedPool(setup_of(row, row.prefill, model, 0), row.prefill.count) if row.prefill else None
+        decode, prefill = pools_of(row, model)
         try:
             times = self._passes(row, decode.setup, (prefill or decode).setup)
             found = served(times, decode, prefill, self.constants, row.isl, row.osl, row.concurrency)
@@ -99,13 +106,38 @@ class SiliconModel:
         return Prediction(found.ttft_mean_s * 1e3, found.tpot_mean_s * 1e3)
 
 
+def pools_of(row: Measured, model: ModelSpec) -> tuple[ServedPool, ServedPool | None]:
+    """The pools of a row. SGLang polls for requests every so many decode steps and streams every so many tokens, so
+    half of each passes on average before a first token."""
+    launch = row.launch
+    decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens), row.decode.count)
+    if launch is not None:
+        first = (launch.poll_steps + launch.stream_tokens) / 2 if row.backend == "sglang" else None
+        tokens = launch.prompt_tokens or None
+        decode = replace(decode, prompt_tokens=tokens, first_steps=first, max_running=launch.max_running)
+    if row.prefill is None:
+        return decode, None
+    prefill = ServedPool(setup_of(row, row.prefill, model, 0), row.prefill.count, decode.prompt_tokens)
+    return decode, prefill
+
+
 def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int) -> EngineSetup:
     """The engine of a row. Of a quantised checkpoint attention stays in bf16 but in fp8 ones, and of 4-bit ones only
     DeepSeek's has 4-bit dense and shared parts (hf_quant_config.json of nvidia's NVFP4 checkpoints). The cache of
-    fp8 and fp4 checkpoints is fp8 on TensorRT-LLM and on Blackwell, else bf16, as the benchmark's scripts set it."""
+    fp8 and fp4 checkpoints is fp8 on TensorRT-LLM and on Blackwell, else bf16, as the benchmark's scripts set it.
+
+    TensorRT-LLM sends tokens to experts over NVLink where a rack has it, through DeepEP between nodes, and gathers
+    them in a node, in 4 bits where the experts are; SGLang sends them through DeepEP where its launch says so.
+    Redundant experts balance the load."""
     precision: Dtype = row.precision  # type: ignore[assignment]
     plain: Dtype = "fp8" if precision == "fp8" else "bf16"
     deepseek = model.name == "DeepSeek-V3" and precision == "fp4"
+    ranks = workers.tp * workers.dp
+    sent = row.launch is not None and row.launch.deepep
+    exchange: Exchange = "sent" if sent else "gathered"
+    if row.backend == "trtllm":
+        exchange = "fastest" if row.system.startswith("gb") else "sent" if ranks > 8 else "gathered"
+    balanced = row.launch is not None and row.launch.redundant_experts > 0
     small_cache = precision in ("fp8", "fp4") and (row.backend == "trtllm" or not row.system.startswith("h"))
     return EngineSetup(
         model=model,
@@ -119,6 +151,9 @@ def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int) -> 
         attention_dtype=plain,
         kv_dtype="fp8" if small_cache else "bf16",
         draft_tokens=drafts,
+        exchange=exchange,
+        gather_dtype="fp4" if precision == "fp4" and row.backend == "trtllm" else "bf16",
+        distribution="balanced" if balanced else "power_law_1.01",
     )
 
 

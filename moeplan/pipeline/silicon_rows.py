@@ -13,29 +13,21 @@ The split is by whole groups, ``model|system|backend`` (as in ``DeepSeek-V3|h200
 Kimi-K2.5 and GLM-5 are part ``c``; of the others a group is in ``a`` if the last bit of the sha256 of that name
 (UTF-8) is 0, in ``b`` if it is 1. Only ``a`` is used to choose constants.
 
-What a row ran on: the file's widths are partly an adapter's products, worker counts are mostly missing, and
-speculative decoding is not tagged. The public benchmark's own configuration of the day says all three
-(``benchmark_recipes.json``); a row takes the recipe with its model, hardware, framework, precision, lengths and
-concurrency whose widths agree with the row's, preferring its image, then its date, then the one added last, then
-none with drafts. Rows of the database export (``config_id``) are never drafted. Without a recipe the columns count.
+What a row ran on: its recipe (``silicon_recipes``); without one the columns count.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import json
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date, timedelta
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from moeplan.errors import InputError
+from moeplan.pipeline.silicon_recipes import Launch, Recipe, choose_recipes, lane_of, measured_on, number, widths_of
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import DTYPE_BYTES, ModelSpec
@@ -97,6 +89,7 @@ class Measured:
     prefill: Workers | None
     draft_tokens: int
     recipe: bool
+    launch: Launch | None
     why_not: str
 
 
@@ -116,27 +109,12 @@ def distinct(rows: Iterable[Mapping[str, str]]) -> list[tuple[Mapping[str, str],
     return [(same[0], tuple(row["id"] for row in same[1:])) for same in seen.values()]
 
 
-def _number(row: Mapping[str, str], name: str) -> int | None:
-    text = row.get(name) or ""
-    return int(float(text)) if text not in ("", "nan") else None
-
-
-def _widths(row: Mapping[str, str], side: str) -> tuple[int | None, int | None, int | None, int | None]:
-    """(tp, dp, moe_tp, moe_ep) as in the columns, a missing dp made up for."""
-    tp, dp, moe_tp, ep = (
-        _number(row, f"{side}{name}") for name in ("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
-    )
-    if dp is None and tp and moe_tp and ep and moe_tp * ep % tp == 0:
-        dp = moe_tp * ep // tp
-    return tp, dp, moe_tp, ep
-
-
 def impossible(row: Mapping[str, str], model: ModelSpec) -> str:
     """Why the widths of a row cannot be, or an empty string. See the module."""
     sides = [""] if row["mode"] == "agg" else ["prefill_", "decode_"]
     heads = attention_layers(model)[0].spec.num_heads
     for side in sides:
-        tp, dp, moe_tp, ep = _widths(row, side)
+        tp, dp, moe_tp, ep = widths_of(row, side)
         if not tp or not dp or not moe_tp or not ep:
             return f"{side}width missing or zero"
         if tp * dp != moe_tp * ep:
@@ -175,97 +153,19 @@ def _precision(row: Mapping[str, str]) -> str:
 # ---------------------------------------------------------------------- what it ran on
 
 
-@dataclass(frozen=True, slots=True)
-class _Recipe:
-    image: str
-    draft_tokens: int
-    widths: tuple[int, ...]
-    first: date
-    last: date
-
-
-@cache
-def _recipes() -> dict[tuple[Any, ...], list[_Recipe]]:
-    text = files("moeplan").joinpath("data", "benchmark_recipes.json").read_text(encoding="utf-8")
-    index: dict[tuple[Any, ...], list[_Recipe]] = defaultdict(list)
-    for model, hardware, backend, precision, isl, osl, image, drafts, widths, first, last, lanes in json.loads(text)[
-        "rows"
-    ]:
-        one = _Recipe(_plain(image), drafts, tuple(widths), date.fromisoformat(first), date.fromisoformat(last))
-        for lane in lanes:
-            index[model, hardware, backend, precision, isl, osl, lane, len(widths) == 8].append(one)
-    return dict(index)
-
-
-def _plain(image: str) -> str:
-    return re.sub(r"[^a-z0-9.]", "", image.lower())
-
-
-def _agrees(row: Mapping[str, str], recipe: _Recipe) -> bool:
-    """Whether a recipe's widths can have become the row's columns."""
-    if row["mode"] == "agg":
-        ranks, ep, dp = recipe.widths
-        _, columns_dp, moe_tp, columns_ep = _widths(row, "")
-        shared = _number(row, "attention_dp_size") or 1
-        return columns_ep == ep and moe_tp in (ranks, ranks // ep) and (shared > 1) == bool(dp) and columns_dp != 0
-    sides = (("prefill_", recipe.widths[:4]), ("decode_", recipe.widths[4:]))
-    for side, (workers, ranks, _, dp) in sides:
-        tp, columns_dp, _, _ = _widths(row, side)
-        if not tp or tp * (columns_dp or 1) != ranks:
-            return False
-        counted = _number(row, f"{side}num_workers")
-        if counted is not None and (counted != workers or (dp != 0) != ((columns_dp or 1) > 1)):
-            return False
-    return True
-
-
-def _measured_on(row: Mapping[str, str]) -> date | None:
-    found = re.search(r"measured=(\d{4}-\d\d-\d\d)", row["silicon_data_source"])
-    return date.fromisoformat(found[1]) if found else None
-
-
-def _choose(row: Mapping[str, str], lane: int, on: date | None) -> _Recipe | None:
-    name = FAMILIES[row["model_path"]][2]
-    hardware = row["system"].removesuffix("_sxm")
-    key = (name, hardware, row["backend"], row["precision"], int(row["isl"]), int(row["osl"]), lane)
-    fits = [recipe for recipe in _recipes().get((*key, row["mode"] != "agg"), []) if _agrees(row, recipe)]
-    model = _model(FAMILIES[row["model_path"]][1])
-    sizes = {3: (0,), 8: (1, 5)}
-    fits = [r for r in fits if all(_fits(row, model, r.widths[at]) for at in sizes[len(r.widths)])]
-    source = row["silicon_data_source"]
-    if "config_id=" in source:
-        fits = [recipe for recipe in fits if recipe.draft_tokens == 0]
-    image = re.search(r"(?:image=|workflow_run_id=\d+; )(\S+)$", source)
-    if image is not None:
-        fits = [recipe for recipe in fits if recipe.image == _plain(image[1])] or fits
-    if on is not None:
-        slack = timedelta(days=10)
-        fits = [recipe for recipe in fits if recipe.first - slack <= on <= recipe.last + slack] or fits
-    return max(fits, key=lambda recipe: (recipe.first, -abs(recipe.draft_tokens)), default=None)
-
-
 def _server(widths: tuple[int, ...], count: int = 1) -> Workers:
     ranks, ep, dp = widths
     return Workers(count, 1 if dp else ranks, ranks if dp else 1, ep)
 
 
 def _from_columns(row: Mapping[str, str], side: str) -> Workers:
-    tp, dp, _, ep = _widths(row, side)
-    return Workers(_number(row, f"{side}num_workers") or 1, tp or 1, dp or 1, min(ep or 1, (tp or 1) * (dp or 1)))
+    tp, dp, _, ep = widths_of(row, side)
+    return Workers(number(row, f"{side}num_workers") or 1, tp or 1, dp or 1, min(ep or 1, (tp or 1) * (dp or 1)))
 
 
-def _lane(row: Mapping[str, str]) -> int:
-    found = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
-    if found:
-        return int(found[1])
-    return (_number(row, "batch_size") or 1) * (_widths(row, "")[1] or 1)
-
-
-def _measured(row: Mapping[str, str], repeats: tuple[str, ...], on: date | None) -> Measured:
+def _measured(row: Mapping[str, str], repeats: tuple[str, ...], recipe: Recipe | None) -> Measured:
     family, registry_name, _ = FAMILIES[row["model_path"]]
     group = f"{family}|{row['system']}|{row['backend']}"
-    lane = _lane(row)
-    recipe = _choose(row, lane, on)
     prefill = None
     drafts = 0
     if recipe is None:
@@ -291,20 +191,21 @@ def _measured(row: Mapping[str, str], repeats: tuple[str, ...], on: date | None)
         precision=_precision(row),
         isl=int(row["isl"]),
         osl=int(row["osl"]),
-        concurrency=lane,
+        concurrency=lane_of(row),
         ttft_ms=float(row["silicon_ttft_ms"]),
         tpot_ms=float(row["silicon_tpot_ms"]),
         decode=decode,
         prefill=prefill,
         draft_tokens=drafts,
         recipe=recipe is not None,
+        launch=recipe.launch if recipe else None,
         why_not=impossible(row, _model(registry_name)),
     )
 
 
 def _inputs(row: Mapping[str, str]) -> tuple[Any, ...]:
     names = ("model_path", "system", "backend", "precision", "mode", "isl", "osl")
-    return (*(row[name] for name in names), _lane(row), _widths(row, "")[3])
+    return (*(row[name] for name in names), lane_of(row), widths_of(row, "")[3])
 
 
 def read_measured(path: Path) -> list[Measured]:
@@ -321,5 +222,8 @@ def read_measured(path: Path) -> list[Measured]:
     except (OSError, KeyError) as error:
         raise InputError(f"cannot read {path}: {error}; reinstall aiconfigurator-core") from error
     kept = distinct(rows)
-    dates = {_inputs(row): on for row, _ in kept if (on := _measured_on(row)) is not None}
-    return [_measured(row, repeats, _measured_on(row) or dates.get(_inputs(row))) for row, repeats in kept]
+    dates = {_inputs(row): on for row, _ in kept if (on := measured_on(row)) is not None}
+    days = {row["id"]: measured_on(row) or dates.get(_inputs(row)) for row in rows}
+    names = {path: name for path, (_, _, name) in FAMILIES.items()}
+    recipes = choose_recipes(rows, {row["id"]: repeats for row, repeats in kept}, names, days)
+    return [_measured(row, repeats, recipes[row["id"]]) for row, repeats in kept]

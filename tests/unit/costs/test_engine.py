@@ -84,6 +84,54 @@ def test_drafts_make_a_step_longer_but_less_than_in_proportion() -> None:
     assert plain < drafted < 4 * plain
 
 
+def test_drafts_multiply_products_and_work_but_read_the_cache_once() -> None:
+    # Linear attention keeps a state per drafted token, so its recurrence is done once for each.
+    for name in ("deepseek-v3", "qwen3.5-397b-a17b"):
+        costs = engine(model=find_model(name))
+        batch, context = np.array(256.0), np.array(64_000.0)
+        for part in attention_layers(find_model(name)):
+            one, four = (costs._attention(part, True, batch, context, q) for q in (1.0, 4.0))
+            assert one < four < 4.001 * one
+    latent = attention_layers(find_model("deepseek-v3"))[0]
+    bare = engine(tp=1, dp=8)._bare(latent, True)  # all 128 heads: bound by work from two queries on
+    work = 2 * 256 * 128 * 64_000 * (2 * 512 + 64) / find_accelerator("h200").bf16
+    assert bare.work(batch, context, 4.0) == pytest.approx(4 * work)
+
+
+def exchange_rows(mode: str, phases: dict[str, float], ranks: int, dtype: str) -> pa.Table:
+    """Two sizes of one all-to-all, ``phases`` with microseconds at one token per rank, ten times at a hundred."""
+    rows = [
+        {"mode": mode, "phase": phase, "ranks": ranks, "tokens_per_rank": tokens, "latency_us": us}
+        for phase, first in phases.items()
+        for tokens, us in ((1, first), (100, 10 * first))
+    ]
+    names = {"hidden": 7168, "top_k": 8, "num_experts": 256, "nodes": 2, "dtype": dtype, "backend": "x", "kernel": "k"}
+    names["source"] = "made up"
+    return pa.Table.from_pylist([row | names for row in rows])
+
+
+def test_tokens_sent_take_the_phases_of_the_tables_and_the_fastest_way_is_taken() -> None:
+    rack = find_accelerator("gb200")
+    two = exchange_rows("nvlink_two_sided", {"prepare": 1.0, "dispatch": 2.0, "combine": 3.0}, 16, "fp8")
+    ll = exchange_rows("low_latency", {"dispatch": 5.0, "combine": 7.0}, 16, "fp8")
+    profile = HardwareProfile(META, {"alltoall": pa.concat_tables([two, ll])})
+    model = find_model("deepseek-v3")
+
+    def costs(accelerator: object, exchange: str) -> EngineCosts:
+        setup = EngineSetup(model, accelerator, "trtllm", dp=16, ep=16, exchange=exchange)  # type: ignore[arg-type]
+        return EngineCosts(setup, profile)
+
+    every = np.array([16.0, 1600.0])
+    np.testing.assert_allclose(costs(rack, "sent")._links.exchange(every, True), [6e-6, 60e-6], rtol=1e-6)
+    boxes = costs(find_accelerator("h200"), "sent")
+    np.testing.assert_allclose(boxes._links.exchange(every, True), [12e-6, 120e-6], rtol=1e-6)
+    gathered = costs(rack, "gathered")._links.exchange(every, True)
+    fastest = costs(rack, "fastest")._links.exchange(every, True)
+    np.testing.assert_allclose(fastest, np.minimum(gathered, [6e-6, 60e-6]), rtol=1e-6)
+    four_bits = EngineSetup(model, rack, "trtllm", dp=16, ep=16, gather_dtype="fp4")
+    assert (EngineCosts(four_bits, EMPTY)._links.exchange(every, True) < gathered).all()
+
+
 @pytest.mark.parametrize("name", ["gpt-oss-120b", "qwen3.5-397b-a17b", "glm-5", "kimi-k2", "minimax-m2"])
 def test_every_layer_has_an_attention(name: str) -> None:
     model = find_model(name)
@@ -118,9 +166,15 @@ def test_served_latencies_hold_their_parts() -> None:
     times = pass_times(costs, costs, 1024, 256)
     one = served(times, ServedPool(costs.setup), None, CALIBRATED, 1024, 256, 1)
     many = served(times, ServedPool(costs.setup), None, CALIBRATED, 1024, 256, 32)
-    step = costs.decode_s(1.0, 0.9 * 1024 + 0.45 * 256).item() + CALIBRATED.step_s["sglang"]
+    step = costs.decode_s(1.0, 0.9 * 1024 + 0.45 * 256).item() + 61 * CALIBRATED.layer_gap_s["sglang"]
     assert one.tpot_mean_s == pytest.approx(step, rel=0.02)
     assert many.tpot_mean_s > one.tpot_mean_s
     assert many.ttft_mean_s > one.ttft_mean_s
+    late = served(times, ServedPool(costs.setup, first_steps=100.0), None, CALIBRATED, 1024, 256, 1)
+    more = (100 - CALIBRATED.first_steps["sglang"]) * one.tpot_mean_s
+    assert late.ttft_mean_s - one.ttft_mean_s == pytest.approx(more)
+    few = served(times, ServedPool(costs.setup, max_running=2), None, CALIBRATED, 1024, 256, 32)
+    assert few.tpot_mean_s < many.tpot_mean_s
+    assert few.ttft_mean_s > 5 * many.ttft_mean_s
     with pytest.raises(InputError, match="is below one request's"):
         served(times, ServedPool(costs.setup), None, CALIBRATED, 2_000_000, 256, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import date
 from importlib import metadata
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from moeplan.pipeline.scoring import Features, mean_error, median_error, nearest, scores, spearman
-from moeplan.pipeline.silicon_rows import Workers, _choose, distinct, impossible, part_of, read_measured
+from moeplan.pipeline.silicon_rows import Workers, distinct, impossible, part_of, read_measured
 from moeplan.specs.models import find_model
 
 ROW = {
@@ -31,18 +30,6 @@ ROW = {
     "moe_ep_size": "1.0",
     "silicon_ttft_ms": "100.0",
     "silicon_tpot_ms": "10.0",
-}
-DISAGG = {
-    **{name: value for name, value in ROW.items() if "size" not in name},
-    "mode": "disagg",
-    "system": "gb300",
-    **{f"{side}_num_workers": "" for side in ("prefill", "decode")},
-    **{f"prefill_{name}": "4.0" for name in ("tp_size", "moe_ep_size")},
-    **{f"prefill_{name}": "1.0" for name in ("attention_dp_size", "moe_tp_size")},
-    "decode_tp_size": "8.0",
-    "decode_attention_dp_size": "1.0",
-    "decode_moe_tp_size": "2.0",
-    "decode_moe_ep_size": "4.0",
 }
 
 
@@ -81,30 +68,6 @@ def test_a_server_of_a_rack_may_have_more_ranks_than_a_box() -> None:
     wide = {**ROW, "tp_size": "16.0", "moe_tp_size": "16.0"}
     assert impossible(wide, find_model("deepseek-v3"))
     assert not impossible({**wide, "system": "gb200"}, find_model("deepseek-v3"))
-
-
-def test_the_recipe_says_what_the_columns_do_not() -> None:
-    # dsr1-fp4-gb300-dynamo-trt, 1k/1k, 192 in flight: a prefill worker of 2 ranks, four decode workers of 8, no drafts.
-    row = {**DISAGG, "prefill_tp_size": "2.0", "prefill_moe_ep_size": "2.0", "decode_moe_tp_size": "4.0"}
-    row |= {"decode_moe_ep_size": "2.0"}
-    recipe = _choose(row, 192, date(2026, 2, 3))
-    assert recipe is not None
-    assert recipe.draft_tokens == 0
-    assert recipe.widths == (1, 2, 2, 1, 4, 8, 8, 0)
-    assert _choose(row, 191, date(2026, 2, 3)) is None
-
-
-def test_of_one_point_the_image_tells_drafted_runs_from_others() -> None:
-    # dsr1-fp4-b200-trt and -mtp, 8k/1k, 32 in flight on 4 ranks: two images, one with drafts.
-    row = {**ROW, "isl": "8192", "tp_size": "4.0", "moe_tp_size": "1.0", "moe_ep_size": "4.0"}
-    drafts = {}
-    for image in ("1.2.0rc6.post2", "1.2.0rc6.post3"):
-        source = f"silicon_concurrency=32; image=nvcr.io/nvidia/tensorrt-llm/release:{image}"
-        recipe = _choose({**row, "silicon_data_source": source}, 32, date(2026, 2, 6))
-        assert recipe is not None
-        drafts[image] = recipe.draft_tokens
-    assert drafts["1.2.0rc6.post2"] == 0
-    assert drafts["1.2.0rc6.post3"] != 0
 
 
 def test_scores_agree_with_scipy_and_count_what_is_missing() -> None:

@@ -1,0 +1,124 @@
+"""What ranks of one worker of a serving engine send each other: sums over attention groups, tokens to experts and back.
+
+Tokens of data-parallel attention reach their experts in one of two ways: *gathered*, every token to every rank and
+partial sums back, or *sent*, each token only to the ranks of its experts by an all-to-all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.costs import roofline
+from moeplan.costs.engine_tables import EngineTables
+from moeplan.specs.model import Dtype
+
+__all__ = ["EngineLinks"]
+
+Floats = NDArray[np.float64]
+
+# A small message's way between nodes and through the library on both sides; all-reduces go there and back.
+_CROSSING_S = 15e-6
+_NODE = 8
+_EXCHANGE_DTYPES: dict[str, tuple[str, ...]] = {"fp4": ("nvfp4",), "bf16": ("nvfp4",)}  # low-precision combine
+
+
+class EngineLinks:
+    """Collectives and exchanges of one :class:`EngineSetup`, ``T`` tokens to an array of seconds of their shape."""
+
+    def __init__(self, tables: EngineTables) -> None:
+        self._tables, self._setup = tables, tables.setup
+
+    def all_reduce(self, tokens: Floats) -> Floats:
+        """Seconds of adding up ``tokens`` of an attention group over its ranks."""
+        s = self._setup
+        if s.tp == 1:
+            return np.zeros_like(tokens)
+        return self._collective("all_reduce", s.tp, tokens * s.model.hidden_size * 2)
+
+    def _collective(self, op: str, ranks: int, size: Floats) -> Floats:
+        a = self._setup.accelerator
+        joined = ranks <= a.scale_up_domain
+        bandwidth = a.scale_up_bandwidth if joined else a.nic_bandwidth
+        part = (2 if op == "all_reduce" else 1) * (ranks - 1) / ranks
+        measured = min(ranks, 8)
+
+        def law(coords: Floats) -> Floats:
+            seconds: Floats = 5e-6 + part * coords[:, 0] / bandwidth
+            return seconds
+
+        names = {"op": op, "ranks": measured, "dtype": ["fp16", "bf16"]}
+        table = self._tables.table("collectives", ("message_size_bytes",), names, law)
+        if op == "all_reduce":
+            # The library's own and NCCL: a framework takes the better one for the size.
+            nccl = self._tables.table("collectives", ("message_size_bytes",), names, law, ({"backend": "nccl"},))
+            inside = np.minimum(table.seconds(size), nccl.seconds(size))
+        else:
+            inside = table.seconds(size)
+        if ranks <= measured:
+            return inside
+        # Beyond the measured ranks: a second stage like the first, and the rest of the way over the links between.
+        extra = (part - (2 if op == "all_reduce" else 1) * (measured - 1) / measured) * size / bandwidth
+        crossing = 0.0 if joined else _CROSSING_S * (2 if op == "all_reduce" else 1)
+        seconds: Floats = 2 * inside + extra + crossing
+        return seconds
+
+    def exchange(self, every: Floats, decode: bool) -> Floats:
+        """Seconds of dispatch and combine of ``every`` token; sums are reduced without data-parallel attention."""
+        s = self._setup
+        if s.dp == 1:
+            return self.all_reduce(every)
+        if s.exchange == "sent":
+            return self._sent(every / s.ranks, decode)
+        hidden = s.model.hidden_size
+        there = self._collective("all_gather", s.ranks, every * roofline.token_bytes(hidden, s.gather_dtype))
+        gathered = there + self._collective("reduce_scatter", s.ranks, every * roofline.token_bytes(hidden, "bf16"))
+        return gathered if s.exchange == "gathered" else np.minimum(gathered, self._sent(every / s.ranks, decode))
+
+    def _sent(self, per_rank: Floats, decode: bool) -> Floats:
+        """All-to-all of ``per_rank`` tokens: over NVLink between all ranks of a rack, else DeepEP."""
+        s = self._setup
+        rack = s.ranks <= s.accelerator.scale_up_domain and s.accelerator.scale_up_domain > _NODE
+        dtype = s.expert_dtype
+        parts: tuple[tuple[str, Dtype], ...] = (("prepare", dtype), ("dispatch", dtype), ("combine", "bf16"))
+        if not rack:
+            return self._message("low_latency" if decode else "normal", parts[1:], per_rank)
+        two = self._message("nvlink_two_sided", parts, per_rank)
+        if dtype != "fp4":
+            return two
+        return np.minimum(two, self._message("nvlink_one_sided", parts[1:], per_rank))
+
+    def _message(self, mode: str, parts: tuple[tuple[str, Dtype], ...], per_rank: Floats) -> Floats:
+        """Sum of the phases of one kind of all-to-all, at the nearest measured number of ranks above, else below.
+
+        Rows of the model's width and top-k serve whatever the number of experts.
+        """
+        s, m = self._setup, self._setup.model
+        total = np.zeros_like(per_rank)
+        for phase, dtype in parts:
+            names: dict[str, Any] = {"mode": mode, "phase": phase, "hidden": m.hidden_size, "top_k": m.top_k}
+            ranks = self._ranks(names)
+            size = next((r for r in ranks if r >= s.ranks), ranks[-1] if ranks else s.ranks)
+            a = s.accelerator
+            bandwidth = a.scale_up_bandwidth if s.ranks <= a.scale_up_domain else a.nic_bandwidth
+            copies = min(s.ranks, m.top_k) * (0.0 if phase == "prepare" else roofline.token_bytes(m.hidden_size, dtype))
+
+            def law(coords: Floats, copies: float = copies, bandwidth: float = bandwidth) -> Floats:
+                seconds: Floats = 1e-5 + coords[:, 0] * copies / bandwidth
+                return seconds
+
+            tries: tuple[dict[str, Any], ...] = ({"dtype": [dtype, *_EXCHANGE_DTYPES.get(dtype, ())]}, {})
+            table = self._tables.table("alltoall", ("tokens_per_rank",), names | {"ranks": size}, law, tries)
+            total = total + table.seconds(per_rank)
+        return total
+
+    def _ranks(self, names: dict[str, Any]) -> list[int]:
+        """Numbers of ranks that an all-to-all was measured on."""
+        tables = self._tables
+
+        def make() -> list[int]:
+            return sorted(set(tables.profile.select("alltoall", **names)["ranks"].to_pylist()))
+
+        return tables.cached(("ranks", *names.values()), make)

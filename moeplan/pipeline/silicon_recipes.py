@@ -1,0 +1,260 @@
+"""What a measured row of ``silicon_sample.csv`` ran on: the benchmark's own recipes and how a row finds its own.
+
+The file's widths are partly an adapter's products, worker counts are mostly missing, and speculative decoding is not
+tagged. ``benchmark_recipes.json`` holds what the public benchmark's configuration and launch scripts of the day say.
+A row's candidates are the recipes with its model, hardware, framework, precision, lengths and concurrency whose widths
+agree with the row's; then those of its image, and of its date, where there are any. Rows of the database export
+(``config_id``) are never drafted.
+
+Of two pools one job runs a recipe's list of concurrencies, and the file keeps a job's rows together: of the
+candidates of a run of rows those count that split it into the fewest jobs with the fewest concurrencies missing
+(:func:`split_run`). Where drafted and undrafted ones are still left, the drafted one is taken: of two equally likely
+answers the faster has the smaller expected relative error. Of the rest the one added last. No measured latency is used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+__all__ = ["Launch", "Recipe", "choose_recipes", "lane_of", "measured_on", "number", "split_run", "widths_of"]
+
+Row = Mapping[str, str]
+
+_SLACK = timedelta(days=10)
+_WIDTHS_SAID = date(2025, 11, 5)  # rows measured before say tp alone: 1 stands for ep and dp
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a recipe starts its engine: decode steps between polls for requests, tokens between streamed answers,
+    whether tokens go through DeepEP, redundant experts or balanced slots, prompt tokens per pass of a rank, sequences
+    that a decode worker takes (0: unlimited)."""
+
+    poll_steps: int
+    stream_tokens: int
+    deepep: bool
+    redundant_experts: int
+    prompt_tokens: int
+    max_running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One point of the benchmark. ``widths``: [ranks, ep, dp attention] of one server, or [workers, ranks, ep, dp
+    attention] of prefill and again of decode; ``job`` with which others it ran, -1: alone."""
+
+    image: str
+    draft_tokens: int
+    widths: tuple[int, ...]
+    first: date
+    last: date
+    lanes: frozenset[int]
+    launch: Launch | None
+    job: int
+
+
+def number(row: Row, name: str) -> int | None:
+    """A whole number of the row, None where it is missing."""
+    text = row.get(name) or ""
+    return int(float(text)) if text not in ("", "nan") else None
+
+
+def widths_of(row: Row, side: str) -> tuple[int | None, int | None, int | None, int | None]:
+    """(tp, dp, moe_tp, moe_ep) as in the columns, a missing dp made up for."""
+    tp, dp, moe_tp, ep = (
+        number(row, f"{side}{name}") for name in ("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
+    )
+    if dp is None and tp and moe_tp and ep and moe_tp * ep % tp == 0:
+        dp = moe_tp * ep // tp
+    return tp, dp, moe_tp, ep
+
+
+def lane_of(row: Row) -> int:
+    """Requests in flight."""
+    found = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
+    if found:
+        return int(found[1])
+    return (number(row, "batch_size") or 1) * (widths_of(row, "")[1] or 1)
+
+
+def measured_on(row: Row) -> date | None:
+    """The day of the measurement, None where the source does not say."""
+    found = re.search(r"measured=(\d{4}-\d\d-\d\d)", row["silicon_data_source"])
+    return date.fromisoformat(found[1]) if found else None
+
+
+# ---------------------------------------------------------------------- candidates
+
+
+@cache
+def _recipes() -> dict[tuple[Any, ...], list[Recipe]]:
+    text = files("moeplan").joinpath("data", "benchmark_recipes.json").read_text(encoding="utf-8")
+    index: dict[tuple[Any, ...], list[Recipe]] = defaultdict(list)
+    for row in json.loads(text)["rows"]:
+        model, hardware, backend, precision, isl, osl, image, drafts, widths, first, last, lanes, launch, job = row
+        index[model, hardware, backend, precision, isl, osl, len(widths) == 8].append(
+            Recipe(
+                image=_plain(image),
+                draft_tokens=drafts,
+                widths=tuple(widths),
+                first=date.fromisoformat(first),
+                last=date.fromisoformat(last),
+                lanes=frozenset(lanes),
+                launch=_launch(backend, widths, launch) if launch else None,
+                job=job,
+            )
+        )
+    return dict(index)
+
+
+def _launch(backend: str, widths: Sequence[int], values: Sequence[int]) -> Launch:
+    poll, stream, deepep, redundant, tokens, running = values
+    ranks, dp = (widths[1], widths[3]) if len(widths) == 8 else (widths[0], widths[2])
+    if backend == "sglang" and dp:
+        tokens //= ranks  # a worker's chunk, shared by its attention groups
+    return Launch(poll, stream, bool(deepep), redundant, max(0, tokens), running)
+
+
+def _plain(image: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", image.lower())
+
+
+def _agrees(row: Row, recipe: Recipe, on: date | None) -> bool:
+    """Whether a recipe's widths can have become the row's columns."""
+    if row["mode"] == "agg":
+        ranks, ep, dp = recipe.widths
+        tp, columns_dp, moe_tp, columns_ep = widths_of(row, "")
+        shared = number(row, "attention_dp_size") or 1
+        if on is not None and on < _WIDTHS_SAID:
+            return tp == ranks and shared == 1 and columns_ep == 1
+        return columns_ep == ep and moe_tp in (ranks, ranks // ep) and (shared > 1) == bool(dp) and columns_dp != 0
+    sides = (("prefill_", recipe.widths[:4]), ("decode_", recipe.widths[4:]))
+    for side, (workers, ranks, _, dp) in sides:
+        tp, columns_dp, _, _ = widths_of(row, side)
+        if not tp or tp * (columns_dp or 1) != ranks:
+            return False
+        counted = number(row, f"{side}num_workers")
+        if counted is not None and (counted != workers or (dp != 0) != ((columns_dp or 1) > 1)):
+            return False
+    return True
+
+
+def _candidates(row: Row, name: str, on: date | None) -> list[Recipe]:
+    """Recipes of any concurrency that the row may have run on; ``name`` of the model in the recipes."""
+    hardware = row["system"].removesuffix("_sxm")
+    pools = row["mode"] != "agg"
+    key = (name, hardware, row["backend"], row["precision"], int(row["isl"]), int(row["osl"]), pools)
+    fits = [recipe for recipe in _recipes().get(key, []) if _agrees(row, recipe, on)]
+    source = row["silicon_data_source"]
+    if "config_id=" in source:
+        fits = [recipe for recipe in fits if recipe.draft_tokens == 0]
+    lane = lane_of(row)
+    image = re.search(r"(?:image=|workflow_run_id=\d+; )(\S+)$", source)
+
+    def prefer(good: list[Recipe]) -> list[Recipe]:
+        return good if any(lane in recipe.lanes for recipe in good) else fits
+
+    if image is not None:
+        fits = prefer([recipe for recipe in fits if recipe.image == _plain(image[1])])
+    if on is not None:
+        fits = prefer([recipe for recipe in fits if recipe.first - _SLACK <= on <= recipe.last + _SLACK])
+    return fits
+
+
+# ---------------------------------------------------------------------- jobs
+
+
+def split_run(lanes: Sequence[int], jobs: Mapping[int, frozenset[int]]) -> list[set[int]]:
+    """For each of consecutive rows the jobs that may have run it: those of the splits into jobs with the least count
+    of jobs and missing concurrencies. A job's rows stand together in any order. Empty sets where no split exists."""
+    n = len(lanes)
+    parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for low in range(n):
+        for high in range(low + 1, n + 1):
+            part = set(lanes[low:high])
+            if len(part) < high - low:
+                break
+            parts[low, high] = [(1 + len(has) - len(part), job) for job, has in jobs.items() if part <= has]
+    best = {cell: min(cost for cost, _ in found) for cell, found in parts.items() if found}
+    ahead, behind = [0.0] + [float("inf")] * n, [float("inf")] * n + [0.0]
+    for low, high in sorted(best, key=lambda cell: cell[1]):
+        ahead[high] = min(ahead[high], ahead[low] + best[low, high])
+    for low, high in sorted(best, reverse=True):
+        behind[low] = min(behind[low], behind[high] + best[low, high])
+    answer: list[set[int]] = [set() for _ in lanes]
+    for (low, high), found in parts.items():
+        for cost, job in found:
+            if ahead[low] + cost + behind[high] == ahead[n] < float("inf"):
+                for at in range(low, high):
+                    answer[at].add(job)
+    return answer
+
+
+def _same_run(row: Row) -> tuple[str, ...] | None:
+    """What consecutive rows of one job have in common, None where the file does not keep jobs together."""
+    source = row["silicon_data_source"]
+    if row["mode"] == "agg" or not source.startswith("source_file=2026"):
+        return None
+    names = ("model_path", "system", "backend", "precision", "isl", "osl")
+    sides = [f"{side}_{name}" for side in ("prefill", "decode") for name in ("num_workers", "tp_size", "moe_ep_size")]
+    return (re.sub(r"silicon_concurrency=\d+", "", source), *(row[name] for name in (*names, *sides)))
+
+
+def _jobs(rows: Sequence[Row], names: Mapping[str, str], on: Mapping[str, date | None]) -> dict[str, set[int]]:
+    """Jobs that each row of two pools may be of, by row id; rows in the file's order."""
+    runs: list[list[Row]] = []
+    before: tuple[str, ...] | None = None
+    for row in rows:
+        same = _same_run(row)
+        if same is not None and same == before:
+            runs[-1].append(row)
+        elif same is not None:
+            runs.append([row])
+        before = same
+    answer: dict[str, set[int]] = {}
+    for run in runs:
+        has: dict[int, frozenset[int]] = defaultdict(frozenset)
+        for row in run:
+            for recipe in _candidates(row, names[row["model_path"]], on[row["id"]]):
+                has[recipe.job] |= recipe.lanes
+        for row, found in zip(run, split_run([lane_of(row) for row in run], has), strict=True):
+            answer[row["id"]] = found
+    return answer
+
+
+def choose_recipes(
+    rows: Sequence[Row],
+    repeats: Mapping[str, Sequence[str]],
+    names: Mapping[str, str],
+    on: Mapping[str, date | None],
+) -> dict[str, Recipe | None]:
+    """Row id -> its recipe, None where there is none.
+
+    ``rows`` all of them in the file's order; ``repeats`` ids of equal rows by id, of those asked for; ``names``
+    model_path -> model in the recipes; ``on`` id -> day.
+    """
+    jobs = _jobs(rows, names, on)
+    by_id = {row["id"]: row for row in rows}
+    answer: dict[str, Recipe | None] = {}
+    for name, others in repeats.items():
+        row = by_id[name]
+        lane = lane_of(row)
+        fits = [r for r in _candidates(row, names[row["model_path"]], on[name]) if lane in r.lanes]
+        for found in (jobs.get(one, set()) for one in (name, *others)):
+            fits = [recipe for recipe in fits if recipe.job in found] or fits
+        day = on[name]
+        answer[name] = max(fits, key=lambda r: (r.draft_tokens != 0, -_away(r, day), r.first), default=None)
+    return answer
+
+
+def _away(recipe: Recipe, on: date | None) -> int:
+    """Days between a day and the time of a recipe."""
+    return 0 if on is None else max(0, (recipe.first - on).days, (on - recipe.last).days)

@@ -1,0 +1,122 @@
+"""Recipes of the measured rows: what the columns do not say, and jobs against all splits tried one by one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from datetime import date
+
+import pytest
+
+from moeplan.pipeline.silicon_recipes import Recipe, choose_recipes, measured_on, split_run
+
+NAMES = {"deepseek-ai/DeepSeek-R1": "dsr1"}
+ONE = {
+    "id": "one",
+    "silicon_data_source": "source_file=2026-03-25.csv; silicon_concurrency=32; measured=2026-02-06T00:00:00Z",
+    "backend": "trtllm",
+    "model_path": "deepseek-ai/DeepSeek-R1",
+    "system": "b200_sxm",
+    "precision": "fp4",
+    "mode": "agg",
+    "isl": "8192",
+    "osl": "1024",
+    "tp_size": "4.0",
+    "attention_dp_size": "1.0",
+    "moe_tp_size": "1.0",
+    "moe_ep_size": "4.0",
+}
+# dsr1-fp4-gb300-dynamo-trt: a prefill worker of 2 ranks, decode workers of 8.
+TWO = {name: value for name, value in ONE.items() if "size" not in name} | {
+    "mode": "disagg",
+    "system": "gb300",
+    "isl": "1024",
+    "prefill_num_workers": "",
+    "prefill_tp_size": "2.0",
+    "prefill_attention_dp_size": "1.0",
+    "prefill_moe_tp_size": "1.0",
+    "prefill_moe_ep_size": "2.0",
+    "decode_num_workers": "",
+    "decode_tp_size": "8.0",
+    "decode_attention_dp_size": "1.0",
+    "decode_moe_tp_size": "4.0",
+    "decode_moe_ep_size": "2.0",
+}
+
+
+def run(*lanes: int, **changes: str) -> list[Recipe | None]:
+    """Recipes of consecutive rows of two pools."""
+    source = "source_file=2026-03-25.csv; silicon_concurrency={}; measured=2026-02-03T17:15:06Z; image=x"
+    rows = [
+        {**TWO, **changes, "id": str(at), "silicon_data_source": source.format(lane)} for at, lane in enumerate(lanes)
+    ]
+    found = choose_recipes(rows, {row["id"]: () for row in rows}, NAMES, {row["id"]: measured_on(row) for row in rows})
+    return [found[row["id"]] for row in rows]
+
+
+def drafts(*lanes: int) -> list[int]:
+    """Drafts of consecutive rows."""
+    found = run(*lanes)
+    assert None not in found
+    return [recipe.draft_tokens for recipe in found if recipe is not None]
+
+
+def test_the_recipe_says_what_the_columns_do_not() -> None:
+    (recipe,) = run(192)
+    assert recipe is not None
+    assert (recipe.draft_tokens, recipe.widths) == (0, (1, 2, 2, 1, 4, 8, 8, 0))
+    assert recipe.launch is not None
+    assert (recipe.launch.poll_steps, recipe.launch.stream_tokens, recipe.launch.prompt_tokens) == (1, 100, 16384)
+    assert run(191) == [None]
+
+
+def test_rows_that_stand_together_tell_drafted_jobs_from_others() -> None:
+    # One recipe was run at 8, 12, 24 and 48 with drafts, one at 12, 48, 96 and 192 without.
+    assert drafts(24, 8, 48, 12) == [3, 3, 3, 3]
+    assert drafts(48, 96, 192, 12) == [0, 0, 0, 0]
+    assert drafts(12) == [3]  # alone it may be either: the faster one
+
+
+def test_of_one_point_the_image_tells_drafted_runs_from_others() -> None:
+    # dsr1-fp4-b200-trt and -mtp, 8k/1k, 32 in flight on 4 ranks: two images, one with drafts.
+    found = {}
+    for image in ("1.2.0rc6.post2", "1.2.0rc6.post3"):
+        source = f"silicon_concurrency=32; image=nvcr.io/nvidia/tensorrt-llm/release:{image}"
+        row = {**ONE, "silicon_data_source": source}
+        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": date(2026, 2, 6)})["one"]
+        assert recipe is not None
+        found[image] = recipe.draft_tokens
+    assert found["1.2.0rc6.post2"] == 0
+    assert found["1.2.0rc6.post3"] != 0
+
+
+def test_the_oldest_rows_say_tensor_parallelism_alone() -> None:
+    row = {**ONE, "tp_size": "8.0", "moe_tp_size": "8.0", "moe_ep_size": "1.0"}
+    row |= {"isl": "1024", "silicon_data_source": "silicon_concurrency=64; measured=2025-11-02T00:00:00Z"}
+    for day, ep in ((date(2025, 11, 2), 8), (date(2025, 11, 20), None)):
+        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": day})["one"]
+        assert (recipe and recipe.widths[1]) == ep
+
+
+def splits(lanes: list[int], jobs: dict[int, frozenset[int]]) -> Iterator[tuple[int, list[int]]]:
+    """(cost, job of each row) of every split."""
+    n = len(lanes)
+    for ends in itertools.chain.from_iterable(itertools.combinations(range(1, n), k) for k in range(n)):
+        edges = [0, *ends, n]
+        parts = [lanes[low:high] for low, high in itertools.pairwise(edges)]
+        for names in itertools.product(jobs, repeat=len(parts)):
+            if all(len(set(p)) == len(p) and set(p) <= jobs[j] for p, j in zip(parts, names, strict=True)):
+                cost = sum(1 + len(jobs[j]) - len(p) for p, j in zip(parts, names, strict=True))
+                yield cost, [j for p, j in zip(parts, names, strict=True) for _ in p]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_splits_are_those_of_least_cost_of_all(seed: int) -> None:
+    rng = random.Random(seed)
+    jobs = {j: frozenset(rng.sample(range(5), rng.randint(1, 4))) for j in range(3)}
+    lanes = [rng.randrange(5) for _ in range(rng.randint(1, 5))]
+    tried = list(splits(lanes, jobs))
+    best = min((cost for cost, _ in tried), default=None)
+    every = [{names[at] for cost, names in tried if cost == best} for at in range(len(lanes))]
+    assert split_run(lanes, jobs) == every
