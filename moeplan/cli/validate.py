@@ -12,6 +12,18 @@ from moeplan.cli.common import Seconds, output_options, print_json, progress_bar
 __all__ = ["command"]
 
 
+_plot_option = click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg", help="Draw the answer."
+)
+
+
+def _plot(answer: dict[str, Any], title: str, plot: Path | None) -> None:
+    if plot is not None:
+        from moeplan.pipeline.validation_plot import plot_validation
+
+        plot_validation(answer, title, plot)
+
+
 @click.group("validate")
 def command() -> None:
     """Hold predictions against measurements."""
@@ -38,9 +50,16 @@ def _row(figure: dict[str, Any]) -> tuple[str, str, str, str]:
 @click.option("--profile", default=None, metavar="DIR|NAME", help="Use a profile instead of the public tables.")
 @click.option("--cpu", type=click.Path(path_type=Path), help="CPU profile to check.  [default: profiles/cpu-*]")
 @click.option("--live", type=Seconds(), help="Measure the CPU's FFN and all-to-all now for so long, as in 60s.")
+@_plot_option
 @output_options
 def kernels(
-    systems: str, profile: str | None, cpu: Path | None, live: float | None, as_json: bool, quiet: bool
+    systems: str,
+    profile: str | None,
+    cpu: Path | None,
+    live: float | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Held-out kernel times, skewed kernels from balanced ones, exchanges as published, and this CPU.
 
@@ -54,6 +73,7 @@ def kernels(
         raise click.UsageError("--systems and --profile exclude each other; give one")
     with progress_bar(quiet) as report:
         answer = validate_kernels(names or None, Path(profile) if profile else None, cpu, live, report)
+    _plot(answer, "Kernels: predicted against measured", plot)
     if as_json:
         print_json(answer)
         return
@@ -67,8 +87,9 @@ def kernels(
 
 
 @command.command("queues")
+@_plot_option
 @output_options
-def queues(as_json: bool, quiet: bool) -> None:
+def queues(plot: Path | None, as_json: bool, quiet: bool) -> None:
     """The simulator against queueing theory, conservation laws, and the same rules token by token.
 
     \b
@@ -78,6 +99,7 @@ def queues(as_json: bool, quiet: bool) -> None:
 
     with progress_bar(quiet or as_json) as report:
         answer = validate_queues(report)
+    _plot(answer, "Simulated against known", plot)
     if as_json:
         print_json(answer)
         return
@@ -93,8 +115,9 @@ def queues(as_json: bool, quiet: bool) -> None:
 
 @command.command("silicon")
 @click.option("--rows", default=None, metavar="FILE", type=click.Path(dir_okay=False), help="Write all predictions.")
+@_plot_option
 @output_options
-def silicon(rows: str | None, as_json: bool, quiet: bool) -> None:
+def silicon(rows: str | None, plot: Path | None, as_json: bool, quiet: bool) -> None:
     """Served latencies from kernel tables, against the measured rows of aiconfigurator-core (extra: aic).
 
     Groups of (b) and models of (c) are never tuned on; a nearest-row lookup over (a) and, with MOEPLAN_DATA set,
@@ -107,6 +130,7 @@ def silicon(rows: str | None, as_json: bool, quiet: bool) -> None:
 
     with progress_bar(quiet or as_json) as report:
         answer = validate_silicon(Path(rows) if rows else None, report)
+    _plot(answer, "Served latencies against measured rows", plot)
     if as_json:
         print_json(answer)
         return
@@ -133,8 +157,9 @@ def silicon(rows: str | None, as_json: bool, quiet: bool) -> None:
 
 
 @command.command("published")
+@_plot_option
 @output_options
-def published(as_json: bool, quiet: bool) -> None:
+def published(plot: Path | None, as_json: bool, quiet: bool) -> None:
     """Serving and training as published, row by row, with what drives each remaining error.
 
     With MOEPLAN_DATA set, the replayed service too.
@@ -146,6 +171,7 @@ def published(as_json: bool, quiet: bool) -> None:
 
     with progress_bar(quiet or as_json) as report:
         answer = validate_published(report)
+    _plot(answer, "Predicted over published", plot)
     if as_json:
         print_json(answer)
         return

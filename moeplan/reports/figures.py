@@ -33,6 +33,7 @@ __all__ = [
     "matrix_heat_map",
     "plan_picture",
     "replica_map",
+    "standalone",
     "to_svg",
 ]
 
@@ -366,11 +367,18 @@ def plan_picture(
         figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=14, fontweight="bold")
         figure.text(0.012, 1 - 0.45 / height_inch, subtitle, ha="left", fontsize=10.5, color=MUTED)
         inline = to_svg(figure, label)
+    return standalone(inline)
+
+
+def standalone(inline: str) -> str:
+    """A picture of :func:`to_svg` as a file of its own, with its colours, light and dark, and its label as title."""
     style = (
-        "<style>svg{color:#1b1f24;--muted:#59636e;--empty:#e6e8eb;"
+        "<style>svg{color:#1b1f24;--muted:#59636e;--empty:#e6e8eb;--before:#b35a00;--after:#0b5cad;"
         "font-family:system-ui,-apple-system,'Segoe UI',sans-serif}"
-        "@media(prefers-color-scheme:dark){svg{color:#e8eaed;--muted:#9aa4af;--empty:#30363d}}"
-        "image{image-rendering:pixelated}</style>"
+        "@media(prefers-color-scheme:dark){svg{color:#e8eaed;--muted:#9aa4af;--empty:#30363d;--before:#f0a35e;"
+        "--after:#6db3f2}}image{image-rendering:pixelated}</style>"
     )
     head, _, body = inline.partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><title>{escape(label)}</title>{style}{body}'
+    label = re.search(r'aria-label="([^"]*)"', head)
+    title = label[1] if label else ""
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><title>{title}</title>{style}{body}'
