@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moeplan.costs.experts import ExpertCosts
@@ -39,23 +40,27 @@ def draw_choices(
     return counts
 
 
-def _settle(row_E: Floats, cap: int, total: int, ep: int) -> None:
+@njit(cache=True, nogil=True)
+def _settle(row_E: Floats, cap: float, total: float, ep: int) -> None:
     """Cap every expert and make the sum ``total``, raising each rank's least loaded experts in equal shares."""
-    np.minimum(row_E, cap, out=row_E)
+    np.minimum(row_E, cap, row_E)
     short = total - row_E.sum()
     if short < 0:  # rounding up: take from the busiest
         row_E[np.argmax(row_E)] += short
         return
     by_rank = row_E.reshape(ep, -1)
     while short > 0.5:
-        room = [rank for rank in by_rank if rank.min() < cap]
+        room = np.array([rank for rank in range(ep) if by_rank[rank].min() < cap])
         for rank in room:
-            order = np.argsort(rank)
             # Pour an equal share over the lowest experts until they are level.
-            levels = np.append(rank[order], np.inf)
-            level = (np.cumsum(levels[:-1]) + short / len(room)) / np.arange(1, len(rank) + 1)
-            last = int(np.argmax(level <= levels[1:]))
-            rank[order[: last + 1]] = np.minimum(level[last], cap)
+            rising = np.sort(by_rank[rank])
+            poured, level = short / len(room), 0.0
+            for number in range(len(rising)):
+                poured += rising[number]
+                level = poured / (number + 1)
+                if number + 1 == len(rising) or level <= rising[number + 1]:
+                    break
+            by_rank[rank] = np.maximum(by_rank[rank], min(level, cap))
         short = total - row_E.sum()
 
 
