@@ -38,11 +38,12 @@ def command(a: Path, b: Path, as_json: bool, quiet: bool) -> None:
     if quiet:
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     for case, differences in found:
         words = ", ".join(f"{name} {value}" for name, value in case.items())
-        grid = Table("figure", "a", "b", "change", "from", "to", "", title=words or f"{a} to {b}")
+        name = Column("figure", no_wrap=True, min_width=max(len(d.name) for d in differences))
+        grid = Table(name, "a", "b", "change", "from", "to", "", title=words or f"{a} to {b}")
         for d in differences:
             change = "-" if d.relative is None else f"{100 * d.relative:+.1f} %"
             grid.add_row(
