@@ -53,7 +53,7 @@ class EngineCosts:
         """Seconds of one layer's attention block for ``batch`` sequences per group, of ``queries`` tokens in decode."""
         if part.kind == "gated_delta":
             return self._gated_delta(part, decode, batch, context, queries)
-        if part.kind == "sparse_mla" or (part.kind == "mla" and self.setup.backend in ("trtllm", "vllm")):
+        if part.kind in ("mla", "sparse_mla"):
             module = self._module(part, decode)
             if module.measured:
                 return module.seconds(context, batch) + self._more_queries(part, batch, context, queries)
@@ -79,12 +79,13 @@ class EngineCosts:
             "scope": "module",
             "heads": max(1, part.spec.num_heads // s.tp),
             "head_dim": part.spec.head_dim,
-            "dtype": "bf16",
+            "dtype": ["bf16", "fp8_block"],
             "kv_dtype": s.kv_dtype,
             "gemm_dtype": _GEMM_TABLE[s.attention_dtype],
         }
         law = self._attention_law(part, decode)
-        return self._tables.table("attention", ("context_tokens", "batch"), names, law)
+        own = ({"backend": s.backend},) if part.kind == "mla" else None  # else kernel and products are the framework's
+        return self._tables.table("attention", ("context_tokens", "batch"), names, law, own)
 
     def _kernels(self, part: AttentionLayers, decode: bool) -> AttentionCosts:
         s = self.setup
