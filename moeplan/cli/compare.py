@@ -43,7 +43,8 @@ def command(a: Path, b: Path, as_json: bool, quiet: bool) -> None:
     for case, differences in found:
         words = ", ".join(f"{name} {value}" for name, value in case.items())
         name = Column("figure", no_wrap=True, min_width=max(len(d.name) for d in differences))
-        grid = Table(name, "a", "b", "change", "from", "to", "", title=words or f"{a} to {b}")
+        numbers = [Column(word, overflow="fold") for word in ("a", "b", "change", "from", "to")]
+        grid = Table(name, *numbers, "", title=words or f"{a} to {b}")
         for d in differences:
             change = "-" if d.relative is None else f"{100 * d.relative:+.1f} %"
             grid.add_row(
