@@ -220,12 +220,13 @@ class TrainingCosts:
         full = spec.recompute == "full"
         back = self.backward_factor = _BACKWARD + full
         shared = fixed.shared_s
-        # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch.
+        # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch,
+        # where a forward's product reads the weights.
         self._slots = int(np.bincount(placement.rank_of_slot_P).max())
         tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
         self._dense_parameters = (model.non_expert_parameters - tables) / model.num_layers / spec.tp
         self._bandwidth = roofline.MEMORY_EFFICIENCY * cluster.accelerator.memory_bandwidth
-        once_s = 2 * DTYPE_BYTES[spec.gradient_dtype] / self._bandwidth
+        once_s = (2 * DTYPE_BYTES[spec.gradient_dtype] - DTYPE_BYTES[weight_dtype]) / self._bandwidth
         added = once_s * self._dense_parameters, once_s * self._slots * float(model.expert_parameters)
         attention = self.attention_s = (attention[0], attention[1] + sum(added))
         hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
