@@ -1,10 +1,14 @@
 """How well can rows of the public GEMM tables be known at all? Prints one JSON object. Extra: aic.
 
-Two tables of one kernel on one chip, at the same points: each shape's common factor is taken out (the median of
-the log ratios along it), what is left is the scatter of both. A perfect predictor of one table misses its rows by
-the scatter of that table alone: about the difference over the square root of two where both scatter alike, the
-whole of it where the other table is quiet. Pairs: B200 and GB200 carry one chip; H100 and H200 differ in memory
-only; on one system the bf16 products of two frameworks are the same library calls.
+Plateaus, inside one table: products of 9, 11, 13 and 15 rows fill one tile of 16, none of them aligned to anything,
+so that the device does the same work for each; what sets one row's time apart from the median of the three others is
+scatter of the measurement. A perfect predictor misses such rows by about that much (a little less: three have scatter
+too).
+
+Twins, two tables of one kernel at the same points: each shape's common factor is taken out (the median of the log
+ratios along it), what is left is the scatter of both, and what the machines do differently. Pairs: B200 and GB200 carry
+one chip, with 148 and 152 multiprocessors; H100 and H200 differ in memory only; on one system the bf16 products of
+two frameworks are the same library calls.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
+from moeplan.profiling.sanity import group_ids
 
 POINT = ("m", "n", "k")
 FRAMEWORKS = ("sglang", "trtllm", "vllm")
+PLATEAU = (9, 11, 13, 15)  # rows of one tile
 
 
 def _logs(table: pa.Table, **where: Any) -> dict[tuple[Any, ...], float]:
@@ -45,8 +51,28 @@ def _scatter(a: dict[tuple[Any, ...], float], b: dict[tuple[Any, ...], float]) -
     order = np.argsort(shapes, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(shapes[order])) + 1):
         apart[rows] -= np.median(apart[rows])
+    return _quantiles(apart)
+
+
+def _plateaus(table: pa.Table) -> dict[str, dict[str, Any]]:
+    """Framework, and all of them -> how far rows of a plateau lie from the median of the others."""
+    table = table.filter(pc.is_in(table["m"], value_set=pa.array(PLATEAU, table["m"].type)))
+    groups = group_ids(table, ["n", "k", "batch", "backend", "kernel", "dtype", "source"])
+    order = np.argsort(groups, kind="stable")
+    logs = np.log(table["latency_us"].to_numpy())
+    apart = np.full(len(logs), np.nan)
+    for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        for row in rows if len(rows) == len(PLATEAU) else ():
+            apart[row] = logs[row] - np.median(logs[rows[rows != row]])
+    backend = np.array(table["backend"].to_pylist())
+    known = np.isfinite(apart)
+    parts = {"all": known} | {str(b): known & (backend == b) for b in np.unique(backend[known])}
+    return {name: _quantiles(apart[part]) for name, part in parts.items()}
+
+
+def _quantiles(apart: np.ndarray) -> dict[str, Any]:
     off = np.abs(np.expm1(apart))
-    return {"points": len(both), "median": float(np.median(off)), "p90": float(np.quantile(off, 0.9))}
+    return {"points": len(off), "median": float(np.median(off)), "p90": float(np.quantile(off, 0.9))}
 
 
 def main() -> None:
@@ -62,9 +88,11 @@ def main() -> None:
         for system in MAIN_SYSTEMS
         for one, other in (("trtllm", "vllm"), ("sglang", "vllm"), ("sglang", "trtllm"))
     ]
-    answer = [{"pair": name, **found} for name, pair in pairs if (found := _scatter(*pair)) is not None]
+    plateaus = {system: _plateaus(table) for system, table in tables.items()}
+    twins = [{"pair": name, **found} for name, pair in pairs if (found := _scatter(*pair)) is not None]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    print(json.dumps({"date": today, "command": "python benchmarks/table_noise.py", "scatter": answer}, indent=1))
+    about = {"date": today, "command": "python benchmarks/table_noise.py"}
+    print(json.dumps({**about, "plateaus": plateaus, "twins": twins}, indent=1))
 
 
 if __name__ == "__main__":
