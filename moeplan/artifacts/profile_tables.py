@@ -120,7 +120,7 @@ TABLES: dict[str, dict[str, Column]] = {
     },
     "elementwise": {
         "op": _s("router, permute, unpermute, norm, embedding, head, activation, optimizer or empty_launch"),
-        "tokens": _i("T on this rank"),
+        "tokens": _i("T on this rank; of an optimizer step: rows of H parameters"),
         "hidden": _i("H"),
         "num_experts": _i("E; 0: does not apply", 0),
         "top_k": _i("K; 0: does not apply", 0),
