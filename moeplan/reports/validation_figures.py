@@ -53,6 +53,6 @@ def targets_picture(title: str, figures: Sequence[tuple[str, float, float, bool]
         axes.tick_params(length=0)
         axes.grid(axis="x", color=MUTED, alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set(xlabel="value / target", xlim=(0, None))
+        axes.set(xlabel="value / target (blue: reached)", xlim=(0, None))
         axes.set_title(title)
         return standalone(to_svg(figure, label))
