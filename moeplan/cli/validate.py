@@ -12,8 +12,18 @@ from moeplan.cli.common import Seconds, output_options, print_json, progress_bar
 __all__ = ["command"]
 
 
+def _svg(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix != ".svg":
+        raise click.BadParameter(f"{path} must end in .svg")
+    return path
+
+
 _plot_option = click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg", help="Draw the answer."
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    metavar="FILE.svg",
+    callback=_svg,
+    help="Draw the answer.",
 )
 
 

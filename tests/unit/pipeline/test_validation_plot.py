@@ -5,9 +5,9 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import pytest
+from click.testing import CliRunner
 
-from moeplan.errors import SpecError
+from moeplan.cli.validate import command
 from moeplan.pipeline.validation_plot import plot_validation
 
 
@@ -31,5 +31,9 @@ def test_rows_and_figures_are_drawn(tmp_path: Path) -> None:
     text = (tmp_path / "figures.svg").read_text(encoding="utf-8")
     assert "Figures: 2 of 4 figures reached." in text
     assert "--after:" in text  # its own colours
-    with pytest.raises(SpecError, match=r"must end in \.svg"):
-        plot_validation({"figures": figures}, "Figures", tmp_path / "figures.png")
+
+
+def test_another_picture_format_is_refused_before_the_work() -> None:
+    result = CliRunner().invoke(command, ["queues", "--plot", "figures.png"])
+    assert result.exit_code == 2
+    assert "figures.png must end in .svg" in result.output
