@@ -42,7 +42,8 @@ class EngineLinks:
         a = self._setup.accelerator
         joined = ranks <= a.scale_up_domain
         bandwidth = a.scale_up_bandwidth if joined else a.nic_bandwidth
-        part = (2 if op == "all_reduce" else 1) * (ranks - 1) / ranks
+        ways = 2 if op == "all_reduce" else 1
+        part = ways * (ranks - 1) / ranks
         measured = min(ranks, 8)
 
         def law(coords: Floats) -> Floats:
@@ -60,8 +61,8 @@ class EngineLinks:
         if ranks <= measured:
             return inside
         # Beyond the measured ranks: a second stage like the first, and the rest of the way over the links between.
-        extra = (part - (2 if op == "all_reduce" else 1) * (measured - 1) / measured) * size / bandwidth
-        crossing = 0.0 if joined else _CROSSING_S * (2 if op == "all_reduce" else 1)
+        extra = (part - ways * (measured - 1) / measured) * size / bandwidth
+        crossing = 0.0 if joined else _CROSSING_S * ways
         seconds: Floats = 2 * inside + extra + crossing
         return seconds
 
@@ -95,17 +96,16 @@ class EngineLinks:
 
         Rows of the model's width and top-k serve whatever the number of experts.
         """
-        s, m = self._setup, self._setup.model
+        s, m, a = self._setup, self._setup.model, self._setup.accelerator
+        bandwidth = a.scale_up_bandwidth if s.ranks <= a.scale_up_domain else a.nic_bandwidth
         total = np.zeros_like(per_rank)
         for phase, dtype in parts:
             names: dict[str, Any] = {"mode": mode, "phase": phase, "hidden": m.hidden_size, "top_k": m.top_k}
             ranks = self._ranks(names)
             size = next((r for r in ranks if r >= s.ranks), ranks[-1] if ranks else s.ranks)
-            a = s.accelerator
-            bandwidth = a.scale_up_bandwidth if s.ranks <= a.scale_up_domain else a.nic_bandwidth
             copies = min(s.ranks, m.top_k) * (0.0 if phase == "prepare" else roofline.token_bytes(m.hidden_size, dtype))
 
-            def law(coords: Floats, copies: float = copies, bandwidth: float = bandwidth) -> Floats:
+            def law(coords: Floats, copies: float = copies) -> Floats:
                 seconds: Floats = 1e-5 + coords[:, 0] * copies / bandwidth
                 return seconds
 

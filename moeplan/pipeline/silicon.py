@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs.closed_loop import PassTimes
@@ -67,6 +66,8 @@ class SiliconModel:
 
     def _profile(self, system: str) -> HardwareProfile:
         if system not in self._profiles:
+            # GB300's NVLink is GB200's, where the exchange was measured.
+            like = self._profile("gb200") if system == "gb300" else None
             models = []
             for model in self._models.values():
                 layers = attention_layers(model)[0].spec
@@ -75,12 +76,12 @@ class SiliconModel:
             self._profiles = {}
             tables, sources, _ = read_system(self._root, system, {}, models, hybrid=True)
             meta = ProfileMeta(name=system, accelerator=system, date="", command="", sources=sources)
-            if system == "gb300":  # its NVLink is GB200's, where the exchange was measured
-                other, _, _ = read_system(self._root, "gb200", {}, models)
-                rows = other["alltoall"]
-                nvlink = rows.filter(pc.match_substring(rows["mode"].cast(pa.string()), "nvlink"))
-                tables["alltoall"] = pa.concat_tables((tables["alltoall"], nvlink), promote_options="permissive")
-            self._profiles[system] = HardwareProfile(meta, tables)
+            profile = HardwareProfile(meta, tables)
+            if like is not None:
+                sent = like.select("alltoall", mode=["nvlink_one_sided", "nvlink_two_sided"])
+                both = pa.concat_tables((profile.table("alltoall"), sent))
+                profile = HardwareProfile(meta, tables | {"alltoall": both})
+            self._profiles[system] = profile
         return self._profiles[system]
 
     def _passes(self, row: Measured, decode: EngineSetup, prefill: EngineSetup) -> PassTimes:
