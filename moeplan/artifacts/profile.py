@@ -220,6 +220,12 @@ class HardwareProfile:
 
     # ------------------------------------------------------------------ coverage
 
+    def with_rows(self, name: str, rows: pa.Table) -> HardwareProfile:
+        """This profile with further ``rows`` in its table ``name``, as of a like machine that was measured."""
+        answer = HardwareProfile(self.meta, directory=self.directory)
+        answer._tables = self._tables | {name: pa.concat_tables((self.table(name), rows))}
+        return answer
+
     def select(self, name: str, usable: bool = True, **where: Any) -> pa.Table:
         """Rows of a table whose columns equal ``where`` (a value, or a collection of allowed ones).
 

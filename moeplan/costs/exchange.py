@@ -31,6 +31,7 @@ from moeplan.specs.workload import DispatchKind, Phase
 
 __all__ = [
     "MODES",
+    "NVLINK_MODES",
     "ExchangeCosts",
     "PathCosts",
     "balanced_copies",
@@ -45,10 +46,11 @@ Floats = NDArray[np.float64]
 _TABLE_ERROR = 0.15  # two published measurements of one exchange differ by about this
 _NEAREST_ERROR = 0.3
 
+NVLINK_MODES = ("nvlink_one_sided", "nvlink_two_sided")
 MODES: dict[str, tuple[str, ...]] = {
     "low_latency": ("low_latency",),
     "normal": ("normal",),
-    "nvlink": ("nvlink_one_sided", "nvlink_two_sided", "normal"),
+    "nvlink": (*NVLINK_MODES, "normal"),
 }
 
 

@@ -24,8 +24,7 @@ from moeplan.specs.model import DTYPE_BYTES, ModelSpec
 from moeplan.specs.serving import EngineSpec
 from moeplan.specs.workload import Workload
 
-__all__ = ["KvRoom", "kv_bytes_per_token", "kv_room",
-    "kv_rooms", "kv_transfer_s", "ranks_that_hold", "swap_s"]
+__all__ = ["KvRoom", "kv_bytes_per_token", "kv_room", "kv_rooms", "kv_transfer_s", "ranks_that_hold", "swap_s"]
 
 _PCIE_BYTES_PER_S = 32e9  # PCIe 4.0 x16, one way, where the accelerator's is not known
 

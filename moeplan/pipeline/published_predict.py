@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.costs.engine import EngineCosts, EngineSetup
-from moeplan.costs.exchange import exchange_costs
+from moeplan.costs.exchange import NVLINK_MODES, exchange_costs
 from moeplan.costs.served import CALIBRATED, ServedPool, pass_times, served
 from moeplan.costs.step import StepCost, StepModel, Technique
 from moeplan.costs.training import PASSES, TrainingCosts
@@ -74,10 +73,7 @@ def _profile(name: str) -> HardwareProfile | None:
         return None
     found = load_profile(name)
     if name == "b200-sxm":
-        nvlink = load_profile("gb200").select("alltoall", mode=["nvlink_one_sided", "nvlink_two_sided"])
-        tables = {table: found.select(table) for table in found.table_names}
-        tables["alltoall"] = pa.concat_tables([tables["alltoall"], nvlink], promote_options="permissive")
-        found = HardwareProfile(found.meta, tables)
+        return found.with_rows("alltoall", load_profile("gb200").select("alltoall", mode=NVLINK_MODES))
     return found
 
 

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs.closed_loop import PassTimes
 from moeplan.costs.engine import EngineCosts, EngineSetup, Exchange
+from moeplan.costs.exchange import NVLINK_MODES
 from moeplan.costs.served import CALIBRATED, Constants, ServedPool, pass_times, served
 from moeplan.errors import MoeplanError
 from moeplan.files import write_text
@@ -78,9 +77,7 @@ class SiliconModel:
             meta = ProfileMeta(name=system, accelerator=system, date="", command="", sources=sources)
             profile = HardwareProfile(meta, tables)
             if like is not None:
-                sent = like.select("alltoall", mode=["nvlink_one_sided", "nvlink_two_sided"])
-                both = pa.concat_tables((profile.table("alltoall"), sent))
-                profile = HardwareProfile(meta, tables | {"alltoall": both})
+                profile = profile.with_rows("alltoall", like.select("alltoall", mode=NVLINK_MODES))
             self._profiles[system] = profile
         return self._profiles[system]
 

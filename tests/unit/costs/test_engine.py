@@ -178,3 +178,11 @@ def test_served_latencies_hold_their_parts() -> None:
     assert few.ttft_mean_s > 5 * many.ttft_mean_s
     with pytest.raises(InputError, match="is below one request's"):
         served(times, ServedPool(costs.setup), None, CALIBRATED, 2_000_000, 256, 1)
+
+
+def test_rows_of_a_like_machine_join_a_copy() -> None:
+    one, more = (exchange_rows("low_latency", {"dispatch": us}, 8, "fp8") for us in (5.0, 7.0))
+    alone = HardwareProfile(META, {"alltoall": one})
+    both = alone.with_rows("alltoall", HardwareProfile(META, {"alltoall": more}).select("alltoall"))
+    assert both.select("alltoall")["latency_us"].to_pylist() == [5.0, 50.0, 7.0, 70.0]
+    assert alone.select("alltoall").num_rows == 2
