@@ -197,7 +197,7 @@ def _serve(
         if prefill_workers > 0:
             for at in range(taken):
                 request = admitted[at]
-                first[request] = ready[request]
+                first[request] = now
                 ends = (step + max(1, steps[request]) - 1) % ring
                 link[request], head[ends] = head[ends], request
                 cached += inputs[request]

@@ -10,7 +10,7 @@ the port of the rank that gets it even where that is the forwarder. Combine take
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
@@ -18,13 +18,23 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.counting import choose_slots, home_ranks
+from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.costs.counting import choose_slots, count_trace, home_ranks
 from moeplan.costs.exchange import touched_share
 from moeplan.errors import PlanError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.workload import DispatchKind, ReplicaSplit
 
-__all__ = ["Traffic", "counted_traffic", "expected_traffic", "is_joined"]
+__all__ = [
+    "Reach",
+    "Traffic",
+    "counted_reach",
+    "counted_traffic",
+    "expected_reach",
+    "expected_traffic",
+    "is_joined",
+    "spread",
+]
 
 Floats = NDArray[np.float64]
 
@@ -126,39 +136,74 @@ def _live(cluster: ClusterSpec) -> NDArray[np.bool_]:
     return np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
 
 
-def expected_traffic(
-    share_LR: Floats, cluster: ClusterSpec, dispatch: DispatchKind, top_k: int, home_R: Floats | None = None
-) -> Traffic:
-    """Traffic where a token's K choices are independent, as ``StepModel`` takes them.
+@dataclass(frozen=True, slots=True, eq=False)
+class Reach:
+    """Copies per token, wherever tokens are at home: ``rank_LR`` that each rank needs, ``node_LN`` each node where
+    copies merge by node."""
 
-    ``share_LR``: part of all (token, expert) pairs that each rank works on (not looked at for ``allgather``);
-    ``home_R``: part of all tokens at home on each rank, left out: spread evenly over those that work.
+    rank_LR: Floats
+    node_LN: Floats
+
+
+def expected_reach(share_LR: Floats, cluster: ClusterSpec, dispatch: DispatchKind, top_k: int) -> Reach:
+    """Where a token's K choices are independent, as ``StepModel`` takes them.
+
+    ``share_LR``: part of all (token, expert) pairs that each rank works on (not looked at for ``allgather``).
     """
+    if dispatch == "allgather":
+        live = _live(cluster).astype(float)
+        return Reach(np.broadcast_to(live, share_LR.shape), np.ones((len(share_LR), cluster.num_nodes)))
+    rank_LR = share_LR * top_k if dispatch == "per_expert" else touched_share(share_LR, top_k)
+    share_LN = share_LR.reshape(len(share_LR), -1, cluster.ranks_per_node).sum(2)
+    return Reach(rank_LR, touched_share(share_LN, top_k))
+
+
+def counted_reach(
+    trace: RoutingTrace, placement: Placement, cluster: ClusterSpec, dispatch: DispatchKind
+) -> Reach:
+    """Counted on every token of ``trace``; copies of an expert share by the placement, else evenly.
+
+    Raises:
+        PlanError: the trace has another number of layers or experts than the placement.
+    """
+    if dispatch == "allgather":
+        return expected_reach(np.zeros((trace.num_layers, cluster.num_ranks)), cluster, dispatch, trace.top_k)
+    load = ExpertLoad(
+        np.ones((1, trace.num_layers, trace.num_experts)), ("all",), trace.layer_ids, trace.top_k,
+        replace(trace, source_rank_T=None),
+    )  # fmt: skip
+    counts = count_trace(load, placement, "even" if placement.share_LP is None else "weighted")
+    elsewhere = 1 - 1 / placement.num_nodes or 1.0  # part of the tokens that are at home in another node
+    rank_LR = counts.pairs_WLR[0] if dispatch == "per_expert" else counts.rank_arrivals_WLR[0]
+    return Reach(rank_LR, counts.node_arrivals_WLN[0] / elsewhere)
+
+
+def spread(reach: Reach, cluster: ClusterSpec, dispatch: DispatchKind, home_R: Floats | None = None) -> Traffic:
+    """Traffic of tokens at home as ``home_R`` says (parts of all tokens; left out: evenly on the ranks that work)."""
     live_R = _live(cluster)
     R, per_node = cluster.num_ranks, cluster.ranks_per_node
     home_R = live_R / live_R.sum() if home_R is None else home_R
     node_R = np.arange(R) // per_node
     same_node = np.ones((R, R), bool) if is_joined(cluster) else node_R[:, None] == node_R[None, :]
     others = ~np.eye(R, dtype=bool)
-    if dispatch == "allgather":
-        rank_LR = np.broadcast_to(live_R.astype(float), share_LR.shape)
-    else:
-        rank_LR = share_LR * top_k if dispatch == "per_expert" else touched_share(share_LR, top_k)
-    direct_LRR = home_R[None, :, None] * rank_LR[:, None, :]
+    direct_LRR = home_R[None, :, None] * reach.rank_LR[:, None, :]
     inside_LRR = direct_LRR * (same_node & others)
     between_LRR = direct_LRR * ~same_node
     if dispatch in ("per_node", "allgather") and not same_node.all():
         peer_RN = _peers(cluster, live_R)
-        if dispatch == "allgather":
-            node_LN = np.ones((len(share_LR), cluster.num_nodes))
-        else:
-            node_LN = touched_share(share_LR.reshape(len(share_LR), -1, per_node).sum(2), top_k)
         between_LRR = np.zeros_like(direct_LRR)
         for home in np.flatnonzero(live_R):
             for node in range(cluster.num_nodes):
                 if node == node_R[home]:
                     continue
                 peer, members = peer_RN[home, node], slice(node * per_node, (node + 1) * per_node)
-                between_LRR[:, home, peer] += home_R[home] * node_LN[:, node]
+                between_LRR[:, home, peer] += home_R[home] * reach.node_LN[:, node]
                 inside_LRR[:, peer, members] += direct_LRR[:, home, members]
     return Traffic(between_LRR, inside_LRR)
+
+
+def expected_traffic(
+    share_LR: Floats, cluster: ClusterSpec, dispatch: DispatchKind, top_k: int, home_R: Floats | None = None
+) -> Traffic:
+    """:func:`expected_reach`, spread from the tokens' homes."""
+    return spread(expected_reach(share_LR, cluster, dispatch, top_k), cluster, dispatch, home_R)
