@@ -111,6 +111,19 @@ def test_a_wider_token_or_type_costs_its_bytes() -> None:
     assert costs.inside.balanced_s(1024) == pytest.approx((30 + (dispatch + 0.4) * 1024) * 1e-6)
 
 
+def test_where_a_kernel_bends_time_follows_bytes() -> None:
+    """Flat up to 256 tokens, then rising: with token copies of twice the bytes it rises from 128 on."""
+    rows = [
+        row | {"latency_us": max(20.0, 0.1 * row["tokens_per_rank"]), "dtype": "bf16"}
+        for row in profile([1], hidden=512).select("alltoall").to_pylist()
+    ]
+    bent = HardwareProfile(META, {"alltoall": pa.Table.from_pylist(rows)})
+    inside = exchange_costs(MODEL, cluster(1), "per_node", "prefill", "bf16", profile=bent).inside
+    assert inside.balanced_s(32) == pytest.approx(2 * 20e-6)
+    assert inside.balanced_s(128) == pytest.approx(2 * 25.6e-6)
+    assert inside.balanced_s(4096) == pytest.approx(2 * 819.2e-6)
+
+
 def test_other_node_counts_come_from_the_nearest() -> None:
     costs = exchange_costs(MODEL, cluster(3), "per_node", "prefill", "fp8", profile=profile([1, 2]))
     assert costs.between is not None
