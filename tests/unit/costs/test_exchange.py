@@ -121,7 +121,7 @@ def test_where_a_kernel_bends_time_follows_bytes() -> None:
     inside = exchange_costs(MODEL, cluster(1), "per_node", "prefill", "bf16", profile=bent).inside
     assert inside.balanced_s(32) == pytest.approx(2 * 20e-6)
     assert inside.balanced_s(128) == pytest.approx(2 * 25.6e-6)
-    assert inside.balanced_s(4096) == pytest.approx(2 * 819.2e-6)
+    assert inside.balanced_s(1024) == pytest.approx(2 * 204.8e-6)
 
 
 def test_other_node_counts_come_from_the_nearest() -> None:
