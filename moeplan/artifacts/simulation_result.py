@@ -10,13 +10,26 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeplan.errors import InputError
 from moeplan.files import canonical_json, read_json, sha256_bytes, write_text
 from moeplan.specs.base import validation_message
 
-__all__ = ["Assumption", "Headline", "MemoryTrack", "RankBytes", "RankTimes", "SimulationResult", "Timeline"]
+__all__ = [
+    "Assumption",
+    "Headline",
+    "MemoryTrack",
+    "RankBytes",
+    "RankTimes",
+    "SimulationResult",
+    "Timeline",
+    "TrafficMatrix",
+]
+
+_MOST_RANKS = 160  # of a traffic matrix; beyond, nodes
 
 
 class _Paper(BaseModel):
@@ -80,6 +93,49 @@ class MemoryTrack(_Paper):
     activation_bytes: tuple[float, ...]
 
 
+class TrafficMatrix(_Paper):
+    """Bytes from place to place in the mean step of a run, dispatch and combine; a row for each place they leave."""
+
+    name: str = Field(description="whose: a pool, an expert-parallel group, all ranks")
+    places: Literal["rank", "node"] = Field(description="nodes where ranks are very many")
+    per_node: int = Field(gt=0, description="places of one node")
+    steps: int = Field(gt=0)
+    sent: tuple[tuple[float, ...], ...] = Field(description="as it was; what a rank keeps to itself is not counted")
+    unchanged: tuple[tuple[float, ...], ...] | None = Field(
+        None, description="the same tokens, had the run kept its first placement; where it did not"
+    )
+    source: str = Field(description="counted or expected, on what")
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        sent_RR: NDArray[np.float64],
+        unchanged_RR: NDArray[np.float64] | None,
+        steps: int,
+        ranks_per_node: int,
+        source: str,
+    ) -> Self:
+        """From bytes per step between ranks, to whole bytes; between nodes where ranks are more than 160 on several."""
+        by_node = len(sent_RR) > _MOST_RANKS and ranks_per_node < len(sent_RR)
+
+        def rows(matrix_RR: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+            if by_node:
+                nodes = len(matrix_RR) // ranks_per_node
+                matrix_RR = matrix_RR.reshape(nodes, ranks_per_node, nodes, ranks_per_node).sum((1, 3))
+            return tuple(tuple(row) for row in np.rint(matrix_RR).tolist())
+
+        return cls(
+            name=name,
+            places="node" if by_node else "rank",
+            per_node=1 if by_node else ranks_per_node,
+            steps=steps,
+            sent=rows(sent_RR),
+            unchanged=None if unchanged_RR is None else rows(unchanged_RR),
+            source=source,
+        )
+
+
 class SimulationResult(_Paper):
     """A prediction of serving or of training."""
 
@@ -101,6 +157,7 @@ class SimulationResult(_Paper):
     timeline: Timeline | None = None
     memory: tuple[MemoryTrack, ...] = Field((), description="training: one rank of each pipeline stage")
     rank_memory: RankBytes | None = Field(None, description="serving")
+    traffic: tuple[TrafficMatrix, ...] = Field((), description="of a run whose log was kept")
     assumptions: tuple[Assumption, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: dict[str, str] = Field(default_factory=dict, description="versions and hashes of what it is made from")

@@ -25,12 +25,14 @@ class Clock:
     """Spans of one rank. ``enabled = False`` makes it free: nothing is recorded, no device is waited for.
 
     ``origin_s`` is the reading of ``time.perf_counter`` that counts as 0; ranks of one machine share that counter.
+    ``sent_R``: bytes of tokens that this rank has sent to others in steps, by their world rank.
     """
 
     def __init__(self, rank: int = 0, enabled: bool = False, origin_s: float = 0.0, cuda: bool = False) -> None:
         self.rank, self.enabled, self.origin_s, self.cuda = rank, enabled, origin_s, cuda
         self.step = 0
         self.events = EventRecorder()
+        self.in_step, self.sent_R = False, dict[int, float]()
         self._totals: dict[str, list[float]] = {}
 
     @contextmanager
@@ -42,10 +44,12 @@ class Clock:
             return
         self._wait()
         begin = time.perf_counter()
+        self.in_step |= kind == "step"
         try:
             yield span
         finally:
             self._wait()
+            self.in_step &= kind != "step"
             self.add(kind, begin, time.perf_counter() - begin, layer, span.amount)
 
     def add(self, kind: str, begin_s: float, duration_s: float, layer: int = -1, amount: float = 0.0) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.placement import EMPTY, Placement
+from moeplan.artifacts.simulation_result import TrafficMatrix
 from moeplan.errors import SpecError
 from moeplan.execution.clock import Clock
 from moeplan.execution.groups import Mesh, build_mesh
@@ -204,18 +205,29 @@ class Trainer:
 
 
 def gather_events(trainer: Trainer, origin: dict[str, Any]) -> EventLog | None:
-    """The events of all ranks in the order of their start, on world rank 0; None on the others."""
+    """The events of all ranks in the order of their start, on world rank 0; None on the others.
+
+    ``origin`` of the log gains the ``traffic`` of the mean step, a :class:`TrafficMatrix` of world ranks.
+    """
     mesh = trainer.mesh
     nodes = mesh.ep.size // mesh.ranks_per_node * mesh.edp.size
     own = trainer.clock.events.build("measured", mesh.world.size, nodes, origin)
     if mesh.world.group is None:
         return own
-    columns = {f.name: getattr(own, f.name) for f in fields(own) if f.name.endswith("_V")}
+    columns: dict[str, Any] = {f.name: getattr(own, f.name) for f in fields(own) if f.name.endswith("_V")}
     parts: list[Any] | None = [None] * mesh.world.size if mesh.world.rank == 0 else None
-    dist.gather_object(columns, parts, group=mesh.world.group)
+    dist.gather_object((columns, trainer.clock.sent_R), parts, group=mesh.world.group)
     if parts is None:
         return None
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in columns}
+    joined = {name: np.concatenate([part[name] for part, _ in parts]) for name in columns}
     order_V = np.lexsort((joined["rank_V"], joined["start_s_V"]))
     ordered: dict[str, Any] = {name: column[order_V] for name, column in joined.items()}
-    return replace(own, **ordered)
+    steps = int(own.of_kind("step").sum())
+    if not steps:
+        return replace(own, **ordered)
+    sent_RR = np.zeros((mesh.world.size, mesh.world.size))
+    for rank, (_, sent_R) in enumerate(parts):
+        sent_RR[rank, list(sent_R)] = list(sent_R.values())
+    per_node, source = mesh.world.size // nodes, "every row of tokens that was sent"
+    traffic = TrafficMatrix.of("live run", sent_RR / steps, None, steps, per_node, source)
+    return replace(own, origin={**origin, "traffic": traffic.model_dump(mode="json")}, **ordered)

@@ -15,7 +15,7 @@ import numpy as np
 
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.plan import Plan
-from moeplan.artifacts.simulation_result import SimulationResult
+from moeplan.artifacts.simulation_result import SimulationResult, TrafficMatrix
 from moeplan.costs.memory import memory_report
 from moeplan.costs.step import StepModel, Technique
 from moeplan.errors import InputError, MoeplanError, SpecError
@@ -204,6 +204,7 @@ def _sections(subject: _Subject) -> list[Section]:
             run_report.ranks_section(result),
             run_report.memory_section(result),
         ]
+    found.append(run_report.traffic_section({subject.name: _traffic(subject)}))
     if subject.log is not None:
         found.append(run_report.log_section(subject.log))
         found.append(run_report.loads_section({subject.name: subject.log}))
@@ -211,6 +212,14 @@ def _sections(subject: _Subject) -> list[Section]:
     if result is not None:
         found.append(run_report.assumptions_section(result))
     return [section for section in found if section is not None]
+
+
+def _traffic(subject: _Subject) -> tuple[TrafficMatrix, ...]:
+    """Traffic of a run: a simulation's result holds it, a live run's log."""
+    if subject.result is not None:
+        return subject.result.traffic
+    found = None if subject.log is None else subject.log.origin.get("traffic")
+    return () if found is None else (TrafficMatrix.model_validate(found),)
 
 
 def _named(cases: tuple[tuple[dict[str, Any], SimulationResult], ...]) -> dict[str, SimulationResult]:
@@ -239,7 +248,8 @@ def _between(a: _Subject, b: _Subject) -> list[Section]:
         sections.append(run_report.comparison_section(differences, *names))
         latency = run_report.latency_section({names[0]: a.result, names[1]: b.result})
         loads = None if a.log is None or b.log is None else run_report.loads_section({names[0]: a.log, names[1]: b.log})
-        sections += [section for section in (latency, loads) if section is not None]
+        traffic = run_report.traffic_section({names[0]: a.result.traffic, names[1]: b.result.traffic})
+        sections += [section for section in (latency, loads, traffic) if section is not None]
     elif a.cases and b.cases:
         for case, differences in compare(a.path, b.path):
             words = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in case.items())

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from moeplan.artifacts.simulation_result import RankBytes
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.kv_cache import KvRoom, kv_bytes_per_token, kv_room, kv_rooms
 from moeplan.costs.operating_point import layer_costs
+from moeplan.costs.run_traffic import Wire
 from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import Technique
 from moeplan.errors import SpecError
@@ -52,6 +53,8 @@ __all__ = ["Service", "build_service"]
 
 Floats = NDArray[np.float64]
 PhaseName = Literal["prefill", "decode"]
+_Tokens = tuple[RoutingTrace, NDArray[np.int64]]  # a trace and which of its tokens
+_COUNTED_TOKENS = 8192  # of one load, on which its traffic is counted
 _SAMPLED_WINDOWS = 1024  # windows after which the sequence of draws begins again
 
 
@@ -107,6 +110,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
             Pool(
                 role, instances, engine, stage, place, loads, factory, capacity, per_token,
                 link or stage.accelerator.nic_bandwidth, stage.nic_latency,
+                wire=Wire(model, scenario.objective.dispatch, work.activation_dtype),
             )
         )  # fmt: skip
         rooms += [(each, capacity * per_token) for each in kv_rooms(model, stage, work, engine, slots_R)]
@@ -152,18 +156,36 @@ def _loads(
         cluster = scenario.cluster_spec()
         require(run_checks(Bundle(model=model, cluster=cluster, workload=scenario.workload, load=whole)))
     if experts.mode == "mean":
-        return ExpertLoads({"decode": [whole.load_LE]}, experts.window), whole, []
+        tokens = [_few(routing, np.arange(routing.num_tokens))] if isinstance(routing, RoutingTrace) else [None]
+        return ExpertLoads({"decode": [whole.load_LE]}, experts.window, None, _lookup({"decode": tokens})), whole, []
     notes: list[str] = []
     by_phase: dict[PhaseName, list[Floats]] = {}
+    behind: dict[PhaseName, list[_Tokens | None]] = {}
     for phase, part in _phases(routing):
-        by_phase[phase] = (
+        found = (
             _windows(part, experts.windows) if experts.mode == "replay"
             else [_draw(part, experts.sample_tokens, rng) for _ in range(experts.windows)]
         )  # fmt: skip
+        by_phase[phase] = [load_LE for load_LE, _ in found]
+        behind[phase] = [tokens for _, tokens in found]
     if len(by_phase) == 1:
         notes.append("the trace holds one phase, or does not tell prefill from decode: it serves both")
     order = rng.integers(experts.windows, size=_SAMPLED_WINDOWS).tolist() if experts.mode == "sample" else None
-    return ExpertLoads(by_phase, experts.window, order), whole, notes
+    return ExpertLoads(by_phase, experts.window, order, _lookup(behind)), whole, notes
+
+
+def _few(part: RoutingTrace, chosen_T: NDArray[np.int64]) -> _Tokens:
+    """Tokens of a load, evenly thinned where they are very many; taken from the trace when they are wanted."""
+    even = np.linspace(0, len(chosen_T) - 1, min(len(chosen_T), _COUNTED_TOKENS)).astype(int)
+    return part, chosen_T[even]
+
+
+def _lookup(behind: Mapping[PhaseName, Sequence[_Tokens | None]]) -> Callable[[PhaseName, int], RoutingTrace | None]:
+    def tokens(phase: PhaseName, number: int) -> RoutingTrace | None:
+        found = behind[phase][number]
+        return None if found is None else found[0].tokens(found[1])
+
+    return tokens
 
 
 def _phases(routing: RoutingTrace | ExpertLoad) -> list[tuple[PhaseName, RoutingTrace | ExpertLoad]]:
@@ -175,20 +197,27 @@ def _phases(routing: RoutingTrace | ExpertLoad) -> list[tuple[PhaseName, Routing
     return [(names[p], pick_tokens(routing, routing.phase_T == p)) for p in present if PHASES[p] in names]
 
 
-def _windows(part: RoutingTrace | ExpertLoad, windows: int) -> list[Floats]:
-    """Loads of a trace cut in time; counts keep the windows they were recorded in."""
-    load = windows_of(part, f"time:{min(windows, part.num_tokens)}") if isinstance(part, RoutingTrace) else part
-    return [each for each in load.load_WLE if (each.sum(1) > 0).all()]
+def _windows(part: RoutingTrace | ExpertLoad, windows: int) -> list[tuple[Floats, _Tokens | None]]:
+    """Loads of a trace cut in time, with their tokens; counts keep the windows they were recorded in."""
+    if not isinstance(part, RoutingTrace):
+        return [(each, None) for each in part.load_WLE if (each.sum(1) > 0).all()]
+    load = windows_of(part, f"time:{min(windows, part.num_tokens)}")
+    window_T = np.zeros(part.num_tokens, np.int64) if load.window_T is None else load.window_T
+    found = [(each, _few(part, np.flatnonzero(window_T == w))) for w, each in enumerate(load.load_WLE)]
+    return [(each, tokens) for each, tokens in found if (each.sum(1) > 0).all()]
 
 
-def _draw(part: RoutingTrace | ExpertLoad, tokens: int, rng: np.random.Generator) -> Floats:
+def _draw(
+    part: RoutingTrace | ExpertLoad, tokens: int, rng: np.random.Generator
+) -> tuple[Floats, _Tokens | None]:
     """Counts of tokens drawn at random, whole tokens where the trace has them."""
     if isinstance(part, RoutingTrace):
-        chosen = part.experts_TLK[rng.integers(part.num_tokens, size=tokens)]
+        drawn_T = rng.integers(part.num_tokens, size=tokens)
+        chosen = part.experts_TLK[drawn_T]
         counts = [np.bincount(layer[layer >= 0], minlength=part.num_experts) for layer in chosen.transpose(1, 0, 2)]
-        return np.array(counts, np.float64)
+        return np.array(counts, np.float64), _few(part, drawn_T)
     share_LE = part.load_LE / part.load_LE.sum(1, keepdims=True)
-    return rng.multinomial(tokens * (part.top_k or 1), share_LE).astype(np.float64)
+    return rng.multinomial(tokens * (part.top_k or 1), share_LE).astype(np.float64), None
 
 
 # ---------------------------------------------------------------------- pools

@@ -134,7 +134,8 @@ def _trained(run: _Run, progress: Progress) -> _Answer:
     progress("simulate", 1.0)
     result, cluster = found.result, found.cluster
     counts = {"steps": float(len(result.steps_s)), "micro_batches": float(result.micro_batches)}
-    outcome = Outcome(found.headlines, counts, {}, None, None, sum(result.steps_s))
+    traffic = (found.traffic,) if run.keep_log else ()
+    outcome = Outcome(found.headlines, counts, {}, None, None, sum(result.steps_s), traffic)
     return _Answer(
         outcome, result.log if run.keep_log else None, found.model.name, cluster.name, cluster.num_ranks,
         cluster.num_nodes, found.assumptions, found.notes, found.memory,
@@ -199,6 +200,7 @@ def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Seque
         timeline=first.outcome.timeline,
         memory=first.memory,
         rank_memory=first.rank_memory,
+        traffic=first.outcome.traffic,
         assumptions=tuple(Assumption(name=n, value=v, source=s) for n, v, s in first.assumptions),
         notes=tuple(notes),
         provenance=_provenance(scenario, seeds),

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.simulation_result import MemoryTrack
+from moeplan.artifacts.simulation_result import MemoryTrack, TrafficMatrix
 from moeplan.checks import Bundle, require, run_checks
+from moeplan.costs.run_traffic import Wire
+from moeplan.costs.traffic import counted_reach, expected_reach
 from moeplan.costs.training import TrainingCosts, expert_group
 from moeplan.errors import InfeasibleError, SpecError
 from moeplan.pipeline.exports import load_placement
@@ -51,6 +54,7 @@ class Trained:
     cluster: ClusterSpec
     headlines: dict[str, float]
     memory: tuple[MemoryTrack, ...]
+    traffic: TrafficMatrix
     assumptions: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
 
@@ -70,6 +74,7 @@ def simulate_training(scenario: Scenario, origin: Mapping[str, Any] | None = Non
     spec.micro_batches(cluster.num_ranks)  # degrees that do not divide are said before anything is read
     group = expert_group(cluster, spec.ep)
     notes: list[str] = []
+    load = None
     if spec.experts == "balanced":
         load_WLE = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)[None]
     else:
@@ -124,7 +129,41 @@ def simulate_training(scenario: Scenario, origin: Mapping[str, Any] | None = Non
         *((f"costs of {name}", "", source) for name, source in sorted(costs.source.items())),
     )
     notes += [f"extrapolated beyond measurements: {name}" for name in sorted(set(costs.extrapolated))]
-    return Trained(result, model, cluster, headlines, memory, assumptions, (*notes, *result.notes))
+    traffic = _traffic(costs, placement, load, scenario)
+    return Trained(result, model, cluster, headlines, memory, traffic, assumptions, (*notes, *result.notes))
+
+
+def _traffic(
+    costs: TrainingCosts, placement: Placement, load: ExpertLoad | None, scenario: Scenario
+) -> TrafficMatrix:
+    """Dispatch and combine of one expert-parallel group in the mean step, forward and backward, all stages together.
+
+    Counted on the trace's tokens, or expected from the pairs that a capacity leaves.
+    """
+    spec, group = costs.spec, costs.step.cluster
+    wire = Wire(costs.model, scenario.objective.dispatch, scenario.workload.activation_dtype)
+    trace = None if load is None or spec.capacity_factor is not None else load.trace
+    window_T = np.zeros(0, np.int64) if load is None or load.window_T is None else load.window_T
+    rows = [row for chunk in costs.chunks() for row in chunk.moe_rows]
+    weight_L = np.bincount(rows, minlength=costs.model.num_moe_layers).astype(float)
+    tokens_R = np.full(group.num_ranks, float(costs.tokens))
+    played = np.arange(spec.steps * costs.micro_batches) % len(costs.batches_W)
+    bytes_RR = np.zeros((group.num_ranks, group.num_ranks))
+    for window, times in enumerate(np.bincount(played, minlength=len(costs.batches_W)).tolist()):
+        if trace is not None:
+            part = trace.tokens(np.flatnonzero(window_T == window)) if len(window_T) else trace
+            reach = counted_reach(part, placement, group, wire.dispatch)
+        else:
+            batch = costs.batches_W[window]
+            share_LR = batch.pairs_LR / (batch.tokens * wire.top_k)
+            reach = expected_reach(share_LR, group, wire.dispatch, wire.top_k)
+        bytes_RR += times * wire.bytes_RR(reach, group, tokens_R, weight_L)
+    passes = 3 if spec.recompute == "full" else 2  # a whole forward again before its backward
+    source = "expected from loads, a token's choices taken as independent"
+    if trace is not None:
+        source = f"counted on {trace.num_tokens:,} recorded tokens"
+    name = f"an expert-parallel group of {group.num_ranks}" + ", all stages" * (spec.pp > 1)
+    return TrafficMatrix.of(name, bytes_RR * passes / spec.steps, None, spec.steps, group.ranks_per_node, source)
 
 
 def _placement(scenario: Scenario, model: ModelSpec, group: ClusterSpec) -> Placement:

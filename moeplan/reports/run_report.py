@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.artifacts.event_log import EVENT_KINDS, EventLog
-from moeplan.artifacts.simulation_result import Headline, SimulationResult
+from moeplan.artifacts.simulation_result import Headline, SimulationResult, TrafficMatrix
 from moeplan.reports import figures, run_figures
 from moeplan.reports.against import Against, seconds_per_step
 from moeplan.reports.document import Block, Cards, Picture, Section, Table, Text
@@ -27,6 +27,7 @@ __all__ = [
     "ranks_section",
     "shown",
     "sweep_section",
+    "traffic_section",
 ]
 
 _NAMES = {
@@ -169,6 +170,42 @@ def loads_section(logs: Mapping[str, EventLog]) -> Section | None:
     )
     lead = "(Token, expert) pairs of the whole run over their mean."
     return Section("Load of every rank in every layer", blocks, lead)
+
+
+def traffic_section(runs: Mapping[str, Sequence[TrafficMatrix]]) -> Section | None:
+    """Bytes from rank to rank in the mean step: as it was, beside the same tokens under the first placement where it
+    changed; several runs in one scale. None where no run tells."""
+    sides: list[tuple[str, TrafficMatrix, np.ndarray[Any, np.dtype[np.float64]]]] = []
+    for run, matrices in runs.items():
+        for matrix in matrices:
+            name = f"{run}: {matrix.name}" if len(runs) > 1 else matrix.name
+            if matrix.unchanged is not None:
+                sides.append((f"{name}, first placement kept", matrix, np.array(matrix.unchanged)))
+                name += ", re-balanced"
+            sides.append((name, matrix, np.array(matrix.sent)))
+    if not sides:
+        return None
+    blocks: list[Block] = []
+    rows = []
+    largest: dict[str, tuple[float, float]] = {}
+    for places in {matrix.places for _, matrix, _ in sides}:
+        same = [sent for _, matrix, sent in sides if matrix.places == places]
+        largest[places] = figures.colour_limits(*same)
+    for name, matrix, sent in sides:
+        words = f"from {matrix.places}", f"to {matrix.places}"
+        picture = figures.matrix_heat_map(sent, matrix.per_node, largest[matrix.places], name, "bytes", words)
+        blocks.append(Picture(picture))
+        place = np.arange(len(sent)) // matrix.per_node
+        total, across = float(sent.sum()), float(sent[place[:, None] != place[None, :]].sum())
+        busiest = float(max(sent.sum(1).max(), sent.sum(0).max()))
+        share = format_percent(across / total) if total else "-"
+        rows.append((name, format_bytes(total), share, format_bytes(busiest), f"{matrix.steps:,}"))
+    columns = ("per step", "traffic", "between nodes", f"busiest {sides[0][1].places}", "steps")
+    sources = "; ".join(dict.fromkeys(matrix.source for _, matrix, _ in sides))
+    note = f"{sources[:1].upper()}{sources[1:]}. Busiest: the most that one sends, or gets."
+    blocks.append(Table(columns, tuple(rows), note=note))
+    lead = "Bytes of tokens in the mean step: dispatch to the ranks of their experts, and combine back."
+    return Section("Traffic from rank to rank", tuple(blocks), lead)
 
 
 def log_section(log: EventLog) -> Section:

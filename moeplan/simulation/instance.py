@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.event_log import EventRecorder
 from moeplan.artifacts.placement import Placement
 from moeplan.costs.kv_cache import swap_s
+from moeplan.costs.run_traffic import RunTraffic
 from moeplan.costs.serving import Batch, StepSeconds
 from moeplan.simulation.clock import Clock, nanoseconds
 from moeplan.simulation.expert_loads import ExpertLoads
@@ -126,11 +127,12 @@ class Instance:
         recorder: EventRecorder | None,
         hooks: Hooks,
         errors: int = 0,
+        traffic: RunTraffic | None = None,
     ) -> None:
         self.clock, self.number, self.first_rank, self.spec, self.role = clock, number, first_rank, spec, role
         self.costs, self.placement, self.loads = costs, placement, loads
         self.groups = D = costs.groups
-        self.hooks, self.recorder, self.errors = hooks, recorder, errors
+        self.hooks, self.recorder, self.errors, self.traffic = hooks, recorder, errors, traffic
         self.kv_bytes, self._prefix_tokens = kv_bytes, prefix_tokens
         capacity = capacity_tokens // spec.block_size
         self.free_D = np.zeros(D, np.int64)
@@ -300,6 +302,8 @@ class Instance:
         stats.running_at.append(self.num_running)
         stats.waiting_at.append(self.num_waiting)
         stats.cache_at.append(1.0 - float(self.free_D.sum()) / (self.capacity * self.groups))
+        if self.traffic is not None:
+            self.traffic.add(self.placement, self.costs.cluster, load_LE, batch.tokens_D)
         if self.recorder is not None:
             self.recorder.add(
                 "step", now_s, duration_ns * 1e-9, rank=self.first_rank, step=stats.steps, amount=tokens

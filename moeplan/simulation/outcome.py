@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.artifacts.simulation_result import RankTimes, Timeline
+from moeplan.artifacts.simulation_result import RankTimes, Timeline, TrafficMatrix
 from moeplan.errors import SpecError
 from moeplan.simulation.request import NEVER
 from moeplan.simulation.service import Served
@@ -58,6 +58,7 @@ class Outcome:
     ranks: RankTimes | None
     timeline: Timeline | None
     end_s: float
+    traffic: tuple[TrafficMatrix, ...] = ()
 
 
 def outcome_of(served: Served, spec: ServingSpec) -> Outcome:
@@ -127,7 +128,37 @@ def outcome_of(served: Served, spec: ServingSpec) -> Outcome:
     waited = np.where(columns[:, 1] == NEVER, finish - arrival, admit - arrival)[done]
     figures["mean_queue_length"] = float(waited.sum() / max(served.end_s, 1e-9))
     figures["longest_queue"] = float(max(instance.stats.longest_queue for instance in served.instances))
-    return Outcome(figures, _counts(served), distributions, ranks, _timeline(served), served.end_s)
+    return Outcome(
+        figures, _counts(served), distributions, ranks, _timeline(served), served.end_s, _traffic(served)
+    )
+
+
+def _traffic(served: Served) -> tuple[TrafficMatrix, ...]:
+    """One matrix for each pool: the mean step of its instances."""
+    found = []
+    for role in dict.fromkeys(instance.role for instance in served.instances):
+        mine = [i for i in served.instances if i.role == role and i.traffic is not None and i.traffic.steps]
+        runs = [i.traffic for i in mine if i.traffic is not None]
+        if not runs:
+            continue
+        steps = sum(run.steps for run in runs)
+        sent_RR = np.sum([run.sent_RR * run.steps for run in runs], axis=0) / steps
+        before = [run.unchanged_RR for run in runs]
+        moved = any(each is not None for each in before) and not any(run.ranks_changed for run in runs)
+        unchanged_RR = None
+        if moved:  # an instance that kept its placement would have sent what it sent
+            kept = [run.sent_RR if each is None else each for run, each in zip(runs, before, strict=True)]
+            unchanged_RR = np.sum([each * run.steps for each, run in zip(kept, runs, strict=True)], axis=0) / steps
+        tokens = sum(run.tokens for run in runs)
+        source = f"counted on {tokens:,} recorded tokens" if tokens else ""
+        if any(run.expected for run in runs):
+            source += " and " * bool(source) + "expected from loads, a token's choices taken as independent"
+        cluster, pp = mine[0].costs.cluster, mine[0].spec.pp
+        name = {"both": "serving", "prefill": "prefill", "decode": "decode"}[role]
+        name += f", {pp} stages on each other" if pp > 1 else ""
+        name += f", mean of {len(mine)} instances" if len(mine) > 1 else ""
+        found.append(TrafficMatrix.of(name, sent_RR, unchanged_RR, steps, cluster.ranks_per_node, source))
+    return tuple(found)
 
 
 def _weighted(values: Floats, counts: Floats, quantiles: Floats) -> Floats:

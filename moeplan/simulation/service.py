@@ -17,6 +17,7 @@ from moeplan.artifacts.event_log import EventLog, EventRecorder
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.costs.kv_cache import kv_transfer_s
+from moeplan.costs.run_traffic import RunTraffic, Wire
 from moeplan.errors import InfeasibleError, SpecError
 from moeplan.simulation.clock import Clock, Order, nanoseconds
 from moeplan.simulation.expert_loads import ExpertLoads
@@ -54,7 +55,7 @@ class Replan(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
     """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank; ``replan`` plans
-    anew for these instances, left out: the service's."""
+    anew for these instances, left out: the service's; ``wire``: how tokens travel, left out: not followed."""
 
     role: Role
     instances: int
@@ -68,6 +69,7 @@ class Pool:
     link_bytes_per_s: float = 0.0
     link_latency_s: float = 0.0
     replan: Replan | None = None
+    wire: Wire | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,10 +135,14 @@ class _Service:
             stage = []
             for _ in range(pool.instances):
                 costs = pool.costs(pool.cluster)
+                traffic = None  # followed where everything is: counting it takes as long as many steps
+                if keep_log and pool.wire is not None:
+                    traffic = RunTraffic(pool.wire, pool.loads.recorded)
                 stage.append(
                     Instance(
                         self.clock, number, first_rank, pool.engine, pool.role, costs, pool.placement, pool.loads,
                         pool.capacity_tokens, requests.prefix_tokens, pool.kv_bytes, self.recorder, hooks, errors,
+                        traffic,
                     )
                 )  # fmt: skip
                 first_rank += pool.cluster.num_ranks * pool.engine.pp
