@@ -12,7 +12,7 @@
   the dense parts, ``ranks / (pp ep)`` for experts.
 - Adam reads and writes 4-byte master weights and two moments, reads gradients, writes weights (Rajbhandari et
   al. 2020, arXiv 1910.02054 count the same 16 bytes of state); ZeRO stage 1 shards that, 2 gradients too, 3
-  weights too.
+  weights too. Gradients are set to zero, checked, scaled and normed, too.
 - Activations kept per token and layer: inputs of every product and of the attention kernel, in bf16 (Korthikanti et
   al. 2022, arXiv 2205.05198, section 4, without dropout and with FlashAttention).
 
@@ -54,7 +54,13 @@ __all__ = [
 Floats = NDArray[np.float64]
 
 _BACKWARD, _BACKWARD_ATTENTION = 2.0, 2.5
-_ADAM_STATE_BYTES, _ADAM_MOVED_BYTES = 12, 28  # master and two moments; those read and written, gradient, weight
+# Adam's master weights and two moments; those read and written, the master weights read again to write weights in bf16.
+_ADAM_STATE_BYTES, _ADAM_MOVED_BYTES = 12, 2 * 12 + 4 + 2
+
+# Reads or writes of gradients in a step, as Megatron-LM's DistributedDataParallel and DistributedOptimizer do by
+# default: of all on a rank set to zero, checked for NaN, scaled by the number of ranks (two); of those it owns for the
+# norm that clips them, and by Adam.
+_GRADIENT_PASSES, _OWN_GRADIENT_PASSES = 4, 2
 
 # Reads and writes of a layer's hidden state, forward and backward together, that a forward's costs do not hold:
 # residuals, norms and their backward, rotary embedding, casts and transposes of product inputs, gated activations
@@ -296,12 +302,14 @@ class TrainingCosts:
             (expert, ranks // (spec.pp * spec.ep), spec.ep),
         ]
         width, grad = DTYPE_BYTES["bf16"], DTYPE_BYTES[spec.gradient_dtype]
-        sync = gather = own = moved = 0.0
+        sync = gather = own = held = moved = 0.0
         for parameters, copies, stride in groups:
             sync += self.links.seconds("reduce_scatter", copies, parameters * grad, stride).total
             gather += self.links.seconds("all_gather", copies, parameters * width, stride).total
             own += parameters / (copies if spec.zero else 1)
+            held += parameters
             moved += parameters * grad * (copies > 1)
+        updated = own * (_ADAM_MOVED_BYTES + _OWN_GRADIENT_PASSES * grad) + held * _GRADIENT_PASSES * grad
         kept = sum(activation_bytes(model, kinds[layer], spec.recompute) for layer in layers) * self.tokens
         if layers[-1] == len(kinds) - 1:  # logits and their softmax in fp32
             kept += self.tokens * spec.tp * model.vocab_size / spec.tp * 4
@@ -313,7 +321,7 @@ class TrainingCosts:
             exchange_s_W=exchange_W,
             sync_s=sync,
             gather_s=gather,
-            optimizer_s=own * _ADAM_MOVED_BYTES / self._adam.bytes_per_s,
+            optimizer_s=updated / self._adam.bytes_per_s,
             sync_bytes=moved,
             state_bytes=_state_bytes(spec, [(parameters, copies) for parameters, copies, _ in groups]),
             activation_bytes=kept,

@@ -243,7 +243,8 @@ def _training(c: dict[str, Any]) -> TrainingCosts:
     cluster: ClusterSpec = _cluster(c["accelerator"], c["ranks"] // per_node, per_node)
     names = ("global_batch", "micro_batch", "tp", "pp", "virtual_stages", "ep", "overlap", "mtp_layers")
     fields = {name: c[name] for name in names} | {"host_per_layer": f"{0 if c['graphs'] else _HOST_MS} ms"}
-    more = {name: c[name] for name in ("capacity_factor", "gradient_dtype") if name in c}
+    optional = ("capacity_factor", "gradient_dtype", "overlap_gradients", "overlap_parameters")
+    more = {name: c[name] for name in optional if name in c}
     spec = TrainingSpec.parse(fields | more, "published")
     placement, load_LE = _even(model, c["ep"], min(c["ep"], per_node), None)
     profile = _profile(_PROFILE_OF[c["accelerator"]])

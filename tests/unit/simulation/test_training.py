@@ -263,6 +263,24 @@ def _streams(**bytes_per_s: float) -> HardwareProfile:
     return HardwareProfile(meta, {"elementwise": pa.Table.from_pylist(rows)})
 
 
+def test_an_optimizer_step_moves_what_its_kernels_read_and_write() -> None:
+    """Bytes per parameter of each kernel: those of the whole rank, and those of the part that ZeRO leaves it."""
+    bandwidth = 0.8 * cluster_for("h100", 4, 8).accelerator.memory_bandwidth
+    for grad, dtype in ((4, "fp32"), (2, "bf16")):
+        all_of_rank = {"zero": grad, "check": grad, "scale": 2 * grad}
+        adam = {"master": 4 + 4, "first": 4 + 4, "second": 4 + 4, "gradient": grad}
+        own = {"norm": grad, **adam, "copy out": 4 + 2}
+        step = training_step(_costs(gradient_dtype=dtype, zero=0))
+        sharded = training_step(_costs(gradient_dtype=dtype, zero=1))
+        # On 4 nodes every expert has 4 copies, everything else 32.
+        expert = MIXTRAL.expert_parameters * MIXTRAL.num_moe_layers
+        dense = MIXTRAL.non_expert_parameters
+        held, owned = expert + dense, expert / 4 + dense / 32
+        for found, part in ((step, held), (sharded, owned)):
+            moved = held * sum(all_of_rank.values()) + part * sum(own.values())
+            assert found.optimizer_s == pytest.approx(moved / bandwidth, rel=1e-6)
+
+
 def test_measured_passes_and_optimizer_steps_replace_the_roofline() -> None:
     sheet = 0.8 * cluster_for("h100", 4, 8).accelerator.memory_bandwidth
     plain = training_step(_costs())
