@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +132,20 @@ def silicon(rows: str | None, plot: Path | None, as_json: bool, quiet: bool) -> 
     """Served latencies from kernel tables, against the measured rows of aiconfigurator-core (extra: aic).
 
     Groups of (b) and models of (c) are never tuned on; a nearest-row lookup over (a) and, with MOEPLAN_DATA set,
-    the peer on identical rows stand beside.
+    the peer on identical rows stand beside. The picture has every row of (b) and (c), coloured by backend.
 
     \b
     Example: moeplan validate silicon --rows rows.csv
     """
     from moeplan.pipeline.silicon import validate_silicon
+    from moeplan.pipeline.validation_plot import plot_silicon
 
-    with progress_bar(quiet or as_json) as report:
-        answer = validate_silicon(Path(rows) if rows else None, report)
-    _plot(answer, "Served latencies against measured rows", plot)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(rows or Path(folder) / "rows.csv")
+        with progress_bar(quiet or as_json) as report:
+            answer = validate_silicon(written, report)
+        if plot is not None:
+            plot_silicon(written, plot)
     if as_json:
         print_json(answer)
         return

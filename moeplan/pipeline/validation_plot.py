@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
+from moeplan.errors import InputError
 from moeplan.files import write_text
-from moeplan.reports.validation_figures import errors_picture, targets_picture
+from moeplan.pipeline.silicon import measured_rows
+from moeplan.reports.validation_figures import errors_picture, rows_picture, targets_picture
 
-__all__ = ["plot_validation"]
+__all__ = ["plot_silicon", "plot_validation"]
+
+_WITHIN = 0.15
 
 
-def plot_validation(answer: dict[str, Any], title: str, path: Path, within: float = 0.15) -> None:
+def plot_validation(answer: dict[str, Any], title: str, path: Path, within: float = _WITHIN) -> None:
     """Write an SVG: row by row where the answer lists measured rows, else its figures over their targets.
 
     Raises:
@@ -27,6 +32,31 @@ def plot_validation(answer: dict[str, Any], title: str, path: Path, within: floa
         bars = [bar for figure in answer["figures"] for bar in _bars(figure)]
         picture = targets_picture(title, bars)
     write_text(path, picture + "\n")
+
+
+def plot_silicon(rows: Path, path: Path) -> None:
+    """Write an SVG of the rows of (b) and (c), from the file of predictions that ``--rows`` writes.
+
+    Raises:
+        InputError: the file of rows is another's, or the picture cannot be written.
+        MissingExtraError: the package with the measurements is not installed.
+    """
+    measured = {row.id: row for row in measured_rows()}
+    found: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {
+        (part, name): {} for part in "bc" for name in ("tpot", "ttft")
+    }
+    with rows.open(encoding="utf-8", newline="") as stream:
+        for line in csv.DictReader(stream):
+            part, row = line.get("split", ""), measured.get(line.get("id", ""))
+            if part not in ("b", "c") or row is None:
+                continue
+            for name, value in (("tpot", row.tpot_ms), ("ttft", row.ttft_ms)):
+                if predicted := line[f"predicted_{name}_ms"]:
+                    found[part, name].setdefault(row.backend, []).append((value / 1e3, float(predicted) / 1e3))
+    if not any(found.values()):
+        raise InputError(f"{rows} holds no predictions of measured rows; write it with --rows")
+    panels = [(f"({part}) {name.upper()}", groups) for (part, name), groups in found.items()]
+    write_text(path, rows_picture("Served latencies of whole groups never tuned on", panels, _WITHIN) + "\n")
 
 
 def _bars(figure: dict[str, Any]) -> list[tuple[str, float, float, bool]]:

@@ -8,7 +8,9 @@ import numpy as np
 
 from moeplan.reports.figures import AFTER, BEFORE, FILL, INK, MUTED, drawing, standalone, to_svg
 
-__all__ = ["errors_picture", "targets_picture"]
+__all__ = ["errors_picture", "rows_picture", "targets_picture"]
+
+_GROUPS = (("o", AFTER), ("s", BEFORE), ("^", "#4f9d69"), ("D", "#a65a9e"))
 
 
 def errors_picture(title: str, ratios: Mapping[str, Sequence[float]], within: float) -> str:
@@ -37,6 +39,58 @@ def errors_picture(title: str, ratios: Mapping[str, Sequence[float]], within: fl
         axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
         axes.set(ylabel="predicted / measured")
         axes.set_title(title)
+        return standalone(to_svg(figure, label))
+
+
+def rows_picture(
+    title: str,
+    panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]],
+    within: float,
+    columns: int = 2,
+) -> str:
+    """Predicted over measured of every row in logs: a panel for each (name, group -> (measured, predicted) in seconds).
+
+    The line is where both are equal, the band ``within`` of it; colour and mark tell the group, alike in all panels.
+    """
+    names = sorted({name for _, groups in panels for name in groups})
+    label = f"{title}, predicted against measured."
+    with drawing(1.0 + 4.2 * -(-len(panels) // columns), 12.0) as figure:
+        grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
+        for axes, (name, groups) in zip(grid, panels, strict=False):
+            both = np.array([pair for pairs in groups.values() for pair in pairs]).reshape(-1, 2)
+            axes.set_title(name)
+            if not len(both):
+                axes.set_axis_off()
+                continue
+            low, high = both.min() / 1.3, both.max() * 1.3
+            ends = np.array([low, high])
+            axes.fill_between(ends, (1 - within) * ends, (1 + within) * ends, color=FILL, linewidth=0, zorder=0)
+            axes.plot(ends, ends, color=INK, linewidth=0.9, zorder=1)
+            for number, group in enumerate(names):
+                if pairs := groups.get(group):
+                    mark, colour = _GROUPS[number % len(_GROUPS)]
+                    measured, predicted = np.array(pairs).T
+                    axes.plot(measured, predicted, mark, color=colour, alpha=0.55, markersize=3.2,
+                              markeredgewidth=0, label=group)  # fmt: skip
+            axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+            axes.set(xlabel="measured", ylabel="predicted")
+            steps = (1, 3) if high / low < 300 else (1,)
+            ticks = [step * 10.0**power for power in range(-6, 6) for step in steps]
+            ticks = [tick for tick in ticks if low <= tick <= high]
+            words = [f"{tick:g} s" if tick >= 0.5 else f"{1e3 * tick:g} ms" for tick in ticks]
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_ticks(ticks, words)
+            axes.minorticks_off()
+            axes.set_aspect("equal")
+            axes.grid(color=MUTED, alpha=0.25, linewidth=0.6)
+            errors = np.abs(both[:, 1] / both[:, 0] - 1)
+            said = f"{len(both)} rows, median error {np.median(errors):.1%}"
+            axes.set_title(said, loc="right", fontsize=10, color=MUTED, fontweight="normal")
+            label += f" {name}: {said}, {(errors <= within).mean():.0%} within {within:.0%}."
+        handles = dict(pair for axes in grid for pair in zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        place = {"loc": "outside upper right", "ncols": 4, "frameon": False, "markerscale": 2}
+        figure.legend(handles.values(), handles.keys(), **place)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=11.5, fontweight="bold")
         return standalone(to_svg(figure, label))
 
 
