@@ -35,6 +35,9 @@ class AcceleratorSpec(Spec):
     multiprocessors: int | None = Field(
         None, gt=0, description="how many tiles of a product run at once; unknown: products in between are less sure"
     )
+    tile_rows: int = Field(
+        16, gt=0, description="tokens that one matrix instruction takes: an expert with fewer computes as many"
+    )
     tdp: Watts | None = None
     source: str = ""
 

@@ -10,6 +10,7 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs.experts import ExpertCosts, expert_costs, fit_experts
 from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, nearest_draws, skewed_over_balanced
 from moeplan.specs.cluster import AcceleratorSpec
+from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import ModelSpec
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
@@ -129,6 +130,25 @@ def test_without_rows_the_roofline_answers() -> None:
     arithmetic = 4096 * 2 * 6144 / 100e12
     assert costs.one_expert_s(4096) > arithmetic
     assert expert_costs(MODEL, GPU, "fp8").source == "roofline of toy"
+
+
+def test_a_roofline_computes_whole_tiles() -> None:
+    """Beside grouped products that alibaba/InferSim measured on H20 (bench_data/grouped_gemm/decode/h20)."""
+    h20 = find_accelerator("h20")
+    measured = {  # H, F, experts: tokens of each -> us of both products
+        (5120, 1664, 40): {5: 539.0, 19: 539.0, 38: 538.3, 77: 982.4},
+        (4096, 1536, 32): {4: 346.8, 16: 346.5, 32: 346.8, 64: 492.0, 128: 954.5},
+        (2560, 1664, 28): {7: 207.5, 27: 207.4, 55: 270.7, 110: 457.0},
+    }
+    for (hidden, inter, active), rows in measured.items():
+        model = MODEL.model_copy(update={"hidden_size": hidden, "expert_intermediate_size": inter})
+        costs = expert_costs(model, h20, "fp8")
+        for tokens, us in rows.items():
+            assert 0.7 < 1e6 * active * float(costs.one_expert_s(tokens)) / us < 1.15
+    # Without tiles: 16 rows at most for a device whose instruction takes so many.
+    small = expert_costs(model, h20.model_copy(update={"tile_rows": 16}), "fp8")
+    assert small.one_expert_s(7) < 0.75 * costs.one_expert_s(7)
+    assert small.one_expert_s(2.0**16) == pytest.approx(float(costs.one_expert_s(2.0**16)), rel=0.001)
 
 
 def test_too_few_rows_do_not_make_a_curve() -> None:
