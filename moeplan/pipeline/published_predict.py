@@ -68,9 +68,13 @@ CONSTANTS: dict[str, dict[str, Any]] = {
 
 @cache
 def _profile(name: str) -> HardwareProfile | None:
-    """A shipped profile. B200 has the NVLink of GB200, where the exchange over it was measured."""
+    """A shipped profile. B200 has the NVLink of GB200, where the exchange over it was measured; H20 that of H100."""
     if name == "none":
         return None
+    if name == "h20":
+        like = load_profile("h100-sxm")
+        links = {table: like.table(table) for table in ("alltoall", "collectives")}
+        return HardwareProfile(like.meta.model_copy(update={"name": name, "tables": {}}), links)
     found = load_profile(name)
     if name == "b200-sxm":
         return found.with_rows("alltoall", load_profile("gb200").select("alltoall", mode=NVLINK_MODES))
