@@ -37,13 +37,17 @@ class _Paper(BaseModel):
 
 
 class Headline(_Paper):
-    """One figure with its interval: the costs' residuals carried through the simulation, and the spread of seeds."""
+    """One figure with its interval: the costs' residuals carried through the simulation, and the spread of seeds.
+
+    ``exact``: why it has none; its ends are its value.
+    """
 
     value: float = Field(description="mean over seeds")
     low: float = Field(description="lower end")
     high: float = Field(description="upper end")
     unit: str = Field(description="s, tokens/s, requests/s, USD, or a share (1)")
     better: Literal["lower", "higher"] = Field(description="which way is good")
+    exact: str = Field("", description="no measured time enters it: what it is counted from")
 
 
 class Assumption(_Paper):

@@ -84,7 +84,8 @@ def _print_result(result: Any) -> None:
     for name in result.headlines if training else _MAIN:
         if (line := result.headlines.get(name)) is not None:
             unit = "" if line.unit == "1" else line.unit
-            grid.add_row(name, f"{line.value:.4g}", f"{line.low:.4g}", f"{line.high:.4g}", unit)
+            ends = ("exact", "") if line.exact else (f"{line.low:.4g}", f"{line.high:.4g}")
+            grid.add_row(name, f"{line.value:.4g}", *ends, unit)
     Console().print(grid)
 
 

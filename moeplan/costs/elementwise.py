@@ -21,11 +21,12 @@ _MOVED = {("norm", "forward"): 2, ("norm", "backward"): 3, ("optimizer", "forwar
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A bandwidth, where it is from, and whether it was measured."""
+    """A bandwidth, where it is from, whether it was measured, and how far measured sizes lie from it."""
 
     bytes_per_s: float
     source: str
     measured: bool
+    relative_error: float = roofline.RELATIVE_ERROR
 
 
 @lru_cache(maxsize=256)
@@ -41,6 +42,7 @@ def stream(profile: HardwareProfile | None, accelerator: AcceleratorSpec, op: st
     width = np.array([DTYPE_BYTES[dtype] for dtype in rows["dtype"].to_pylist()])
     moved = _MOVED[op, direction] * width * rows["tokens"].to_numpy() * rows["hidden"].to_numpy()
     large = 2 * moved >= moved.max()
-    bandwidth = float(np.median(moved[large] / rows["latency_us"].to_numpy()[large])) * 1e6
-    first = int(np.flatnonzero(large)[0])
-    return Stream(bandwidth, f"measured: {rows['source'][first].as_py()} ({rows['kernel'][first].as_py()})", True)
+    each = moved[large] / rows["latency_us"].to_numpy()[large] * 1e6
+    bandwidth, first = float(np.median(each)), int(np.flatnonzero(large)[0])
+    source = f"measured: {rows['source'][first].as_py()} ({rows['kernel'][first].as_py()})"
+    return Stream(bandwidth, source, True, float(np.expm1(np.abs(np.log(each / bandwidth)).max())))

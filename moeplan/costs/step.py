@@ -282,17 +282,17 @@ class StepModel:
         wire = token_bytes(self.model.hidden_size, self.workload.activation_dtype)
         wire += token_bytes(self.model.hidden_size, "bf16")
         slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
+        errors = self.part_errors
         parts = {
-            "experts": (float(expert.max(1).sum()), whole.experts.relative_error, whole.experts.extrapolated),
-            "exchange": (float(exchange.sum()), slower.relative_error, slower.extrapolated),
+            "experts": (float(expert.max(1).sum()), whole.experts.extrapolated),
+            "exchange": (float(exchange.sum()), slower.extrapolated),
             "attention and dense parts": (
                 fixed.layer_s * L + fixed.shared_s * L + fixed.other_s,
-                fixed.relative_error,
                 fixed.extrapolated,
             ),
         }
-        everything = sum(seconds for seconds, _, _ in parts.values())
-        error = sum(seconds * part_error for seconds, part_error, _ in parts.values()) / everything
+        everything = sum(seconds for seconds, _ in parts.values())
+        error = sum(seconds * errors[name] for name, (seconds, _) in parts.items()) / everything
         slots_R = np.bincount(placement.rank_of_slot_P, minlength=R)
         if not np.array_equal(slots_R, self._slots_R):
             report = memory_report(self.model, self.cluster, self.workload, slots_R, self.technique.tp)
@@ -314,7 +314,7 @@ class StepModel:
             rank_bytes_LR=rank * wire,
             memory=self._memory,
             source=source | dict(fixed.source),
-            extrapolated=tuple(name for name, (_, _, beyond) in parts.items() if beyond),
+            extrapolated=tuple(name for name, (_, beyond) in parts.items() if beyond),
         )
 
     def batches(
@@ -335,6 +335,17 @@ class StepModel:
             return BatchParts(part.tokens, attention_R, shared_R, expert, exchange_s_L, pairs_LR, part.exchange)
 
         return (parts(self._half),) * 2 if self.technique.overlap == "two_batch" else (parts(self._whole),)
+
+    @property
+    def part_errors(self) -> dict[str, float]:
+        """Relative error of each part of a step."""
+        whole = self._whole
+        slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
+        return {
+            "experts": whole.experts.relative_error,
+            "exchange": slower.relative_error,
+            "attention and dense parts": whole.fixed.relative_error,
+        }
 
     @property
     def fixed(self) -> FixedCosts:

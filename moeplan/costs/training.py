@@ -34,6 +34,7 @@ from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import stream
 from moeplan.costs.step import StepModel, Technique
+from moeplan.costs.tables import Seconds
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
@@ -249,6 +250,7 @@ class TrainingCosts:
         loss = dense.passes(rows * model.vocab_size / spec.tp, _HEAD_PASSES).total
         self._head = (head + loss / 2, 2 * head + loss / 2)
         self.links = CollectiveCosts(cluster, profile)
+        self._link_error = 0.0
 
     # ------------------------------------------------------------------ layers and chunks
 
@@ -304,8 +306,10 @@ class TrainingCosts:
         width, grad = DTYPE_BYTES["bf16"], DTYPE_BYTES[spec.gradient_dtype]
         sync = gather = own = held = moved = 0.0
         for parameters, copies, stride in groups:
-            sync += self.links.seconds("reduce_scatter", copies, parameters * grad, stride).total
-            gather += self.links.seconds("all_gather", copies, parameters * width, stride).total
+            reduced = self.links.seconds("reduce_scatter", copies, parameters * grad, stride)
+            gathered = self.links.seconds("all_gather", copies, parameters * width, stride)
+            sync, gather = sync + reduced.total, gather + gathered.total
+            self._link_error = max(self._link_error, reduced.relative_error, gathered.relative_error)
             own += parameters / (copies if spec.zero else 1)
             held += parameters
             moved += parameters * grad * (copies > 1)
@@ -335,8 +339,22 @@ class TrainingCosts:
     @property
     def transfer_s(self) -> float:
         """Seconds of that."""
-        stride = self.cluster.num_ranks // self.spec.pp
-        return self.links.seconds("p2p", 2, self.transfer_bytes, stride).total
+        return self._transfer.total
+
+    @property
+    def _transfer(self) -> Seconds:
+        return self.links.seconds("p2p", 2, self.transfer_bytes, self.cluster.num_ranks // self.spec.pp)
+
+    @property
+    def part_errors(self) -> dict[str, float]:
+        """Relative error of each part of a training step whose times :meth:`moeplan.costs.training_parts.scaled` can
+        take longer; gradients and weights: the largest of the chunks made so far."""
+        return {
+            **self.step.part_errors,
+            "gradients and weights": self._link_error,
+            "transfers between stages": self._transfer.relative_error if self.spec.pp > 1 else 0.0,
+            "optimizer": self._adam.relative_error,
+        }
 
     def overlapped(self, chunk: Chunk) -> tuple[Floats, Floats, Floats]:
         """(forward, backward, exchange left open) seconds of a chunk with its exchanges, by window.

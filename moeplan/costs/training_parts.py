@@ -1,10 +1,11 @@
-"""A chunk's pass apart, for who plays it event by event.
+"""A chunk apart: its pass, for who plays it event by event, and its parts, each as long as somebody asks.
 
 ``W`` windows of load, ``L`` MoE layers, ``R`` ranks of one expert-parallel group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,31 @@ import numpy as np
 from moeplan.costs.step import BatchParts
 from moeplan.costs.training import Chunk, TrainingCosts
 
-__all__ = ["chunk_parts"]
+__all__ = ["chunk_parts", "scaled"]
+
+
+def scaled(costs: TrainingCosts, chunk: Chunk, factor: Mapping[str, float]) -> Chunk:
+    """A chunk whose parts (:attr:`TrainingCosts.part_errors`) take ``factor`` times as long; those not named, as long
+    as they do."""
+    rows, spec = list(chunk.moe_rows), costs.spec
+    expert, exchange, rest = (factor.get(name, 1.0) for name in ("experts", "exchange", "attention and dense parts"))
+    expert_s_W = np.array([batch.expert_s_LR.max(1)[rows].sum() for batch in costs.batches_W])
+    exchange_s_WL = np.stack([batch.exchange_s_L[rows] for batch in costs.batches_W])
+    again_s_W = exchange_s_WL.sum(1) * (spec.recompute == "full")
+    hidden_s = costs.step.fixed.shared_s if spec.overlap == "shared_expert" else 0.0
+    back = costs.backward_factor
+    links, shared_s = factor.get("gradients and weights", 1.0), rest * hidden_s
+    return replace(
+        chunk,
+        forward_s_W=rest * (chunk.forward_s_W - expert_s_W) + expert * expert_s_W,
+        backward_s_W=rest * (chunk.backward_s_W - back * expert_s_W - again_s_W)
+        + expert * back * expert_s_W
+        + exchange * again_s_W,
+        exchange_s_W=np.maximum(0.0, exchange * exchange_s_WL - shared_s).sum(1),
+        sync_s=links * chunk.sync_s,
+        gather_s=links * chunk.gather_s,
+        optimizer_s=factor.get("optimizer", 1.0) * chunk.optimizer_s,
+    )
 
 
 def chunk_parts(costs: TrainingCosts, chunk: Chunk, window: int, backward: bool) -> tuple[BatchParts, float]:

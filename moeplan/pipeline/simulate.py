@@ -1,19 +1,22 @@
 """``moeplan simulate``: a scenario, or every case of its sweep, over seeds and both ends of the costs' interval.
 
-A case is simulated once per seed, and once more with every step at the low and at the high end of its costs' interval
-(first seed). A headline's interval joins both: ``value +- sqrt(costs^2 + seeds^2)``, with ``costs`` how far the two
-further runs lie from the first seed's on that side and ``seeds`` how far the seeds lie from their mean.
+A service is simulated once per seed, and once more with every step at the low and at the high end of its costs'
+interval (first seed). A headline's interval joins both: ``value +- sqrt(costs^2 + seeds^2)``, with ``costs`` how far
+the two further runs lie from the first seed's on that side and ``seeds`` how far the seeds lie from their mean. In
+training nothing is drawn: one run stands for every seed, and brings both ends of its figures. A figure into which no
+measured time enters says so and has no interval.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -24,7 +27,7 @@ from moeplan.errors import InputError, MoeplanError, SpecError
 from moeplan.files import atomic_directory, canonical_json, sha256_bytes, sha256_file, write_text
 from moeplan.pipeline.executor import Executor, Failure, executor_for
 from moeplan.pipeline.serving import build_service
-from moeplan.pipeline.training import TRAINING_DIRECTIONS, simulate_training
+from moeplan.pipeline.training import TRAINING_DIRECTIONS, TRAINING_EXACT, simulate_training
 from moeplan.simulation.detailed_costs import SAMPLED_LAYERS, first_layers
 from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of
 from moeplan.simulation.service import simulate_service
@@ -58,6 +61,7 @@ class _Answer:
     notes: tuple[str, ...]
     memory: tuple[MemoryTrack, ...] = ()
     rank_memory: RankBytes | None = None
+    ends: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +134,7 @@ def _trained(run: _Run, progress: Progress) -> _Answer:
     """A training run; nothing in it is drawn, so seeds do not differ."""
     origin = {"seed": run.seed, "scenario_sha256": _digest(run.scenario), "moeplan": version("moeplan")}
     with threadpool_limits(1):
-        found = simulate_training(run.scenario, origin, run.errors)
+        found = simulate_training(run.scenario, origin, intervals=True)
     progress("simulate", 1.0)
     result, cluster = found.result, found.cluster
     counts = {"steps": float(len(result.steps_s)), "micro_batches": float(result.micro_batches)}
@@ -138,12 +142,14 @@ def _trained(run: _Run, progress: Progress) -> _Answer:
     outcome = Outcome(found.headlines, counts, {}, None, None, sum(result.steps_s), traffic)
     return _Answer(
         outcome, result.log if run.keep_log else None, found.model.name, cluster.name, cluster.num_ranks,
-        cluster.num_nodes, found.assumptions, found.notes, found.memory,
+        cluster.num_nodes, found.assumptions, found.notes, found.memory, ends=found.ends,
     )  # fmt: skip
 
 
 def _runs(scenario: Scenario, seeds: int, keep_log: bool) -> list[_Run]:
     first = scenario.seed
+    if scenario.training is not None:
+        return [_Run(scenario, first, 0, keep_log)]
     runs = [_Run(scenario, first + number, 0, keep_log and number == 0) for number in range(seeds)]
     return runs + [_Run(scenario, first, errors, False) for errors in (-1, 1)]
 
@@ -166,10 +172,11 @@ def _provenance(scenario: Scenario, seeds: int) -> dict[str, str]:
     return hashes | {"case_sha256": sha256_bytes(canonical_json({**hashes, "seeds": seeds}).encode())}
 
 
-def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Sequence[_Answer]) -> Simulated:
-    first, low, high = answers[0], answers[-2], answers[-1]
+def _headlines(seeds: int, answers: Sequence[_Answer]) -> dict[str, Headline]:
+    """Of a service: ``answers`` of the seeds, then at the low and the high end of the costs' interval."""
+    low, high = answers[-2], answers[-1]
     headlines: dict[str, Headline] = {}
-    for name, (unit, better) in (DIRECTIONS | TRAINING_DIRECTIONS).items():
+    for name in DIRECTIONS:
         values = [a.outcome.headlines[name] for a in answers[:-2] if name in a.outcome.headlines]
         if len(values) < seeds:
             continue
@@ -177,13 +184,35 @@ def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Seque
         ends = [a.outcome.headlines.get(name, start) for a in (low, high)]
         below = np.hypot(max(0.0, start - min(ends)), mean - min(values))
         above = np.hypot(max(0.0, max(ends) - start), max(values) - mean)
-        headlines[name] = Headline(
-            value=mean, low=max(0.0, mean - float(below)), high=mean + float(above), unit=unit,
-            better="lower" if better == "lower" else "higher",
-        )  # fmt: skip
+        headlines[name] = _headline(name, mean, mean - float(below), mean + float(above))
+    return headlines
+
+
+def _with_ends(answer: _Answer) -> dict[str, Headline]:
+    """Of training, whose run brings the ends of its figures."""
+    return {
+        name: _headline(name, value, *answer.ends.get(name, (value, value)))
+        for name, value in answer.outcome.headlines.items()
+    }
+
+
+def _headline(name: str, value: float, low: float, high: float) -> Headline:
+    unit, better = (DIRECTIONS | TRAINING_DIRECTIONS)[name]
+    if unit == "1" and "queue" not in name:  # a share
+        high = min(high, max(1.0, value))
+    way: Literal["lower", "higher"] = "lower" if better == "lower" else "higher"
+    exact = TRAINING_EXACT.get(name, "")
+    return Headline(value=value, low=max(0.0, low), high=high, unit=unit, better=way, exact=exact)
+
+
+def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Sequence[_Answer]) -> Simulated:
+    first = answers[0]
+    headlines = _headlines(seeds, answers) if scenario.training is None else _with_ends(first)
     notes = list(first.notes)
     if seeds == 1 and scenario.training is None:
         notes.append("one seed: intervals hold the costs' residuals only")
+    if scenario.training is not None:
+        notes.append("nothing in training is drawn: intervals hold the costs' residuals, seeds do not differ")
     result = SimulationResult(
         kind="serving" if scenario.training is None else "training",
         case=case,
@@ -191,7 +220,7 @@ def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Seque
         cluster=first.cluster,
         num_ranks=first.num_ranks,
         num_nodes=first.num_nodes,
-        seeds=tuple(scenario.seed + number for number in range(seeds)),
+        seeds=tuple(scenario.seed + number for number in range(seeds if scenario.training is None else 1)),
         simulated_s=first.outcome.end_s,
         headlines=headlines,
         counts=first.outcome.counts,
@@ -315,6 +344,7 @@ def sweep(
         if results[number] is None
         for run in _runs(one, seeds, keep_log=False)
     ]
+    runs_of = Counter(number for number, _ in jobs)
     answers: dict[int, dict[int, _Answer]] = {}
     failures: dict[int, str] = {}
     ended = 0
@@ -327,10 +357,10 @@ def sweep(
             failures.setdefault(number, answer.reason)
         else:
             answers.setdefault(number, {})[position] = answer
-        if len(answers.get(number, {})) == seeds + 2 and number not in failures:
+        if len(answers.get(number, {})) == runs_of[number] and number not in failures:
             case, one = cases[number]
-            runs_of_case = answers.pop(number)
-            ordered = [runs_of_case[place] for place in sorted(runs_of_case)]
+            mine = answers.pop(number)
+            ordered = [mine[place] for place in sorted(mine)]
             found = _joined(one, case, seeds, ordered)
             with atomic_directory(places[number]) as directory:
                 found.result.save(directory / "result.json")

@@ -25,7 +25,7 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
 
-__all__ = ["TRAINING_DIRECTIONS", "Trained", "simulate_training"]
+__all__ = ["TRAINING_DIRECTIONS", "TRAINING_EXACT", "Trained", "simulate_training"]
 
 Floats = NDArray[np.float64]
 
@@ -45,24 +45,35 @@ TRAINING_DIRECTIONS: dict[str, tuple[str, str]] = {
 }
 
 
+# headlines without an interval -> what they are counted from
+TRAINING_EXACT: dict[str, str] = {
+    "dropped_share": "counted from the loads of the trace and the capacity",
+    "peak_memory_bytes": "counted: weights, gradients, optimizer state, and activations in the order of the schedule",
+}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """A simulated training run with what it rests on; ``headlines`` by the names of TRAINING_DIRECTIONS."""
+    """A simulated training run with what it rests on; ``headlines`` by the names of TRAINING_DIRECTIONS.
+
+    ``ends``: both ends of each headline that is not of TRAINING_EXACT, where they were asked for.
+    """
 
     result: TrainingResult
     model: ModelSpec
     cluster: ClusterSpec
     headlines: dict[str, float]
+    ends: dict[str, tuple[float, float]]
     memory: tuple[MemoryTrack, ...]
     traffic: TrafficMatrix
     assumptions: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
 
 
-def simulate_training(scenario: Scenario, origin: Mapping[str, Any] | None = None, errors: int = 0) -> Trained:
-    """Play the training section of a scenario.
-
-    ``errors``: -1 or 1 takes every time at the low or the high end of its costs' interval.
+def simulate_training(
+    scenario: Scenario, origin: Mapping[str, Any] | None = None, intervals: bool = False
+) -> Trained:
+    """Play the training section of a scenario; with ``intervals`` also at both ends of its costs' (:func:`_ends`).
 
     Raises:
         InputError: an input is wrong. InfeasibleError: it does not fit into memory.
@@ -98,20 +109,8 @@ def simulate_training(scenario: Scenario, origin: Mapping[str, Any] | None = Non
     for note in result.notes:
         if note.startswith("does not fit"):
             raise InfeasibleError(f"training {note}")
-    scale = (1 + costs.relative_error) ** errors
-    headlines = {
-        "step_s": result.step_s * scale,
-        "tokens_per_s": result.tokens_per_s / scale,
-        "tokens_per_s_per_gpu": result.tokens_per_s_per_rank / scale,
-        "tflops_per_gpu": result.tflops_per_rank / scale,
-        "mfu": result.mfu / scale,
-        "bubble_share": result.bubble_share,
-        "exposed_exchange_share": result.exposed_exchange_share,
-        "exposed_sync_share": result.exposed_sync_share,
-        "optimizer_share": result.optimizer_share,
-        "dropped_share": result.dropped_share,
-        "peak_memory_bytes": max(track.peak_bytes for track in result.memory),
-    }
+    headlines = _headlines(result)
+    ends = _ends(costs, headlines) if intervals else {}
     memory = tuple(
         MemoryTrack(
             stage=track.stage,
@@ -130,7 +129,47 @@ def simulate_training(scenario: Scenario, origin: Mapping[str, Any] | None = Non
     )
     notes += [f"extrapolated beyond measurements: {name}" for name in sorted(set(costs.extrapolated))]
     traffic = _traffic(costs, placement, load, scenario)
-    return Trained(result, model, cluster, headlines, memory, traffic, assumptions, (*notes, *result.notes))
+    return Trained(result, model, cluster, headlines, ends, memory, traffic, assumptions, (*notes, *result.notes))
+
+
+def _headlines(result: TrainingResult) -> dict[str, float]:
+    return {
+        "step_s": result.step_s,
+        "tokens_per_s": result.tokens_per_s,
+        "tokens_per_s_per_gpu": result.tokens_per_s_per_rank,
+        "tflops_per_gpu": result.tflops_per_rank,
+        "mfu": result.mfu,
+        "bubble_share": result.bubble_share,
+        "exposed_exchange_share": result.exposed_exchange_share,
+        "exposed_sync_share": result.exposed_sync_share,
+        "optimizer_share": result.optimizer_share,
+        "dropped_share": result.dropped_share,
+        "peak_memory_bytes": max(track.peak_bytes for track in result.memory),
+    }
+
+
+def _ends(costs: TrainingCosts, found: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Both ends of each headline by its costs' residuals.
+
+    The schedule is played with every part of the costs at the low and at the high end of its interval: all of them
+    together, which moves times most, and each alone, which moves shares; the latter's deviations are added in squares
+    and the larger of the two counts. A detailed run takes the step mode's deviations, relative to its own.
+    """
+    plain = _headlines(play(costs))
+    parts = {name: error for name, error in costs.part_errors.items() if error}
+    ways = [list(parts), *([name] for name in parts)]  # together, and each alone
+    runs = [
+        [_headlines(play(costs, factor={name: (1 + parts[name]) ** sign for name in way})) for sign in (-1, 1)]
+        for way in ways
+    ]
+    answer = {}
+    for name in (name for name in found if name not in TRAINING_EXACT):
+        scale = found[name] / plain[name] if plain[name] else 1.0
+        moved = scale * (np.array([[run[name] for run in pair] for pair in runs]) - plain[name])
+        down, up = -np.minimum(0.0, moved.min(1)), np.maximum(0.0, moved.max(1))
+        below, above = (max(side[0], float(np.sqrt((side[1:] ** 2).sum()))) for side in (down, up))
+        answer[name] = max(0.0, found[name] - float(below)), found[name] + float(above)
+    return answer
 
 
 def _traffic(

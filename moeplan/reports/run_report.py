@@ -54,6 +54,8 @@ def shown(value: float, unit: str, name: str = "") -> str:
 
 
 def _interval(line: Headline, name: str = "") -> str:
+    if line.exact:
+        return "exact"
     if line.high - line.low <= 1e-6 * abs(line.high):
         return ""
     low, high = (shown(value, line.unit, name) for value in (line.low, line.high))
@@ -70,10 +72,12 @@ def figures_section(result: SimulationResult) -> Section:
     main = [(word, result.headlines[name]) for name, word in _NAMES.items() if name in result.headlines][:6]
     cards = tuple((word, shown(line.value, line.unit), _interval(line)) for word, line in main)
     rows = tuple(
-        (name.replace("_", " "), shown(line.value, line.unit, name), _interval(line, name) or "-", line.better)
+        (name.replace("_", " "), shown(line.value, line.unit, name), _interval(line, name) or "same at both ends", line.better)
         for name, line in result.headlines.items()
     )
-    blocks: list[Block] = [Cards(cards), Table(("figure", "value", "interval", "better"), rows)]
+    exact = [(name.replace("_", " "), line.exact) for name, line in result.headlines.items() if line.exact]
+    note = "Exact, as no measured time enters: " * bool(exact) + "; ".join(f"{name}, {why}" for name, why in exact)
+    blocks: list[Block] = [Cards(cards), Table(("figure", "value", "interval", "better"), rows, note=note)]
     if result.counts:
         counted = tuple((name.replace("_", " "), _count(value)) for name, value in result.counts.items())
         blocks.append(Table(("counted", "number"), counted))

@@ -22,7 +22,7 @@ from moeplan.artifacts.event_log import EventLog, EventRecorder
 from moeplan.costs.roofline import matmul_flops
 from moeplan.costs.step import Overlap
 from moeplan.costs.training import TrainingCosts, model_flops_per_token
-from moeplan.costs.training_parts import chunk_parts
+from moeplan.costs.training_parts import chunk_parts, scaled
 from moeplan.errors import SpecError
 from moeplan.simulation.detailed import DetailedStep, play_step
 from moeplan.simulation.network import Network
@@ -54,13 +54,10 @@ class TrainingResult:
     """What a step of training takes; shares are of the mean step.
 
     ``bubble_share``: idle time of stages that wait for each other; ``exposed_exchange_share``: dispatch and combine
-    that nothing hides; ``exposed_sync_share``: gradients and weights that nothing hides. ``low_s`` and ``high_s``
-    bound ``step_s`` by the cost model's residuals.
+    that nothing hides; ``exposed_sync_share``: gradients and weights that nothing hides.
     """
 
     step_s: float
-    low_s: float
-    high_s: float
     steps_s: tuple[float, ...]
     micro_batches: int
     tokens_per_s: float
@@ -83,9 +80,12 @@ class TrainingResult:
 class _Play:
     """One step after another. ``inside`` holds what was played, by chunk, direction and window of load."""
 
-    def __init__(self, costs: TrainingCosts, detailed: bool) -> None:
+    def __init__(self, costs: TrainingCosts, detailed: bool, factor: Mapping[str, float]) -> None:
         self.costs, self.spec = costs, costs.spec
         self.chunks = costs.chunks()
+        if factor:
+            self.chunks = [scaled(costs, chunk, factor) for chunk in self.chunks]
+        self.transfer_s = costs.transfer_s * factor.get("transfers between stages", 1.0)
         p = self.p = self.spec.pp
         self.times = [costs.overlapped(chunk) for chunk in self.chunks]
         self.windows = len(self.times[0][0])
@@ -126,7 +126,7 @@ class _Play:
             window = (first + op.micro_batch) % self.windows
             return float(self.times[self.chunk(stage, op)][op.kind == "backward"][window])
 
-        timed = run_schedule(self.orders, seconds, lambda _s, _op: costs.transfer_s, spec.virtual_stages)
+        timed = run_schedule(self.orders, seconds, lambda _s, _op: self.transfer_s, spec.virtual_stages)
         spent = {"work": sum(t.end_s - t.start_s for t in timed), "exchange": 0.0, "sync": 0.0, "optimizer": 0.0}
         ends = []
         tokens = costs.tokens
@@ -147,7 +147,7 @@ class _Play:
             onward = chunk > 0 if backward else chunk < len(self.chunks) - 1
             if onward:
                 self.recorder.add(
-                    "transfer", start_s + t.end_s, costs.transfer_s, rank=rank, step=number,
+                    "transfer", start_s + t.end_s, self.transfer_s, rank=rank, step=number,
                     request=t.op.micro_batch, amount=costs.transfer_bytes,
                 )  # fmt: skip
         for stage in range(p):
@@ -204,9 +204,13 @@ class _Play:
 
 
 def simulate_training(
-    costs: TrainingCosts, origin: Mapping[str, Any] | None = None, fidelity: Fidelity = "step"
+    costs: TrainingCosts,
+    origin: Mapping[str, Any] | None = None,
+    fidelity: Fidelity = "step",
+    factor: Mapping[str, float] | None = None,
 ) -> TrainingResult:
-    """Play ``costs.spec.steps`` optimizer steps.
+    """Play ``costs.spec.steps`` optimizer steps; ``factor``: parts that take so many times as long
+    (:func:`moeplan.costs.training_parts.scaled`), in the step mode.
 
     Raises:
         SpecError: the detailed mode cannot play what is asked.
@@ -216,7 +220,7 @@ def simulate_training(
             "fidelity (detailed) plays one micro-batch of a stage at a time, but training.overlap is 1f1b, which hides"
             " one behind another; use fidelity: step, or overlap none or shared_expert"
         )
-    play, spec, cluster = _Play(costs, fidelity == "detailed"), costs.spec, costs.cluster
+    play, spec, cluster = _Play(costs, fidelity == "detailed", factor or {}), costs.spec, costs.cluster
     now, steps, totals = 0.0, [], dict.fromkeys(("work", "exchange", "sync", "optimizer"), 0.0)
     timed: list[Timed] = []
     for number in range(spec.steps):
@@ -240,14 +244,11 @@ def simulate_training(
             f"does not fit: stage {peak.stage} needs {peak.peak_bytes / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB;"
             " recompute, use more stages or expert-parallel ranks, or a higher ZeRO stage"
         )
-    error = costs.relative_error
     ranks = {"ranks": "one for each pipeline stage", "fidelity": "schedule"}
     if fidelity == "detailed":
         ranks = {"ranks": "one expert-parallel group for each pipeline stage", "fidelity": "detailed"}
     return TrainingResult(
         step_s=step_s,
-        low_s=step_s / (1 + error),
-        high_s=step_s * (1 + error),
         steps_s=tuple(steps),
         micro_batches=costs.micro_batches,
         tokens_per_s=tokens_per_s,
