@@ -12,8 +12,11 @@ import argparse
 import json
 import re
 import subprocess
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ import yaml
 from moeplan.files import write_text
 
 OUT = Path(__file__).parents[1] / "moeplan" / "data" / "benchmark_recipes.json"
+CHANGES = "perf-changelog.yaml"
 CONFIGURATIONS = (".github/configs/nvidia-master.yaml", "configs/nvidia-master.yaml")
 MODELS = ("dsr1", "gptoss", "qwen3.5", "kimik2.5", "minimaxm2.5", "glm5")
 FRAMEWORKS = {name: name.removeprefix("dynamo-").replace("trt", "trtllm") for name in ("trt", "sglang", "vllm")}
@@ -38,20 +42,47 @@ def _git(directory: Path) -> Git:
     return run
 
 
-def _points(git: Git, until: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """(day, configuration of a model and machine, lengths, one entry of its search space) of every commit."""
-    for path in CONFIGURATIONS:
-        history = ("log", "--first-parent", "--reverse", "--format=%H %cd", "--date=short")
-        for line in git(*history, f"--until={until}", "--", path).splitlines():
-            commit, day = line.split()
-            document = yaml.safe_load(git("show", f"{commit}:{path}") or "{}")
-            for key, config in document.items():
-                if not key.startswith(MODELS) or config.get("framework") not in FRAMEWORKS:
-                    continue
-                spaces = config.get("seq-len-configs") or (config.get("scenarios") or {}).get("fixed-seq-len") or []
-                for lengths in spaces:
-                    for entry in lengths.get("search-space", []):
-                        yield day, {"key": key, **config}, lengths, entry
+@dataclass(frozen=True)
+class _Point:
+    """An entry of a search space as one commit has it; ``run`` when the commit had it measured, else empty."""
+
+    day: str
+    run: str
+    config: dict[str, Any]
+    lengths: dict[str, Any]
+    entry: dict[str, Any]
+
+
+def _measured_keys(git: Git, commit: str) -> set[str]:
+    """Configurations that a commit has measured: those its part of the log of changes names (with wildcards)."""
+    found: Counter[str] = Counter()
+    for line in git("show", "--format=", commit, "--", CHANGES).splitlines():
+        if key := re.match(r"([+-])\s+- ([\w.*-]+)\s*$", line):
+            found[key[2]] += 1 if key[1] == "+" else -1
+    return {key for key, count in found.items() if count > 0}
+
+
+def _points(git: Git, until: str) -> Iterator[_Point]:
+    """Every entry of every commit."""
+
+    @cache
+    def read(blob: str) -> dict[str, Any]:
+        return yaml.load(git("cat-file", "blob", blob), Loader=yaml.CSafeLoader) or {}
+
+    history = ("log", "--first-parent", "--reverse", "--format=%H %cd %ct", "--date=short", f"--until={until}")
+    for line in git(*history, "--", *CONFIGURATIONS, CHANGES).splitlines():
+        commit, day, second = line.split()
+        files = dict(reversed(row.split(None, 2)[2].split("\t")) for row in git("ls-tree", "-r", commit).splitlines())
+        keys = _measured_keys(git, commit)
+        moment = datetime.fromtimestamp(int(second), UTC).isoformat()
+        for key, config in next((read(files[path]) for path in CONFIGURATIONS if path in files), {}).items():
+            if not key.startswith(MODELS) or config.get("framework") not in FRAMEWORKS:
+                continue
+            run = moment if any(fnmatch(key, one) for one in keys) else ""
+            spaces = config.get("seq-len-configs") or (config.get("scenarios") or {}).get("fixed-seq-len") or []
+            for lengths in spaces:
+                for entry in lengths.get("search-space", []):
+                    yield _Point(day, run, {"key": key, **config}, lengths, entry)
 
 
 def _lanes(entry: dict[str, Any]) -> list[int]:
@@ -100,9 +131,15 @@ def _reader(git: Git) -> Callable[[str], dict[str, Any]]:
     return read
 
 
-def _pools(document: dict[str, Any]) -> tuple[int, list[int]] | None:
+# Libraries of expert kernels by the names that frameworks know them under.
+LIBRARIES = {"flashinfer_trtllm": "trtllm", "flashinfer_cutlass": "cutlass", "flashinfer_cutedsl": "cutedsl"}
+LIBRARIES |= {"deep_gemm": "deepgemm", "marlin": "marlin", "triton": "triton"}
+
+
+def _pools(document: dict[str, Any]) -> tuple[int, list[Any]] | None:
     """(drafts, launch) as the launch file of two pools says; see the notes in the file written."""
     backend = document.get("backend", {})
+    resources = document.get("resources", {})
     sglang, trtllm = backend.get("sglang_config", {}), backend.get("trtllm_config", {})
     if "decode" in sglang:
         decode, prefill = sglang["decode"], sglang["prefill"]
@@ -114,6 +151,15 @@ def _pools(document: dict[str, Any]) -> tuple[int, list[int]] | None:
             decode.get("ep-num-redundant-experts") or 0,
             prefill.get("chunked-prefill-size") or -1,
             decode.get("max-running-requests") or 0,
+        ]
+        kernels = [LIBRARIES.get(str(pool.get("moe-runner-backend")), "") for pool in (prefill, decode)]
+        sides = [
+            (
+                pool.get("tensor-parallel-size") or pool.get("tp-size"),
+                pool.get("expert-parallel-size") or pool.get("ep-size") or 1,
+                pool.get("enable-dp-attention"),
+            )
+            for pool in (prefill, decode)
         ]
     elif "decode" in trtllm:
         decode, prefill = trtllm["decode"], trtllm["prefill"]
@@ -128,20 +174,43 @@ def _pools(document: dict[str, Any]) -> tuple[int, list[int]] | None:
             prefill.get("max_num_tokens", -1),
             decode.get("max_batch_size", 0) * groups,
         ]
+        kernels = [str((pool.get("moe_config") or {}).get("backend", "")).lower() for pool in (prefill, decode)]
+        sides = [
+            (
+                pool["tensor_parallel_size"],
+                pool.get("moe_expert_parallel_size") or 1,
+                pool.get("enable_attention_dp"),
+            )
+            for pool in (prefill, decode)
+        ]
     else:
         return None
-    return int(drafts), [int(value) for value in launch]
+    widths: list[int] | None = []
+    for name, (ranks, ep, dp) in zip(("prefill_workers", "decode_workers"), sides, strict=True):
+        if not (ranks and resources.get(name)) or widths is None:
+            widths = None
+        else:
+            widths += [int(resources[name]), int(ranks), int(ep), int(bool(dp))]
+    return int(drafts), [*(int(value) for value in launch), *kernels, widths]
 
 
 # ---------------------------------------------------------------------- launch scripts of one server
 
 
-def _server(config: dict[str, Any], day: str, drafted: bool, lane: int) -> tuple[int, list[int] | None]:
-    """(drafts, launch) as SGLang's scripts in ``benchmarks/single_node`` have them to 2026-05-01; others: no launch."""
-    if config["framework"] != "sglang":
-        return -int(drafted), None
+def _server(
+    config: dict[str, Any], lengths: dict[str, Any], entry: dict[str, Any], day: str, lane: int
+) -> tuple[int, list[Any] | None]:
+    """(drafts, launch) as the scripts of ``benchmarks`` and ``benchmarks/single_node`` have them to 2026-05-01; no
+    launch where they leave all to the framework."""
+    drafted = entry.get("spec-decoding", "none") != "none"
     model, hardware, precision = config["key"].split("-")[0], _hardware(config), config["precision"]
     blackwell = hardware.startswith("b")
+    if config["framework"] == "trt" and model == "dsr1":
+        return _dsr1_on_trt(blackwell, precision, lengths, bool(entry.get("dp-attn")), drafted, day, lane)
+    if config["framework"] == "trt" and blackwell:
+        return 0, [1, 20, 0, 0, 20000, 0, "trtllm", "trtllm", None]
+    if config["framework"] != "sglang":
+        return -int(drafted), None
     polls = 30 if lane >= 16 else 10
     if model == "dsr1":
         fast = (polls, 10, 16384) if precision == "fp4" else (polls, 30, 16384 if drafted else 32768)
@@ -154,7 +223,29 @@ def _server(config: dict[str, Any], day: str, drafted: bool, lane: int) -> tuple
     else:
         poll, stream, tokens = (1, 30, 32768) if blackwell else (1, 1, 8192)
     drafts = (2 if model == "dsr1" else 3) if drafted else 0
-    return drafts, [poll, stream, 0, 0, tokens, 0]
+    kernels = "trtllm" if blackwell and (model, precision) != ("glm5", "fp4") else ""
+    return drafts, [poll, stream, 0, 0, tokens, 0, kernels, kernels, None]
+
+
+def _dsr1_on_trt(
+    blackwell: bool, precision: str, lengths: dict[str, Any], dp: bool, drafted: bool, day: str, lane: int
+) -> tuple[int, list[Any]]:
+    """DeepSeek-R1 on one TensorRT-LLM server: ``dsr1_{fp4,fp8}_{b200,h200}_trt{,_mtp}.sh``."""
+    isl, osl = lengths["isl"], lengths["osl"]
+    drafts = (1 if dp else 3) if drafted else 0
+    if not blackwell:
+        kernels = "cutlass"
+    elif precision == "fp4":
+        large = lane > 32 if isl == 8192 else lane >= 256
+        kernels = "cutlass" if (dp if drafted or day >= "2026-02-03" else large) else "trtllm"
+    elif drafted:
+        kernels = "deepgemm" if dp or day < "2026-02-05" else "trtllm"
+    else:
+        late = day >= "2026-01-29" and not (osl == 8192 and lane >= 256)
+        kernels = "trtllm" if late else "deepgemm"
+    batch = max(1, lane // (4 if precision == "fp4" else 8)) if dp else lane
+    tokens = (drafts + 1) * batch + isl + 64 if drafted else max(8192, lane + isl + 64)
+    return drafts, [1, 10, 0, 0, (tokens + 63) // 64 * 64, 0, kernels, kernels, None]
 
 
 def _hardware(config: dict[str, Any]) -> str:
@@ -168,11 +259,13 @@ def _workers(pool: dict[str, Any]) -> list[int]:
     return [pool.get("num-worker", 1), pool["tp"], pool.get("ep", 1), int(bool(pool.get("dp-attn")))]
 
 
-def collect(benchmark: Git, recipes: Git, until: str) -> list[list[Any]]:
-    """The rows of the file."""
+def collect(benchmark: Git, recipes: Git, until: str) -> tuple[list[str], list[list[Any]]]:
+    """The runs and the rows of the file."""
     read = _reader(recipes)
     days: dict[str, list[str]] = {}
-    for day, config, lengths, entry in _points(benchmark, until):
+    moments: dict[str, set[str]] = {}
+    for point in _points(benchmark, until):
+        config, lengths, entry, day = point.config, point.lengths, point.entry, point.day
         drafted = entry.get("spec-decoding", "none") != "none"
         image = str(config.get("image")).replace("#", "/")
         head = [config["key"].split("-")[0], _hardware(config), FRAMEWORKS[config["framework"]], config["precision"]]
@@ -190,20 +283,24 @@ def collect(benchmark: Git, recipes: Git, until: str) -> list[list[Any]]:
             widths = [entry["tp"], entry.get("ep", 1), int(bool(entry.get("dp-attn")))]
         for lane in sorted(set(lanes)):
             if "prefill" not in entry:
-                drafts, launch = _server(config, day, drafted, lane)
+                drafts, launch = _server(config, lengths, entry, day, lane)
             key = json.dumps([[*head, drafts, widths], launch, job, lane])
             days.setdefault(key, [day, day])[1] = day
+            moments.setdefault(key, set()).update([point.run] if point.run else [])
+    runs = sorted(set().union(*moments.values()))
+    number_of = {run: number for number, run in enumerate(runs)}
     jobs: dict[str, int] = {"": -1}
-    rows: dict[str, list[int]] = defaultdict(list)
+    lanes_of: dict[str, list[int]] = {}
     for key, (first, last) in days.items():
         row, launch, job, lane = json.loads(key)
         number = jobs.setdefault(job, len(jobs) - 1)
-        rows[json.dumps([*row, first, last, launch, number])].append(lane)
+        ran = sorted(number_of[run] for run in moments[key])
+        lanes_of.setdefault(json.dumps([*row, first, last, launch, number, ran]), []).append(lane)
     answer = []
-    for key in sorted(rows):
-        *row, launch, number = json.loads(key)
-        answer.append([*row, rows[key], launch, number])
-    return answer
+    for text in sorted(lanes_of):
+        *row, launch, number, ran = json.loads(text)
+        answer.append([*row, lanes_of[text], launch, number, ran])
+    return runs, answer
 
 
 def main() -> None:
@@ -213,9 +310,10 @@ def main() -> None:
     parser.add_argument("--recipes", type=Path, required=True)
     parser.add_argument("--until", default="2026-05-01")
     given = parser.parse_args()
-    rows = collect(_git(given.benchmark), _git(given.recipes), given.until)
+    runs, rows = collect(_git(given.benchmark), _git(given.recipes), given.until)
     head = json.loads(OUT.read_text(encoding="utf-8"))
     head.pop("rows")
+    head["runs"] = runs
     body = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
     write_text(OUT, json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + body + "\n]\n}\n")
     print(f"{len(rows)} points")

@@ -43,13 +43,15 @@ class Pools:
     """Groups are data-parallel attention groups over all workers of a pool; ``prefill_workers`` 0: one pool.
 
     ``tokens_per_step`` more than 1 with accepted drafts; ``max_running`` sequences over the decode pool;
-    ``alone``: prompts run in passes of their own; ``gather_passes``: prompts wait for one per group, at most so long.
+    ``query_tokens`` of a running sequence count against ``prompt_tokens``; ``alone``: prompts run in passes of their
+    own; ``gather_passes``: prompts wait for one per group, at most so long.
     """
 
     decode_groups: int
     prompt_tokens: float
     tokens_per_step: float = 1.0
     max_running: int = 1 << 30
+    query_tokens: float = 0.0
     alone: bool = False
     prefill_workers: int = 0
     prefill_groups: int = 1
@@ -84,6 +86,7 @@ def closed_loop(times: PassTimes, pools: Pools, concurrency: int, inputs_n: Ints
         pools.prompt_tokens,
         pools.tokens_per_step,
         pools.max_running,
+        pools.query_tokens,
         pools.alone,
         pools.prefill_workers,
         float(pools.prefill_groups),
@@ -121,6 +124,7 @@ def _serve(
     prompt_tokens: float,
     per_step: float,
     max_running: int,
+    query_tokens: float,
     alone: bool,
     prefill_workers: int,
     prefill_groups: float,
@@ -148,7 +152,7 @@ def _serve(
     while done < n:
         taken, tokens = 0, 0.0
         if prefill_workers == 0:
-            budget = prompt_tokens * groups
+            budget = prompt_tokens * groups - running * query_tokens
             held = held + 1 if begun < come else 0
             if running > 0 and come - begun < groups and held <= gather:
                 budget = -1.0

@@ -28,6 +28,13 @@ from moeplan.specs.attention_layers import AttentionLayers, attention_layers
 __all__ = ["EngineCosts", "EngineSetup", "Exchange"]
 
 Floats = NDArray[np.float64]
+# Parts of the names of tables' kernels, by the library they are from.
+_LIBRARIES = {
+    "trtllm": ("flashinfer_trtllm", "min_latency"),
+    "deepgemm": ("deepgemm",),
+    "cutlass": ("cutlass",),
+    "wideep": ("wideep_compute",),
+}
 _GEMM_TABLE = {"bf16": "bf16", "fp8": "fp8_block", "fp4": "nvfp4", "int4": "bf16"}
 
 
@@ -164,8 +171,7 @@ class EngineCosts:
         recurrence = "gated_delta_rule"
         phase = "decode" if decode else "prefill"
         names: dict[str, Any] = {"kind": "gated_delta", "phase": phase, "heads": heads, "kv_heads": keys}
-        table = self._tables.profile.select("attention", **names)
-        kernels = sorted(set(table["kernel"].to_pylist()))
+        kernels = self._tables.kernels("attention", **names)
         for part_of in ("conv1d", recurrence):
             mine = {"kernel": [kernel for kernel in kernels if part_of in kernel] or [part_of]}
             costs = self._tables.table("attention", ("context_tokens", "batch"), names | mine, law)
@@ -209,8 +215,16 @@ class EngineCosts:
             "scope": "experts",
             "num_slots": [0, m.num_experts],
         }
-        # Frameworks take these kernels from the same libraries: of all that were measured the fastest serves.
-        choices = tuple({"dtype": dtype} for dtype in TABLE_DTYPES.get(s.expert_dtype, (s.expert_dtype,)))
+        # Frameworks take these kernels from the same libraries: the one asked for, else the fastest of all measured.
+        choices: tuple[dict[str, Any], ...] = tuple(
+            {"dtype": dtype} for dtype in TABLE_DTYPES.get(s.expert_dtype, (s.expert_dtype,))
+        )
+        # CUTLASS' 4-bit rows are left out: B200's take twice GB200's at the same points.
+        parts = _LIBRARIES.get(s.expert_kernels)
+        if parts and (s.expert_kernels, s.expert_dtype) != ("cutlass", "fp4"):
+            kernels = self._tables.kernels("experts", hidden=m.hidden_size, num_experts=m.num_experts)
+            asked = [kernel for kernel in kernels if any(part in kernel for part in parts)]
+            choices = tuple(choice | {"kernel": asked} for choice in choices) + choices
         return self._tables.table("experts", ("tokens",), names, law, choices).seconds(tokens)
 
     # ------------------------------------------------------------------ a pass

@@ -26,7 +26,9 @@ class EngineSetup:
 
     ``expert_dtype`` of the routed experts, ``dense_dtype`` of other products, ``kv_dtype`` of the cache;
     ``draft_tokens`` proposed per step by multi-token prediction, 0: none. ``gather_dtype`` of tokens on the way to
-    experts when gathered. ``distribution`` of choices over experts, as the tables name it.
+    experts when gathered. ``distribution`` of choices over experts, as the tables name it. ``expert_kernels``: the
+    library that the engine was told to take for routed experts (``trtllm``, ``deepgemm``, ``cutlass``, ...), "": the
+    fastest.
     """
 
     model: ModelSpec
@@ -43,6 +45,7 @@ class EngineSetup:
     exchange: Exchange = "gathered"
     gather_dtype: Dtype = "bf16"
     distribution: str = "power_law_1.01"
+    expert_kernels: str = ""
 
     @property
     def ranks(self) -> int:
@@ -69,6 +72,13 @@ class EngineTables:
             self._shared[key] = make()
         found: T = self._shared[key]
         return found
+
+    def kernels(self, table: str, **names: Any) -> list[str]:
+        """Kernels that a table has under these names."""
+        return self.cached(
+            ("kernels", table, *sorted(names.items())),
+            lambda: sorted(set(self.profile.select(table, **names)["kernel"].to_pylist())),
+        )
 
     def dense(self, dtype: Dtype) -> DenseCosts:
         """Products of the own framework, else of any."""

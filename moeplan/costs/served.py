@@ -164,6 +164,7 @@ def served(
         prompt_tokens=max(prompt_tokens, mean_in),
         tokens_per_step=per_step,
         max_running=int(min(limit, groups * capacity / held)),
+        query_tokens=0.0 if backend == "sglang" else 1.0 + drafts,
         alone=backend == "sglang" and prefill is None,
         gather_passes=_GATHER.get(backend, 0) if setup.dp > 1 else 0,
     )

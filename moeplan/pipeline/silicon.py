@@ -108,18 +108,19 @@ def pools_of(row: Measured, model: ModelSpec) -> tuple[ServedPool, ServedPool | 
     """The pools of a row. SGLang polls for requests every so many decode steps and streams every so many tokens, so
     half of each passes on average before a first token."""
     launch = row.launch
-    decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens), row.decode.count)
+    kernels = ("", "") if launch is None else (launch.prefill_kernels, launch.decode_kernels)
+    decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens, kernels[1]), row.decode.count)
     if launch is not None:
         first = (launch.poll_steps + launch.stream_tokens) / 2 if row.backend == "sglang" else None
         tokens = launch.prompt_tokens or None
         decode = replace(decode, prompt_tokens=tokens, first_steps=first, max_running=launch.max_running)
     if row.prefill is None:
         return decode, None
-    prefill = ServedPool(setup_of(row, row.prefill, model, 0), row.prefill.count, decode.prompt_tokens)
+    prefill = ServedPool(setup_of(row, row.prefill, model, 0, kernels[0]), row.prefill.count, decode.prompt_tokens)
     return decode, prefill
 
 
-def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int) -> EngineSetup:
+def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int, kernels: str = "") -> EngineSetup:
     """The engine of a row. Of a quantised checkpoint attention stays in bf16 but in fp8 ones, and of 4-bit ones only
     DeepSeek's has 4-bit dense and shared parts (hf_quant_config.json of nvidia's NVFP4 checkpoints). The cache of
     fp8 and fp4 checkpoints is fp8 on TensorRT-LLM and on Blackwell, else bf16, as the benchmark's scripts set it.
@@ -152,6 +153,7 @@ def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int) -> 
         exchange=exchange,
         gather_dtype="fp4" if precision == "fp4" and row.backend == "trtllm" else "bf16",
         distribution="balanced" if balanced else "power_law_1.01",
+        expert_kernels=kernels,
     )
 
 

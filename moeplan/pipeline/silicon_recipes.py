@@ -3,8 +3,9 @@
 The file's widths are partly an adapter's products, worker counts are mostly missing, and speculative decoding is not
 tagged. ``benchmark_recipes.json`` holds what the public benchmark's configuration and launch scripts of the day say.
 A row's candidates are the recipes with its model, hardware, framework, precision, lengths and concurrency whose widths
-agree with the row's; then those of its image, and of its date, where there are any. Rows of the database export
-(``config_id``) are never drafted.
+agree with the row's; then those of its image, of its date and of its run, where there are any: the benchmark measures
+what a commit names in its log of changes, and rows say when their run began, seconds after that commit. Rows of the
+database export (``config_id``) are never drafted.
 
 Of two pools one job runs a recipe's list of concurrencies, and the file keeps a job's rows together: of the
 candidates of a run of rows those count that split it into the fewest jobs with the fewest concurrencies missing
@@ -19,7 +20,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, datetime, time, timedelta
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -29,14 +30,16 @@ __all__ = ["Launch", "Recipe", "choose_recipes", "lane_of", "measured_on", "numb
 Row = Mapping[str, str]
 
 _SLACK = timedelta(days=10)
-_WIDTHS_SAID = date(2025, 11, 5)  # rows measured before say tp alone: 1 stands for ep and dp
+_START = timedelta(seconds=60)  # a run begins seconds after the commit that asks for it
+_WIDTHS_SAID = datetime(2025, 11, 5, tzinfo=UTC)  # rows measured before say tp alone: 1 stands for ep and dp
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """How a recipe starts its engine: decode steps between polls for requests, tokens between streamed answers,
     whether tokens go through DeepEP, redundant experts or balanced slots, prompt tokens per pass of a rank, sequences
-    that a decode worker takes (0: unlimited)."""
+    that a decode worker takes (0: unlimited), the library of expert kernels of prefill and decode ("": unsaid), the
+    widths that the launch file has, which are the true ones where they differ from the recipe's (None: unsaid)."""
 
     poll_steps: int
     stream_tokens: int
@@ -44,21 +47,26 @@ class Launch:
     redundant_experts: int
     prompt_tokens: int
     max_running: int
+    prefill_kernels: str = ""
+    decode_kernels: str = ""
+    widths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """One point of the benchmark. ``widths``: [ranks, ep, dp attention] of one server, or [workers, ranks, ep, dp
-    attention] of prefill and again of decode; ``job`` with which others it ran, -1: alone."""
+    attention] of prefill and again of decode; ``job`` with which others it ran, -1: alone; ``runs`` when commits had it
+    measured."""
 
     image: str
     draft_tokens: int
     widths: tuple[int, ...]
-    first: date
-    last: date
+    first: datetime
+    last: datetime
     lanes: frozenset[int]
     launch: Launch | None
     job: int
+    runs: tuple[datetime, ...] = ()
 
 
 def number(row: Row, name: str) -> int | None:
@@ -85,10 +93,10 @@ def lane_of(row: Row) -> int:
     return (number(row, "batch_size") or 1) * (widths_of(row, "")[1] or 1)
 
 
-def measured_on(row: Row) -> date | None:
-    """The day of the measurement, None where the source does not say."""
-    found = re.search(r"measured=(\d{4}-\d\d-\d\d)", row["silicon_data_source"])
-    return date.fromisoformat(found[1]) if found else None
+def measured_on(row: Row) -> datetime | None:
+    """When the run of the measurement began, midnight where only the day is said, None where the source does not say."""
+    found = re.search(r"measured=(\d{4}-\d\d-\d\d)(T\d\d:\d\d:\d\d)?", row["silicon_data_source"])
+    return datetime.fromisoformat(found[1] + (found[2] or "")).replace(tzinfo=UTC) if found else None
 
 
 # ---------------------------------------------------------------------- candidates
@@ -98,36 +106,41 @@ def measured_on(row: Row) -> date | None:
 def _recipes() -> dict[tuple[Any, ...], list[Recipe]]:
     text = files("moeplan").joinpath("data", "benchmark_recipes.json").read_text(encoding="utf-8")
     index: dict[tuple[Any, ...], list[Recipe]] = defaultdict(list)
-    for row in json.loads(text)["rows"]:
-        model, hardware, backend, precision, isl, osl, image, drafts, widths, first, last, lanes, launch, job = row
+    document = json.loads(text)
+    moments = [datetime.fromisoformat(run) for run in document["runs"]]
+    for row in document["rows"]:
+        model, hardware, backend, precision, isl, osl, image, drafts, widths, first, last, lanes, launch, job, runs = row
         index[model, hardware, backend, precision, isl, osl, len(widths) == 8].append(
             Recipe(
                 image=_plain(image),
                 draft_tokens=drafts,
                 widths=tuple(widths),
-                first=date.fromisoformat(first),
-                last=date.fromisoformat(last),
+                first=datetime.fromisoformat(first).replace(tzinfo=UTC),
+                last=datetime.fromisoformat(last).replace(tzinfo=UTC),
                 lanes=frozenset(lanes),
                 launch=_launch(backend, widths, launch) if launch else None,
                 job=job,
+                runs=tuple(moments[number] for number in runs),
             )
         )
     return dict(index)
 
 
-def _launch(backend: str, widths: Sequence[int], values: Sequence[int]) -> Launch:
-    poll, stream, deepep, redundant, tokens, running = values
+def _launch(backend: str, widths: Sequence[int], values: Sequence[Any]) -> Launch:
+    poll, stream, deepep, redundant, tokens, running, prefill, decode, true_widths = values
+    widths = true_widths or widths
     ranks, dp = (widths[1], widths[3]) if len(widths) == 8 else (widths[0], widths[2])
     if backend == "sglang" and dp:
         tokens //= ranks  # a worker's chunk, shared by its attention groups
-    return Launch(poll, stream, bool(deepep), redundant, max(0, tokens), running)
+    true_widths = tuple(true_widths) if true_widths else None
+    return Launch(poll, stream, bool(deepep), redundant, max(0, tokens), running, prefill, decode, true_widths)
 
 
 def _plain(image: str) -> str:
     return re.sub(r"[^a-z0-9.]", "", image.lower())
 
 
-def _agrees(row: Row, recipe: Recipe, on: date | None) -> bool:
+def _agrees(row: Row, recipe: Recipe, on: datetime | None) -> bool:
     """Whether a recipe's widths can have become the row's columns."""
     if row["mode"] == "agg":
         ranks, ep, dp = recipe.widths
@@ -147,7 +160,7 @@ def _agrees(row: Row, recipe: Recipe, on: date | None) -> bool:
     return True
 
 
-def _candidates(row: Row, name: str, on: date | None) -> list[Recipe]:
+def _candidates(row: Row, name: str, on: datetime | None) -> list[Recipe]:
     """Recipes of any concurrency that the row may have run on; ``name`` of the model in the recipes."""
     hardware = row["system"].removesuffix("_sxm")
     pools = row["mode"] != "agg"
@@ -166,7 +179,13 @@ def _candidates(row: Row, name: str, on: date | None) -> list[Recipe]:
         fits = prefer([recipe for recipe in fits if recipe.image == _plain(image[1])])
     if on is not None:
         fits = prefer([recipe for recipe in fits if recipe.first - _SLACK <= on <= recipe.last + _SLACK])
+        fits = prefer([recipe for recipe in fits if any(_began(run, on) for run in recipe.runs)])
     return fits
+
+
+def _began(run: datetime, on: datetime) -> bool:
+    """Whether a measurement of ``on`` can be of a run that was asked for at ``run``."""
+    return run.date() == on.date() if on.time() == time() else timedelta() <= on - run <= _START
 
 
 # ---------------------------------------------------------------------- jobs
@@ -208,7 +227,7 @@ def _same_run(row: Row) -> tuple[str, ...] | None:
     return (re.sub(r"silicon_concurrency=\d+", "", source), *(row[name] for name in (*names, *sides)))
 
 
-def _jobs(rows: Sequence[Row], names: Mapping[str, str], on: Mapping[str, date | None]) -> dict[str, set[int]]:
+def _jobs(rows: Sequence[Row], names: Mapping[str, str], on: Mapping[str, datetime | None]) -> dict[str, set[int]]:
     """Jobs that each row of two pools may be of, by row id; rows in the file's order."""
     runs: list[list[Row]] = []
     before: tuple[str, ...] | None = None
@@ -234,7 +253,7 @@ def choose_recipes(
     rows: Sequence[Row],
     repeats: Mapping[str, Sequence[str]],
     names: Mapping[str, str],
-    on: Mapping[str, date | None],
+    on: Mapping[str, datetime | None],
 ) -> dict[str, Recipe | None]:
     """Row id -> its recipe, None where there is none.
 
@@ -255,6 +274,6 @@ def choose_recipes(
     return answer
 
 
-def _away(recipe: Recipe, on: date | None) -> int:
+def _away(recipe: Recipe, on: datetime | None) -> int:
     """Days between a day and the time of a recipe."""
     return 0 if on is None else max(0, (recipe.first - on).days, (on - recipe.last).days)

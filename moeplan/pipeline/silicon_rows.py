@@ -168,14 +168,15 @@ def _measured(row: Mapping[str, str], repeats: tuple[str, ...], recipe: Recipe |
     group = f"{family}|{row['system']}|{row['backend']}"
     prefill = None
     drafts = 0
+    widths = () if recipe is None else (recipe.launch.widths if recipe.launch else None) or recipe.widths
     if recipe is None:
         decode = _from_columns(row, "" if row["mode"] == "agg" else "decode_")
         prefill = None if row["mode"] == "agg" else _from_columns(row, "prefill_")
-    elif len(recipe.widths) == 3:
-        decode = _server(recipe.widths)
+    elif len(widths) == 3:
+        decode = _server(widths)
     else:
-        prefill = _server(recipe.widths[1:4], recipe.widths[0])
-        decode = _server(recipe.widths[5:8], recipe.widths[4])
+        prefill = _server(widths[1:4], widths[0])
+        decode = _server(widths[5:8], widths[4])
     if recipe is not None and recipe.draft_tokens:
         unsaid = 1 if row["backend"] == "trtllm" and decode.dp > 1 else _DRAFTS
         drafts = recipe.draft_tokens if recipe.draft_tokens > 0 else unsaid
