@@ -205,7 +205,7 @@ class HardwareProfile:
                 options = pa_csv.ConvertOptions(column_types=types, strings_can_be_null=False, null_values=[""])
                 raw = pa_csv.read_csv(path, convert_options=options)
             else:
-                raw = pq.read_table(path)
+                raw = pq.ParquetFile(path).read()  # read_table would load its data sets' half second of library
         except OSError as error:
             raise ProfileError(f"cannot read {path}: {error.strerror or error}") from error
         except pa.ArrowException as error:

@@ -124,6 +124,7 @@ class GridInterpolator:
         self._names, self._series = np.unique(series_n, return_inverse=True)
         self._x, self._y = np.log(coords_nA), np.log(latency_us_n)
         self._axes = coords_nA.shape[1]
+        self._own_places: dict[float, tuple[Floats, Ints]] = {}
         self._values, index = self._grid()
         self._row = np.full((len(self._names), *(index.max(0) + 1)), -1, np.int64)
         self._row[(self._series, *index.T)] = np.arange(len(self._y))
@@ -190,6 +191,7 @@ class GridInterpolator:
         self._setting, own = (wide, far) if _cost(far) < _cost(misses[0]) else (settings[0], misses[0])
         straight = np.abs(self._line(names, x) - y)
         both = np.isfinite(own) & np.isfinite(straight)
+        self._own_places = {tiles: places for tiles, places in self._own_places.items() if tiles == settings[0].tiles}
         self._use_line = bool(_cost(straight[both]) < _cost(own[both])) or not np.isfinite(own).any()
         miss = np.where(np.isfinite(straight) & self._use_line, straight, own)
         miss = miss[np.isfinite(miss)]
@@ -198,6 +200,8 @@ class GridInterpolator:
 
     def _best(self, names: Ints, x: Floats) -> Floats:
         answer = self._krige(names, x, self._setting)
+        if not self._use_line and np.isfinite(answer).all():
+            return answer
         straight = self._line(names, x)
         use = np.isfinite(straight) & (self._use_line | ~np.isfinite(answer))
         return np.where(use, straight, answer)
@@ -242,7 +246,9 @@ class GridInterpolator:
         """Kriging from the neighbours, the point itself left out; nan where it has fewer than two."""
         answer = np.full(len(x), np.nan)
         left, on = self._place(names, x)
-        points, queries = self._places(self._x, setting.tiles), self._places(x, setting.tiles)
+        if setting.tiles not in self._own_places:
+            self._own_places[setting.tiles] = self._places(self._x, setting.tiles)
+        points, queries = self._own_places[setting.tiles], self._places(x, setting.tiles)
         most = _NEIGHBOURS[setting.wide]
         numbers = (setting.length, setting.share_size, setting.share_other, setting.noise, setting.scatter)
         patterns, group = np.unique(on, axis=0, return_inverse=True)

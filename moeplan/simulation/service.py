@@ -30,6 +30,7 @@ __all__ = ["Pool", "Replan", "Replanned", "Served", "simulate_service"]
 
 Floats = NDArray[np.float64]
 Progress = Callable[[str, float], None]
+_FULL = np.iinfo(np.int64).max
 _SLACK_RATIO, _SLACK = 1.5, 8  # prefix-aware: a group may hold this times the mean load, and so many more requests
 
 
@@ -301,7 +302,7 @@ class _Service:
     def _least_loaded(self, stage: Sequence[Instance]) -> tuple[Instance, int]:
         best: tuple[int, Instance, int] | None = None
         for instance in stage:
-            load_D = np.where(instance.alive_D, instance.load_D, np.iinfo(np.int64).max)
+            load_D = np.where(instance.alive_D, instance.load_D, _FULL)
             d = int(load_D.argmin())
             if instance.alive_D[d] and (best is None or int(load_D[d]) < best[0]):
                 best = int(load_D[d]), instance, d
