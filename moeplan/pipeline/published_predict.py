@@ -121,6 +121,7 @@ def step_cost(c: dict[str, Any], phase: str, batch: int, context: int, overlap: 
         kv_dtype=c.get("kv", "bf16"),
         tp=c.get("tp", 1),
         dense_dtype=c.get("dense"),
+        backend=c.get("backend"),
     )
     return StepModel(model, cluster, work, technique, _profile(c["profile"])).step(placement, load_LE)
 
@@ -170,6 +171,7 @@ def _predict_served(c: dict[str, Any]) -> float:
                     "max_num_seqs": c["batch"],
                     "max_num_batched_tokens": c["chunk"],
                     "kv_dtype": c.get("kv", "bf16"),
+                    "backend": c["backend"],
                     "step_overhead": f"{1e3 * _engine_s(c['model']):.4g} ms",
                 },
                 "experts": {"mode": "balanced"},
