@@ -18,10 +18,11 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.tables import Seconds, TableCosts
+from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.cluster import AcceleratorSpec
-from moeplan.specs.model import DTYPE_BYTES, AttentionSpec, Dtype
+from moeplan.specs.model import DTYPE_BYTES, AttentionSpec, Dtype, ModelSpec
 
-__all__ = ["AttentionCosts"]
+__all__ = ["AttentionCosts", "attention_by_window"]
 
 Floats = NDArray[np.float64]
 
@@ -104,3 +105,28 @@ class AttentionCosts:
         shapes += [(hidden, a.num_heads * a.head_dim / tp)]
         widths, inner = np.array(shapes, float).T
         return self._dense.product(np.asarray(tokens, float)[..., None], widths, inner)
+
+
+def attention_by_window(
+    model: ModelSpec,
+    accelerator: AcceleratorSpec,
+    decode: bool,
+    dense: DenseCosts,
+    kv_dtype: Dtype = "bf16",
+    profile: HardwareProfile | None = None,
+    tp: int = 1,
+) -> tuple[tuple[float, AttentionCosts], ...]:
+    """(share of the layers, their costs): layers alike but for how many of the last tokens they see.
+
+    Empty where the model's attention is not known; layers of another sort than ``model.attention`` count as it.
+    """
+    spec = model.attention
+    if spec is None:
+        return ()
+    alike = [(part.window, part.count) for part in attention_layers(model) if part.spec == spec] or [(0, 1)]
+    layers = sum(count for _, count in alike)
+    hidden = model.hidden_size
+    return tuple(
+        (count / layers, AttentionCosts(spec, hidden, accelerator, decode, dense, kv_dtype, profile, tp, window=window))
+        for window, count in alike
+    )

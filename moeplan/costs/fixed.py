@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeplan.artifacts.profile import HardwareProfile
-from moeplan.costs.attention import AttentionCosts
+from moeplan.costs.attention import attention_by_window
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.tables import Seconds
@@ -64,21 +64,19 @@ def fixed_costs(
     kernel_s = 0.0
     parts: dict[str, list[Seconds]] = {"attention": [], "router, norms, permutation": [], "links": []}
     if model.attention is not None:
-        attention = AttentionCosts(model.attention, hidden, device, decode, dense, kv_dtype, profile, tp)
-        if decode:
-            parts["attention"].append(attention.kernel(tokens, workload.context))
-        else:
-            # Sequences of `context` tokens, cut among cp ranks whose keys and values are gathered.
-            length = min(workload.context, tokens * cp)
-            kernel = attention.kernel(max(1.0, tokens * cp / length), length)
-            parts["attention"].append(
-                Seconds(kernel.value / cp, kernel.relative_error, kernel.source, kernel.extrapolated)
-            )
-            if cp > 1:
-                gathered = tokens * cp * model.attention.kv_elements_per_token * 2
-                parts["links"].append(links.seconds("all_gather", cp, gathered))
-        kernel_s = parts["attention"][0].total
-        parts["attention"].append(attention.projections(tokens))
+        sorts = attention_by_window(model, device, decode, dense, kv_dtype, profile, tp)
+        # Prefill: sequences of `context` tokens, cut among cp ranks whose keys and values are gathered.
+        length = workload.context if decode else min(workload.context, tokens * cp)
+        sequences = tokens if decode else max(1.0, tokens * cp / length)
+        for share, attention in sorts:  # of the mean layer
+            kernel = attention.kernel(sequences, length)
+            value = kernel.value * share / (1 if decode else cp)
+            parts["attention"].append(Seconds(value, kernel.relative_error, kernel.source, kernel.extrapolated))
+        if not decode and cp > 1:
+            gathered = tokens * cp * model.attention.kv_elements_per_token * 2
+            parts["links"].append(links.seconds("all_gather", cp, gathered))
+        kernel_s = sum(kernel.total for kernel in parts["attention"])
+        parts["attention"].append(sorts[0][1].projections(tokens))
     parts["router, norms, permutation"] += [
         dense.product(tokens / tp, model.num_experts, hidden),
         dense.passes(tokens / tp * hidden, 2 + 2 * model.top_k),

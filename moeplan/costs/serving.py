@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
-from moeplan.costs.attention import AttentionCosts
+from moeplan.costs.attention import attention_by_window
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.exchange import balanced_copies
 from moeplan.costs.group_kernel import group_seconds, row_at
@@ -156,8 +156,8 @@ class ServingCosts:
         shape = (len(self._seqs.points), len(self._context.points))
         self._decode_s, self._chunk_s, self._launch_s = np.zeros(shape), np.zeros(shape[1]), 0.0
         self._chunk_list = self._chunk_s.tolist()
-        attention, work = model.attention, self._workload
-        if attention is None:
+        work = self._workload
+        if model.attention is None:
             return
         dense = DenseCosts(
             self.cluster.accelerator,
@@ -165,15 +165,15 @@ class ServingCosts:
             self.profile,
         )
 
-        def costs(decode: bool) -> AttentionCosts:
+        def kernels(decode: bool, seqs: Floats, context: Floats) -> Floats:
             device = self.cluster.accelerator
-            return AttentionCosts(
-                attention, model.hidden_size, device, decode, dense, how.kv_dtype, self.profile, how.tp
-            )
+            sorts = attention_by_window(model, device, decode, dense, how.kv_dtype, self.profile, how.tp)
+            seconds: Floats = np.sum([share * costs.kernels(seqs, context).value for share, costs in sorts], 0)
+            return seconds
 
         seqs, context = np.meshgrid(self._seqs.points, self._context.points, indexing="ij")
-        self._decode_s = costs(True).kernels(seqs, context).value
-        alone = costs(False).kernels(np.ones(shape[1]), self._context.points).value
+        self._decode_s = kernels(True, seqs, context)
+        alone = kernels(False, np.ones(shape[1]), np.asarray(self._context.points, float))
         self._launch_s = float(alone[0])
         self._chunk_s = np.maximum.accumulate(alone) - self._launch_s
         self._chunk_list = self._chunk_s.tolist()
