@@ -13,8 +13,7 @@
 - Adam reads and writes 4-byte master weights and two moments, reads gradients, writes weights (Rajbhandari et
   al. 2020, arXiv 1910.02054 count the same 16 bytes of state); ZeRO stage 1 shards that, 2 gradients too, 3
   weights too. Gradients are set to zero, checked, scaled and normed, too.
-- Activations kept per token and layer: inputs of every product and of the attention kernel, in bf16 (Korthikanti et
-  al. 2022, arXiv 2205.05198, section 4, without dropout and with FlashAttention).
+- Activations kept, and what is computed again instead: :mod:`moeplan.costs.activations`.
 
 ``W`` windows of load, ``L`` MoE layers, ``E`` experts, ``H`` hidden, ``T`` tokens of a micro-batch on one rank.
 """
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
+from moeplan.costs.activations import activation_bytes, recomputed_s
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import stream
@@ -45,7 +45,6 @@ __all__ = [
     "Chunk",
     "TrainingCost",
     "TrainingCosts",
-    "activation_bytes",
     "capacity",
     "expert_group",
     "model_flops_per_token",
@@ -119,28 +118,6 @@ def model_flops_per_token(model: ModelSpec, sequence: int, mtp_layers: int = 0) 
         per_layer = (active - embedding) / layers
         active += mtp_layers * (per_layer + embedding + 2 * model.hidden_size**2)
     return 6 * active + attention * (layers + mtp_layers)
-
-
-def activation_bytes(model: ModelSpec, moe: bool, recompute: str, dtype: Dtype = "bf16") -> float:
-    """Bytes kept per token for the backward of one layer; ``dtype`` of product inputs."""
-    hidden, width, wide = model.hidden_size, DTYPE_BYTES[dtype], DTYPE_BYTES["bf16"]
-    if recompute == "full":
-        return wide * hidden
-    kept = 2.0 * wide * hidden + width * hidden  # residual stream and norm's input, and the product's
-    if (a := model.attention) is not None and recompute != "attention":
-        nope, rope = a.qk_nope_head_dim or a.head_dim, a.qk_rope_head_dim or 0
-        keys = a.num_heads if a.is_mla else a.num_kv_heads
-        kept += wide * (a.num_heads * (nope + rope) + keys * (nope + rope + a.head_dim) + a.num_heads * a.head_dim)
-        kept += width * ((a.q_lora_rank or 0) + (a.kv_lora_rank or 0))
-    gates = 2 if model.gated_ffn else 1
-
-    def ffn(inter: float, rows: float) -> float:
-        return rows * (gates * wide * inter + width * inter)
-
-    if not moe:
-        return kept + width * hidden + ffn(model.dense_intermediate_size, 1)
-    routed = model.top_k * (width + wide) * model.routed_hidden_size  # as they arrive, and as they return
-    return kept + routed + ffn(model.expert_intermediate_size, model.top_k) + ffn(model.shared_intermediate_size, 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,6 +200,8 @@ class TrainingCosts:
         forward, backward = moved / 3 / onward.bytes_per_s, 2 * moved / 3 / back_stream.bytes_per_s
         plain, kernel = fixed.layer_s - fixed.kernel_s, fixed.kernel_s
         again = {"none": 0.0, "attention": kernel, "full": fixed.layer_s + forward}[spec.recompute]
+        parts_s = recomputed_s(spec.recompute_modules, model, self.tokens, spec.tp, dense, onward.bytes_per_s)
+        again += parts_s.get("layernorm", 0.0) + parts_s.get("mla_up_proj", 0.0)
         attention = (plain + kernel + forward, _BACKWARD * plain + _BACKWARD_ATTENTION * kernel + backward + again)
         full = spec.recompute == "full"
         back = self.backward_factor = _BACKWARD + full
@@ -239,13 +218,15 @@ class TrainingCosts:
         hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
         self._moe_forward_WL = attention[0] + shared + expert_s_WL
         self._moe_backward_WL = attention[1] + back * (shared + expert_s_WL) + (exchange_s_WL if full else 0.0)
+        self._moe_backward_WL += parts_s.get("moe_act", 0.0)
         self._exchange_WL = exchange_s_WL - hidden_s_WL
         inter = model.dense_intermediate_size
         block = dense.ffn(rows, hidden, inter / spec.tp, model.gated_ffn).total if inter else 0.0
         # A dense layer permutes nothing and has no router.
         routing = dense.passes(self.tokens * hidden, 2 * model.top_k).total
         routing += dense.product(self.tokens, model.num_experts, hidden).total
-        self._dense = (attention[0] - routing + block, attention[1] - added[1] - 2 * routing + back * block)
+        dense_backward = attention[1] - added[1] - 2 * routing + back * block + parts_s.get("mlp", 0.0)
+        self._dense = (attention[0] - routing + block, dense_backward)
         head = dense.product(rows, model.vocab_size / spec.tp, hidden).total
         loss = dense.passes(rows * model.vocab_size / spec.tp, _HEAD_PASSES).total
         self._head = (head + loss / 2, 2 * head + loss / 2)
@@ -314,7 +295,9 @@ class TrainingCosts:
             held += parameters
             moved += parameters * grad * (copies > 1)
         updated = own * (_ADAM_MOVED_BYTES + _OWN_GRADIENT_PASSES * grad) + held * _GRADIENT_PASSES * grad
-        kept = sum(activation_bytes(model, kinds[layer], spec.recompute) for layer in layers) * self.tokens
+        again = spec.recompute_modules
+        by_kind = [activation_bytes(model, moe, spec.recompute, modules=again) for moe in (False, True)]
+        kept = sum(by_kind[kinds[layer]] for layer in layers) * self.tokens
         if layers[-1] == len(kinds) - 1:  # logits and their softmax in fp32
             kept += self.tokens * spec.tp * model.vocab_size / spec.tp * 4
         return Chunk(

@@ -249,7 +249,7 @@ def _training(c: dict[str, Any]) -> TrainingCosts:
     cluster: ClusterSpec = _cluster(c["accelerator"], c["ranks"] // per_node, per_node)
     names = ("global_batch", "micro_batch", "tp", "pp", "virtual_stages", "ep", "overlap", "mtp_layers")
     fields = {name: c[name] for name in names} | {"host_per_layer": f"{0 if c['graphs'] else _HOST_MS} ms"}
-    optional = ("capacity_factor", "gradient_dtype", "overlap_gradients", "overlap_parameters")
+    optional = ("capacity_factor", "gradient_dtype", "overlap_gradients", "overlap_parameters", "recompute_modules")
     more = {name: c[name] for name in optional if name in c}
     spec = TrainingSpec.parse(fields | more, "published")
     placement, load_LE = _even(model, c["ep"], min(c["ep"], per_node), None)

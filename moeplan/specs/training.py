@@ -15,9 +15,10 @@ from moeplan.errors import SpecError
 from moeplan.specs.base import Spec
 from moeplan.units import Seconds
 
-__all__ = ["Overflow", "Recompute", "TrainingSpec"]
+__all__ = ["Overflow", "Recompute", "RecomputeModule", "TrainingSpec"]
 
 Recompute = Literal["none", "attention", "full"]
+RecomputeModule = Literal["layernorm", "moe_act", "mla_up_proj", "mlp"]
 Overflow = Literal["drop", "pad"]
 
 
@@ -34,6 +35,11 @@ class TrainingSpec(Spec):
     ep: int = Field(1, gt=0, description="expert-parallel ranks: split the experts of a layer")
     zero: Literal[0, 1, 2, 3] = Field(1, description="sharded over copies: 1 optimizer state, 2 gradients, 3 weights")
     recompute: Recompute = Field("none", description="what backward computes again instead of keeping it")
+    recompute_modules: tuple[RecomputeModule, ...] = Field(
+        (),
+        description="parts of a layer that are computed again too, as Megatron-Core names them: norms, routed experts'"
+        " activation, products from latents to queries, keys and values, the block of dense layers",
+    )
     experts: Literal["trace", "balanced"] = Field(
         "trace", description="loads of the recorded windows, one per micro-batch in turn; or every expert alike"
     )
@@ -65,6 +71,11 @@ class TrainingSpec(Spec):
         if self.sequence % (self.cp * self.tp):
             raise ValueError(
                 f"sequence ({self.sequence}) does not divide over cp x tp ({self.cp * self.tp}); choose divisors"
+            )
+        if self.recompute == "full" and self.recompute_modules:
+            raise ValueError(
+                f"recompute_modules ({', '.join(self.recompute_modules)}) are parts of what recompute: full computes"
+                " again; leave one of them out"
             )
         if self.virtual_stages > 1 and self.pp == 1:
             raise ValueError(f"virtual_stages ({self.virtual_stages}) needs pp above 1; leave it out")

@@ -10,9 +10,10 @@ import pytest
 
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
+from moeplan.costs.activations import activation_bytes, recomputed_s
+from moeplan.costs.dense import DenseCosts
 from moeplan.costs.training import (
     TrainingCosts,
-    activation_bytes,
     capacity,
     expert_group,
     model_flops_per_token,
@@ -261,6 +262,37 @@ def _streams(**bytes_per_s: float) -> HardwareProfile:
         sources={"mine": Source(kind="measured", title="by hand", version="1")},
     )
     return HardwareProfile(meta, {"elementwise": pa.Table.from_pylist(rows)})
+
+
+def test_recomputed_parts_run_again_and_are_not_kept() -> None:
+    """Norms and gated activations by the bytes they move, up-projections by their operations, on the data sheet."""
+    plain = _costs()
+    sheet = 0.8 * plain.cluster.accelerator.memory_bandwidth
+    times = MIXTRAL.num_layers * plain.micro_batches
+
+    def more(name: str) -> float:
+        return training_step(_costs(recompute_modules=[name])).backward_s - training_step(plain).backward_s
+
+    # Both norms read and write the hidden state; two numbers of each pair and column are read, one written.
+    assert more("layernorm") == pytest.approx(times * 2 * 2 * 2 * plain.tokens * 4096 / sheet)
+    assert more("moe_act") == pytest.approx(times * 3 * 2 * plain.tokens * 2 * 14336 / sheet)
+    kept = [activation_bytes(MIXTRAL, True, "none", modules=m) for m in ((), ("layernorm",), ("moe_act",))]
+    assert kept[0] - kept[1] == 2 * 4096
+    assert kept[0] - kept[2] == 2 * 2 * 14336
+    assert training_step(_costs(recompute_modules=["moe_act"])).forward_s == training_step(plain).forward_s
+    for module, message in (("mla_up_proj", "no latent attention"), ("mlp", "no dense layers")):
+        with pytest.raises(InputError, match=message):
+            _costs(recompute_modules=[module])
+    with pytest.raises(SpecError, match="leave one of them out"):
+        _costs(recompute="full", recompute_modules=["layernorm"])
+    deepseek = find_model("deepseek-v3")
+    dense = DenseCosts(plain.cluster.accelerator, "bf16")
+    again = recomputed_s(("mla_up_proj", "mlp"), deepseek, 65536, 1, dense, sheet)
+    flops = plain.cluster.accelerator.bf16
+    assert again["mla_up_proj"] == pytest.approx(2 * 65536 * 128 * (512 * 256 + 1536 * 192) / flops)
+    assert again["mlp"] == pytest.approx(2 * 65536 * 3 * 7168 * 18432 / flops)
+    without = activation_bytes(deepseek, True, "none", modules=("mla_up_proj",))
+    assert activation_bytes(deepseek, True, "none") - without == 2 * 128 * (192 + 192 + 128)
 
 
 def test_an_optimizer_step_moves_what_its_kernels_read_and_write() -> None:
