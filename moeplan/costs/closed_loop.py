@@ -7,7 +7,8 @@ pass by pass with :class:`PassTimes`, whose numbers come from ``costs.engine``:
 - one pool: a pass decodes every running sequence and takes waiting prompts up to ``prompt_tokens`` per group;
   ``alone`` runs prompts in a pass of their own, while decoding waits, as SGLang does by default;
 - two pools (prefill and decode on different workers): prompts queue for the first free prefill worker, cross
-  over in ``transfer_s``, and join decoding at its next pass.
+  over in ``transfer_s``, and join their decode worker, to which they are dealt in turn, at its next pass with a free
+  place. The first token is sent then.
 
 ``n`` requests, ``b`` grid of sequences per attention group, ``p`` grid of prompt tokens.
 """
@@ -42,13 +43,14 @@ class PassTimes:
 class Pools:
     """Groups are data-parallel attention groups over all workers of a pool; ``prefill_workers`` 0: one pool.
 
-    ``tokens_per_step`` more than 1 with accepted drafts; ``max_running`` sequences over the decode pool;
+    ``tokens_per_step`` more than 1 with accepted drafts; ``max_running`` sequences of each of ``decode_workers``;
     ``query_tokens`` of a running sequence count against ``prompt_tokens``; ``alone``: prompts run in passes of their
     own; ``gather_passes``: prompts wait for one per group, at most so long.
     """
 
     decode_groups: int
     prompt_tokens: float
+    decode_workers: int = 1
     tokens_per_step: float = 1.0
     max_running: int = 1 << 30
     query_tokens: float = 0.0
@@ -83,6 +85,7 @@ def closed_loop(times: PassTimes, pools: Pools, concurrency: int, inputs_n: Ints
         times.tokens_p,
         times.prefill_s_p,
         float(pools.decode_groups),
+        pools.decode_workers,
         pools.prompt_tokens,
         pools.tokens_per_step,
         pools.max_running,
@@ -121,6 +124,7 @@ def _serve(
     tokens_p: Floats,
     prefill_p: Floats,
     groups: float,
+    decode_workers: int,
     prompt_tokens: float,
     per_step: float,
     max_running: int,
@@ -146,6 +150,7 @@ def _serve(
     waiting = np.zeros(n, np.int64)  # two pools: begun and not yet decoding, first to last
     waiting_low, waiting_high = 0, 0
     free = np.zeros(max(1, prefill_workers))
+    here = np.zeros(decode_workers, np.int64)  # running sequences of each decode worker
     now, step, running, done, cached = 0.0, 0, 0, 0, 0.0
     held = 0  # passes that prompts have waited for others
     admitted = np.zeros(n, np.int64)
@@ -186,7 +191,9 @@ def _serve(
             position = waiting_low
             for at in range(waiting_low, waiting_high):
                 request = waiting[at]
-                if ready[request] <= now and running + taken < max_running:
+                worker = request % decode_workers
+                if ready[request] <= now and here[worker] < max_running:
+                    here[worker] += 1
                     admitted[taken] = request
                     taken += 1
                 else:
@@ -219,6 +226,7 @@ def _serve(
                 end[request] = now
                 done += 1
                 running -= 1
+                here[request % decode_workers] -= 1
                 cached -= inputs[request] + steps[request] * per_step
                 if come < n:
                     arrival[come] = now

@@ -41,7 +41,8 @@ class Constants:
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
     streamed token, where a :class:`ServedPool` does not say; ``prompt_latency``: part of its own prefill that a
     prompt's first token takes besides, without holding up others (pipelined scheduling, uncaptured launches).
-    ``accepted``: tokens per step with 1, 2 and 3 drafts. ``handover_s``: from prefill to decode worker.
+    ``accepted``: tokens per step with 1, 2 and 3 drafts; ``draft_host_s``: the host's work per running sequence of an
+    attention group in a step with drafts. ``handover_s``: from prefill to decode worker.
     ``prompt_tokens``: taken into one pass. ``memory_share``: of device memory that weights and cache may fill.
     """
 
@@ -51,6 +52,7 @@ class Constants:
     first_steps: Mapping[str, float] = field(default_factory=dict)
     prompt_latency: float = 0.0
     accepted: tuple[float, float, float] = (1.8, 2.2, 2.5)
+    draft_host_s: Mapping[str, float] = field(default_factory=dict)
     handover_s: float = 0.0
     prompt_tokens: Mapping[str, float] = field(default_factory=dict)
     memory_share: float = 0.9
@@ -60,14 +62,15 @@ class Constants:
 class ServedPool:
     """Workers of one kind and how many.
 
-    ``prompt_tokens`` that one attention group takes into a pass and ``first_steps`` (see :class:`Constants`), None: as
-    the constants say; ``max_running`` sequences of a worker, 0: as the cache allows.
+    ``prompt_tokens`` that one attention group takes into a pass, ``first_steps`` that pass before a prompt is seen, None:
+    as the constants say; ``first_tokens`` that are held back before a first one is sent; ``max_running`` sequences of a worker, 0: as the cache allows.
     """
 
     setup: EngineSetup
     workers: int = 1
     prompt_tokens: int | None = None
     first_steps: float | None = None
+    first_tokens: float = 0.0
     max_running: int = 0
 
 
@@ -79,6 +82,7 @@ CALIBRATED = Constants(
     first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 4.0},
     prompt_latency=0.25,
     accepted=(1.6, 2.1, 2.3),
+    draft_host_s={"sglang": 90e-6},
     handover_s=0.05,
     prompt_tokens={"sglang": 16384.0, "trtllm": 8448.0, "vllm": 8192.0},
 )
@@ -123,7 +127,8 @@ def _with_constants(times: PassTimes, setup: EngineSetup, c: Constants) -> PassT
     linear = sum(part.count for part in attention_layers(setup.model) if part.kind == "gated_delta")
     gaps = setup.model.num_layers * c.layer_gap_s.get(setup.backend, 0.0) + linear * c.linear_gap_s
     factor = c.prefill_factor.get(setup.backend, 1.0)
-    return replace(times, decode_s_b2=times.decode_s_b2 + gaps, prefill_s_p=times.prefill_s_p * factor)
+    host_b = times.batch_b * (c.draft_host_s.get(setup.backend, 0.0) if setup.draft_tokens else 0.0)
+    return replace(times, decode_s_b2=times.decode_s_b2 + gaps + host_b[:, None], prefill_s_p=times.prefill_s_p * factor)
 
 
 def served(
@@ -156,14 +161,14 @@ def served(
             f"KV cache of an attention group of {setup.accelerator.name} ({capacity:.0f} tokens) is below one request's"
             f" ({held:.0f}); use more ranks"
         )
-    limit = decode.workers * decode.max_running or 1 << 30
     prompt_tokens = (prefill or decode).prompt_tokens or constants.prompt_tokens.get(backend, 8192.0)
     per_step = constants.accepted[drafts - 1] if drafts else 1.0
     pools = Pools(
         decode_groups=groups,
         prompt_tokens=max(prompt_tokens, mean_in),
         tokens_per_step=per_step,
-        max_running=int(min(limit, groups * capacity / held)),
+        decode_workers=decode.workers,
+        max_running=int(min(decode.max_running or 1 << 30, setup.dp * capacity / held)),
         query_tokens=0.0 if backend == "sglang" else 1.0 + drafts,
         alone=backend == "sglang" and prefill is None,
         gather_passes=_GATHER.get(backend, 0) if setup.dp > 1 else 0,
@@ -179,6 +184,8 @@ def served(
     count = concurrency * requests
     found = closed_loop(times, pools, concurrency, lengths(isl, count, rng), lengths(osl, count, rng))
     alone = float(np.interp(mean_in, times.tokens_p, times.prefill_s_p))
-    steps = constants.first_steps.get(backend, 0.0) if decode.first_steps is None else decode.first_steps * per_step
+    steps = constants.first_steps.get(backend, 0.0)
+    if decode.first_steps is not None:
+        steps = decode.first_steps * per_step + decode.first_tokens
     late = constants.prompt_latency * alone + steps * found.tpot_mean_s
     return replace(found, ttft_mean_s=found.ttft_mean_s + late, ttft_median_s=found.ttft_median_s + late)

@@ -111,9 +111,9 @@ def pools_of(row: Measured, model: ModelSpec) -> tuple[ServedPool, ServedPool | 
     kernels = ("", "") if launch is None else (launch.prefill_kernels, launch.decode_kernels)
     decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens, kernels[1]), row.decode.count)
     if launch is not None:
-        first = (launch.poll_steps + launch.stream_tokens) / 2 if row.backend == "sglang" else None
-        tokens = launch.prompt_tokens or None
-        decode = replace(decode, prompt_tokens=tokens, first_steps=first, max_running=launch.max_running)
+        decode = replace(decode, prompt_tokens=launch.prompt_tokens or None, max_running=launch.max_running)
+        if row.backend == "sglang":
+            decode = replace(decode, first_steps=launch.poll_steps / 2, first_tokens=launch.stream_tokens / 2)
     if row.prefill is None:
         return decode, None
     prefill = ServedPool(setup_of(row, row.prefill, model, 0, kernels[0]), row.prefill.count, decode.prompt_tokens)
