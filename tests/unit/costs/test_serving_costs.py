@@ -9,6 +9,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import load_profile
 from moeplan.costs.attention import AttentionCosts
 from moeplan.costs.dense import DenseCosts
+from moeplan.costs.fixed import fixed_costs
 from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room, kv_transfer_s, ranks_that_hold
 from moeplan.costs.serving import Batch, ServingCosts, grid
 from moeplan.costs.step import StepModel, Technique
@@ -51,6 +52,26 @@ def test_equal_decode_batches_equal_the_step_model(overlap: str, tp: int) -> Non
         got = found.step(decode(RANKS // tp, float(batch * tp), context), PLACE, LOAD)
         assert got.total_s == pytest.approx(want.total_s, rel=0.02)
         assert got.relative_error == pytest.approx(want.high_s / want.total_s - 1, rel=0.25)
+
+
+def test_every_other_layer_of_gpt_oss_sees_its_window() -> None:
+    """Reading keys and values bounds the kernel: of 128 tokens in half of the layers, of all in the others."""
+    model, batch, context = find_model("gpt-oss-120b"), 64, 8192
+    work = Workload.model_validate({"phase": "decode", "batch_per_rank": batch, "context": context})
+    bandwidth = 0.8 * CLUSTER.accelerator.memory_bandwidth
+    queries = 4 * batch * 64 * 64
+    by_hand = sum(batch * seen * 2 * 8 * 64 * 2 + queries for seen in (128, context)) / 2 / bandwidth
+    assert fixed_costs(model, CLUSTER, work, batch).kernel_s == pytest.approx(by_hand)
+
+    def total_s(context: int) -> float:
+        how = Technique(dispatch="per_expert")
+        serving = ServingCosts(model, CLUSTER, work, how, None, 4096, 256, 16384)
+        ranks = np.repeat(np.arange(RANKS), 4).astype(np.int32)
+        place = Placement(np.tile(np.arange(128, dtype=np.int32), (36, 1)), ranks, 128, RANKS, 8)
+        return serving.step(decode(RANKS, float(batch), context), place, np.ones((36, 128))).total_s
+
+    longer = 18 * batch * (16384 - 8192) * 2 * 8 * 64 * 2 / bandwidth  # the other 18 layers see no more
+    assert total_s(16384) - total_s(8192) == pytest.approx(longer, rel=0.02)
 
 
 def test_equal_prompts_equal_the_step_model() -> None:

@@ -53,6 +53,17 @@ def test_training_rows_are_the_training_simulation() -> None:
     assert once - module._predict_training(graphs) == pytest.approx(gap, rel=1e-6)
 
 
+@pytest.mark.skipif("h100-sxm" not in shipped_profiles(), reason="the h100-sxm profile is not shipped")
+def test_h20_takes_links_of_h100_and_no_kernels() -> None:
+    profile = module._profile("h20")
+    assert profile is not None
+    assert set(profile.table_names) == {"alltoall", "collectives"}
+    c = ROWS["sglang-h20-3e-deepep"]["config"]
+    source = module.step_cost(c, "decode", c["batch"], c["isl"]).source
+    assert "h100_sxm" in source["exchange inside a node"]
+    assert source["experts"] == "roofline of H20-3e-141GB"
+
+
 def test_imbalance_falls_to_the_scatter_of_draws() -> None:
     c = ROWS["imbalance-ep32-288"]["config"]
     rank_LR = module._skewed(c["without"], 32, 32 * 1024).reshape(58, 32, -1).sum(2)
