@@ -2,19 +2,17 @@
 
 ``python benchmarks/simulation.py [--infersim DIR] [--frontier DIR [--frontier-python FILE]] [--out FILE]``
 
-Peers are checkouts of alibaba/InferSim and NetX-lab/Frontier, used where they are and never copied; without one its
-rows say so. Every case runs in a process of its own; seconds are of that process, imports apart.
+Peers are checkouts of alibaba/InferSim and NetX-lab/Frontier, run as by ``moeplan validate peers``. Every case runs in
+a process of its own; seconds are of that process, imports apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -24,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from moeplan.pipeline.peers import INFERSIM_SERVICE
 
 SEED = 0
 LAYERS, EXPERTS = 58, 256
@@ -70,13 +70,7 @@ def cases() -> dict[str, tuple[int, int, dict[str, Any]]]:
             "output_tokens": {"mean": 1500, "cv": 0.5}}  # fmt: skip
     engine = {"max_num_seqs": 192, "overlap": "two_batch", "kv_dtype": "fp8"}
     found["decode_hour"] = 144, 18, {"requests": hour, "engine": engine, "role": "decode"}
-    # The peer's mean context of 4096 + 1786 / 2 tokens; two micro-batches of 64.
-    fixed = {"arrivals": "closed-loop", "concurrency": 128 * 128, "count": 128 * 128, "input_tokens": 4543,
-             "output_tokens": 893}  # fmt: skip
-    engine = {"max_num_seqs": 128, "overlap": "two_batch", "memory_fraction": "95 %"}
-    found["infersim_decode"] = 128, 16, {
-        "requests": fixed, "engine": engine, "role": "decode", "experts": {"mode": "balanced"}
-    }  # fmt: skip
+    found["infersim_decode"] = 128, 16, INFERSIM_SERVICE
     return found
 
 
@@ -121,98 +115,6 @@ def figure(name: str, value: float, target: float, **more: Any) -> dict[str, Any
     return {"figure": name, "value": value, "target": target, "reached": value <= target, **more}
 
 
-def infersim(folder: Path | None) -> dict[str, Any]:
-    """DeepSeek-V3 decode on 128 ranks, two micro-batches of 64 a rank, as InferSim's own example has it."""
-    if folder is None:
-        return {"peer": "InferSim", "ran": False, "why": "no checkout given (--infersim)"}
-    command = [
-        sys.executable, "main.py", "--config-path", "hf_configs/deepseek_v3_config.json", "--device-type", "H800",
-        "--world-size", "128", "--num-nodes", "16", "--use-fp8-gemm", "--enable-deepep", "--enable-tbo",
-        "--target-isl", "4096", "--target-osl", "1786", "--decode-bs", "64", "--decode-only",
-    ]  # fmt: skip
-    start = time.perf_counter()
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    wall = time.perf_counter() - start
-    tpot = re.search(r"TPOT \(ms\):\s*([\d.]+)", answer.stdout)
-    tgs = re.search(r"TGS:tok/GPU/s\):\s*([\d.]+)", answer.stdout)
-    if tpot is None or tgs is None:
-        return {"peer": "InferSim", "ran": False, "why": (answer.stderr or answer.stdout)[-300:]}
-    return {
-        "peer": "InferSim", "ran": True, "version": _commit(folder), "kind": "closed form, one operating point",
-        "wall_s": wall, "tpot_s": float(tpot[1]) / 1e3, "output_tokens_per_s_per_gpu": float(tgs[1]),
-        "command": " ".join(command[1:]),
-    }  # fmt: skip
-
-
-def frontier(folder: Path | None, python: str) -> dict[str, Any]:
-    """Frontier's online MoE example with fixed operator times: 200 requests of 256 + 64 tokens, 2 a second."""
-    if folder is None:
-        return {"peer": "Frontier", "ran": False, "why": "no checkout given (--frontier)"}
-    with tempfile.TemporaryDirectory() as out:
-        given = {
-            "PYTHON_BIN": python, "ATTN_TP": "1", "DP": "1", "MOE_TP": "1", "MOE_EP": "1", "TOTAL_EXPERTS": "16",
-            "NUM_REQUESTS": "200", "QPS": "2", "METRICS_OUTPUT_DIR": out, "OMP_NUM_THREADS": "1",
-            "LONG_PREFILL_TOKEN_THRESHOLD": "0",
-        }  # fmt: skip
-        script = "examples/architecture/co-location/online/moe_model_basic_online.sh"
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        answer = subprocess.run(
-            ["bash", script], capture_output=True, text=True, cwd=folder, env={**os.environ, **given}, check=False
-        )
-        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-        tables = list(Path(out).rglob("request_metrics.csv"))
-        if answer.returncode or not tables:
-            return {"peer": "Frontier", "ran": False, "why": (answer.stderr or answer.stdout)[-300:]}
-        with tables[0].open() as stream:
-            rows = list(csv.DictReader(stream))
-    column = {name: np.array([float(row[name] or 0.0) for row in rows]) for name in _FRONTIER_COLUMNS}
-    ttft, tpot, e2e, gap = (column[name] for name in _FRONTIER_COLUMNS)
-    return {
-        "peer": "Frontier", "ran": True, "version": _commit(folder), "kind": "discrete events", "wall_s": wall,
-        "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, "requests": len(rows),
-        "ttft_p50_s": float(np.median(ttft)) / 1e3, "tpot_p50_s": float(np.median(tpot)) / 1e3,
-        "e2e_p50_s": float(np.median(e2e)) / 1e3, "arrival_s": np.cumsum(gap).tolist(),
-    }  # fmt: skip
-
-
-_FRONTIER_COLUMNS = ("ttft", "tpot", "request_e2e_time", "request_inter_arrival_delay")  # ms, the gaps in s
-
-
-def like_frontier(step_s: float, arrival_s: list[float]) -> dict[str, Any]:
-    """The same requests at the same times through our engine, every step as long as the peer's."""
-    from moeplan.artifacts.placement import Placement
-    from moeplan.artifacts.request_trace import RequestTrace
-    from moeplan.simulation.expert_loads import ExpertLoads
-    from moeplan.simulation.oracles import PlainCosts
-    from moeplan.simulation.outcome import outcome_of
-    from moeplan.simulation.service import Pool, simulate_service
-    from moeplan.specs.clusters import cluster_for
-    from moeplan.specs.serving import ServingSpec
-
-    engine = {"max_num_seqs": 128, "max_num_batched_tokens": 1024}
-    requests = {"arrivals": "poisson", "rate": "2 /s", "count": 200, "input_tokens": 256, "output_tokens": 64}
-    spec = ServingSpec.parse({"requests": requests, "engine": engine}, "benchmark")
-    rank = np.zeros(1, np.int32)
-    pool = Pool(
-        "both", 1, spec.engine, cluster_for("h100", 1, 1), Placement(rank[None], rank, 1, 1, 1),
-        ExpertLoads({"decode": [np.ones((1, 1))]}, 1.0), lambda c: PlainCosts(c, step_s, 0.0), 10**6, 1.0,
-    )  # fmt: skip
-    start, cpu = time.perf_counter(), time.process_time()
-    count = len(arrival_s)
-    trace = RequestTrace(np.full(count, 256), np.full(count, 64), np.array(arrival_s))
-    served = simulate_service(spec, trace, [pool])
-    found = outcome_of(served, spec).headlines
-    return {
-        "wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu, "step_s": step_s,
-        **{name: found[name] for name in ("ttft_p50_s", "tpot_p50_s", "e2e_p50_s")},
-    }  # fmt: skip
-
-
-def _commit(folder: Path) -> str:
-    answer = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", choices=list(cases()))
@@ -244,20 +146,12 @@ def main() -> None:
         figure("largest memory of a process, GiB", memory, TARGETS["memory_gib"]),
         *linear,
     ]  # fmt: skip
-    peers: list[dict[str, Any]] = []
-    one = infersim(given.infersim)
-    ours = runs["infersim_decode"]
-    peers.append(
-        one | {
-            "scenario": "DeepSeek-V3 decode, 128 ranks, 128 requests each, mean context 4989, two-batch overlap",
-            "ours": {k: ours[k] for k in ("cpu_s", "wall_s", "steps")} | ours["headlines"]
-            | {"note": "H100 tables for the peer's H800; balanced experts; every step simulated"},
-            "published": {"output_tokens_per_s_per_gpu": 2324, "of": "deepseek-ai/profile-data, 128 requests a rank"},
-        }
-    )  # fmt: skip
-    two = frontier(given.frontier, given.frontier_python)
-    beside = like_frontier(two["tpot_p50_s"], two.pop("arrival_s")) if two["ran"] else None
-    peers.append(two | {"scenario": "200 requests, 256 + 64 tokens, 2 /s, one rank, fixed step time", "ours": beside})
+    peers = None
+    if given.infersim or given.frontier:
+        from moeplan.pipeline.peers import validate_peers
+
+        peers = validate_peers(given.infersim, given.frontier, sys.executable, given.frontier_python)
+        figures.append(peers["figures"][-1])
     answer = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": "python benchmarks/simulation.py --infersim DIR --frontier DIR",

@@ -171,6 +171,69 @@ def silicon(rows: str | None, plot: Path | None, as_json: bool, quiet: bool) -> 
     Console().print(beside)
 
 
+@command.command("peers")
+@click.option("--infersim", type=click.Path(path_type=Path), metavar="DIR", help="Checkout of alibaba/InferSim.")
+@click.option("--frontier", type=click.Path(path_type=Path), metavar="DIR", help="Checkout of NetX-lab/Frontier.")
+@click.option("--infersim-python", default=None, metavar="FILE", help="Python that runs it.  [default: this one]")
+@click.option("--frontier-python", default=None, metavar="FILE", help="Python that runs it.  [default: this one]")
+@_plot_option
+@output_options
+def peers(
+    infersim: Path | None,
+    frontier: Path | None,
+    infersim_python: str | None,
+    frontier_python: str | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """The same scenarios in public simulators, outputs and run times side by side.
+
+    Events are held against events (i), one operating point against one (ii); both prepared, in processes that run.
+    The same point anew and whole processes stand beside.
+
+    \b
+    Example: moeplan validate peers --infersim ../InferSim --frontier ../Frontier
+    """
+    import sys
+
+    from moeplan.pipeline.peers import validate_peers
+    from moeplan.pipeline.validation_plot import plot_peers
+
+    with progress_bar(quiet or as_json) as report:
+        answer = validate_peers(
+            infersim, frontier, infersim_python or sys.executable, frontier_python or sys.executable, report
+        )
+    if plot is not None:
+        plot_peers(answer, plot)
+    if as_json:
+        print_json(answer)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g} s" if value >= 0.01 else f"{1e3 * value:.3g} ms"
+
+    grid = Table("run time", "ours", "the peer's", "ratio", "", title="beside peers")
+    for figure in answer["figures"]:
+        verdict = "reached" if figure["reached"] else "not reached"
+        shown = "-" if figure["value"] is None else f"{figure['value']:.3g}"
+        grid.add_row(
+            figure["figure"], seconds(figure.get("ours_s")), seconds(figure.get("peer_s")), shown, verdict
+        )
+    Console().print(grid)
+    outputs = Table("output", "ours", "the peer's", title="what they answer")
+    for peer in answer["peers"]:
+        ours, theirs = peer["ours"], peer["theirs"]
+        if not theirs["ran"]:
+            outputs.add_row(f"{peer['peer']} did not run", "", theirs["why"])
+        for name in ("ttft_p50_s", "tpot_p50_s", "e2e_p50_s", "tpot_s"):
+            if name in ours and name in theirs:
+                outputs.add_row(f"{peer['peer']}: {name}", seconds(ours[name]), seconds(theirs[name]))
+    Console().print(outputs)
+
+
 @command.command("published")
 @_plot_option
 @output_options

@@ -9,9 +9,9 @@ from typing import Any
 from moeplan.errors import InputError
 from moeplan.files import write_text
 from moeplan.pipeline.silicon import measured_rows
-from moeplan.reports.validation_figures import errors_picture, rows_picture, targets_picture
+from moeplan.reports.validation_figures import errors_picture, rows_picture, targets_picture, times_picture
 
-__all__ = ["plot_silicon", "plot_validation"]
+__all__ = ["plot_peers", "plot_silicon", "plot_validation"]
 
 _WITHIN = 0.15
 
@@ -57,6 +57,18 @@ def plot_silicon(rows: Path, path: Path) -> None:
         raise InputError(f"{rows} holds no predictions of measured rows; write it with --rows")
     panels = [(f"({part}) {name.upper()}", groups) for (part, name), groups in found.items()]
     write_text(path, rows_picture("Served latencies of whole groups never tuned on", panels, _WITHIN) + "\n")
+
+
+def plot_peers(answer: dict[str, Any], path: Path) -> None:
+    """Write an SVG of run times beside those of the peers that ran.
+
+    Raises:
+        InputError: none ran, or the file cannot be written.
+    """
+    rows = [(f["figure"], f["ours_s"], f["peer_s"]) for f in answer["figures"] if f.get("peer_s") is not None]
+    if not rows:
+        raise InputError("no peer ran: there is nothing to draw; --json says why")
+    write_text(path, times_picture("Run times, ours and the peers'", rows) + "\n")
 
 
 def _bars(figure: dict[str, Any]) -> list[tuple[str, float, float, bool]]:

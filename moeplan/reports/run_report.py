@@ -71,8 +71,9 @@ def figures_section(result: SimulationResult) -> Section:
     """Key figures as cards, all of them as a table."""
     main = [(word, result.headlines[name]) for name, word in _NAMES.items() if name in result.headlines][:6]
     cards = tuple((word, shown(line.value, line.unit), _interval(line)) for word, line in main)
+    ends = {name: _interval(line, name) or "same at both ends" for name, line in result.headlines.items()}
     rows = tuple(
-        (name.replace("_", " "), shown(line.value, line.unit, name), _interval(line, name) or "same at both ends", line.better)
+        (name.replace("_", " "), shown(line.value, line.unit, name), ends[name], line.better)
         for name, line in result.headlines.items()
     )
     exact = [(name.replace("_", " "), line.exact) for name, line in result.headlines.items() if line.exact]

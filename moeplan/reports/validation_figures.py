@@ -8,7 +8,7 @@ import numpy as np
 
 from moeplan.reports.figures import AFTER, BEFORE, FILL, INK, MUTED, drawing, standalone, to_svg
 
-__all__ = ["errors_picture", "rows_picture", "targets_picture"]
+__all__ = ["errors_picture", "rows_picture", "targets_picture", "times_picture"]
 
 _GROUPS = (("o", AFTER), ("s", BEFORE), ("^", "#4f9d69"), ("D", "#a65a9e"))
 
@@ -91,6 +91,30 @@ def rows_picture(
         place = {"loc": "outside upper right", "ncols": 4, "frameon": False, "markerscale": 2}
         figure.legend(handles.values(), handles.keys(), **place)
         figure.suptitle(title, x=0.012, ha="left", fontsize=11.5, fontweight="bold")
+        return standalone(to_svg(figure, label))
+
+
+def times_picture(title: str, rows: Sequence[tuple[str, float, float]]) -> str:
+    """Seconds of ours and of a peer's, in logs: (what, ours, theirs)."""
+    label = f"{title}: " + "; ".join(f"{name}: ours {ours:.3g} s, its {theirs:.3g} s" for name, ours, theirs in rows)
+    with drawing(1.4 + 0.55 * len(rows), 12.0) as figure:
+        axes = figure.add_subplot()
+        for place, (_, *seconds) in enumerate(rows):
+            axes.plot(seconds, [place, place], color=MUTED, linewidth=0.9, zorder=0)
+            for value, mark, colour, name in zip(seconds, "os", (AFTER, BEFORE), ("ours", "the peer's"), strict=True):
+                axes.plot([value], [place], mark, color=colour, label=name if place == 0 else None)
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        ticks = [10.0**power for power in range(-7, 5) if low <= 10.0**power <= high]
+        words = [f"{t:g} s" if t >= 1 else f"{1e3 * t:g} ms" if t > 5e-4 else f"{1e6 * t:g} µs" for t in ticks]
+        axes.set_xticks(ticks, words)
+        axes.minorticks_off()
+        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(length=0)
+        axes.grid(axis="x", color=MUTED, alpha=0.25, linewidth=0.6)
+        axes.set_title(title, pad=22)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, fontsize=9.5)
         return standalone(to_svg(figure, label))
 
 
