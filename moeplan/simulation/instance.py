@@ -142,7 +142,7 @@ class Instance:
         self.waiting: list[deque[Request]] = [deque() for _ in range(D)]
         self.num_waiting = self.num_running = 0
         self.load_D = np.zeros(D, np.int64)  # requests that have not finished
-        self.alive_D = np.ones(D, bool)
+        self.alive_D, self.lost_D = np.ones(D, bool), np.zeros(D, np.int64)  # lost: how often
         self.no_chunks_D, self.nothing_D = np.full(D, -1.0), np.zeros(D)
         self.blocked_until_ns = self.stage_free_ns = 0
         self.moves: deque[tuple[int, Placement, float, float]] = deque()
@@ -241,6 +241,12 @@ class Instance:
         self.release(request, request.context - 1)
         self._wake()
 
+    def lost_on_the_way(self, request: Request) -> None:
+        """The group was lost while it still held the cache for a transfer: all of it is to be computed again."""
+        self.load_D[request.group] -= 1
+        self.stats.recomputed += request.context - 1
+        request.held, request.saved, request.swap_tokens = (), 0, 0
+
     def preempted(self, request: Request, cached: int, prefilling: bool) -> None:
         """A request lost its place and goes to the head of its queue."""
         d = request.group
@@ -264,6 +270,7 @@ class Instance:
     def lose_group(self, d: int) -> list[Request]:
         """All requests of a group whose rank is lost, without their caches."""
         self.alive_D[d] = False
+        self.lost_D[d] += 1
         for lane in self.lanes:
             lane.evict(d)
         requests = list(self.waiting[d])

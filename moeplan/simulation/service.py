@@ -330,12 +330,15 @@ class _Service:
         self.clock.process(self._transferring(request))
 
     def _transferring(self, request: Request) -> Generator[Any, Any, None]:
-        """The cache leaves over its group's link, one after the other; then the request waits for a decode group."""
+        """The cache leaves over its group's link, one after the other; then the request waits for a decode group.
+
+        Where the group was lost on the way it is prefilled again.
+        """
         clock, pool = self.clock, self.pools[0]
         source = self.stages[0][request.instance]
         size = (request.context - 1) * pool.kv_bytes
         seconds = kv_transfer_s(size, pool.link_bytes_per_s, pool.link_latency_s)
-        link = (request.instance, request.group)
+        link, lost = (request.instance, request.group), source.lost_D[request.group]
         start = max(int(clock.now), self._link_free_ns.get(link, 0))
         end = self._link_free_ns[link] = start + nanoseconds(seconds)
         whole = size * pool.engine.tp * pool.engine.pp
@@ -346,9 +349,13 @@ class _Service:
             rank = source.first_rank + request.group * pool.engine.tp
             self.recorder.add("transfer", start * 1e-9, seconds, rank=rank, request=request.number, amount=whole)
         yield clock.at(end, Order.TRANSFER)
-        source.handed_over(request)
-        request.saved, request.swap_tokens = request.context - 1, 0
-        instance, d = self._route(request, self.stages[1])
+        if source.lost_D[request.group] != lost:
+            source.lost_on_the_way(request)
+            instance, d = self._route(request, self.stages[0])
+        else:
+            source.handed_over(request)
+            request.saved, request.swap_tokens = request.context - 1, 0
+            instance, d = self._route(request, self.stages[1])
         if not instance.submit(request, d):
             self.rejected += 1
             self._finished(request)
@@ -438,7 +445,8 @@ class _Service:
         d = fault.rank // instance.spec.tp
         lost = instance.lose_group(d) if broken else []
         now = self.clock.now_s
-        load_LE = instance.loads.over(max(0.0, now - 1.0), max(now, 1e-9), "decode")
+        phase: Literal["prefill", "decode"] = "prefill" if pool.role == "prefill" else "decode"
+        load_LE = instance.loads.over(max(0.0, now - 1.0), max(now, 1e-9), phase)
         found = self._planned(pool)(load_LE, changed, instance.placement, None)
         instance.costs = pool.costs(changed)
         self._put(instance, found)

@@ -141,6 +141,11 @@ class Scenario(Spec):
         Raises:
             InputError: unreadable; SpecError: any field is wrong.
         """
+        if path.is_dir():
+            inside = sorted(place for place in path.glob("*.yaml"))
+            named = path / "scenario.yaml" if path / "scenario.yaml" in inside else next(iter(inside), None)
+            remedy = f"name the file in it: {named}" if named else "it holds no .yaml file; name a scenario"
+            raise SpecError(f"{path} is a directory; {remedy}")
         document = read_document(path)
         if isinstance(document, dict):
             for key in (*_FILES, *_NAMES_OR_FILES):

@@ -178,8 +178,6 @@ class FaultSpec(Spec):
     def _consistent(self) -> Self:
         if (self.kind == "rank-loss") == (self.speed is not None):
             raise ValueError(f"{self.kind} {'has no' if self.speed else 'needs'} speed")
-        if self.kind == "rank-loss" and self.pool == "prefill":
-            raise ValueError("a rank lost in the prefill pool cannot be simulated yet; slow-rank and slow-link can")
         if self.until is not None and self.until <= self.at:
             raise ValueError(f"until ({self.until:g} s) is not after at ({self.at:g} s)")
         return self

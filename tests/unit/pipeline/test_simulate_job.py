@@ -111,9 +111,26 @@ def test_pools_of_different_size_are_re_balanced_and_slowed_apart() -> None:
     assert slow["tpot_p50_s"].value < 1.1 * well["tpot_p50_s"].value
 
 
-def test_a_rank_lost_in_the_prefill_pool_is_refused() -> None:
-    with pytest.raises(SpecError, match="a rank lost in the prefill pool cannot be simulated yet"):
-        scenario({"faults": [{"kind": "rank-loss", "pool": "prefill", "at": "1 s", "rank": 0}]})
+def test_a_rank_lost_in_the_prefill_pool_is_planned_around() -> None:
+    split = {"prefill": {"ranks": 4, "instances": 2}, "requests": REQUESTS | {"count": 60, "rate": "60 /s"}}
+    fault = {"kind": "rank-loss", "pool": "prefill", "at": "200 ms", "rank": 1, "detect": "100 ms"}
+    lost = simulate(scenario(split | {"faults": [fault]}), seeds=1).result
+    well = simulate(scenario(split), seeds=1).result
+    assert lost.counts["finished"] == well.counts["finished"] == 60
+    assert lost.counts["stalled_s"] > 0.1
+    assert lost.counts["migrated_bytes"] > 0
+    assert lost.headlines["ttft_p99_s"].value > well.headlines["ttft_p99_s"].value
+    assert lost.traffic[0].name == "prefill, mean of 2 instances"  # the other one took over
+    assert lost.traffic[0].unchanged is None  # ranks differ from those of the first placement
+
+
+def test_a_directory_names_the_file_in_it(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"is a directory; it holds no .yaml file"):
+        Scenario.from_file(tmp_path)
+    (tmp_path / "a.yaml").write_text("")
+    (tmp_path / "scenario.yaml").write_text("")
+    with pytest.raises(SpecError, match=r"is a directory; name the file in it: .*scenario.yaml"):
+        Scenario.from_file(tmp_path)
 
 
 def test_a_lost_rank_is_planned_around() -> None:

@@ -270,6 +270,31 @@ def test_a_lost_rank_loses_its_caches_and_comes_back() -> None:
     assert not ((steps > 3.0) & (steps < 8.5)).any()
 
 
+def test_a_lost_prefill_rank_computes_again_what_it_had_not_sent() -> None:
+    link = {"kv_bytes": 1e6, "link_bytes_per_s": 1e7, "link_latency_s": 0.0}
+    engine, tail = {"max_num_batched_tokens": 1000}, {"role": "decode"}
+    pools = [plain_pool(2, engine, 1.0, 0.0, role="prefill", **link), plain_pool(1, engine, 0.1, 0.0, **tail)]
+    faults = [{"kind": "rank-loss", "pool": "prefill", "at": "1.5 s", "rank": 1, "detect": "3 s"}]
+    arrivals = trace([0.0, 0.0, 1.2], [10, 10, 10], [3, 3, 3])
+    served = serve(pools, arrivals, Planner(2), faults=faults, prefill={"ranks": 2}, router="round-robin")
+    # Both prompts end at 1 s and are on their links till 2 s. Rank 1 is lost with the second one's cache: it waits for
+    # rank 0 from 2 s on, which stalls for 3 + 2 s from the loss. The third was in the step of 1.2 s, whose rank stays.
+    kept, again, third = served.requests
+    assert times(served, "first_ns")[:2] == [1.0, 1.0]
+    assert kept.finish_ns == pytest.approx(2.2e9)
+    assert (again.generated, again.group, third.group) == (3, 0, 0)
+    prefill = served.instances[0]
+    assert prefill.stats.recomputed == 10
+    steps = served.log.start_s_V[served.log.of_kind("step") & (served.log.rank_V == 0)]  # type: ignore[union-attr]
+    assert not ((steps > 1.5) & (steps < 6.5)).any()
+    # From 6.5 s a step of 1 s yields its second token, 11 tokens take 1.1 s over the link, a decode step the third.
+    assert again.finish_ns == pytest.approx(8.7e9)
+    assert prefill.load_D.tolist() == [0, 0]
+    assert prefill.alive_D.tolist() == [True, False]
+    assert (prefill.free_D == prefill.capacity).all()
+    assert served.instances[1].stats.generated == 2 + 1 + 2
+
+
 def test_losing_every_rank_is_an_error() -> None:
     faults = [{"kind": "rank-loss", "at": "1 s", "rank": 0}]
     with pytest.raises(InfeasibleError, match=r"faults: the last rank is lost at 1 s"):
