@@ -64,10 +64,8 @@ class Wire:
         out = rows.new_empty(sum(recv_R), *rows.shape[1:])
         away = len(rows) - send_R[self.axis.rank]
         size = rows.element_size() * (rows[0].numel() if len(rows) else 0)
-        if self.clock.in_step:
-            for rank, count in zip(self.axis.ranks, send_R, strict=True):
-                if rank != self.clock.rank and count:
-                    self.clock.sent_R[rank] = self.clock.sent_R.get(rank, 0.0) + count * size
+        for rank, count in zip(self.axis.ranks, send_R, strict=True):
+            self.clock.sent(rank, count * size)
         with self.clock.span(kind, self.layer, away * size):
             dist.all_to_all_single(out, rows.contiguous(), recv_R, send_R, group=self.axis.group)
         return out

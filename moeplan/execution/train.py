@@ -207,7 +207,8 @@ class Trainer:
 def gather_events(trainer: Trainer, origin: dict[str, Any]) -> EventLog | None:
     """The events of all ranks in the order of their start, on world rank 0; None on the others.
 
-    ``origin`` of the log gains the ``traffic`` of the mean step, a :class:`TrafficMatrix` of world ranks.
+    ``origin`` of the log gains the ``traffic`` of the mean step: :class:`TrafficMatrix` of world ranks, before and
+    after a plan where one was applied.
     """
     mesh = trainer.mesh
     nodes = mesh.ep.size // mesh.ranks_per_node * mesh.edp.size
@@ -222,12 +223,19 @@ def gather_events(trainer: Trainer, origin: dict[str, Any]) -> EventLog | None:
     joined = {name: np.concatenate([part[name] for part, _ in parts]) for name in columns}
     order_V = np.lexsort((joined["rank_V"], joined["start_s_V"]))
     ordered: dict[str, Any] = {name: column[order_V] for name, column in joined.items()}
-    steps = int(own.of_kind("step").sum())
-    if not steps:
-        return replace(own, **ordered)
-    sent_RR = np.zeros((mesh.world.size, mesh.world.size))
-    for rank, (_, sent_R) in enumerate(parts):
-        sent_RR[rank, list(sent_R)] = list(sent_R.values())
-    per_node, source = mesh.world.size // nodes, "every row of tokens that was sent"
-    traffic = TrafficMatrix.of("live run", sent_RR / steps, None, steps, per_node, source)
-    return replace(own, origin={**origin, "traffic": traffic.model_dump(mode="json")}, **ordered)
+    traffic = _traffic([sent_R for _, sent_R in parts], trainer.clock.steps, mesh.world.size // nodes)
+    return replace(own, origin={**origin, "traffic": traffic}, **ordered)
+
+
+def _traffic(sent: list[tuple[dict[int, float], ...]], steps: list[int], per_node: int) -> list[dict[str, Any]]:
+    """Bytes per step between world ranks: one matrix, or where a plan was applied one before and one after it."""
+    names = ("before the plan", "after the plan") if all(steps) else ("live run",) * 2
+    found = []
+    for period, (name, count) in enumerate(zip(names, steps, strict=True)):
+        sent_RR = np.zeros((len(sent), len(sent)))
+        for rank, sent_R in enumerate(sent):
+            sent_RR[rank, list(sent_R[period])] = list(sent_R[period].values())
+        if count:
+            source = "every row of tokens that was sent"
+            found.append(TrafficMatrix.of(name, sent_RR / count, None, count, per_node, source))
+    return [matrix.model_dump(mode="json") for matrix in found]

@@ -218,8 +218,8 @@ def _traffic(subject: _Subject) -> tuple[TrafficMatrix, ...]:
     """Traffic of a run: a simulation's result holds it, a live run's log."""
     if subject.result is not None:
         return subject.result.traffic
-    found = None if subject.log is None else subject.log.origin.get("traffic")
-    return () if found is None else (TrafficMatrix.model_validate(found),)
+    found = [] if subject.log is None else subject.log.origin.get("traffic", [])
+    return tuple(TrafficMatrix.model_validate(each) for each in found)
 
 
 def _named(cases: tuple[tuple[dict[str, Any], SimulationResult], ...]) -> dict[str, SimulationResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_every_pair_and_every_row() -> None:
     answers = run_ranks(Launch(4), _train, "per_expert")
     pairs_RR = np.stack([answer["pairs_R"] for answer in answers])
     np.fill_diagonal(pairs_RR, 0)
-    traffic = answers[0]["origin"]["traffic"]
+    (traffic,) = answers[0]["origin"]["traffic"]
     sent_RR = np.array(traffic["sent"])
     # float32 rows: forward there and back, and the gradients of both.
     by_hand_RR = 2 * (pairs_RR + pairs_RR.T) * SPEC.hidden_size * 4 / STEPS
@@ -64,7 +65,33 @@ def test_every_pair_and_every_row() -> None:
 
 def test_copies_over_nodes_go_to_the_rank_of_the_same_number() -> None:
     answers = run_ranks(Launch(4), _train, "per_node")
-    sent_RR = np.array(answers[0]["origin"]["traffic"]["sent"])
+    sent_RR = np.array(answers[0]["origin"]["traffic"][0]["sent"])
     assert sent_RR[0, 3] == sent_RR[1, 2] == 0
     assert (sent_RR[[0, 1, 0], [2, 3, 1]] > 0).all()
     assert sent_RR.sum(1) * STEPS == pytest.approx(answers[0]["sent_R"])
+
+
+def _placed_anew(me: Rank) -> Any:
+    """A step with experts in order, then two with all of rank 0's at home on rank 1 and the other way round."""
+    trainer = Trainer(tiny_options(), tiny_corpus())
+    trainer.step()
+    first = trainer.migrator.placement
+    half = SPEC.num_experts // 2
+    rows = np.roll(first.physical_to_logical_LP, half, axis=1)
+    trainer.apply(replace(first, physical_to_logical_LP=rows))
+    assert trainer.boundary() is not None
+    trainer.clock.placed_anew()
+    for _ in range(2):
+        trainer.step()
+    log = gather_events(trainer, {})
+    return None if log is None else log.origin["traffic"]
+
+
+def test_before_and_after_a_plan() -> None:
+    before, after = run_ranks(Launch(2), _placed_anew)[0]
+    assert [matrix["name"] for matrix in (before, after)] == ["before the plan", "after the plan"]
+    assert (before["steps"], after["steps"]) == (1, 2)
+    # What stayed at home travels now: all pairs of a step, there and back, forward and backward.
+    pairs = 8 * 16 * SPEC.top_k * SPEC.num_moe_layers
+    whole = pairs * SPEC.hidden_size * 4 * 4
+    assert np.array(before["sent"]).sum() + np.array(after["sent"]).sum() == pytest.approx(whole, rel=0.05)

@@ -113,7 +113,7 @@ def test_a_live_runs_log_tells(tmp_path: Path) -> None:
     recorder = EventRecorder()
     recorder.add("step", 0.0, 1.0, rank=0, step=0)
     traffic = TrafficMatrix.of("live run", np.array([[0.0, 3e6], [1e6, 0.0]]), None, 1, 1, "every row of tokens")
-    log = recorder.build("measured", 2, 2, {"traffic": traffic.model_dump(mode="json")})
+    log = recorder.build("measured", 2, 2, {"traffic": [traffic.model_dump(mode="json")]})
     log.write(tmp_path / "events.parquet")
     report([tmp_path], tmp_path / "r.md")
     markdown = (tmp_path / "r.md").read_text().replace("\N{NO-BREAK SPACE}", " ")
