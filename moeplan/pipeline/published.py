@@ -34,7 +34,8 @@ def published_rows() -> tuple[dict[str, Any], ...]:
 
 # What drives what is left, by the first part of a row's name that fits.
 _DRIVERS = {
-    "deepseek-decode-ep128": "compute sets the pace here, not the exchange: attention kernels of the tables are newer",
+    "deepseek-decode-ep128": "two batches are taken to hide each other fully, but their phases wait for each other;"
+    " attention kernels of the tables are newer",
     "deepseek-prefill-production": "how busy the units were is not published",
     "trtllm-": "tables are of releases a year newer than the run; none of its age is public",
     "sglang-h20": "roofline: kernels reach less than the data sheet's arithmetic, and this way of exchanging tokens"
