@@ -169,7 +169,7 @@ def _pools(document: dict[str, Any]) -> tuple[int, list[Any]] | None:
         launch = [
             1,
             decode.get("stream_interval", 1),
-            0,
+            2 * (backend.get("decode_environment", {}).get("TRTLLM_FORCE_ALLTOALL_METHOD") == "DeepEP"),
             balancer.get("num_slots", 0) if isinstance(balancer, dict) else 0,
             prefill.get("max_num_tokens", -1),
             decode.get("max_batch_size", 0) * groups,

@@ -20,7 +20,7 @@ __all__ = ["EngineLinks"]
 Floats = NDArray[np.float64]
 
 # A small message's way between nodes and through the library on both sides; all-reduces go there and back.
-_CROSSING_S = 15e-6
+_CROSSING_S = 28e-6
 _NODE = 8
 _EXCHANGE_DTYPES: dict[str, tuple[str, ...]] = {"fp4": ("nvfp4",), "bf16": ("nvfp4",)}  # low-precision combine
 
@@ -71,8 +71,8 @@ class EngineLinks:
         s = self._setup
         if s.dp == 1:
             return self.all_reduce(every)
-        if s.exchange == "sent":
-            return self._sent(every / s.ranks, decode)
+        if s.exchange in ("sent", "sent_normal"):
+            return self._sent(every / s.ranks, decode and s.exchange == "sent")
         hidden = s.model.hidden_size
         there = self._collective("all_gather", s.ranks, every * roofline.token_bytes(hidden, s.gather_dtype))
         gathered = there + self._collective("reduce_scatter", s.ranks, every * roofline.token_bytes(hidden, "bf16"))

@@ -35,7 +35,8 @@ class Constants:
     """One set for all rows; mappings are by framework.
 
     ``prefill_factor``: how much longer a prompt's kernels take in a running server than measured alone (launches that
-    no graph captures, other versions, what no table times: norms, quantisation, permutation); ``layer_gap_s``: kernels
+    no graph captures, other versions, what no table times: norms, quantisation, permutation), ``late_prefill_factor``
+    for releases of about the tables' age, where it differs; ``layer_gap_s``: kernels
     of one layer in decode that no table times, and its part of the host's work; ``linear_gap_s``: the same of a
     linear-attention layer besides (gates, norms, splits).
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
@@ -46,7 +47,8 @@ class Constants:
     ``prompt_tokens``: taken into one pass. ``memory_share``: of device memory that weights and cache may fill.
     """
 
-    prefill_factor: Mapping[str, float] = field(default_factory=dict)
+    prefill_factor: dict[str, float] = field(default_factory=dict)
+    late_prefill_factor: dict[str, float] = field(default_factory=dict)
     layer_gap_s: Mapping[str, float] = field(default_factory=dict)
     linear_gap_s: float = 0.0
     first_steps: Mapping[str, float] = field(default_factory=dict)
@@ -63,7 +65,8 @@ class ServedPool:
     """Workers of one kind and how many.
 
     ``prompt_tokens`` that one attention group takes into a pass, ``first_steps`` that pass before a prompt is seen, None:
-    as the constants say; ``first_tokens`` that are held back before a first one is sent; ``max_running`` sequences of a worker, 0: as the cache allows.
+    as the constants say; ``first_tokens`` that are held back before a first one is sent; ``max_running`` sequences of
+    a worker, 0: as the cache allows; ``late``: a release of about the tables' age.
     """
 
     setup: EngineSetup
@@ -72,11 +75,13 @@ class ServedPool:
     first_steps: float | None = None
     first_tokens: float = 0.0
     max_running: int = 0
+    late: bool = False
 
 
 # Chosen on the calibration rows (a) of silicon_sample.csv alone, by benchmarks/fit_silicon.py.
 CALIBRATED = Constants(
     prefill_factor={"trtllm": 1.2, "sglang": 1.6, "vllm": 1.4},
+    late_prefill_factor={"sglang": 1.0},
     layer_gap_s={"trtllm": 1.3e-6, "sglang": 10e-6, "vllm": 12e-6},
     linear_gap_s=41e-6,
     first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 4.0},
@@ -123,10 +128,12 @@ def pass_times(decode: EngineCosts, prefill: EngineCosts, isl: int, osl: int) ->
     return PassTimes(_BATCHES, context, seconds, tokens, np.maximum.accumulate(took))
 
 
-def _with_constants(times: PassTimes, setup: EngineSetup, c: Constants) -> PassTimes:
+def _with_constants(times: PassTimes, pool: ServedPool, c: Constants) -> PassTimes:
+    setup = pool.setup
     linear = sum(part.count for part in attention_layers(setup.model) if part.kind == "gated_delta")
     gaps = setup.model.num_layers * c.layer_gap_s.get(setup.backend, 0.0) + linear * c.linear_gap_s
-    factor = c.prefill_factor.get(setup.backend, 1.0)
+    factors = c.prefill_factor | c.late_prefill_factor if pool.late else c.prefill_factor
+    factor = factors.get(setup.backend, 1.0)
     host_b = times.batch_b * (c.draft_host_s.get(setup.backend, 0.0) if setup.draft_tokens else 0.0)
     return replace(times, decode_s_b2=times.decode_s_b2 + gaps + host_b[:, None], prefill_s_p=times.prefill_s_p * factor)
 
@@ -153,7 +160,7 @@ def served(
     groups = decode.workers * setup.dp
     mean_in, mean_out = 0.9 * isl, 0.9 * osl
     held = mean_in + mean_out / 2  # tokens of cache per running sequence
-    times = _with_constants(times, setup, constants)
+    times = _with_constants(times, decode, constants)
     drafts = setup.draft_tokens
     capacity = kv_capacity_tokens(setup, constants.memory_share)
     if capacity < held:

@@ -36,6 +36,7 @@ TARGETS: dict[str, dict[str, float]] = {
     "b": {"tpot_median": 0.10, "tpot_mape": 0.18, "tpot_spearman": 0.95, "ttft_median": 0.25, "coverage": 0.90},
     "c": {"tpot_median": 0.15, "coverage": 0.85},
 }
+_DEEPEP: tuple[Exchange, ...] = ("gathered", "sent", "sent_normal")  # by Launch.deepep
 _AT_LEAST = frozenset(["tpot_spearman", "coverage"])
 
 
@@ -109,7 +110,7 @@ def pools_of(row: Measured, model: ModelSpec) -> tuple[ServedPool, ServedPool | 
     half of each passes on average before a first token."""
     launch = row.launch
     kernels = ("", "") if launch is None else (launch.prefill_kernels, launch.decode_kernels)
-    decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens, kernels[1]), row.decode.count)
+    decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens, kernels[1]), row.decode.count, late=row.late)
     if launch is not None:
         decode = replace(decode, prompt_tokens=launch.prompt_tokens or None, max_running=launch.max_running)
         if row.backend == "sglang":
@@ -126,15 +127,14 @@ def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int, ker
     fp8 and fp4 checkpoints is fp8 on TensorRT-LLM and on Blackwell, else bf16, as the benchmark's scripts set it.
 
     TensorRT-LLM sends tokens to experts over NVLink where a rack has it, through DeepEP between nodes, and gathers
-    them in a node, in 4 bits where the experts are; SGLang sends them through DeepEP where its launch says so.
+    them in a node, in 4 bits where the experts are; else a launch file says that they go through DeepEP.
     Redundant experts balance the load."""
     precision: Dtype = row.precision  # type: ignore[assignment]
     plain: Dtype = "fp8" if precision == "fp8" else "bf16"
     deepseek = model.name == "DeepSeek-V3" and precision == "fp4"
     ranks = workers.tp * workers.dp
-    sent = row.launch is not None and row.launch.deepep
-    exchange: Exchange = "sent" if sent else "gathered"
-    if row.backend == "trtllm":
+    exchange: Exchange = "gathered" if row.launch is None else _DEEPEP[row.launch.deepep]
+    if row.backend == "trtllm" and exchange == "gathered":
         exchange = "fastest" if row.system.startswith("gb") else "sent" if ranks > 8 else "gathered"
     balanced = row.launch is not None and row.launch.redundant_experts > 0
     small_cache = precision in ("fp8", "fp4") and (row.backend == "trtllm" or not row.system.startswith("h"))

@@ -25,7 +25,18 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["Launch", "Recipe", "choose_recipes", "lane_of", "measured_on", "number", "split_run", "widths_of"]
+__all__ = [
+    "Launch",
+    "Recipe",
+    "choose_recipes",
+    "image_of",
+    "lane_of",
+    "late_sglang",
+    "measured_on",
+    "number",
+    "split_run",
+    "widths_of",
+]
 
 Row = Mapping[str, str]
 
@@ -37,13 +48,13 @@ _WIDTHS_SAID = datetime(2025, 11, 5, tzinfo=UTC)  # rows measured before say tp 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """How a recipe starts its engine: decode steps between polls for requests, tokens between streamed answers,
-    whether tokens go through DeepEP, redundant experts or balanced slots, prompt tokens per pass of a rank, sequences
+    whether tokens go through DeepEP (1, or 2: by its normal kernels in decode too), redundant experts or balanced slots, prompt tokens per pass of a rank, sequences
     that a decode worker takes (0: unlimited), the library of expert kernels of prefill and decode ("": unsaid), the
     widths that the launch file has, which are the true ones where they differ from the recipe's (None: unsaid)."""
 
     poll_steps: int
     stream_tokens: int
-    deepep: bool
+    deepep: int
     redundant_experts: int
     prompt_tokens: int
     max_running: int
@@ -99,6 +110,20 @@ def measured_on(row: Row) -> datetime | None:
     return datetime.fromisoformat(found[1] + (found[2] or "")).replace(tzinfo=UTC) if found else None
 
 
+def image_of(row: Row) -> str | None:
+    """The container image, without its punctuation, None where the source does not say."""
+    found = re.search(r"(?:image=|workflow_run_id=\d+; )(\S+)$", row["silicon_data_source"])
+    return _plain(found[1]) if found else None
+
+
+def late_sglang(image: str) -> bool:
+    """Whether an image is of SGLang 0.5.10 (April 2026) or later."""
+    release, night = re.search(r"sglangv0\.(\d+)\.(\d+)", image), re.search(r"dev(?:cu\d\d)?(20\d{6})", image)
+    if release:
+        return (int(release[1]), int(release[2])) >= (5, 10)
+    return night is not None and night[1] >= "20260401"
+
+
 # ---------------------------------------------------------------------- candidates
 
 
@@ -133,7 +158,7 @@ def _launch(backend: str, widths: Sequence[int], values: Sequence[Any]) -> Launc
     if backend == "sglang" and dp:
         tokens //= ranks  # a worker's chunk, shared by its attention groups
     true_widths = tuple(true_widths) if true_widths else None
-    return Launch(poll, stream, bool(deepep), redundant, max(0, tokens), running, prefill, decode, true_widths)
+    return Launch(poll, stream, deepep, redundant, max(0, tokens), running, prefill, decode, true_widths)
 
 
 def _plain(image: str) -> str:
@@ -170,13 +195,13 @@ def _candidates(row: Row, name: str, on: datetime | None) -> list[Recipe]:
     if "config_id=" in source:
         fits = [recipe for recipe in fits if recipe.draft_tokens == 0]
     lane = lane_of(row)
-    image = re.search(r"(?:image=|workflow_run_id=\d+; )(\S+)$", source)
+    image = image_of(row)
 
     def prefer(good: list[Recipe]) -> list[Recipe]:
         return good if any(lane in recipe.lanes for recipe in good) else fits
 
     if image is not None:
-        fits = prefer([recipe for recipe in fits if recipe.image == _plain(image[1])])
+        fits = prefer([recipe for recipe in fits if recipe.image == image])
     if on is not None:
         fits = prefer([recipe for recipe in fits if recipe.first - _SLACK <= on <= recipe.last + _SLACK])
         fits = prefer([recipe for recipe in fits if any(_began(run, on) for run in recipe.runs)])

@@ -27,7 +27,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeplan.errors import InputError
-from moeplan.pipeline.silicon_recipes import Launch, Recipe, choose_recipes, lane_of, measured_on, number, widths_of
+from moeplan.pipeline.silicon_recipes import (
+    Launch,
+    Recipe,
+    choose_recipes,
+    image_of,
+    lane_of,
+    late_sglang,
+    measured_on,
+    number,
+    widths_of,
+)
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import DTYPE_BYTES, ModelSpec
@@ -69,7 +79,7 @@ class Workers:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One row. ``prefill`` is None for one server; ``why_not`` says why an impossible row is set aside; ``repeats``
-    are the ids of rows equal to it."""
+    are the ids of rows equal to it; ``late``: on a release of SGLang since 0.5.10."""
 
     id: str
     repeats: tuple[str, ...]
@@ -90,6 +100,7 @@ class Measured:
     draft_tokens: int
     recipe: bool
     launch: Launch | None
+    late: bool
     why_not: str
 
 
@@ -200,6 +211,7 @@ def _measured(row: Mapping[str, str], repeats: tuple[str, ...], recipe: Recipe |
         draft_tokens=drafts,
         recipe=recipe is not None,
         launch=recipe.launch if recipe else None,
+        late=row["backend"] == "sglang" and late_sglang(image_of(row) or (recipe.image if recipe else "")),
         why_not=impossible(row, _model(registry_name)),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -173,11 +175,40 @@ def test_served_latencies_hold_their_parts() -> None:
     late = served(times, ServedPool(costs.setup, first_steps=100.0), None, CALIBRATED, 1024, 256, 1)
     more = (100 - CALIBRATED.first_steps["sglang"]) * one.tpot_mean_s
     assert late.ttft_mean_s - one.ttft_mean_s == pytest.approx(more)
+    held = served(times, ServedPool(costs.setup, first_steps=100.0, first_tokens=7.0), None, CALIBRATED, 1024, 256, 1)
+    assert held.ttft_mean_s - late.ttft_mean_s == pytest.approx(7 * one.tpot_mean_s)
+    new = served(times, ServedPool(costs.setup, late=True), None, CALIBRATED, 1024, 256, 1)
+    assert new.ttft_mean_s < one.ttft_mean_s
     few = served(times, ServedPool(costs.setup, max_running=2), None, CALIBRATED, 1024, 256, 32)
     assert few.tpot_mean_s < many.tpot_mean_s
     assert few.ttft_mean_s > 5 * many.ttft_mean_s
     with pytest.raises(InputError, match="is below one request's"):
         served(times, ServedPool(costs.setup), None, CALIBRATED, 2_000_000, 256, 1)
+
+
+def test_the_host_handles_every_drafted_sequence() -> None:
+    costs = engine(draft_tokens=2)
+    times = pass_times(costs, costs, 1024, 256)
+    free = replace(CALIBRATED, draft_host_s={})
+    for lanes in (1, 16):
+        more, less = (served(times, ServedPool(costs.setup), None, c, 1024, 256, lanes) for c in (CALIBRATED, free))
+        host = lanes * CALIBRATED.draft_host_s["sglang"] / CALIBRATED.accepted[1]
+        assert more.tpot_mean_s - less.tpot_mean_s == pytest.approx(host, rel=0.1)
+
+
+def test_the_library_asked_for_serves_else_the_fastest() -> None:
+    setup = replace(engine(ep=8).setup, tp=8)
+    names = {"hidden": 7168, "inter": 2048, "num_experts": 256, "num_slots": 0, "top_k": 8, "ep": 8, "tp": 1}
+    names |= {"dtype": "fp8_block", "distribution": "power_law_1.01", "direction": "forward", "scope": "experts"}
+    rows = [
+        {**names, "tokens": tokens, "backend": "x", "kernel": kernel, "latency_us": us, "source": "made up"}
+        for kernel, us in (("deepgemm", 50.0), ("x_flashinfer_trtllm_moe", 80.0))
+        for tokens in (1, 16)
+    ]
+    profile = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows)})
+    for library, us in (("", 50.0), ("trtllm", 80.0), ("deepgemm", 50.0), ("cutlass", 50.0)):
+        costs = EngineCosts(replace(setup, expert_kernels=library), profile)
+        assert costs._experts(np.array(16.0)).item() == pytest.approx(us * 1e-6)
 
 
 def test_rows_of_a_like_machine_join_a_copy() -> None:

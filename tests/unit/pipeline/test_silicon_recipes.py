@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from datetime import date
+from datetime import UTC, datetime
 
 import pytest
 
-from moeplan.pipeline.silicon_recipes import Recipe, choose_recipes, measured_on, split_run
+from moeplan.pipeline.silicon_recipes import Recipe, choose_recipes, late_sglang, measured_on, split_run
 
 NAMES = {"deepseek-ai/DeepSeek-R1": "dsr1"}
 ONE = {
@@ -84,7 +84,7 @@ def test_of_one_point_the_image_tells_drafted_runs_from_others() -> None:
     for image in ("1.2.0rc6.post2", "1.2.0rc6.post3"):
         source = f"silicon_concurrency=32; image=nvcr.io/nvidia/tensorrt-llm/release:{image}"
         row = {**ONE, "silicon_data_source": source}
-        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": date(2026, 2, 6)})["one"]
+        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": datetime(2026, 2, 6, tzinfo=UTC)})["one"]
         assert recipe is not None
         found[image] = recipe.draft_tokens
     assert found["1.2.0rc6.post2"] == 0
@@ -94,9 +94,65 @@ def test_of_one_point_the_image_tells_drafted_runs_from_others() -> None:
 def test_the_oldest_rows_say_tensor_parallelism_alone() -> None:
     row = {**ONE, "tp_size": "8.0", "moe_tp_size": "8.0", "moe_ep_size": "1.0"}
     row |= {"isl": "1024", "silicon_data_source": "silicon_concurrency=64; measured=2025-11-02T00:00:00Z"}
-    for day, ep in ((date(2025, 11, 2), 8), (date(2025, 11, 20), None)):
-        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": day})["one"]
+    for day, ep in ((2, 8), (20, None)):
+        on = datetime(2025, 11, day, tzinfo=UTC)
+        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": on})["one"]
         assert (recipe and recipe.widths[1]) == ep
+
+
+# dsr1-fp8-h100-dynamo-sglang: the commit of 03:10:02 had the drafted half of its points measured alone.
+H100 = {**TWO, "system": "h100_sxm", "backend": "sglang", "precision": "fp8"} | {
+    f"{side}_{name}": value
+    for side in ("prefill", "decode")
+    for name, value in (("tp_size", "16.0"), ("moe_tp_size", "16.0"), ("moe_ep_size", "1.0"))
+}
+
+
+@pytest.mark.parametrize(
+    ("began", "drafted"),
+    [("2026-02-13T03:10:06Z", True), ("2026-02-13T03:20:06Z", None), ("2026-02-13T00:00:00.000Z", True)],
+)
+def test_the_run_tells_which_half_of_a_configuration_was_measured(began: str, drafted: bool | None) -> None:
+    source = "source_file=2026-03-25.csv; silicon_concurrency=16; measured={}; image=lmsysorg/sglang:v0.5.8-cu130"
+    row = {**H100, "id": "one", "silicon_data_source": source.format(began)}
+    recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": measured_on(row)})["one"]
+    assert recipe is not None
+    assert drafted is None or (recipe.draft_tokens > 0) == drafted
+    told = any(run.isoformat().startswith("2026-02-13T03:10:02") for run in recipe.runs)
+    assert told
+
+
+def test_a_launch_says_kernels_and_its_own_widths() -> None:
+    # ctx1_gen2_tp8_batch32_eplb0_mtp3_8.yaml: prefill's experts are split eight ways, the configuration of the day
+    # said eight-way expert parallelism.
+    row = {**TWO, "id": "one", "system": "b200_sxm", "precision": "fp8", "isl": "8192"} | {
+        f"{side}_{name}": value
+        for side, dp in (("prefill", "8.0"), ("decode", "1.0"))
+        for name, value in (("tp_size", "1.0" if dp == "8.0" else "8.0"), ("attention_dp_size", dp))
+    }
+    row["silicon_data_source"] = "source_file=2026-03-25.csv; silicon_concurrency=8; measured=2026-02-12T17:33:21Z"
+    recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": measured_on(row)})["one"]
+    assert recipe is not None
+    assert recipe.launch is not None
+    assert (recipe.launch.prefill_kernels, recipe.launch.decode_kernels) == ("trtllm", "trtllm")
+    assert recipe.widths[2] == 8
+    assert recipe.launch.widths == (1, 8, 1, 1, 2, 8, 1, 0)
+    assert recipe.launch.max_running == 4
+
+
+@pytest.mark.parametrize(
+    ("image", "late"),
+    [
+        ("lmsysorgsglangv0.5.9cu130", False),
+        ("lmsysorgsglangv0.5.10.post1cu130", True),
+        ("lmsysorgsglangv0.6.0", True),
+        ("lmsysorgsglangnightlydev20260216d3bae71e", False),
+        ("lmsysorgsglangnightlydev20260402d7256eb6", True),
+        ("vllmvllmopenaiv0.15.1", False),
+    ],
+)
+def test_late_releases_of_sglang(image: str, late: bool) -> None:
+    assert late_sglang(image) == late
 
 
 def splits(lanes: list[int], jobs: dict[int, frozenset[int]]) -> Iterator[tuple[int, list[int]]]:
