@@ -193,7 +193,7 @@ def _range(axes: Any, values: NDArray[Any]) -> None:
 
 
 def _rank_label(word: str, num_ranks: int, ranks_per_node: int) -> str:
-    return f"{word} (lines part nodes of {ranks_per_node})" if ranks_per_node < num_ranks else word
+    return f"{word} (lines part nodes of {ranks_per_node})" if 1 < ranks_per_node < num_ranks else word
 
 
 def load_heat_map(
@@ -232,20 +232,21 @@ def matrix_heat_map(
     unit: str,
     words: tuple[str, str] = ("from rank", "to rank"),
 ) -> str:
-    """Rank by rank, colour is the amount; ``words`` name the rows and the columns."""
+    """Rank by rank, or node by node (``ranks_per_node`` 1); colour is the amount; ``words`` name rows and columns."""
     factor, unit = _scale(limits[1], unit)
     matrix_RR, limits = matrix_RR / factor, (limits[0] / factor, limits[1] / factor)
     ranks = len(matrix_RR)
     node_R = np.arange(ranks) // ranks_per_node
     total = float(np.nansum(matrix_RR))
     across = float(np.nansum(matrix_RR[node_R[:, None] != node_R[None, :]]))
-    label = f"{title}: {ranks} by {ranks} ranks, {total:.4g} {unit} in total"
+    label = f"{title}: {ranks} by {ranks} {words[0].rpartition(' ')[2]}s, {total:.4g} {unit} in total"
     label += f", {across / total:.1%} of it between nodes." if total else "."
     with drawing(4.9) as figure:
         axes = figure.add_subplot()
         _image(figure, axes, matrix_RR, limits, unit, "vertical")
         axes.set_aspect("equal")
-        _node_lines(axes, ranks, ranks_per_node, both=True)
+        if ranks_per_node > 1:
+            _node_lines(axes, ranks, ranks_per_node, both=True)
         _rank_ticks(axes.xaxis, ranks, ranks_per_node)
         _rank_ticks(axes.yaxis, ranks, ranks_per_node)
         axes.set(title=title, ylabel=words[0], xlabel=_rank_label(words[1], ranks, ranks_per_node))

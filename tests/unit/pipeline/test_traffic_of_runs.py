@@ -13,6 +13,9 @@ from moeplan.artifacts.event_log import EventLog, EventRecorder
 from moeplan.artifacts.simulation_result import TrafficMatrix
 from moeplan.pipeline.report import report
 from moeplan.pipeline.simulate import simulate, write_simulation
+from moeplan.reports.document import Picture, Table
+from moeplan.reports.run_report import traffic_section
+from moeplan.reports.wording import format_percent
 from moeplan.specs.models import find_model
 from moeplan.specs.scenario import Scenario
 
@@ -107,6 +110,20 @@ def test_nodes_stand_for_very_many_ranks() -> None:
     assert (found.places, len(found.sent), found.per_node) == ("node", 25, 1)
     assert found.sent[2][1] == sent_RR[16:24, 8:16].sum()
     assert TrafficMatrix.of("one node", sent_RR, None, 1, 200, "counted").places == "rank"
+
+
+def test_the_page_names_nodes_where_nodes_stand_for_ranks() -> None:
+    sent_RR = np.random.default_rng(0).uniform(1e6, 2e6, (176, 176))
+    section = traffic_section({"run": [TrafficMatrix.of("decode", sent_RR, None, 1, 8, "counted")]})
+    assert section is not None
+    picture, table = section.blocks
+    assert isinstance(picture, Picture)
+    assert isinstance(table, Table)
+    assert "decode: 22 by 22 nodes" in picture.label
+    assert "lines part nodes" not in picture.svg
+    inside = np.trace(sent_RR.reshape(22, 8, 22, 8).sum((1, 3)))
+    assert table.rows[0][2] == format_percent(1 - inside / sent_RR.sum())
+    assert table.columns[3] == "busiest node"
 
 
 def test_a_live_runs_log_tells(tmp_path: Path) -> None:
