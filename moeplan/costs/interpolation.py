@@ -126,6 +126,8 @@ class GridInterpolator:
         self._axes = coords_nA.shape[1]
         self._own_places: dict[float, tuple[Floats, Ints]] = {}
         self._values, index = self._grid()
+        self._lowest = self._values[:, :, 0]
+        self._highest = np.where(np.isfinite(self._values), self._values, -np.inf).max(2)
         self._row = np.full((len(self._names), *(index.max(0) + 1)), -1, np.int64)
         self._row[(self._series, *index.T)] = np.arange(len(self._y))
         self._choose(np.random.default_rng(seed))
@@ -165,9 +167,7 @@ class GridInterpolator:
         rest = np.flatnonzero(~measured)
         if len(rest):
             answer[rest] = self._best(names[rest], x[rest])
-        known = np.isfinite(self._values[names])
-        low = self._values[names][:, :, 0]
-        high = np.where(known, self._values[names], -np.inf).max(2)
+        low, high = self._lowest[names], self._highest[names]
         inside = ((x >= low - _SAME) & (x <= high + _SAME)).all(1) & np.isfinite(answer)
         return Estimates(np.exp(answer), inside, measured, self.relative_error)
 
@@ -251,12 +251,13 @@ class GridInterpolator:
         points, queries = self._own_places[setting.tiles], self._places(x, setting.tiles)
         most = _NEIGHBOURS[setting.wide]
         numbers = (setting.length, setting.share_size, setting.share_other, setting.noise, setting.scatter)
-        patterns, group = np.unique(on, axis=0, return_inverse=True)
-        for number, pattern in enumerate(patterns):
-            offsets = _offsets(tuple(bool(flag) for flag in pattern), setting.wide)
-            if pattern.all():
+        code = on @ (1 << np.arange(on.shape[1]))
+        for pattern in np.unique(code):
+            members = np.flatnonzero(code == pattern)
+            on_grid = tuple(on[members[0]].tolist())
+            offsets = _offsets(on_grid, setting.wide)
+            if all(on_grid):
                 offsets = offsets[offsets.any(1)]
-            members = np.flatnonzero(group.ravel() == number)
             for start in range(0, len(members), _CHUNK):
                 part = members[start : start + _CHUNK]
                 rows = self._at(names[part], left[part][:, None, :] + offsets)

@@ -52,6 +52,9 @@ class RankSpec(Spec):
     failed: bool = False
 
 
+_USUAL = RankSpec()
+
+
 class LinkSpec(Spec):
     """One directed link of an explicit topology; ends are ``rank0``, ``node0`` or any switch name."""
 
@@ -95,7 +98,7 @@ class ClusterSpec(Spec):
 
     def rank(self, number: int) -> RankSpec:
         """What is special about a rank (the default where nothing is)."""
-        return self.ranks.get(number) or RankSpec()
+        return self.ranks.get(number, _USUAL)
 
     def rank_memory_bytes(self, number: int) -> float:
         """Device memory of a rank in bytes."""
