@@ -8,6 +8,7 @@ No row has a constant of its own; those that all rows share are :data:`CONSTANTS
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from moeplan.costs.training import PASSES, TrainingCosts
 from moeplan.errors import MoeplanError
 from moeplan.planning.greedy import rebalance_experts
 from moeplan.routing.popularity import lognormal_profile, solve
+from moeplan.simulation.detailed import simulate_step
 from moeplan.simulation.training import simulate_training
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.clusters import cluster_for, find_accelerator
@@ -34,11 +36,12 @@ from moeplan.specs.scenario import Scenario
 from moeplan.specs.training import TrainingSpec
 from moeplan.specs.workload import Workload
 
-__all__ = ["CONSTANTS", "eplb_ratio", "predict", "step_cost"]
+__all__ = ["CONSTANTS", "eplb_ratio", "predict", "step_cost", "step_s"]
 
 Floats = NDArray[np.float64]
 
 _HOST_MS, _ENGINE_MS, _LINKS = 6.0, 0.28, 0.8
+_PLAYED = 6  # layers
 _ROUNDS = 3  # of requests in a simulated closed loop, per request in flight
 # Devices without tables of their own: the nearest relative's.
 _PROFILE_OF = {"gb300": "gb200", "gb200": "gb200", "b300": "b200-sxm", "b200": "b200-sxm", "h100": "h100-sxm",
@@ -102,8 +105,10 @@ def _engine_s(model: str) -> float:
     return 1e-3 * _ENGINE_MS * find_model(model).num_layers
 
 
-def step_cost(c: dict[str, Any], phase: str, batch: int, context: int, overlap: str | None = None) -> StepCost:
-    """A step of a row's configuration, experts loaded alike."""
+def _step_model(
+    c: dict[str, Any], phase: str, batch: int, context: int, overlap: str | None = None
+) -> tuple[StepModel, Placement, Floats]:
+    """Costs, placement and even load of a row's configuration."""
     model, cluster = find_model(c["model"]), _cluster(c["accelerator"], c["nodes"], c["ranks_per_node"])
     placement, load_LE = _even(model, cluster.num_ranks, c["ranks_per_node"], c["slots"])
     work = Workload.model_validate(
@@ -123,12 +128,35 @@ def step_cost(c: dict[str, Any], phase: str, batch: int, context: int, overlap: 
         dense_dtype=c.get("dense"),
         backend=c.get("backend"),
     )
-    return StepModel(model, cluster, work, technique, _profile(c["profile"])).step(placement, load_LE)
+    return StepModel(model, cluster, work, technique, _profile(c["profile"])), placement, load_LE
+
+
+def step_cost(c: dict[str, Any], phase: str, batch: int, context: int, overlap: str | None = None) -> StepCost:
+    """A step of a row's configuration, experts loaded alike."""
+    model, placement, load_LE = _step_model(c, phase, batch, context, overlap)
+    return model.step(placement, load_LE)
+
+
+def step_s(c: dict[str, Any], overlap: str | None = None) -> float:
+    """Seconds of a row's step; two batches are played event by event, which the step mode bounds from below.
+
+    Layers are alike: a few are played, the others take what the last of them add.
+    """
+    model, placement, load_LE = _step_model(c, c["phase"], c["batch"], c["context"], overlap)
+    if model.technique.overlap != "two_batch":
+        return float(model.step(placement, load_LE).total_s)
+
+    def played_s(layers: int) -> float:
+        few = replace(placement, physical_to_logical_LP=placement.physical_to_logical_LP[:layers])
+        return simulate_step(model, few, load_LE[:layers]).total_s
+
+    first, second = played_s(_PLAYED), played_s(2 * _PLAYED)
+    return second + (len(load_LE) - 2 * _PLAYED) * (second - first) / _PLAYED
 
 
 def _predict_step(c: dict[str, Any]) -> float:
     engine = _engine_s(c["model"]) if c.get("engine") else 0.0
-    return float(c["batch"] / (step_cost(c, c["phase"], c["batch"], c["context"]).total_s + engine))
+    return float(c["batch"] / (step_s(c) + engine))
 
 
 def _predict_closed_loop(c: dict[str, Any]) -> float:

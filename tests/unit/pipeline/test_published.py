@@ -34,11 +34,23 @@ def test_no_row_brings_a_constant_of_its_own() -> None:
 
 
 @pytest.mark.skipif("h100-sxm" not in shipped_profiles(), reason="the h100-sxm profile is not shipped")
-def test_more_work_takes_longer_and_overlap_hides() -> None:
+def test_more_work_takes_longer_and_overlap_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PLAYED", 2)
     c = ROWS["deepseek-decode-ep144"]["config"]
     base = module._predict_step(c)
     assert module._predict_step({**c, "context": 4 * c["context"]}) < base
     assert module._predict_step({**c, "overlap": "none"}) < base
+
+
+@pytest.mark.skipif("h100-sxm" not in shipped_profiles(), reason="the h100-sxm profile is not shipped")
+def test_two_batches_are_played_and_other_layers_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = ROWS["deepseek-prefill-ep32"]["config"]
+    bound = module.step_cost(c, c["phase"], c["batch"], c["context"]).total_s
+    alone = module.step_cost(c, c["phase"], c["batch"], c["context"], "none").total_s
+    played = module.step_s(c)
+    assert bound < played < alone == module.step_s(c, "none")
+    monkeypatch.setattr(module, "_PLAYED", 3)
+    assert module.step_s(c) == pytest.approx(played, rel=1e-3)
 
 
 @pytest.mark.skipif("b200-sxm" not in shipped_profiles(), reason="the b200-sxm profile is not shipped")
