@@ -147,10 +147,10 @@ class RunTraffic:
             reach = self._wire.reach(placement, cluster, load_LE, trace)
         else:
             before, reach = known
-            rows = np.flatnonzero(
-                (before.physical_to_logical_LP != placement.physical_to_logical_LP).any(1)
-                | (before.slot_share_LP != placement.slot_share_LP).any(1)
-            )
+            moved_L = (before.physical_to_logical_LP != placement.physical_to_logical_LP).any(1)
+            if before.share_LP is not None or placement.share_LP is not None:
+                moved_L |= (before.slot_share_LP != placement.slot_share_LP).any(1)
+            rows = np.flatnonzero(moved_L)
             if len(rows):
                 part = _layers(placement, rows)
                 few = None if trace is None else _trace_layers(trace, rows)

@@ -92,10 +92,9 @@ def _peers(cluster: ClusterSpec, live_R: NDArray[np.bool_]) -> NDArray[np.int64]
     peer_RN = np.zeros((cluster.num_ranks, cluster.num_nodes), np.int64)
     for node in range(cluster.num_nodes):
         ranks = np.flatnonzero(live_R[node * per_node : (node + 1) * per_node])
-        for rank in range(cluster.num_ranks):
-            if len(ranks):
-                place = int(np.searchsorted(ranks, rank % per_node)) % len(ranks)
-                peer_RN[rank, node] = node * per_node + ranks[place]
+        if len(ranks):
+            place_R = np.searchsorted(ranks, np.arange(cluster.num_ranks) % per_node) % len(ranks)
+            peer_RN[:, node] = node * per_node + ranks[place_R]
     return peer_RN
 
 
@@ -190,15 +189,13 @@ def spread(reach: Reach, cluster: ClusterSpec, dispatch: DispatchKind, home_R: F
     inside_LRR = direct_LRR * (same_node & others)
     between_LRR = direct_LRR * ~same_node
     if dispatch in ("per_node", "allgather") and not same_node.all():
-        peer_RN = _peers(cluster, live_R)
+        works_N = live_R.reshape(-1, per_node).any(1)
+        home, node = np.nonzero((node_R[:, None] != np.arange(cluster.num_nodes)) & live_R[:, None] & works_N)
+        peer = _peers(cluster, live_R)[home, node]
         between_LRR = np.zeros_like(direct_LRR)
-        for home in np.flatnonzero(live_R):
-            for node in range(cluster.num_nodes):
-                if node == node_R[home]:
-                    continue
-                peer, members = peer_RN[home, node], slice(node * per_node, (node + 1) * per_node)
-                between_LRR[:, home, peer] += home_R[home] * reach.node_LN[:, node]
-                inside_LRR[:, peer, members] += direct_LRR[:, home, members]
+        between_LRR[:, home, peer] = home_R[home] * reach.node_LN[:, node]
+        passed_on_R = np.bincount(peer, home_R[home], R)  # each rank's peers are in its own node
+        inside_LRR += passed_on_R[:, None] * reach.rank_LR[:, None, :] * same_node
     return Traffic(between_LRR, inside_LRR)
 
 
