@@ -35,10 +35,9 @@ class Constants:
     """One set for all rows; mappings are by framework.
 
     ``prefill_factor``: how much longer a prompt's kernels take in a running server than measured alone (launches that
-    no graph captures, other versions, what no table times: norms, quantisation, permutation), ``late_prefill_factor``
-    for releases of about the tables' age, where it differs; ``layer_gap_s``: kernels
+    no graph captures, other versions, what no table times: norms, quantisation, permutation); ``layer_gap_s``: kernels
     of one layer in decode that no table times, and its part of the host's work; ``linear_gap_s``: the same of a
-    linear-attention layer besides (gates, norms, splits).
+    linear-attention layer besides (gates, norms, splits); ``late_``: for releases of about the tables' age instead.
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
     streamed token, where a :class:`ServedPool` does not say; ``prompt_latency``: part of its own prefill that a
     prompt's first token takes besides, without holding up others (pipelined scheduling, uncaptured launches).
@@ -51,6 +50,7 @@ class Constants:
     late_prefill_factor: dict[str, float] = field(default_factory=dict)
     layer_gap_s: Mapping[str, float] = field(default_factory=dict)
     linear_gap_s: float = 0.0
+    late_linear_gap_s: float = 0.0
     first_steps: Mapping[str, float] = field(default_factory=dict)
     prompt_latency: float = 0.0
     accepted: tuple[float, float, float] = (1.8, 2.2, 2.5)
@@ -84,6 +84,7 @@ CALIBRATED = Constants(
     late_prefill_factor={"sglang": 1.0},
     layer_gap_s={"trtllm": 1.3e-6, "sglang": 10e-6, "vllm": 12e-6},
     linear_gap_s=41e-6,
+    late_linear_gap_s=20e-6,
     first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 4.0},
     prompt_latency=0.25,
     accepted=(1.6, 2.1, 2.3),
@@ -131,7 +132,8 @@ def pass_times(decode: EngineCosts, prefill: EngineCosts, isl: int, osl: int) ->
 def _with_constants(times: PassTimes, pool: ServedPool, c: Constants) -> PassTimes:
     setup = pool.setup
     linear = sum(part.count for part in attention_layers(setup.model) if part.kind == "gated_delta")
-    gaps = setup.model.num_layers * c.layer_gap_s.get(setup.backend, 0.0) + linear * c.linear_gap_s
+    linear_gap = c.late_linear_gap_s if pool.late else c.linear_gap_s
+    gaps = setup.model.num_layers * c.layer_gap_s.get(setup.backend, 0.0) + linear * linear_gap
     factors = c.prefill_factor | c.late_prefill_factor if pool.late else c.prefill_factor
     factor = factors.get(setup.backend, 1.0)
     host_b = times.batch_b * (c.draft_host_s.get(setup.backend, 0.0) if setup.draft_tokens else 0.0)
