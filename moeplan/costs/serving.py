@@ -147,6 +147,7 @@ class ServingCosts:
         self._tables: dict[tuple[int, int, Phase], MoeTable] = {}
         self.source: dict[str, str] = {}
         self.extrapolated: set[str] = set()
+        self.part_errors: dict[str, float] = {}
         self._nothing_L = np.zeros(model.num_moe_layers)
         self._attention(max_seqs, max_context)
 
@@ -243,6 +244,8 @@ class ServingCosts:
         table.filled_B[b] = True
         self.source |= dict(cost.source)
         self.extrapolated |= set(cost.extrapolated)
+        for name, error in model.part_errors.items():
+            self.part_errors[name] = max(error, self.part_errors.get(name, 0.0))
 
     def _at(self, table: MoeTable, tokens_per_rank: float) -> tuple[int, float]:
         b, weight = self._mean.place(tokens_per_rank)

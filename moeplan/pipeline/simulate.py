@@ -2,9 +2,10 @@
 
 A service is simulated once per seed, and once more with every step at the low and at the high end of its costs'
 interval (first seed). A headline's interval joins both: ``value +- sqrt(costs^2 + seeds^2)``, with ``costs`` how far
-the two further runs lie from the first seed's on that side and ``seeds`` how far the seeds lie from their mean. In
-training nothing is drawn: one run stands for every seed, and brings both ends of its figures. A figure into which no
-measured time enters says so and has no interval.
+the two further runs lie from the first seed's on that side (for shares of time: or how far they move where parts of
+the costs are off alone, if that is more) and ``seeds`` how far the seeds lie from their mean. In training nothing is
+drawn: one run stands for every seed, and brings both ends of its figures. A figure into which no measured time enters
+says so and has no interval.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from moeplan.pipeline.executor import Executor, Failure, executor_for
 from moeplan.pipeline.serving import build_service
 from moeplan.pipeline.training import TRAINING_DIRECTIONS, TRAINING_EXACT, simulate_training
 from moeplan.simulation.detailed_costs import SAMPLED_LAYERS, first_layers
-from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of
+from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of, share_deviations
 from moeplan.simulation.service import simulate_service
 from moeplan.specs.scenario import Scenario
 
@@ -62,6 +63,7 @@ class _Answer:
     memory: tuple[MemoryTrack, ...] = ()
     rank_memory: RankBytes | None = None
     ends: dict[str, tuple[float, float]] = field(default_factory=dict)
+    part_errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,9 +118,11 @@ def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
             log = replace(log.joined(inside), origin={**log.origin, "played_layers": SAMPLED_LAYERS})
     sources: dict[str, str] = {}
     extrapolated: set[str] = set()
+    errors: dict[str, float] = {}
     for instance in served.instances:
         sources |= instance.costs.source
         extrapolated |= instance.costs.extrapolated
+        errors |= {name: max(e, errors.get(name, 0.0)) for name, e in instance.costs.part_errors.items()}
     rows = [*service.assumptions, *((f"costs of {name}", "", source) for name, source in sorted(sources.items()))]
     notes = [*service.notes, *(f"extrapolated beyond measurements: {name}" for name in sorted(extrapolated))]
     if scenario.objective.return_mode == "stay":
@@ -126,7 +130,7 @@ def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
     return _Answer(
         outcome_of(served, service.spec), log, service.model.name, service.cluster.name,
         sum(len(i.stats.busy_R) for i in served.instances), served.num_nodes, tuple(rows), tuple(notes),
-        rank_memory=service.memory,
+        rank_memory=service.memory, part_errors=errors,
     )  # fmt: skip
 
 
@@ -175,6 +179,7 @@ def _provenance(scenario: Scenario, seeds: int) -> dict[str, str]:
 def _headlines(seeds: int, answers: Sequence[_Answer]) -> dict[str, Headline]:
     """Of a service: ``answers`` of the seeds, then at the low and the high end of the costs' interval."""
     low, high = answers[-2], answers[-1]
+    shares = share_deviations(answers[0].outcome.headlines, answers[0].part_errors)
     headlines: dict[str, Headline] = {}
     for name in DIRECTIONS:
         values = [a.outcome.headlines[name] for a in answers[:-2] if name in a.outcome.headlines]
@@ -182,8 +187,9 @@ def _headlines(seeds: int, answers: Sequence[_Answer]) -> dict[str, Headline]:
             continue
         mean, start = float(np.mean(values)), values[0]
         ends = [a.outcome.headlines.get(name, start) for a in (low, high)]
-        below = np.hypot(max(0.0, start - min(ends)), mean - min(values))
-        above = np.hypot(max(0.0, max(ends) - start), max(values) - mean)
+        fewer, more = shares.get(name, (0.0, 0.0))
+        below = np.hypot(max(fewer, start - min(ends)), mean - min(values))
+        above = np.hypot(max(more, max(ends) - start), max(values) - mean)
         headlines[name] = _headline(name, mean, mean - float(below), mean + float(above))
     return headlines
 

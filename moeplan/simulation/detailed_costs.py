@@ -29,7 +29,7 @@ class DetailedCosts:
     def __init__(self, costs: ServingCosts) -> None:
         self._costs, self._network = costs, Network(costs.cluster)
         self.groups, self.cluster = costs.groups, costs.cluster
-        self.source, self.extrapolated = costs.source, costs.extrapolated
+        self.source, self.extrapolated, self.part_errors = costs.source, costs.extrapolated, costs.part_errors
         self.chunk_s, self.forget, self.clear = costs.chunk_s, costs.forget, costs.clear
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:

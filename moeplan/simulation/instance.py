@@ -40,6 +40,7 @@ class StepCosts(Protocol):
     cluster: ClusterSpec
     source: dict[str, str]
     extrapolated: set[str]
+    part_errors: dict[str, float]  # the largest relative error of each part met so far
 
     def chunk_s(self, before: int, new: int) -> float:
         """Prefill attention over ``new`` tokens after ``before``."""

@@ -28,6 +28,7 @@ class PlainCosts:
         self.base_s, self.per_token_s = base_s, per_token_s
         self.source: dict[str, str] = {}
         self.extrapolated: set[str] = set()
+        self.part_errors: dict[str, float] = {}
 
     def chunk_s(self, before: int, new: int) -> float:
         """Nothing: prompts cost as their tokens do."""

@@ -8,6 +8,7 @@ last. TTFT runs from arrival to first token, TPOT is the mean time per further t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from moeplan.simulation.request import NEVER
 from moeplan.simulation.service import Served
 from moeplan.specs.serving import ServingSpec
 
-__all__ = ["DIRECTIONS", "Outcome", "outcome_of"]
+__all__ = ["DIRECTIONS", "Outcome", "outcome_of", "share_deviations"]
 
 Floats = NDArray[np.float64]
 _QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
@@ -131,6 +132,27 @@ def outcome_of(served: Served, spec: ServingSpec) -> Outcome:
     return Outcome(
         figures, _counts(served), distributions, ranks, _timeline(served), served.end_s, _traffic(served)
     )
+
+
+def share_deviations(headlines: dict[str, float], errors: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """How far each share of the ranks' time lies (below, above) where one part of the costs is off alone.
+
+    Steps that all take longer leave shares as they are, so parts are moved one by one: all that computes, with those
+    that wait for it, by the larger error of experts and attention, and the exchange by its own; what is hidden stays
+    so. The deviations of the two are added in squares.
+    """
+    names = ("compute_share", "bubble_share", "exchange_share")
+    shares = np.array([headlines[name] for name in names])
+    computing = max((error for name, error in errors.items() if name != "exchange"), default=0.0)
+    found = []
+    for error, mine in ((computing, np.array([1, 1, 0])), (errors.get("exchange", 0.0), np.array([0, 0, 1]))):
+        ends = []
+        for factor in (1 / (1 + error), 1 + error):
+            longer = 1 + (factor - 1) * mine
+            ends.append(shares * longer / (1 + (shares * (longer - 1)).sum()) - shares)
+        found.append((-np.minimum(0.0, np.minimum(*ends)), np.maximum(0.0, np.maximum(*ends))))
+    below, above = (np.sqrt(sum(part[side] ** 2 for part in found)) for side in (0, 1))
+    return {name: (float(b), float(a)) for name, b, a in zip(names, below, above, strict=True)}
 
 
 def _traffic(served: Served) -> tuple[TrafficMatrix, ...]:

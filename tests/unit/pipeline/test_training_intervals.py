@@ -13,6 +13,7 @@ from moeplan.costs.training import TrainingCosts
 from moeplan.costs.training_parts import scaled
 from moeplan.pipeline.simulate import simulate
 from moeplan.pipeline.training import TRAINING_EXACT, simulate_training
+from moeplan.simulation.outcome import share_deviations
 from moeplan.simulation.training import simulate_training as play
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.models import find_model
@@ -113,3 +114,31 @@ def test_a_detailed_run_takes_the_step_modes_deviations() -> None:
         found = simulate_training(scenario, intervals=True)
         ends[fidelity] = np.array(found.ends["step_s"]) / found.headlines["step_s"]
     np.testing.assert_allclose(ends["detailed"], ends["step"])
+
+
+def test_shares_of_a_service_move_where_one_part_is_off_alone() -> None:
+    """A third each: computing twice as long takes 4 of 5 parts with those that wait, or in half the time 2 of 4."""
+    shares = dict.fromkeys(("compute_share", "bubble_share", "exchange_share"), 1 / 3)
+    found = share_deviations(shares, {"experts": 1.0, "exchange": 0.0, "attention and dense parts": 0.2})
+    assert found["compute_share"] == pytest.approx((1 / 3 - 1 / 4, 2 / 5 - 1 / 3))
+    assert found["exchange_share"] == pytest.approx((1 / 3 - 1 / 5, 1 / 2 - 1 / 3))
+    both = share_deviations(shares, {"experts": 1.0, "exchange": 1.0})
+    # The exchange alone: twice as long it is half of all, half as long a fifth.
+    assert both["exchange_share"][1] == pytest.approx(np.hypot(1 / 2 - 1 / 3, 1 / 2 - 1 / 3))
+    assert both["exchange_share"][0] == pytest.approx(np.hypot(1 / 3 - 1 / 5, 1 / 3 - 1 / 5))
+    idle = share_deviations({**shares, "compute_share": 0.0, "bubble_share": 0.0}, {"experts": 1.0})
+    assert idle["exchange_share"] == (0.0, 0.0)
+
+
+def test_a_service_that_never_idles_has_intervals_on_its_shares() -> None:
+    document = {
+        "model": "deepseek-v2-lite", "cluster": "h100", "ranks": 8, "nodes": 2, "profile": "none",
+        "serving": {
+            "requests": {"arrivals": "closed-loop", "concurrency": 64, "count": 64, "input_tokens": 100,
+                         "output_tokens": 20},
+            "role": "decode", "experts": {"mode": "balanced"},
+        },
+    }  # fmt: skip
+    lines = simulate(Scenario.parse(document, "test"), seeds=1).result.headlines
+    for name in ("compute_share", "exchange_share", "bubble_share"):
+        assert lines[name].low < lines[name].value < lines[name].high, name
