@@ -224,7 +224,9 @@ def _server(
         poll, stream, tokens = (1, 30, 32768) if blackwell else (1, 1, 8192)
     drafts = (2 if model == "dsr1" else 3) if drafted else 0
     kernels = "trtllm" if blackwell and (model, precision) != ("glm5", "fp4") else ""
-    return drafts, [poll, stream, 0, 0, tokens, 0, kernels, kernels, None]
+    ep_moe = model == "dsr1" and precision == "fp4" and day < "2025-11-10"  # --enable-ep-moe, whatever the entry says
+    widths = [entry["tp"], entry["tp"], 0] if ep_moe else None
+    return drafts, [poll, stream, 0, 0, tokens, 0, kernels, kernels, widths]
 
 
 def _dsr1_on_trt(

@@ -18,8 +18,8 @@ from moeplan.costs.served import CALIBRATED, Constants
 from moeplan.pipeline.silicon import SiliconModel, measured_rows
 from moeplan.pipeline.silicon_rows import Measured
 
-_MAPS = ("prefill_factor", "layer_gap_s", "first_steps")
-_SCALARS = ("linear_gap_s", "prompt_latency", "handover_s")
+_MAPS = ("prefill_factor", "late_prefill_factor", "layer_gap_s", "first_steps", "draft_host_s")
+_SCALARS = ("linear_gap_s", "late_linear_gap_s", "prompt_latency", "handover_s")
 _STEPS = (0.7, 0.85, 1.2, 1.4)
 
 
@@ -49,11 +49,8 @@ def _changes(constants: Constants) -> list[tuple[str, str | None, Constants]]:
     for name in _SCALARS:
         for step in _STEPS:
             answer.append((f"{name} x {step}", None, replace(constants, **{name: getattr(constants, name) * step})))
-    for drafts in range(3):
-        for step in (0.95, 1.05):
-            accepted = list(constants.accepted)
-            accepted[drafts] *= step
-            answer.append((f"accepted[{drafts}] x {step}", None, replace(constants, accepted=tuple(accepted))))
+    for step in (0.97, 1.03):
+        answer.append((f"acceptance x {step}", None, replace(constants, acceptance=constants.acceptance * step)))
     return answer
 
 
@@ -76,9 +73,9 @@ def main() -> None:
         for number in range(len(_changes(best))):
             what, backend, changed = _changes(best)[number]
             touched = [row for row in rows if backend in (None, row.backend)]
-            if what.startswith("accepted"):
+            if what.startswith(("acceptance", "draft")):
                 touched = [row for row in touched if row.draft_tokens]
-            if what.startswith("linear"):
+            if what.startswith(("linear", "late_linear")):
                 touched = [row for row in touched if row.group.startswith("Qwen3.5")]
             if what.startswith("handover"):
                 touched = [row for row in touched if row.prefill is not None]

@@ -264,7 +264,8 @@ def published(plot: Path | None, as_json: bool, quiet: bool) -> None:
     Console().print(rows)
     grid = Table("figure", "value", "median error", "target", "")
     for figure in answer["figures"]:
-        verdict = "reached" if figure["reached"] else "not reached"
+        verdict = {True: "reached", False: "not reached", None: "beside"}[figure["reached"]]
         value, error = f"{100 * figure['value']:.1f} %", f"{100 * (figure['median_error'] or 0):.1f} %"
-        grid.add_row(f"{figure['figure']} ({figure['rows']})", value, error, f"{100 * figure['target']:.0f} %", verdict)
+        target = "-" if figure["target"] is None else f"{100 * figure['target']:.0f} %"
+        grid.add_row(f"{figure['figure']} ({figure['rows']})", value, error, target, verdict)
     Console().print(grid)

@@ -41,7 +41,8 @@ class Constants:
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
     streamed token, where a :class:`ServedPool` does not say; ``prompt_latency``: part of its own prefill that a
     prompt's first token takes besides, without holding up others (pipelined scheduling, uncaptured launches).
-    ``accepted``: tokens per step with 1, 2 and 3 drafts; ``draft_host_s``: the host's work per running sequence of an
+    ``acceptance``: how likely a draft is accepted whose predecessors were (Leviathan et al., ICML 2023, equation 1, gives
+    the tokens of a step); ``draft_host_s``: the host's work per running sequence of an
     attention group in a step with drafts. ``handover_s``: from prefill to decode worker.
     ``prompt_tokens``: taken into one pass. ``memory_share``: of device memory that weights and cache may fill.
     """
@@ -53,11 +54,15 @@ class Constants:
     late_linear_gap_s: float = 0.0
     first_steps: Mapping[str, float] = field(default_factory=dict)
     prompt_latency: float = 0.0
-    accepted: tuple[float, float, float] = (1.8, 2.2, 2.5)
+    acceptance: float = 0.7
     draft_host_s: Mapping[str, float] = field(default_factory=dict)
     handover_s: float = 0.0
     prompt_tokens: Mapping[str, float] = field(default_factory=dict)
     memory_share: float = 0.9
+
+    def tokens_per_step(self, drafts: int) -> float:
+        """Tokens that a step with so many drafts yields in the mean."""
+        return sum(self.acceptance**accepted for accepted in range(drafts + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +92,8 @@ CALIBRATED = Constants(
     late_linear_gap_s=20e-6,
     first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 4.0},
     prompt_latency=0.25,
-    accepted=(1.6, 2.1, 2.3),
-    draft_host_s={"sglang": 90e-6},
+    acceptance=0.66,
+    draft_host_s={"sglang": 100e-6},
     handover_s=0.05,
     prompt_tokens={"sglang": 16384.0, "trtllm": 8448.0, "vllm": 8192.0},
 )
@@ -171,7 +176,7 @@ def served(
             f" ({held:.0f}); use more ranks"
         )
     prompt_tokens = (prefill or decode).prompt_tokens or constants.prompt_tokens.get(backend, 8192.0)
-    per_step = constants.accepted[drafts - 1] if drafts else 1.0
+    per_step = constants.tokens_per_step(drafts)
     pools = Pools(
         decode_groups=groups,
         prompt_tokens=max(prompt_tokens, mean_in),

@@ -111,9 +111,15 @@ def validate_published(progress: Progress = lambda _what, _done: None) -> dict[s
         )
     progress("predict", 1.0)
     figures = []
-    sections = {"all rows": None, "serving": "serving", "training": "training", "exchange": "exchange"}
-    for name, section in sections.items():
-        mine = [r for r in answer if r["within"] is not None and section in (None, r["section"])]
+    parts = {
+        "all rows": ("serving", "training", "exchange"),
+        "serving and training runs": ("serving", "training"),
+        "serving": ("serving",),
+        "training": ("training",),
+        "exchange": ("exchange",),
+    }
+    for name, sections in parts.items():
+        mine = [r for r in answer if r["within"] is not None and r["section"] in sections]
         errors = [abs(r["error"]) for r in mine if r["error"] is not None]
         share = sum(r["within"] for r in mine) / len(mine)
         figures.append(
@@ -122,8 +128,8 @@ def validate_published(progress: Progress = lambda _what, _done: None) -> dict[s
                 "value": share,
                 "rows": len(mine),
                 "median_error": float(np.median(errors)) if errors else None,
-                "target": _SHARE,
-                "reached": share >= _SHARE,
+                "target": _SHARE if name == "all rows" else None,
+                "reached": share >= _SHARE if name == "all rows" else None,
             }
         )
     return {
@@ -133,5 +139,5 @@ def validate_published(progress: Progress = lambda _what, _done: None) -> dict[s
         "figures": figures,
         "ablations": _ablations(),
         "rows": answer,
-        "reached": all(figure["reached"] for figure in figures),
+        "reached": figures[0]["reached"],
     }

@@ -192,7 +192,7 @@ def test_the_host_handles_every_drafted_sequence() -> None:
     free = replace(CALIBRATED, draft_host_s={})
     for lanes in (1, 16):
         more, less = (served(times, ServedPool(costs.setup), None, c, 1024, 256, lanes) for c in (CALIBRATED, free))
-        host = lanes * CALIBRATED.draft_host_s["sglang"] / CALIBRATED.accepted[1]
+        host = lanes * CALIBRATED.draft_host_s["sglang"] / CALIBRATED.tokens_per_step(2)
         assert more.tpot_mean_s - less.tpot_mean_s == pytest.approx(host, rel=0.1)
 
 
