@@ -203,6 +203,8 @@ class Instance:
         if request.admit_ns == NEVER:
             request.admit_ns = int(self.clock.now)
         self._note("admit", request)
+        if self.role == "decode":
+            self.first_token(request)
         return True
 
     def prompt_done(self, request: Request) -> None:
@@ -213,8 +215,11 @@ class Instance:
             rest = chain[len(request.held) :]
             pool.give((len(rest) - pool.keep(rest)) * self._prefix_blocks)  # computed twice at one time: one copy stays
             request.held = chain
+
+    def first_token(self, request: Request) -> None:
+        """A request's first token is sent now, unless it was before."""
         if request.first_ns == NEVER:
-            request.first_ns = int(self.clock.now)
+            request.first_ns = request.last_token_ns = int(self.clock.now)
             self._note("first_token", request)
 
     def release(self, request: Request, cached: int) -> None:

@@ -268,7 +268,7 @@ class Lane:
         self._decoded_ns_D[decoding_D] = now
 
     def _prefilled(self, request: Request, now: int) -> None:
-        """The prompt is in the cache and its next token is out."""
+        """The prompt is in the cache and its next token is out; a prefill pool's is sent once decoding has a place."""
         inst, d = self.inst, request.group
         self.prefilling[d].remove(request)
         if request.generated:  # computed again after a preemption
@@ -277,7 +277,10 @@ class Lane:
         request.last_token_ns = now
         inst.stats.generated += 1
         inst.prompt_done(request)
-        if request.generated >= request.output:
+        done = request.generated >= request.output
+        if done or inst.role != "prefill":
+            inst.first_token(request)
+        if done:
             self._finish(request, d, now)
         elif inst.role == "prefill":
             del self.running[d][request.number]
