@@ -16,8 +16,8 @@ from moeplan.specs.model import Dtype, ModelSpec
 __all__ = ["EngineSetup", "EngineTables", "Exchange"]
 
 T = TypeVar("T")
-# ``gathered``; ``sent``, in decode by low-latency kernels, or ``sent_normal`` by the others too; ``fastest``: the engine
-# takes the one that its tables say is faster. See engine_links.
+# ``gathered``; ``sent``, in decode by low-latency kernels, or ``sent_normal`` by the others too; ``fastest``: the
+# engine takes the one that its tables say is faster. See engine_links.
 Exchange = Literal["gathered", "sent", "sent_normal", "fastest"]
 
 

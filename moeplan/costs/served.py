@@ -41,9 +41,9 @@ class Constants:
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
     streamed token, where a :class:`ServedPool` does not say; ``prompt_latency``: part of its own prefill that a
     prompt's first token takes besides, without holding up others (pipelined scheduling, uncaptured launches).
-    ``acceptance``: how likely a draft is accepted whose predecessors were (Leviathan et al., ICML 2023, equation 1, gives
-    the tokens of a step); ``draft_host_s``: the host's work per running sequence of an
-    attention group in a step with drafts. ``handover_s``: from prefill to decode worker.
+    ``acceptance``: how likely a draft is accepted whose predecessors were (Leviathan et al., ICML 2023, equation 1,
+    gives the tokens of a step); ``draft_host_s``: the host's work per running sequence of an attention group in a step
+    with drafts. ``handover_s``: from prefill to decode worker.
     ``prompt_tokens``: taken into one pass. ``memory_share``: of device memory that weights and cache may fill.
     """
 
@@ -69,9 +69,9 @@ class Constants:
 class ServedPool:
     """Workers of one kind and how many.
 
-    ``prompt_tokens`` that one attention group takes into a pass, ``first_steps`` that pass before a prompt is seen, None:
-    as the constants say; ``first_tokens`` that are held back before a first one is sent; ``max_running`` sequences of
-    a worker, 0: as the cache allows; ``late``: a release of about the tables' age.
+    ``prompt_tokens`` that one attention group takes into a pass, ``first_steps`` that pass before a prompt is seen,
+    None: as the constants say; ``first_tokens`` that are held back before a first one is sent; ``max_running``
+    sequences of a worker, 0: as the cache allows; ``late``: a release of about the tables' age.
     """
 
     setup: EngineSetup
@@ -142,7 +142,8 @@ def _with_constants(times: PassTimes, pool: ServedPool, c: Constants) -> PassTim
     factors = c.prefill_factor | c.late_prefill_factor if pool.late else c.prefill_factor
     factor = factors.get(setup.backend, 1.0)
     host_b = times.batch_b * (c.draft_host_s.get(setup.backend, 0.0) if setup.draft_tokens else 0.0)
-    return replace(times, decode_s_b2=times.decode_s_b2 + gaps + host_b[:, None], prefill_s_p=times.prefill_s_p * factor)
+    decode_s_b2 = times.decode_s_b2 + gaps + host_b[:, None]
+    return replace(times, decode_s_b2=decode_s_b2, prefill_s_p=times.prefill_s_p * factor)
 
 
 def served(

@@ -47,10 +47,11 @@ _WIDTHS_SAID = datetime(2025, 11, 5, tzinfo=UTC)  # rows measured before say tp 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a recipe starts its engine: decode steps between polls for requests, tokens between streamed answers,
-    whether tokens go through DeepEP (1, or 2: by its normal kernels in decode too), redundant experts or balanced slots, prompt tokens per pass of a rank, sequences
-    that a decode worker takes (0: unlimited), the library of expert kernels of prefill and decode ("": unsaid), the
-    widths that the launch file has, which are the true ones where they differ from the recipe's (None: unsaid)."""
+    """How a recipe starts its engine: decode steps between polls for requests, tokens between streamed answers, whether
+    tokens go through DeepEP (1; 2: by its normal kernels in decode too), redundant experts or balanced slots, prompt
+    tokens per pass of a rank, sequences that a decode worker takes (0: unlimited), the library of expert kernels of
+    prefill and decode ("": unsaid), the widths that the launch file has, which are the true ones where they differ from
+    the recipe's (None: unsaid)."""
 
     poll_steps: int
     stream_tokens: int
@@ -105,7 +106,7 @@ def lane_of(row: Row) -> int:
 
 
 def measured_on(row: Row) -> datetime | None:
-    """When the run of the measurement began, midnight where only the day is said, None where the source does not say."""
+    """When the run of the measurement began, midnight where only the day is said, None where nothing is."""
     found = re.search(r"measured=(\d{4}-\d\d-\d\d)(T\d\d:\d\d:\d\d)?", row["silicon_data_source"])
     return datetime.fromisoformat(found[1] + (found[2] or "")).replace(tzinfo=UTC) if found else None
 
@@ -134,8 +135,8 @@ def _recipes() -> dict[tuple[Any, ...], list[Recipe]]:
     document = json.loads(text)
     moments = [datetime.fromisoformat(run) for run in document["runs"]]
     for row in document["rows"]:
-        model, hardware, backend, precision, isl, osl, image, drafts, widths, first, last, lanes, launch, job, runs = row
-        index[model, hardware, backend, precision, isl, osl, len(widths) == 8].append(
+        *key, image, drafts, widths, first, last, lanes, launch, job, runs = row
+        index[(*key, len(widths) == 8)].append(
             Recipe(
                 image=_plain(image),
                 draft_tokens=drafts,
@@ -143,7 +144,7 @@ def _recipes() -> dict[tuple[Any, ...], list[Recipe]]:
                 first=datetime.fromisoformat(first).replace(tzinfo=UTC),
                 last=datetime.fromisoformat(last).replace(tzinfo=UTC),
                 lanes=frozenset(lanes),
-                launch=_launch(backend, widths, launch) if launch else None,
+                launch=_launch(key[2], widths, launch) if launch else None,
                 job=job,
                 runs=tuple(moments[number] for number in runs),
             )

@@ -114,7 +114,8 @@ def test_first_requests_queue_for_a_single_prefill_worker() -> None:
 
 
 def test_requests_are_dealt_to_decode_workers_in_turn_and_wait_for_a_place_there() -> None:
-    times = PassTimes(TIMES.batch_b, TIMES.context_2, np.full((4, 2), 0.01), TIMES.tokens_p, np.full_like(TIMES.prefill_s_p, 1e-9))
+    at_once = np.full_like(TIMES.prefill_s_p, 1e-9)
+    times = PassTimes(TIMES.batch_b, TIMES.context_2, np.full((4, 2), 0.01), TIMES.tokens_p, at_once)
     inputs, outputs = np.full(4, 100), np.array([11, 101, 11, 11])
     one = closed_loop(times, Pools(1, 400.0, max_running=2, prefill_workers=1), 2, inputs, outputs)
     assert one.ttft_mean_s == pytest.approx(0, abs=0.011)
