@@ -90,11 +90,11 @@ CALIBRATED = Constants(
     layer_gap_s={"trtllm": 1.3e-6, "sglang": 10e-6, "vllm": 12e-6},
     linear_gap_s=41e-6,
     late_linear_gap_s=20e-6,
-    first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 4.0},
+    first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 3.0},
     prompt_latency=0.25,
     acceptance=0.66,
     draft_host_s={"sglang": 100e-6},
-    handover_s=0.05,
+    handover_s=0.08,
     prompt_tokens={"sglang": 16384.0, "trtllm": 8448.0, "vllm": 8192.0},
 )
 
