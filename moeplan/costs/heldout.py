@@ -6,14 +6,14 @@ predicted to be. Marked rows serve like the others here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moeplan.costs.interpolation import GridInterpolator
+from moeplan.costs.interpolation import GridInterpolator, Steps
+from moeplan.costs.waves import active_experts
 
 __all__ = ["AXES", "PARTS", "HeldOut", "hold_out"]
 
@@ -103,7 +103,7 @@ def _exponent(name: str) -> tuple[bool, float]:
     return parts[-1] == "eplb", numbers[0] if numbers else 0.0
 
 
-def hold_out(name: str, table: pa.Table, steps: Callable[[Floats], Floats] | None = None) -> HeldOut:
+def hold_out(name: str, table: pa.Table, steps: Steps | None = None) -> HeldOut:
     """Predict each 4th row of ``table`` from the others; ``steps`` as :class:`GridInterpolator` takes them."""
     axes = AXES[name]
     coords = [_skew(table) if a == "skew" else table[a].to_numpy().astype(float) for a in axes]
@@ -112,6 +112,9 @@ def hold_out(name: str, table: pa.Table, steps: Callable[[Floats], Floats] | Non
     skip = {*axes, *_NO_NAMES, *numbers} | ({"distribution"} if name == "experts" else set())
     skip |= {"ranks"} if name == "alltoall" else set()
     series = _codes(table, [c for c in table.column_names if c not in skip])
+    if name == "experts":
+        first = np.unique(series, return_index=True)[1]
+        steps = active_experts(*(table[column].to_numpy()[first] for column in ("num_experts", "top_k")))
     family = _codes(table, ["backend", "kernel", *_FAMILY[name]])
     latency = table["latency_us"].to_numpy()
     line_ids = _codes(table, [c for c in table.column_names if c not in {axes[0], *_NO_NAMES, *numbers}])

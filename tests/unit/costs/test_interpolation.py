@@ -144,5 +144,5 @@ def test_a_product_whose_time_goes_in_waves_is_known_between_its_sizes() -> None
 
 def test_the_last_wave_is_idle_where_few_tiles_are_left() -> None:
     # 101 tiles of 128 x 128 on 100 multiprocessors take two waves; 100 tiles fill one.
-    shares = np.exp(idle_share(100)(np.array([[128.0, 128 * 101, 64], [128.0, 128 * 100, 64]])))
+    shares = np.exp(2 * idle_share(100)(np.zeros(2, int), np.array([[128.0, 128 * 101, 64], [128.0, 128 * 100, 64]])))
     np.testing.assert_allclose(shares[:, 3], [200 / 101, 1.0])
