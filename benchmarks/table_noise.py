@@ -3,7 +3,10 @@
 Plateaus, inside one table: products of 9, 11, 13 and 15 rows fill one tile of 16, none of them aligned to anything,
 so that the device does the same work for each; what sets one row's time apart from the median of the three others is
 scatter of the measurement. A perfect predictor misses such rows by about that much (a little less: three have scatter
-too).
+too). Shares of rows more than 10 % slower, and faster, than the others' median show on which side it lies.
+
+Hidden sizes: of the rows of a held-out row's family that have its size, the share that is known (every 4th row is held
+out, and where all shapes have the same sizes, the rows of one size fall together).
 
 Twins, two tables of one kernel at the same points: each shape's common factor is taken out (the median of the log
 ratios along it), what is left is the scatter of both, and what the machines do differently. Pairs: B200 and GB200 carry
@@ -21,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from moeplan.costs.heldout import families, hidden_rows
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
 from moeplan.profiling.sanity import group_ids
 
@@ -72,7 +76,17 @@ def _plateaus(table: pa.Table) -> dict[str, dict[str, Any]]:
 
 def _quantiles(apart: np.ndarray) -> dict[str, Any]:
     off = np.abs(np.expm1(apart))
-    return {"points": len(off), "median": float(np.median(off)), "p90": float(np.quantile(off, 0.9))}
+    tails = {"slower": float((np.expm1(apart) > 0.1).mean()), "faster": float((np.expm1(apart) < -0.1).mean())}
+    return {"points": len(off), "median": float(np.median(off)), "p90": float(np.quantile(off, 0.9)), **tails}
+
+
+def _known_share(table: pa.Table) -> float:
+    """Median over held-out rows: of their family's rows of the same size, the part that is not held out."""
+    hidden = hidden_rows("gemm", table)
+    size = np.unique(table["m"].to_numpy(), return_inverse=True)[1]
+    cell = families("gemm", table) * (size.max() + 1) + size
+    share = np.bincount(cell[~hidden], minlength=cell.max() + 1) / np.maximum(np.bincount(cell), 1)
+    return float(np.median(share[cell[hidden]]))
 
 
 def main() -> None:
@@ -92,7 +106,9 @@ def main() -> None:
     twins = [{"pair": name, **found} for name, pair in pairs if (found := _scatter(*pair)) is not None]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     about = {"date": today, "command": "python benchmarks/table_noise.py"}
-    print(json.dumps({**about, "plateaus": plateaus, "twins": twins}, indent=1))
+    known = {system: _known_share(table) for system, table in tables.items()}
+    answer = {**about, "plateaus": plateaus, "known_share_of_a_held_out_size": known, "twins": twins}
+    print(json.dumps(answer, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,18 @@ the same alignment share (the largest power of two in a size decides about paddi
     cov(p, q) = e^{-|p - q|} (1 + sum_a share_a [p_a = q_a] + share [align p = align q]) + noise [p = q]
 
 with distances in logs over a length, the size counted also in tiles where that helps, coordinates added that
-say where the kernel's time jumps (``steps``: products have the idle part of the last wave), and a linear trend
+say where the kernel's time jumps (``steps``: products have the idle part of the last wave), a share of its own for
+equal alignment where that helps, and a linear trend
 (universal kriging: Cressie, Statistics for Spatial Data, 1993, section 3.4; the exponential covariance
 interpolates linearly along one axis). Scatter follows Student's t with 2 degrees of freedom, since a run that
 met a slow clock or a neighbour's traffic is off by far more than the others: points that their neighbours
-contradict lose weight (iteratively reweighted: Lange, Little and Taylor, JASA 84, 1989).
+contradict lose weight (iteratively reweighted: Lange, Little and Taylor, JASA 84, 1989), slow ones more where slow
+runs are what scatters.
 
 Each query is solved on its nearest neighbours only, few or many. Which of a few settings, or the plain log-log
-line along the size, serves a table best is chosen by leaving out known points; what they miss by is the error of
-every answer.
+line along the size, serves a table best is chosen by leaving out known points, once alone and once with all points
+of their size: a query whose size stands nearby at another width is another task than one whose size stands nowhere.
+What left-out points miss by is the error of every answer.
 
 Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``S`` series, ``V`` grid values.
 """
