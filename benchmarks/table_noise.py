@@ -3,7 +3,14 @@
 Plateaus, inside one table: products of 9, 11, 13 and 15 rows fill one tile of 16, none of them aligned to anything,
 so that the device does the same work for each; what sets one row's time apart from the median of the three others is
 scatter of the measurement. A perfect predictor misses such rows by about that much (a little less: three have scatter
-too).
+too). Shares of rows more than 10 % slower, and faster, than the others' median show on which side it lies.
+
+Hidden sizes: of the rows of a held-out row's family that have its size, the share that is known (every 4th row is held
+out, and where all shapes have the same sizes, the rows of one size fall together).
+
+Best of all settings: known rows left out, with all rows of their size on Blackwell and alone elsewhere, like the
+held-out ones; how far the best of the nine settings misses, taken row by row with an eye on the answer: no choice among
+them does better.
 
 Twins, two tables of one kernel at the same points: each shape's common factor is taken out (the median of the log
 ratios along it), what is left is the scatter of both, and what the machines do differently. Pairs: B200 and GB200 carry
@@ -21,6 +28,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs.heldout import families, hidden_rows
+from moeplan.costs.interpolation import _SETTINGS, GridInterpolator
+from moeplan.costs.waves import steps_of
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
 from moeplan.profiling.sanity import group_ids
 
@@ -72,12 +83,44 @@ def _plateaus(table: pa.Table) -> dict[str, dict[str, Any]]:
 
 def _quantiles(apart: np.ndarray) -> dict[str, Any]:
     off = np.abs(np.expm1(apart))
-    return {"points": len(off), "median": float(np.median(off)), "p90": float(np.quantile(off, 0.9))}
+    tails = {"slower": float((np.expm1(apart) > 0.1).mean()), "faster": float((np.expm1(apart) < -0.1).mean())}
+    return {"points": len(off), "median": float(np.median(off)), "p90": float(np.quantile(off, 0.9)), **tails}
+
+
+def _known_share(table: pa.Table) -> float:
+    """Median over held-out rows: of their family's rows of the same size, the part that is not held out."""
+    hidden = hidden_rows("gemm", table)
+    size = np.unique(table["m"].to_numpy(), return_inverse=True)[1]
+    cell = families("gemm", table) * (size.max() + 1) + size
+    share = np.bincount(cell[~hidden], minlength=cell.max() + 1) / np.maximum(np.bincount(cell), 1)
+    return float(np.median(share[cell[hidden]]))
+
+
+def _best_of_settings(table: pa.Table, profile: HardwareProfile, alone: bool) -> dict[str, dict[str, Any]]:
+    """Framework, and all of them -> errors of the best setting of each of at most 500 known rows a kernel."""
+    known = table.filter(pa.array(~hidden_rows("gemm", table)))
+    family, steps = families("gemm", known), steps_of(profile, "gemm")
+    coords = np.stack([known[axis].to_numpy().astype(float) for axis in POINT], 1)
+    logs, backends = np.log(known["latency_us"].to_numpy()), np.array(known["backend"].to_pylist())
+    least, names = [], []
+    for number in range(family.max() + 1):
+        rows = np.flatnonzero(family == number)
+        if len(rows) < 1000:  # products of attention, by head as well
+            continue
+        model = GridInterpolator(np.zeros(len(rows), np.int64), coords[rows], np.exp(logs[rows]), steps=steps)
+        picks = np.random.default_rng(0).permutation(rows)[:500]
+        zeros, x = np.zeros(len(picks), np.int64), np.log(coords[picks])
+        apart = np.stack([model._krige(zeros, x, setting, alone) - logs[picks] for setting in _SETTINGS])
+        least.append(apart[np.abs(apart).argmin(0), np.arange(len(picks))])
+        names.append(backends[picks])
+    off, backend = np.concatenate(least), np.concatenate(names)
+    return {"all": _quantiles(off)} | {str(b): _quantiles(off[backend == b]) for b in np.unique(backend)}
 
 
 def main() -> None:
     """Read the tables of the main systems once and compare them pairwise."""
-    tables = {system: full_profile(system).table("gemm") for system in MAIN_SYSTEMS}
+    profiles = {system: full_profile(system) for system in MAIN_SYSTEMS}
+    tables = {system: profile.table("gemm") for system, profile in profiles.items()}
     pairs = [
         (f"{backend} {dtype}, {one}, {other}", [_logs(tables[t], backend=backend, dtype=dtype) for t in (one, other)])
         for one, other in (("b200_sxm", "gb200"), ("h100_sxm", "h200_sxm"))
@@ -92,7 +135,11 @@ def main() -> None:
     twins = [{"pair": name, **found} for name, pair in pairs if (found := _scatter(*pair)) is not None]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     about = {"date": today, "command": "python benchmarks/table_noise.py"}
-    print(json.dumps({**about, "plateaus": plateaus, "twins": twins}, indent=1))
+    known = {system: _known_share(table) for system, table in tables.items()}
+    best = {s: _best_of_settings(table, profiles[s], known[s] < 0.5) for s, table in tables.items()}
+    answer = {**about, "plateaus": plateaus, "known_share_of_a_held_out_size": known}
+    answer |= {"best_of_nine_settings_row_by_row": best, "twins": twins}
+    print(json.dumps(answer, indent=1))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ predicted to be. Marked rows serve like the others here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moeplan.costs.interpolation import GridInterpolator
+from moeplan.costs.interpolation import GridInterpolator, Steps
+from moeplan.costs.waves import active_experts
 
-__all__ = ["AXES", "PARTS", "HeldOut", "hold_out"]
+__all__ = ["AXES", "PARTS", "HeldOut", "families", "hidden_rows", "hold_out"]
 
 Floats = NDArray[np.float64]
 
@@ -103,7 +103,22 @@ def _exponent(name: str) -> tuple[bool, float]:
     return parts[-1] == "eplb", numbers[0] if numbers else 0.0
 
 
-def hold_out(name: str, table: pa.Table, steps: Callable[[Floats], Floats] | None = None) -> HeldOut:
+def hidden_rows(name: str, table: pa.Table) -> NDArray[np.bool_]:
+    """Each 4th row, in the order of all names and then of size."""
+    numbers = {c for c in table.column_names if pa.types.is_floating(table[c].type)}
+    size = AXES[name][0]
+    lines = _codes(table, [c for c in table.column_names if c not in {size, *_NO_NAMES, *numbers}])
+    hidden = np.zeros(table.num_rows, bool)
+    hidden[np.lexsort((table[size].to_numpy(), lines))[2::4]] = True
+    return hidden
+
+
+def families(name: str, table: pa.Table) -> NDArray[np.int64]:
+    """Number of each row's kernel on a type: a table of its own."""
+    return _codes(table, ["backend", "kernel", *_FAMILY[name]])
+
+
+def hold_out(name: str, table: pa.Table, steps: Steps | None = None) -> HeldOut:
     """Predict each 4th row of ``table`` from the others; ``steps`` as :class:`GridInterpolator` takes them."""
     axes = AXES[name]
     coords = [_skew(table) if a == "skew" else table[a].to_numpy().astype(float) for a in axes]
@@ -112,12 +127,11 @@ def hold_out(name: str, table: pa.Table, steps: Callable[[Floats], Floats] | Non
     skip = {*axes, *_NO_NAMES, *numbers} | ({"distribution"} if name == "experts" else set())
     skip |= {"ranks"} if name == "alltoall" else set()
     series = _codes(table, [c for c in table.column_names if c not in skip])
-    family = _codes(table, ["backend", "kernel", *_FAMILY[name]])
+    if name == "experts":
+        first = np.unique(series, return_index=True)[1]
+        steps = active_experts(*(table[column].to_numpy()[first] for column in ("num_experts", "top_k")))
+    family, hidden = families(name, table), hidden_rows(name, table)
     latency = table["latency_us"].to_numpy()
-    line_ids = _codes(table, [c for c in table.column_names if c not in {axes[0], *_NO_NAMES, *numbers}])
-    order = np.lexsort((coords_nA[:, 0], line_ids))
-    hidden = np.zeros(len(latency), bool)
-    hidden[order[2::4]] = True
     ours, plain = np.full(len(latency), np.nan), np.full(len(latency), np.nan)
     inside = np.zeros(len(latency), bool)
     for number in range(family.max(initial=-1) + 1):

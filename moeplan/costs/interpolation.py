@@ -8,43 +8,49 @@ the same alignment share (the largest power of two in a size decides about paddi
     cov(p, q) = e^{-|p - q|} (1 + sum_a share_a [p_a = q_a] + share [align p = align q]) + noise [p = q]
 
 with distances in logs over a length, the size counted also in tiles where that helps, coordinates added that
-say where the kernel's time jumps (``steps``: products have the idle part of the last wave), and a linear trend
+say where the kernel's time jumps (``steps``: products have the idle part of the last wave), a share of its own for
+equal alignment where that helps, and a linear trend
 (universal kriging: Cressie, Statistics for Spatial Data, 1993, section 3.4; the exponential covariance
 interpolates linearly along one axis). Scatter follows Student's t with 2 degrees of freedom, since a run that
 met a slow clock or a neighbour's traffic is off by far more than the others: points that their neighbours
-contradict lose weight (iteratively reweighted: Lange, Little and Taylor, JASA 84, 1989).
+contradict lose weight (iteratively reweighted: Lange, Little and Taylor, JASA 84, 1989), slow ones more where slow
+runs are what scatters.
 
 Each query is solved on its nearest neighbours only, few or many. Which of a few settings, or the plain log-log
-line along the size, serves a table best is chosen by leaving out known points; what they miss by is the error of
-every answer.
+line along the size, serves a table best is chosen by leaving out known points, once alone and once with all points
+of their size: a query whose size stands nearby at another width is another task than one whose size stands nowhere.
+What left-out points miss by is the error of every answer.
 
 Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``S`` series, ``V`` grid values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.costs.kriging import krige
 
-__all__ = ["Estimates", "GridInterpolator", "line"]
+__all__ = ["Estimates", "GridInterpolator", "Steps", "line"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Steps = Callable[[Ints, Floats], Floats]
+"""Series [q] and coordinates [q, A] to further coordinates [q, D] that say where a kernel's time jumps."""
 
 _CHUNK = 4096  # queries looked up together
-_TRIALS = ((100, 3), (400, 1))  # known points left out, settings kept thereby
+_TRIALS = ((80, 3), (320, 1))  # known points left out, settings kept thereby
 _SAME = 1e-9
 _TILES = (64, 128, 256)
 _MAX_ALIGNMENT = 16
 _NEIGHBOURS = (48, 80)  # few, many
-_STEPS_WEIGHT = 0.5
+_CHANGES: tuple[dict[str, Any], ...] = ({"late": 1.5}, {"align": 0.1}, {"wide": True})  # tried on the best setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,14 @@ class _Setting:
     scatter: float  # scale of the scatter, in e-foldings of latency
     tiles: float = 0.0  # weight of the size counted in tiles
     wide: bool = False  # more and farther neighbours: what scatters much needs many
+    late: float = 1.0  # how much farther off a slow point counts than a fast one
+    align: float | None = None  # share of an equal alignment, where it is not that of another coordinate
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float, float, float, float]:
+        """As :func:`krige` takes them."""
+        align = self.share_other if self.align is None else self.align
+        return self.length, self.share_size, self.share_other, align, self.noise, self.scatter, self.late
 
 
 # From smooth and quiet to stepped and noisy; shares and noise are ratios to the smooth part's variance.
@@ -109,7 +123,7 @@ def _offsets(on_grid: tuple[bool, ...], wide: bool) -> Ints:
 class GridInterpolator:
     """One table family (one kernel and type) as a function of its numeric axes. See the module.
 
-    ``steps``: coordinates [q, A] to further ones [q, D], in logs, that say where the kernel's time jumps.
+    ``steps``: further coordinates, as far apart as the times across them are unlike.
     """
 
     def __init__(
@@ -118,7 +132,7 @@ class GridInterpolator:
         coords_nA: Floats,
         latency_us_n: Floats,
         seed: int = 0,
-        steps: Callable[[Floats], Floats] | None = None,
+        steps: Steps | None = None,
     ) -> None:
         self._steps = steps
         self._names, self._series = np.unique(series_n, return_inverse=True)
@@ -178,33 +192,56 @@ class GridInterpolator:
     # ------------------------------------------------------------------ choice of a setting
 
     def _choose(self, rng: np.random.Generator) -> None:
+        """A setting for queries whose size stands nearby, and one for queries whose size stands nowhere near."""
         picks = rng.permutation(len(self._y))[: _TRIALS[-1][0]]
         names, x, y = self._series[picks], self._x[picks], self._y[picks]
-        settings = list(_SETTINGS)
-        for trials, keep in _TRIALS:
-            part = slice(trials)
-            misses = [np.abs(self._krige(names[part], x[part], setting) - y[part]) for setting in settings]
-            order = np.argsort([_cost(miss) for miss in misses], kind="stable")[:keep]
-            settings, misses = [settings[i] for i in order], [misses[i] for i in order]
-        wide = replace(settings[0], wide=True)
-        far = np.abs(self._krige(names, x, wide) - y)
-        self._setting, own = (wide, far) if _cost(far) < _cost(misses[0]) else (settings[0], misses[0])
         straight = np.abs(self._line(names, x) - y)
-        both = np.isfinite(own) & np.isfinite(straight)
-        self._own_places = {tiles: places for tiles, places in self._own_places.items() if tiles == settings[0].tiles}
-        self._use_line = bool(_cost(straight[both]) < _cost(own[both])) or not np.isfinite(own).any()
-        miss = np.where(np.isfinite(straight) & self._use_line, straight, own)
+        self._chosen: list[tuple[_Setting, bool]] = []
+        misses = []
+        for alone in (False, True):
+            setting, own = self._tried(names, x, y, alone)
+            both = np.isfinite(own) & np.isfinite(straight)
+            use_line = bool(_cost(straight[both]) < _cost(own[both])) or not np.isfinite(own).any()
+            self._chosen.append((setting, use_line))
+            misses.append(np.where(np.isfinite(straight) & use_line, straight, own))
+        kept = {setting.tiles for setting, _ in self._chosen}
+        self._own_places = {tiles: places for tiles, places in self._own_places.items() if tiles in kept}
+        miss = np.concatenate(misses)
         miss = miss[np.isfinite(miss)]
         self.relative_error = float(np.expm1(np.quantile(miss, 0.9))) if len(miss) else 1.0
-        """What nine of ten left-out points miss by, at most."""
+        """What nine of ten left-out points miss by, at most: once left out alone, once with all of their size."""
+
+    def _tried(self, names: Ints, x: Floats, y: Floats, alone: bool) -> tuple[_Setting, Floats]:
+        """The setting that best predicts left-out points (``alone``: with all of their size), and its misses."""
+
+        def missed(setting: _Setting, trials: int = len(y)) -> Floats:
+            return np.abs(self._krige(names[:trials], x[:trials], setting, alone) - y[:trials])
+
+        settings = list(_SETTINGS)
+        for trials, keep in _TRIALS:
+            misses = [missed(setting, trials) for setting in settings]
+            order = np.argsort([_cost(miss) for miss in misses], kind="stable")[:keep]
+            settings, misses = [settings[i] for i in order], [misses[i] for i in order]
+        best, own = settings[0], misses[0]
+        for change in _CHANGES:
+            changed = replace(best, **change)
+            miss = missed(changed)
+            if _cost(miss) < _cost(own):
+                best, own = changed, miss
+        return best, own
 
     def _best(self, names: Ints, x: Floats) -> Floats:
-        answer = self._krige(names, x, self._setting)
-        if not self._use_line and np.isfinite(answer).all():
-            return answer
-        straight = self._line(names, x)
-        use = np.isfinite(straight) & (self._use_line | ~np.isfinite(answer))
-        return np.where(use, straight, answer)
+        answer = np.empty(len(x))
+        alone = self._alone(names, x)
+        for number, (setting, use_line) in enumerate(self._chosen):
+            part = np.flatnonzero(alone == number)
+            if len(part):
+                own = self._krige(names[part], x[part], setting)
+                if use_line or not np.isfinite(own).all():
+                    straight = self._line(names[part], x[part])
+                    own = np.where(np.isfinite(straight) & (use_line | ~np.isfinite(own)), straight, own)
+                answer[part] = own
+        return answer
 
     # ------------------------------------------------------------------ neighbours
 
@@ -242,30 +279,43 @@ class GridInterpolator:
         answer[ok] = (1 - weight) * self._y[low] + weight * self._y[high]
         return answer
 
-    def _krige(self, names: Ints, x: Floats, setting: _Setting) -> Floats:
-        """Kriging from the neighbours, the point itself left out; nan where it has fewer than two."""
-        answer = np.full(len(x), np.nan)
+    def _near(self, names: Ints, x: Floats, wide: bool) -> Iterator[tuple[Ints, Ints, NDArray[np.bool_]]]:
+        """Some queries, the rows of their neighbours [q, b], and which of the b have the query's size."""
         left, on = self._place(names, x)
-        if setting.tiles not in self._own_places:
-            self._own_places[setting.tiles] = self._places(self._x, setting.tiles)
-        points, queries = self._own_places[setting.tiles], self._places(x, setting.tiles)
-        most = _NEIGHBOURS[setting.wide]
-        numbers = (setting.length, setting.share_size, setting.share_other, setting.noise, setting.scatter)
         code = on @ (1 << np.arange(on.shape[1]))
         for pattern in np.unique(code):
             members = np.flatnonzero(code == pattern)
             on_grid = tuple(on[members[0]].tolist())
-            offsets = _offsets(on_grid, setting.wide)
+            offsets = _offsets(on_grid, wide)
             if all(on_grid):
                 offsets = offsets[offsets.any(1)]
             for start in range(0, len(members), _CHUNK):
                 part = members[start : start + _CHUNK]
                 rows = self._at(names[part], left[part][:, None, :] + offsets)
-                places, alignment = (array[part] for array in queries)
-                answer[part] = krige(self._x, *points, self._y, x[part], places, alignment, rows, most, numbers)
+                yield part, rows, on_grid[0] & (offsets[:, 0] == 0)
+
+    def _alone(self, names: Ints, x: Floats) -> NDArray[np.bool_]:
+        """Whether none of a query's neighbours has its size."""
+        answer = np.empty(len(x), bool)
+        for part, rows, equal in self._near(names, x, False):
+            answer[part] = (rows[:, equal] < 0).all(1)
         return answer
 
-    def _places(self, x_nA: Floats, tiles: float) -> tuple[Floats, Ints]:
+    def _krige(self, names: Ints, x: Floats, setting: _Setting, alone: bool = False) -> Floats:
+        """Kriging from the neighbours, the point itself left out (``alone``: and all of its size); nan where it has
+        fewer than two."""
+        answer = np.full(len(x), np.nan)
+        if setting.tiles not in self._own_places:
+            self._own_places[setting.tiles] = self._places(self._series, self._x, setting.tiles)
+        points, queries = self._own_places[setting.tiles], self._places(names, x, setting.tiles)
+        most = _NEIGHBOURS[setting.wide]
+        for part, rows, equal in self._near(names, x, setting.wide):
+            near = rows[:, ~equal] if alone else rows
+            places, alignment = (array[part] for array in queries)
+            answer[part] = krige(self._x, *points, self._y, x[part], places, alignment, near, most, setting.numbers)
+        return answer
+
+    def _places(self, names: Ints, x_nA: Floats, tiles: float) -> tuple[Floats, Ints]:
         """What tells points apart: coordinates with the size counted in tiles too, by this weight, and further
         ones; the alignment of each size."""
         size = np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
@@ -273,11 +323,11 @@ class GridInterpolator:
         for tile in _TILES:
             place[:, 0] += tiles * np.log(np.maximum(-(-size // tile), 1))
         if self._steps is not None:
-            place = np.hstack([place, _STEPS_WEIGHT * self._steps(np.exp(x_nA))])
+            place = np.hstack([place, self._steps(self._names[names], np.exp(x_nA))])
         return place, np.minimum(size & -size, _MAX_ALIGNMENT)
 
 
 def _cost(miss: Floats) -> float:
-    """One number for misses: their median, and their 90th percentile at a fifth; infinite where there are none."""
+    """One number for misses: the mean of their roots, which few large ones do not decide; infinite without any."""
     known = miss[np.isfinite(miss)]
-    return float(np.quantile(known, 0.5) + np.quantile(known, 0.9) / 5) if len(known) else np.inf
+    return float(np.sqrt(known).mean()) if len(known) else np.inf

@@ -23,9 +23,9 @@ _SAME = 1e-9
 
 @njit(cache=True, nogil=True)
 def _covariance(
-    a_D: Floats, b_D: Floats, axes: int, same_alignment: bool, length: float, size: float, other: float
+    a_D: Floats, b_D: Floats, axes: int, align: float, length: float, size: float, other: float
 ) -> float:
-    apart, share = 0.0, other if same_alignment else 0.0
+    apart, share = 0.0, align
     for axis in range(len(a_D)):
         distance = abs(a_D[axis] - b_D[axis])
         apart += distance
@@ -67,16 +67,16 @@ def krige(
     align_q: Ints,
     rows_qb: Ints,
     most: int,
-    setting: tuple[float, float, float, float, float],
+    setting: tuple[float, float, float, float, float, float, float],
 ) -> Floats:
     """Answers [q] in the logs of ``y``; nan for queries with fewer than two neighbours.
 
     ``x`` are log coordinates, ``place`` the same with steps that lie apart stretched, and then what else tells
     points apart, ``align`` alignment classes, ``rows`` neighbours, nearest first, -1 for none; the first ``most``
-    serve. ``setting``: length, share of an equal size, of another equal coordinate or alignment, noise, and the
-    scale of the scatter.
+    serve. ``setting``: length, share of an equal size, of another equal coordinate, of an equal alignment, noise, the
+    scale of the scatter, and how much farther off a point counts that lies above the others than one below.
     """
-    length, size, other, noise, scatter = setting
+    length, size, other, align, noise, scatter, late = setting
     answer = np.full(len(x_qA), np.nan)
     axes = x_nA.shape[1]
     rows = np.empty(most, np.int64)
@@ -94,14 +94,14 @@ def krige(
         for i in range(count):
             at = rows[i]
             y[i], own[i] = y_n[at] - level, noise
-            same = align_n[at] == align_q[q]
+            same = align if align_n[at] == align_q[q] else 0.0
             towards[i] = _covariance(place_nD[at], place_qD[q], axes, same, length, size, other) + _LEVEL
             for j in range(i + 1):
                 to = rows[j]
                 slope = 0.0  # the trend, centred on the query
                 for axis in range(axes):
                     slope += (x_nA[at, axis] - x_qA[q, axis]) * (x_nA[to, axis] - x_qA[q, axis])
-                same = align_n[at] == align_n[to]
+                same = align if align_n[at] == align_n[to] else 0.0
                 smooth = _covariance(place_nD[at], place_nD[to], axes, same, length, size, other)
                 among[i, j] = smooth + _LEVEL + _SLOPE * slope
         for _ in range(_ROUNDS):
@@ -109,6 +109,8 @@ def krige(
             change = 0.0
             for i in range(count):
                 miss = own[i] * dual[i] / scatter
+                if miss > 0:
+                    miss *= late
                 now = noise * (_FREEDOM + miss * miss) / (_FREEDOM + 1)
                 change = max(change, abs(now / own[i] - 1))
                 own[i] = now

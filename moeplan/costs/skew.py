@@ -128,15 +128,19 @@ def skewed_over_balanced(
     num_experts: int,
     ep: int,
     arriving_D: Floats | None = None,
+    balanced_s: float | None = None,
 ) -> float:
     """Predicted time of a skewed rank over that of a balanced one, averaged over draws.
+
+    ``balanced_s``: the balanced rank's time as measured, to be used where it is of another program than the skewed
+    one's: what sets it apart from the law (an autotuner's choice, say) does then not set the skewed one apart too.
 
     ``arriving_D``: the skewed rank is sent its own tokens only (wide expert parallelism), so many, where the
     balanced one was measured with all tokens of the group in its memory; what is paid per token whatever its
     experts then falls to the part that arrives.
     """
     mean = tokens * top_k / num_experts
-    balanced = costs.rank_s(np.full(num_experts // ep, mean), mean)
+    balanced = costs.rank_s(np.full(num_experts // ep, mean), mean) if balanced_s is None else balanced_s
     parts = np.ones(1) if arriving_D is None else arriving_D / tokens
     shared = np.mean([costs.shared_s(mean * part) for part in parts])
     return float((shared + costs.one_expert_s(vectors_De).sum(-1).mean()) / balanced)

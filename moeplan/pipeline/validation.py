@@ -106,7 +106,8 @@ def _skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[dict[st
             continue
         kernel = _balanced_of(row["kernel"])
         key = (*(row[c] for c in _SHAPE), kernel, _release(row))
-        if key not in balanced and kernel != row["kernel"]:
+        same_release = key in balanced
+        if not same_release and kernel != row["kernel"]:
             key = (*key[:-1], "")
         if key not in fits:
             base = balanced.get(key, [])
@@ -126,6 +127,7 @@ def _skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[dict[st
             near = nearest_draws(arriving, recorded, _NEAREST)
             vectors, arriving = vectors[near], np.full(len(near), float(recorded))
         sent = arriving if kernel != row["kernel"] else None
+        reference = None if same_release else times[ep, tokens] * 1e-6
         sizes = np.array(sorted(t for e, t in times if e == ep), float)
         took = np.array([times[ep, int(t)] for t in sizes])
         busiest = vectors.sum(1) * ep / row["top_k"]
@@ -142,7 +144,7 @@ def _skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[dict[st
                 "slots": slots,
                 "alpha": alpha,
                 "measured": row["latency_us"] / times[ep, tokens],
-                "ours": skewed_over_balanced(fit, vectors, tokens, row["top_k"], experts, ep, sent),
+                "ours": skewed_over_balanced(fit, vectors, tokens, row["top_k"], experts, ep, sent, reference),
                 "token_sum": float(scaled.mean()) / times[ep, tokens],
             }
         )

@@ -218,3 +218,6 @@ def test_the_skewed_ratio_counts_what_is_shared() -> None:
     shared, each = flat.shared_s(100.0), float(flat.one_expert_s(100.0))
     expected = (shared + float(flat.one_expert_s(300.0)) + each) / (shared + 2 * each)
     assert skewed_over_balanced(flat, vectors, 800, 1, 8, 4) == pytest.approx(expected)
+    # A balanced rank of another program stands as measured.
+    seconds = shared + float(flat.one_expert_s(300.0)) + each
+    assert skewed_over_balanced(flat, vectors, 800, 1, 8, 4, balanced_s=2e-4) == pytest.approx(seconds / 2e-4)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan.costs.interpolation import GridInterpolator, line
-from moeplan.costs.waves import idle_share
+from moeplan.costs.kriging import krige
+from moeplan.costs.waves import active_experts, idle_share
 
 
 def grid(*axes: list[float]) -> np.ndarray:
@@ -77,6 +78,36 @@ def test_runs_that_were_disturbed_do_not_pull_their_neighbours() -> None:
     assert plain_80 > 3 * ours_80
 
 
+def test_where_runs_are_slow_but_never_fast_the_fast_ones_are_believed() -> None:
+    # Eight runs of one kernel in a row, three of them 40 % late.
+    x = np.log(np.arange(1.0, 9.0))[:, None]
+    y = np.log(np.array([10.0, 14, 10, 10, 14, 10, 14, 10]))
+    one, at, rows = np.zeros(8, np.int64), np.log([[4.5]]), np.arange(8)[None, :]
+
+    def answer(late: float) -> float:
+        setting = (30.0, 0.0, 0.0, 0.0, 0.003, 0.02, late)
+        return float(np.exp(krige(x, x, one, y, at, at, one[:1], rows, 8, setting)[0]))
+
+    assert 10 < answer(1.5) < answer(1.0) < 12
+
+
+def test_a_size_measured_nowhere_is_told_by_its_alignment() -> None:
+    # Sizes that no 4 divides take 30 % longer, and every second of them is measured at no width at all.
+    aligned = [16.0, 32, 48, 64, 96, 128, 192, 256, 512, 768, 1024, 1536, 2048]
+    known, absent = [17.0, 49, 97, 193, 513, 1025, 2049], [33.0, 65, 129, 257, 769, 1537]
+    rng = np.random.default_rng(3)
+
+    def seconds(x: np.ndarray) -> np.ndarray:
+        return x[:, 1] ** 0.1 * np.where(x[:, 0] % 4 == 0, 180, 235) * np.exp(rng.normal(0, 0.02, len(x)))
+
+    x, at = grid(sorted(aligned + known), [256, 512, 1024, 2048, 4096, 8192]), grid(absent, [256, 1024, 4096])
+    model = GridInterpolator(np.zeros(len(x), int), x, seconds(x))
+    off = np.abs(model.predict(np.zeros(len(at), int), at).latency_us / seconds(at) - 1)
+    plain = np.abs(model.plain(np.zeros(len(at), int), at) / seconds(at) - 1)
+    assert np.median(off) < 0.04
+    assert np.nanmedian(plain) > 0.1
+
+
 def test_outside_is_said() -> None:
     x = grid(SIZES)
     model = GridInterpolator(np.zeros(len(x), int), x, x[:, 0])
@@ -144,5 +175,36 @@ def test_a_product_whose_time_goes_in_waves_is_known_between_its_sizes() -> None
 
 def test_the_last_wave_is_idle_where_few_tiles_are_left() -> None:
     # 101 tiles of 128 x 128 on 100 multiprocessors take two waves; 100 tiles fill one.
-    shares = np.exp(idle_share(100)(np.array([[128.0, 128 * 101, 64], [128.0, 128 * 100, 64]])))
+    shares = np.exp(2 * idle_share(100)(np.zeros(2, int), np.array([[128.0, 128 * 101, 64], [128.0, 128 * 100, 64]])))
     np.testing.assert_allclose(shares[:, 3], [200 / 101, 1.0])
+
+
+def test_a_batch_reaches_no_more_experts_than_its_choices() -> None:
+    # Two series: 64 experts and 8 per token, 8 experts and 2 per token; coordinates tokens, ep, tp, skew.
+    of = active_experts(np.array([64, 8]), np.array([8, 2]))
+    coords = np.array([[1.0, 1, 1, 1], [1, 8, 1, 2], [1000, 8, 1, 2], [1, 2, 1, 2], [100, 2, 1, 1]])
+    place = of(np.array([0, 0, 0, 1, 1]), coords)
+    np.testing.assert_allclose(np.exp(place[:, 0]), [8, 1, 8, 1, 4])
+    assert place[:, 1].tolist() == [0, 1, 0, 1, 0]  # balanced, few, many, few, balanced
+
+
+def test_grouped_products_are_known_where_their_experts_run_out() -> None:
+    # Weights of the experts reached are read, then tokens count: the bend lies elsewhere at every ep and series.
+    tokens, ep = [1.0, 2, 4, 8, 16, 32, 64, 128, 256, 512], [1.0, 2, 4, 8, 16]
+    x = np.tile(grid(tokens, ep, [1.0], [1.0]), (2, 1))
+    series = np.repeat([0, 1], len(x) // 2)
+    experts, top_k = np.array([32, 256]), np.array([2, 8])
+    pairs = x[:, 0] * top_k[series]
+    y = 20 + 10 * np.minimum(experts[series], np.maximum(pairs, x[:, 1])) / x[:, 1] + 0.02 * pairs / x[:, 1]
+    hidden = np.random.default_rng(8).random(len(x)) < 0.25
+    off, without = (
+        np.abs(
+            GridInterpolator(series[~hidden], x[~hidden], y[~hidden], steps=steps)
+            .predict(series[hidden], x[hidden])
+            .latency_us
+            / y[hidden]
+            - 1
+        )
+        for steps in (active_experts(experts, top_k), None)
+    )
+    assert np.nanmean(off) < 0.7 * np.nanmean(without)
