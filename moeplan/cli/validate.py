@@ -157,7 +157,7 @@ def silicon(rows: str | None, plot: Path | None, as_json: bool, quiet: bool) -> 
 
     grid = Table("figure", "value", "target", "", title="predicted against measured")
     for figure in answer["figures"]:
-        name, verdict = figure["figure"], "reached" if figure["reached"] else "not reached"
+        name, verdict = figure["figure"], {True: "reached", False: "not reached", None: "beside"}[figure["reached"]]
         grid.add_row(name, shown(name, figure["value"]), shown(name, figure["target"]), verdict)
     Console().print(grid)
     columns = ("rows", "coverage", "tpot_median", "tpot_mape", "tpot_bias", "tpot_spearman", "ttft_median")

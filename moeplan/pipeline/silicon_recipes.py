@@ -280,24 +280,30 @@ def choose_recipes(
     repeats: Mapping[str, Sequence[str]],
     names: Mapping[str, str],
     on: Mapping[str, datetime | None],
-) -> dict[str, Recipe | None]:
-    """Row id -> its recipe, None where there is none.
+) -> dict[str, tuple[Recipe | None, Recipe | None]]:
+    """Row id -> its recipe, None where there is none, and the undrafted one that it may be as well as a drafted one.
 
     ``rows`` all of them in the file's order; ``repeats`` ids of equal rows by id, of those asked for; ``names``
     model_path -> model in the recipes; ``on`` id -> day.
     """
     jobs = _jobs(rows, names, on)
     by_id = {row["id"]: row for row in rows}
-    answer: dict[str, Recipe | None] = {}
+    answer: dict[str, tuple[Recipe | None, Recipe | None]] = {}
     for name, others in repeats.items():
         row = by_id[name]
         lane = lane_of(row)
         fits = [r for r in _candidates(row, names[row["model_path"]], on[name]) if lane in r.lanes]
         for found in (jobs.get(one, set()) for one in (name, *others)):
             fits = [recipe for recipe in fits if recipe.job in found] or fits
-        day = on[name]
-        answer[name] = max(fits, key=lambda r: (r.draft_tokens != 0, -_away(r, day), r.first), default=None)
+        drafted = _likeliest([recipe for recipe in fits if recipe.draft_tokens], on[name])
+        plain = _likeliest([recipe for recipe in fits if not recipe.draft_tokens], on[name])
+        answer[name] = (drafted, plain) if drafted else (plain, None)
     return answer
+
+
+def _likeliest(fits: Sequence[Recipe], on: datetime | None) -> Recipe | None:
+    """The one nearest in time, of these the one added last."""
+    return max(fits, key=lambda recipe: (-_away(recipe, on), recipe.first), default=None)
 
 
 def _away(recipe: Recipe, on: datetime | None) -> int:

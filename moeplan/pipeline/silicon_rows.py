@@ -21,7 +21,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +79,8 @@ class Workers:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One row. ``prefill`` is None for one server; ``why_not`` says why an impossible row is set aside; ``repeats``
-    are the ids of rows equal to it; ``late``: on a release of SGLang since 0.5.10."""
+    are the ids of rows equal to it; ``late``: on a release of SGLang since 0.5.10; ``undrafted``: what it ran on
+    if it was not the drafted recipe taken here, where both agree with its columns."""
 
     id: str
     repeats: tuple[str, ...]
@@ -102,6 +103,7 @@ class Measured:
     launch: Launch | None
     late: bool
     why_not: str
+    undrafted: Measured | None = None
 
 
 def part_of(model: str, group: str) -> Part:
@@ -239,4 +241,9 @@ def read_measured(path: Path) -> list[Measured]:
     days = {row["id"]: measured_on(row) or dates.get(_inputs(row)) for row in rows}
     names = {path: name for path, (_, _, name) in FAMILIES.items()}
     recipes = choose_recipes(rows, {row["id"]: repeats for row, repeats in kept}, names, days)
-    return [_measured(row, repeats, recipes[row["id"]]) for row, repeats in kept]
+    answer = []
+    for row, repeats in kept:
+        recipe, plain = recipes[row["id"]]
+        found = _measured(row, repeats, recipe)
+        answer.append(replace(found, undrafted=_measured(row, repeats, plain)) if plain else found)
+    return answer

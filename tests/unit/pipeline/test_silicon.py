@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from importlib import metadata
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from moeplan.pipeline.scoring import Features, mean_error, median_error, nearest, scores, spearman
-from moeplan.pipeline.silicon_rows import Workers, distinct, impossible, part_of, read_measured
+from moeplan.pipeline.silicon import told_apart
+from moeplan.pipeline.silicon_rows import Measured, Workers, distinct, impossible, part_of, read_measured
 from moeplan.specs.models import find_model
 
 ROW = {
@@ -84,6 +86,25 @@ def test_scores_agree_with_scipy_and_count_what_is_missing() -> None:
     assert found["tpot_median"] == pytest.approx(0.05)
     assert found["ttft_median"] == pytest.approx(0.25)
     assert scores([None], [1.0], [None], [1.0])["tpot_median"] is None
+
+
+def test_of_equal_undecided_rows_the_slower_ones_are_undrafted() -> None:
+    worker = Workers(1, 8, 1, 1)
+    plain = Measured(
+        id="", repeats=(), group="g", part="b", registry_name="deepseek-v3", system="h200_sxm", backend="sglang",
+        mode="agg", precision="fp8", isl=1024, osl=1024, concurrency=4, ttft_ms=1.0, tpot_ms=1.0, decode=worker,
+        prefill=None, draft_tokens=0, recipe=True, launch=None, late=False, why_not="",
+    )  # fmt: skip
+
+    def row(name: str, tpot_ms: float, concurrency: int = 4, decided: bool = False) -> Measured:
+        other = None if decided else replace(plain, id=name)
+        return replace(plain, id=name, tpot_ms=tpot_ms, concurrency=concurrency, draft_tokens=2, undrafted=other)
+
+    rows = [row("fast", 5.0), row("slow", 9.0), row("as fast", 5.2), row("decided", 9.0, decided=True)]
+    rows += [row("alone", 9.0, 8), row("one", 9.0, 16), row("the same", 9.5, 16)]
+    found = told_apart(rows)
+    assert set(found) == {"slow"}
+    assert found["slow"].draft_tokens == 0
 
 
 def test_the_nearest_row_by_names_and_ratios() -> None:

@@ -52,7 +52,7 @@ def run(*lanes: int, **changes: str) -> list[Recipe | None]:
         {**TWO, **changes, "id": str(at), "silicon_data_source": source.format(lane)} for at, lane in enumerate(lanes)
     ]
     found = choose_recipes(rows, {row["id"]: () for row in rows}, NAMES, {row["id"]: measured_on(row) for row in rows})
-    return [found[row["id"]] for row in rows]
+    return [found[row["id"]][0] for row in rows]
 
 
 def drafts(*lanes: int) -> list[int]:
@@ -78,13 +78,28 @@ def test_rows_that_stand_together_tell_drafted_jobs_from_others() -> None:
     assert drafts(12) == [3]  # alone it may be either: the faster one
 
 
+def test_of_an_undecided_row_the_undrafted_recipe_is_kept_beside() -> None:
+    def both(lane: int) -> tuple[Recipe | None, Recipe | None]:
+        source = f"source_file=2026-03-25.csv; silicon_concurrency={lane}; measured=2026-02-03T17:15:06Z; image=x"
+        row = {**TWO, "silicon_data_source": source}
+        return choose_recipes([row], {"one": ()}, NAMES, {"one": measured_on(row)})["one"]
+
+    drafted, plain = both(12)
+    assert drafted is not None
+    assert plain is not None
+    assert (drafted.draft_tokens, plain.draft_tokens) == (3, 0)
+    assert drafted.widths == plain.widths
+    assert both(192)[1] is None  # run without drafts alone
+    assert both(24)[1] is None  # and with drafts alone
+
+
 def test_of_one_point_the_image_tells_drafted_runs_from_others() -> None:
     # dsr1-fp4-b200-trt and -mtp, 8k/1k, 32 in flight on 4 ranks: two images, one with drafts.
     found = {}
     for image in ("1.2.0rc6.post2", "1.2.0rc6.post3"):
         source = f"silicon_concurrency=32; image=nvcr.io/nvidia/tensorrt-llm/release:{image}"
         row = {**ONE, "silicon_data_source": source}
-        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": datetime(2026, 2, 6, tzinfo=UTC)})["one"]
+        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": datetime(2026, 2, 6, tzinfo=UTC)})["one"][0]
         assert recipe is not None
         found[image] = recipe.draft_tokens
     assert found["1.2.0rc6.post2"] == 0
@@ -96,7 +111,7 @@ def test_the_oldest_rows_say_tensor_parallelism_alone() -> None:
     row |= {"isl": "1024", "silicon_data_source": "silicon_concurrency=64; measured=2025-11-02T00:00:00Z"}
     for day, ep in ((2, 8), (20, None)):
         on = datetime(2025, 11, day, tzinfo=UTC)
-        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": on})["one"]
+        recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": on})["one"][0]
         assert (recipe and recipe.widths[1]) == ep
 
 
@@ -115,7 +130,7 @@ H100 = {**TWO, "system": "h100_sxm", "backend": "sglang", "precision": "fp8"} | 
 def test_the_run_tells_which_half_of_a_configuration_was_measured(began: str, drafted: bool | None) -> None:
     source = "source_file=2026-03-25.csv; silicon_concurrency=16; measured={}; image=lmsysorg/sglang:v0.5.8-cu130"
     row = {**H100, "id": "one", "silicon_data_source": source.format(began)}
-    recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": measured_on(row)})["one"]
+    recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": measured_on(row)})["one"][0]
     assert recipe is not None
     assert drafted is None or (recipe.draft_tokens > 0) == drafted
     told = any(run.isoformat().startswith("2026-02-13T03:10:02") for run in recipe.runs)
@@ -131,7 +146,7 @@ def test_a_launch_says_kernels_and_its_own_widths() -> None:
         for name, value in (("tp_size", "1.0" if dp == "8.0" else "8.0"), ("attention_dp_size", dp))
     }
     row["silicon_data_source"] = "source_file=2026-03-25.csv; silicon_concurrency=8; measured=2026-02-12T17:33:21Z"
-    recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": measured_on(row)})["one"]
+    recipe = choose_recipes([row], {"one": ()}, NAMES, {"one": measured_on(row)})["one"][0]
     assert recipe is not None
     assert recipe.launch is not None
     assert (recipe.launch.prefill_kernels, recipe.launch.decode_kernels) == ("trtllm", "trtllm")
