@@ -40,6 +40,10 @@ def command() -> None:
     """Hold predictions against measurements."""
 
 
+def _verdict(figure: dict[str, Any]) -> str:
+    return {True: "reached", False: "not reached", None: "beside"}[figure["reached"]]
+
+
 def _row(figure: dict[str, Any]) -> tuple[str, str, str, str]:
     def percent(value: Any) -> str:
         return f"{100 * value:.1f} %" if isinstance(value, float) else "-"
@@ -52,8 +56,7 @@ def _row(figure: dict[str, Any]) -> tuple[str, str, str, str]:
         found, target = percent(figure["value"]), percent(figure["target"])
         baselines = figure.get("baselines", {})
         beside = ", ".join(f"{name.replace('_', ' ')} {percent(value)}" for name, value in baselines.items())
-    verdict = {True: "reached", False: "not reached", None: "beside"}[figure["reached"]]
-    return figure["figure"], found + (f"  ({beside})" if beside else ""), target, verdict
+    return figure["figure"], found + (f"  ({beside})" if beside else ""), target, _verdict(figure)
 
 
 @command.command("kernels")
@@ -119,7 +122,7 @@ def queues(plot: Path | None, as_json: bool, quiet: bool) -> None:
 
     grid = Table("figure", "value", "target", "", title="simulated against known")
     for figure in answer["figures"]:
-        verdict = "reached" if figure["reached"] else "not reached"
+        verdict = _verdict(figure)
         grid.add_row(figure["figure"], f"{figure['value']:.3g}", f"{figure['target']:.3g}", verdict)
     Console().print(grid)
 
@@ -157,7 +160,7 @@ def silicon(rows: str | None, plot: Path | None, as_json: bool, quiet: bool) -> 
 
     grid = Table("figure", "value", "target", "", title="predicted against measured")
     for figure in answer["figures"]:
-        name, verdict = figure["figure"], {True: "reached", False: "not reached", None: "beside"}[figure["reached"]]
+        name, verdict = figure["figure"], _verdict(figure)
         grid.add_row(name, shown(name, figure["value"]), shown(name, figure["target"]), verdict)
     Console().print(grid)
     columns = ("rows", "coverage", "tpot_median", "tpot_mape", "tpot_bias", "tpot_spearman", "ttft_median")
@@ -217,7 +220,7 @@ def peers(
 
     grid = Table("run time", "ours", "the peer's", "ratio", "", title="beside peers")
     for figure in answer["figures"]:
-        verdict = "reached" if figure["reached"] else "not reached"
+        verdict = _verdict(figure)
         shown = "-" if figure["value"] is None else f"{figure['value']:.3g}"
         grid.add_row(
             figure["figure"], seconds(figure.get("ours_s")), seconds(figure.get("peer_s")), shown, verdict
@@ -264,7 +267,7 @@ def published(plot: Path | None, as_json: bool, quiet: bool) -> None:
     Console().print(rows)
     grid = Table("figure", "value", "median error", "target", "")
     for figure in answer["figures"]:
-        verdict = {True: "reached", False: "not reached", None: "beside"}[figure["reached"]]
+        verdict = _verdict(figure)
         value, error = f"{100 * figure['value']:.1f} %", f"{100 * (figure['median_error'] or 0):.1f} %"
         target = "-" if figure["target"] is None else f"{100 * figure['target']:.0f} %"
         grid.add_row(f"{figure['figure']} ({figure['rows']})", value, error, target, verdict)

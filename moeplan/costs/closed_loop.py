@@ -161,10 +161,11 @@ def _serve(
             held = held + 1 if begun < come else 0
             if running > 0 and come - begun < groups and held <= gather:
                 budget = -1.0
-            while budget > 0 and begun < come and running + taken < max_running:
+            while budget > 0 and begun < come and here[begun % decode_workers] < max_running:
                 if tokens > 0 and tokens + inputs[begun] > budget:
                     break
                 tokens += inputs[begun]
+                here[begun % decode_workers] += 1
                 admitted[taken] = begun
                 taken += 1
                 begun += 1

@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,7 @@ def _details(rows: Sequence[Measured], ours: dict[str, Prediction]) -> list[dict
     ]
 
 
+@cache
 def measured_rows() -> list[Measured]:
     """All distinct rows of the installed package.
 
@@ -285,22 +287,23 @@ def validate_silicon(
         MissingExtraError: the package with the tables is not installed; InputError: ``rows_out`` cannot be written.
     """
     everything = measured_rows()
+    rows = [row for row in everything if not row.why_not]
+    slow = told_apart(rows)
     model = SiliconModel(constants)
     ours: dict[str, Prediction] = {}
-    for number, row in enumerate(sorted(everything, key=lambda one: one.system)):
-        progress(f"predict {row.system}", number / len(everything))
-        ours[row.id] = model.predict(row)
+    told: dict[str, Prediction] = {}
+    jobs = [(row, ours) for row in everything] + [(row, told) for row in slow.values()]
+    for number, (row, into) in enumerate(sorted(jobs, key=lambda job: job[0].system)):  # tables are read once
+        progress(f"predict {row.system}", number / len(jobs))
+        into[row.id] = model.predict(row)
     if rows_out is not None:
         _write_rows(rows_out, everything, ours)
-    rows = [row for row in everything if not row.why_not]
     parts = {part: _scores([row for row in rows if row.part == part], ours) for part in "abc"}
     lookup = _lookup(rows)
     nearest_scores = {part: _scores([row for row in rows if row.part == part], lookup) for part in "bc"}
     peers = {part: _against_peer(part, rows, ours) for part in "bc"}
     figures = _figures("b", parts["b"]) + _figures("c", parts["c"])
-    slow = told_apart(rows)
-    told = ours | {name: model.predict(row) for name, row in sorted(slow.items(), key=lambda one: one[1].system)}
-    for name, value in _scores([row for row in rows if row.part == "b"], told).items():
+    for name, value in _scores([row for row in rows if row.part == "b"], ours | told).items():
         if name in ("tpot_median", "tpot_mape", "tpot_spearman"):
             figure = f"beside: (b) {name}, drafted or not told by which of equal rows is slower"
             figures.append({"figure": figure, "value": value, "target": TARGETS["b"][name], "reached": None})
