@@ -41,8 +41,11 @@ class DenseCosts:
             seconds: Floats = np.maximum(moved, 2 * m * n * k / flops)
             return seconds
 
-        names: dict[str, Any] = {"dtype": TABLE_DTYPES.get(dtype, (dtype,)), "batch": 1, "direction": "forward"}
-        names |= {"backend": backend} if backend else {}
+        names: dict[str, Any] = {"batch": 1, "direction": "forward"} | ({"backend": backend} if backend else {})
+        # Scaled by blocks and by tensor are different kernels: the first kind that is measured serves alone.
+        kinds = TABLE_DTYPES.get(dtype, (dtype,))
+        measured = (kind for kind in kinds if profile is not None and profile.select("gemm", dtype=kind, **names))
+        names["dtype"] = next(measured, kinds[0])
         self._products = TableCosts(profile, "gemm", ("m", "n", "k"), names, law, accelerator.name)
         self._device = accelerator.name
 
