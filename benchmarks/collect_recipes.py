@@ -32,6 +32,8 @@ MODELS = ("dsr1", "gptoss", "qwen3.5", "kimik2.5", "minimaxm2.5", "glm5")
 FRAMEWORKS = {name: name.removeprefix("dynamo-").replace("trt", "trtllm") for name in ("trt", "sglang", "vllm")}
 FRAMEWORKS |= {f"dynamo-{name}": backend for name, backend in FRAMEWORKS.items()}
 
+BRANCHES = ("main", "sa-submission-q2-2026")  # that of q1 is merged into main
+
 Git = Callable[..., str]
 
 
@@ -111,21 +113,31 @@ def _picked(tree: Any, at: int) -> Any:
     return tree[min(at, len(tree) - 1)] if isinstance(tree, list) else tree
 
 
-def _reader(git: Git) -> Callable[[str], dict[str, Any]]:
+def _reader(git: Git) -> Callable[[str, str], dict[str, Any]]:
+    """Launch files as they stood at the end of a day on the branches that the benchmark's runners check out."""
+
     @cache
-    def read(reference: str) -> dict[str, Any]:
-        """``path``, ``path:override`` or ``path:override[i]``."""
+    def history(path: str) -> list[tuple[str, str]]:
+        lines = git("log", *BRANCHES, "--format=%cs %H", "--", path).splitlines()
+        return [(line[:10], line[11:]) for line in lines]
+
+    @cache
+    def read_at(path: str, commit: str) -> dict[str, Any]:
+        return yaml.safe_load(git("show", f"{commit}:{path}")) or {}
+
+    def read(reference: str, day: str) -> dict[str, Any]:
+        """``path``, ``path:override`` or ``path:override[i]``; the first version there was if the day is before it."""
         found = re.match(r"([^:\[]+)(?::([^\[]+)(?:\[(\d+)\])?)?$", reference)
         if found is None:
             return {}
         path, name, at = found.groups()
-        commits = ("HEAD", *git("log", "--all", "--format=%H", "--", path).split())
-        text = next((text for commit in commits if (text := git("show", f"{commit}:{path}"))), "{}")
-        document = yaml.safe_load(text)
+        commits = history(path)
+        early = [commit for on, commit in commits if on <= day] + [commit for _, commit in reversed(commits)]
+        document = next((document for commit in early if (document := read_at(path, commit))), {})
         base = document.get("base", document)
         if not name:
             return dict(base)
-        over = document[name]
+        over = document.get(name, {})
         return dict(_merged(base, over if at is None else _picked(over, int(at))))
 
     return read
@@ -277,7 +289,7 @@ def collect(benchmark: Git, recipes: Git, until: str) -> tuple[list[str], list[l
             widths = _workers(entry["prefill"]) + _workers(entry["decode"])
             settings = " ".join(str(one) for one in entry["prefill"].get("additional-settings", []))
             job = (re.findall(r"CONFIG_FILE=(\S+)", settings) or [""])[0]
-            document = read(job) if job else {}
+            document = read(job, day) if job else {}
             lanes += [int(n) for n in re.findall(r"\d+", str(document.get("benchmark", {}).get("concurrencies", "")))]
             drafts, launch = _pools(document) or (-int(drafted), None)
             job = json.dumps([config["key"], *head[4:], drafts, widths, job])

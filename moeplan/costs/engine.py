@@ -24,6 +24,7 @@ from moeplan.costs.engine_tables import EngineSetup, EngineTables, Exchange
 from moeplan.costs.experts import TABLE_DTYPES
 from moeplan.costs.fastest import FastestTable
 from moeplan.specs.attention_layers import AttentionLayers, attention_layers
+from moeplan.specs.model import DTYPE_BYTES, Dtype
 
 __all__ = ["EngineCosts", "EngineSetup", "Exchange"]
 
@@ -35,6 +36,9 @@ _LIBRARIES = {
     "cutlass": ("cutlass",),
     "wideep": ("wideep_compute",),
 }
+# Scaling activations to 8 or 4 bits before a product: a pass of its own that tables of products leave out but
+# TensorRT-LLM's in 4 bits. At few tokens it takes 1.3 to 2.6 us (aiconfigurator-core, ``quantize``, two frameworks).
+_SCALING_S = 2.0e-6
 _GEMM_TABLE = {"bf16": "bf16", "fp8": "fp8_block", "fp4": "nvfp4", "int4": "bf16"}
 
 
@@ -65,7 +69,10 @@ class EngineCosts:
             if module.measured:
                 return module.seconds(context, batch) + self._more_queries(part, batch, context, queries)
         plain = self._kernel_and_products(part, decode, batch, context)
-        return plain + self._more_queries(part, batch, context, queries)
+        tokens = batch if decode else batch * context
+        inputs = 2 + (part.spec.q_lora_rank is not None)  # of the first products, of the second query one, of the last
+        scaling = inputs * self._scaling(self.setup.attention_dtype, tokens, self.setup.model.hidden_size)
+        return plain + scaling + self._more_queries(part, batch, context, queries)
 
     def _more_queries(self, part: AttentionLayers, batch: Floats, context: Floats, queries: float) -> Floats:
         """What ``queries`` tokens per sequence take in decode more than one, which is what tables time: products of
@@ -186,7 +193,25 @@ class EngineCosts:
             np.array([width, s.model.hidden_size]),
             np.array([s.model.hidden_size, a.num_heads * a.head_dim / s.tp]),
         )
-        seconds: Floats = total + products.value.sum(-1)
+        scaling = 2 * self._scaling(s.attention_dtype, np.asarray(tokens, float), s.model.hidden_size)
+        seconds: Floats = total + products.value.sum(-1) + scaling
+        return seconds
+
+    def _scaling(self, dtype: Dtype, tokens: Floats, width: float) -> Floats:
+        """Seconds of bringing ``tokens`` of ``width`` from 16 bits to ``dtype`` before a product."""
+        if DTYPE_BYTES[dtype] > 1 or (dtype == "fp4" and self.setup.backend == "trtllm"):
+            return np.zeros_like(tokens)
+        bandwidth = roofline.MEMORY_EFFICIENCY * self.setup.accelerator.memory_bandwidth
+        seconds: Floats = np.maximum(_SCALING_S, tokens * width * (2 + DTYPE_BYTES[dtype]) / bandwidth)
+        return seconds
+
+    def _ffn(self, tokens: Floats, inter: float) -> Floats:
+        """Seconds of a feed-forward block of width ``inter`` that every token takes."""
+        s, m = self.setup, self.setup.model
+        products = self._tables.dense(s.dense_dtype).ffn(tokens, m.hidden_size, inter / s.tp, m.gated_ffn)
+        seconds: Floats = products.value.sum(-1)
+        for width in (m.hidden_size, inter / s.tp):
+            seconds = seconds + self._scaling(s.dense_dtype, tokens, width)
         return seconds
 
     # ------------------------------------------------------------------ experts
@@ -236,19 +261,17 @@ class EngineCosts:
         attention = np.zeros(batch.shape)
         for part in self._layers:
             attention = attention + part.count * self._attention(part, decode, batch, context, tokens_per_sequence)
-        dense = self._tables.dense(s.dense_dtype)
         plain = self._tables.dense("bf16")
         reduce = self._links.all_reduce(tokens)
         every = tokens * busy
         router = plain.product(tokens, m.num_experts, m.hidden_size).value
         moe = self._links.exchange(every, decode) + self._experts(every) + router
         if m.shared_intermediate_size:
-            moe = moe + dense.ffn(tokens, m.hidden_size, m.shared_intermediate_size / s.tp, m.gated_ffn).value.sum(-1)
+            moe = moe + self._ffn(tokens, m.shared_intermediate_size)
         num_dense = m.num_layers - m.num_moe_layers
         block = np.zeros(batch.shape)
         if num_dense and m.dense_intermediate_size:
-            ffn = dense.ffn(tokens, m.hidden_size, m.dense_intermediate_size / s.tp, m.gated_ffn)
-            block = num_dense * (ffn.value.sum(-1) + reduce)
+            block = num_dense * (self._ffn(tokens, m.dense_intermediate_size) + reduce)
         head = plain.product(tokens if decode else batch, m.vocab_size / s.tp, m.hidden_size).value
         total: Floats = attention + m.num_layers * reduce + m.num_moe_layers * moe + block + head
         return total

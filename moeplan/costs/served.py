@@ -37,7 +37,8 @@ class Constants:
     ``prefill_factor``: how much longer a prompt's kernels take in a running server than measured alone (launches that
     no graph captures, other versions, what no table times: norms, quantisation, permutation); ``layer_gap_s``: kernels
     of one layer in decode that no table times, and its part of the host's work; ``linear_gap_s``: the same of a
-    linear-attention layer besides (gates, norms, splits); ``late_``: for releases of about the tables' age instead.
+    linear-attention layer besides (gates, norms, splits); ``early_latent_gap_s``: of a latent-attention (MLA) layer;
+    ``late_``: for releases of about the tables' age instead, ``early_``: for those before alone.
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
     streamed token, where a :class:`ServedPool` does not say; ``prompt_latency``: part of its own prefill that a
     prompt's first token takes besides, without holding up others (pipelined scheduling, uncaptured launches).
@@ -52,6 +53,7 @@ class Constants:
     layer_gap_s: Mapping[str, float] = field(default_factory=dict)
     linear_gap_s: float = 0.0
     late_linear_gap_s: float = 0.0
+    early_latent_gap_s: Mapping[str, float] = field(default_factory=dict)
     first_steps: Mapping[str, float] = field(default_factory=dict)
     prompt_latency: float = 0.0
     acceptance: float = 0.7
@@ -85,11 +87,12 @@ class ServedPool:
 
 # Chosen on the calibration rows (a) of silicon_sample.csv alone, by benchmarks/fit_silicon.py.
 CALIBRATED = Constants(
-    prefill_factor={"trtllm": 1.2, "sglang": 1.6, "vllm": 1.4},
+    prefill_factor={"trtllm": 1.1, "sglang": 1.6, "vllm": 1.4},
     late_prefill_factor={"sglang": 1.0},
-    layer_gap_s={"trtllm": 1.3e-6, "sglang": 10e-6, "vllm": 12e-6},
+    layer_gap_s={"trtllm": 2e-6, "sglang": 8e-6, "vllm": 12e-6},
     linear_gap_s=41e-6,
     late_linear_gap_s=20e-6,
+    early_latent_gap_s={"trtllm": 40e-6},
     first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 3.0},
     prompt_latency=0.25,
     acceptance=0.66,
@@ -136,9 +139,12 @@ def pass_times(decode: EngineCosts, prefill: EngineCosts, isl: int, osl: int) ->
 
 def _with_constants(times: PassTimes, pool: ServedPool, c: Constants) -> PassTimes:
     setup = pool.setup
-    linear = sum(part.count for part in attention_layers(setup.model) if part.kind == "gated_delta")
-    linear_gap = c.late_linear_gap_s if pool.late else c.linear_gap_s
-    gaps = setup.model.num_layers * c.layer_gap_s.get(setup.backend, 0.0) + linear * linear_gap
+    gaps = setup.model.num_layers * c.layer_gap_s.get(setup.backend, 0.0)
+    for part in attention_layers(setup.model):
+        if part.kind == "gated_delta":
+            gaps += part.count * (c.late_linear_gap_s if pool.late else c.linear_gap_s)
+        elif part.spec.is_mla and not pool.late:
+            gaps += part.count * c.early_latent_gap_s.get(setup.backend, 0.0)
     factors = c.prefill_factor | c.late_prefill_factor if pool.late else c.prefill_factor
     factor = factors.get(setup.backend, 1.0)
     host_b = times.batch_b * (c.draft_host_s.get(setup.backend, 0.0) if setup.draft_tokens else 0.0)

@@ -12,6 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs.closed_loop import PassTimes
 from moeplan.costs.engine import EngineCosts, EngineSetup, Exchange
@@ -76,6 +79,7 @@ class SiliconModel:
             self._shared.clear()  # tables of the system before
             self._profiles = {}
             tables, sources, _ = read_system(self._root, system, {}, models, hybrid=True)
+            tables["experts"] = _unmarked(tables["experts"])
             meta = ProfileMeta(name=system, accelerator=system, date="", command="", sources=sources)
             profile = HardwareProfile(meta, tables)
             if like is not None:
@@ -104,6 +108,13 @@ class SiliconModel:
         except MoeplanError as error:
             return Prediction(None, None, str(error))
         return Prediction(found.ttft_mean_s * 1e3, found.tpot_mean_s * 1e3)
+
+
+def _unmarked(experts: pa.Table) -> pa.Table:
+    """With rows that are faster than the balanced ones beside them: of such a pair either may be the wrong one, and
+    without the skewed rows a table would end at the batch from which they are compared."""
+    mark = pc.if_else(pc.equal(experts["mark"], "skew_faster"), "", experts["mark"])
+    return experts.set_column(experts.column_names.index("mark"), "mark", mark)
 
 
 def pools_of(row: Measured, model: ModelSpec) -> tuple[ServedPool, ServedPool | None]:

@@ -31,7 +31,7 @@ __all__ = [
     "choose_recipes",
     "image_of",
     "lane_of",
-    "late_sglang",
+    "late",
     "measured_on",
     "number",
     "split_run",
@@ -117,12 +117,17 @@ def image_of(row: Row) -> str | None:
     return _plain(found[1]) if found else None
 
 
-def late_sglang(image: str) -> bool:
-    """Whether an image is of SGLang 0.5.10 (April 2026) or later."""
-    release, night = re.search(r"sglangv0\.(\d+)\.(\d+)", image), re.search(r"dev(?:cu\d\d)?(20\d{6})", image)
-    if release:
-        return (int(release[1]), int(release[2])) >= (5, 10)
-    return night is not None and night[1] >= "20260401"
+def late(backend: str, image: str) -> bool:
+    """Whether an image is of a release of about the tables' age: SGLang since 0.5.10 (April 2026), TensorRT-LLM since
+    1.2 (in Dynamo's since 0.8)."""
+    night = re.search(r"dev(?:cu\d\d)?(20\d{6})", image)
+    if night:
+        return night[1] >= "20260401"
+    release = re.search(r"(sglangv|release|tensorrtllmruntime)(\d+)\.(\d+)(?:\.(\d+))?", image)
+    if release is None:
+        return False
+    since = {"sglangv": (0, 5, 10), "release": (1, 2, 0), "tensorrtllmruntime": (0, 8, 0)}[release[1]]
+    return backend in ("sglang", "trtllm") and tuple(int(part or 0) for part in release.groups()[1:]) >= since
 
 
 # ---------------------------------------------------------------------- candidates
@@ -217,9 +222,12 @@ def _began(run: datetime, on: datetime) -> bool:
 # ---------------------------------------------------------------------- jobs
 
 
-def split_run(lanes: Sequence[int], jobs: Mapping[int, frozenset[int]]) -> list[set[int]]:
+def split_run(
+    lanes: Sequence[int], jobs: Mapping[int, frozenset[int]], may: Sequence[frozenset[int]] | None = None
+) -> list[set[int]]:
     """For each of consecutive rows the jobs that may have run it: those of the splits into jobs with the least count
-    of jobs and missing concurrencies. A job's rows stand together in any order. Empty sets where no split exists."""
+    of jobs and missing concurrencies, ``may`` the jobs that a row can be of (None: any that has its concurrency). A
+    job's rows stand together in any order. Empty sets where no split exists."""
     n = len(lanes)
     parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for low in range(n):
@@ -227,7 +235,8 @@ def split_run(lanes: Sequence[int], jobs: Mapping[int, frozenset[int]]) -> list[
             part = set(lanes[low:high])
             if len(part) < high - low:
                 break
-            parts[low, high] = [(1 + len(has) - len(part), job) for job, has in jobs.items() if part <= has]
+            able = frozenset(jobs) if may is None else frozenset.intersection(*may[low:high])
+            parts[low, high] = [(1 + len(jobs[job]) - len(part), job) for job in able if part <= jobs[job]]
     best = {cell: min(cost for cost, _ in found) for cell, found in parts.items() if found}
     ahead, behind = [0.0] + [float("inf")] * n, [float("inf")] * n + [0.0]
     for low, high in sorted(best, key=lambda cell: cell[1]):
@@ -253,7 +262,7 @@ def _same_run(row: Row) -> tuple[str, ...] | None:
     return (re.sub(r"silicon_concurrency=\d+", "", source), *(row[name] for name in (*names, *sides)))
 
 
-def _jobs(rows: Sequence[Row], names: Mapping[str, str], on: Mapping[str, datetime | None]) -> dict[str, set[int]]:
+def _jobs(rows: Sequence[Row], fits: Mapping[str, Sequence[Recipe]]) -> dict[str, set[int]]:
     """Jobs that each row of two pools may be of, by row id; rows in the file's order."""
     runs: list[list[Row]] = []
     before: tuple[str, ...] | None = None
@@ -268,36 +277,50 @@ def _jobs(rows: Sequence[Row], names: Mapping[str, str], on: Mapping[str, dateti
     for run in runs:
         has: dict[int, frozenset[int]] = defaultdict(frozenset)
         for row in run:
-            for recipe in _candidates(row, names[row["model_path"]], on[row["id"]]):
+            for recipe in fits[row["id"]]:
                 has[recipe.job] |= recipe.lanes
-        for row, found in zip(run, split_run([lane_of(row) for row in run], has), strict=True):
+        may = [frozenset(recipe.job for recipe in fits[row["id"]]) for row in run]
+        for row, found in zip(run, split_run([lane_of(row) for row in run], has, may), strict=True):
             answer[row["id"]] = found
     return answer
 
 
+def _measurement(row: Row, names: Mapping[str, str]) -> tuple[Any, ...]:
+    """Equal for records of one measurement: the file has many twice or thrice, with other columns filled in, and with
+    latencies that differ in the last digits of a double."""
+    took = (f"{float(row[column]):.9g}" for column in ("silicon_ttft_ms", "silicon_tpot_ms"))
+    columns = ("system", "backend", "precision", "isl", "osl")
+    return (names[row["model_path"]], lane_of(row), *(row[column] for column in columns), *took)
+
+
 def choose_recipes(
-    rows: Sequence[Row],
-    repeats: Mapping[str, Sequence[str]],
-    names: Mapping[str, str],
-    on: Mapping[str, datetime | None],
+    rows: Sequence[Row], names: Mapping[str, str], on: Mapping[str, datetime | None]
 ) -> dict[str, tuple[Recipe | None, Recipe | None]]:
     """Row id -> its recipe, None where there is none, and the undrafted one that it may be as well as a drafted one.
 
-    ``rows`` all of them in the file's order; ``repeats`` ids of equal rows by id, of those asked for; ``names``
-    model_path -> model in the recipes; ``on`` id -> day.
+    ``rows`` all of them in the file's order; ``names`` model_path -> model in the recipes; ``on`` id -> day.
     """
-    jobs = _jobs(rows, names, on)
-    by_id = {row["id"]: row for row in rows}
+    records: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        records[_measurement(row, names)].append(row)
+    fits: dict[str, list[Recipe]] = {}
+    for same in records.values():
+        found = [_candidates(row, names[row["model_path"]], on[row["id"]]) for row in same]
+        for row, mine in zip(same, found, strict=True):
+            for other in found:
+                mine = [recipe for recipe in mine if recipe in other] or mine
+            fits[row["id"]] = mine
+    jobs = _jobs(rows, fits)
     answer: dict[str, tuple[Recipe | None, Recipe | None]] = {}
-    for name, others in repeats.items():
-        row = by_id[name]
-        lane = lane_of(row)
-        fits = [r for r in _candidates(row, names[row["model_path"]], on[name]) if lane in r.lanes]
-        for found in (jobs.get(one, set()) for one in (name, *others)):
-            fits = [recipe for recipe in fits if recipe.job in found] or fits
-        drafted = _likeliest([recipe for recipe in fits if recipe.draft_tokens], on[name])
-        plain = _likeliest([recipe for recipe in fits if not recipe.draft_tokens], on[name])
-        answer[name] = (drafted, plain) if drafted else (plain, None)
+    for same in records.values():
+        for row in same:
+            name = row["id"]
+            left = [recipe for recipe in fits[name] if lane_of(row) in recipe.lanes]
+            for other in same:
+                left = [recipe for recipe in left if recipe.job in jobs.get(other["id"], ())] or left
+            drafted = _likeliest([recipe for recipe in left if recipe.draft_tokens], on[name])
+            plain = _likeliest([recipe for recipe in left if not recipe.draft_tokens], on[name])
+            answer[name] = (drafted, plain) if drafted else (plain, None)
     return answer
 
 

@@ -33,7 +33,7 @@ from moeplan.pipeline.silicon_recipes import (
     choose_recipes,
     image_of,
     lane_of,
-    late_sglang,
+    late,
     measured_on,
     number,
     widths_of,
@@ -63,6 +63,7 @@ FAMILIES: dict[str, tuple[str, str, str]] = {
 }
 _NEVER_TUNED = frozenset(["MiniMax-M2.5", "Kimi-K2.5", "GLM-5"])
 _NODE = {"gb200": 72, "gb300": 72}  # ranks that one server can have; else 8
+_VERSION = {"sglang": "sglangv", "trtllm": "release"}  # before its number in an image's name
 _DRAFTS = 3  # where a recipe uses drafts and does not say how many; with data-parallel attention on TensorRT-LLM 1
 
 
@@ -79,7 +80,7 @@ class Workers:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One row. ``prefill`` is None for one server; ``why_not`` says why an impossible row is set aside; ``repeats``
-    are the ids of rows equal to it; ``late``: on a release of SGLang since 0.5.10; ``undrafted``: what it ran on
+    are the ids of rows equal to it; ``late``: on a release of about the tables' age; ``undrafted``: what it ran on
     if it was not the drafted recipe taken here, where both agree with its columns."""
 
     id: str
@@ -213,7 +214,10 @@ def _measured(row: Mapping[str, str], repeats: tuple[str, ...], recipe: Recipe |
         draft_tokens=drafts,
         recipe=recipe is not None,
         launch=recipe.launch if recipe else None,
-        late=row["backend"] == "sglang" and late_sglang(image_of(row) or (recipe.image if recipe else "")),
+        late=late(
+            row["backend"],
+            image_of(row) or (recipe.image if recipe else _VERSION.get(row["backend"], "") + row["backend_version"]),
+        ),
         why_not=impossible(row, _model(registry_name)),
     )
 
@@ -240,7 +244,7 @@ def read_measured(path: Path) -> list[Measured]:
     dates = {_inputs(row): on for row, _ in kept if (on := measured_on(row)) is not None}
     days = {row["id"]: measured_on(row) or dates.get(_inputs(row)) for row in rows}
     names = {path: name for path, (_, _, name) in FAMILIES.items()}
-    recipes = choose_recipes(rows, {row["id"]: repeats for row, repeats in kept}, names, days)
+    recipes = choose_recipes(rows, names, days)
     answer = []
     for row, repeats in kept:
         recipe, plain = recipes[row["id"]]
