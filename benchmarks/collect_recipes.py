@@ -206,6 +206,19 @@ def _pools(document: dict[str, Any]) -> tuple[int, list[Any]] | None:
     return int(drafts), [*(int(value) for value in launch), *kernels, widths]
 
 
+def _settings(entry: dict[str, Any]) -> tuple[int, list[Any]] | None:
+    """(drafts, launch) of two pools of TensorRT-LLM whose entry has the launch settings itself, as in 2025."""
+    decode = entry["decode"]
+    lines = [line for side in ("prefill", "decode") for line in entry[side].get("additional-settings", [])]
+    said = dict(str(line).split("=", 1) for line in lines if "=" in str(line))
+    if "DECODE_MAX_BATCH_SIZE" not in said:
+        return None
+    groups = decode["tp"] if decode.get("dp-attn") else 1
+    slots, batch = int(said.get("DECODE_EPLB_NUM_SLOTS", 0)), int(said["DECODE_MAX_BATCH_SIZE"])
+    launch = [1, 1, 0, slots, int(said.get("PREFILL_MAX_NUM_TOKENS", -1)), batch * groups, "", "", None]
+    return int(said.get("DECODE_MTP_SIZE", 0)), launch
+
+
 # ---------------------------------------------------------------------- launch scripts of one server
 
 
@@ -291,7 +304,10 @@ def collect(benchmark: Git, recipes: Git, until: str) -> tuple[list[str], list[l
             job = (re.findall(r"CONFIG_FILE=(\S+)", settings) or [""])[0]
             document = read(job, day) if job else {}
             lanes += [int(n) for n in re.findall(r"\d+", str(document.get("benchmark", {}).get("concurrencies", "")))]
-            drafts, launch = _pools(document) or (-int(drafted), None)
+            said = _settings(entry)
+            if said is not None and "DECODE_NODES" not in str(entry):  # its launcher counts requests per decode worker
+                lanes = [lane * entry["decode"].get("num-worker", 1) for lane in lanes]
+            drafts, launch = said or _pools(document) or (-int(drafted), None)
             job = json.dumps([config["key"], *head[4:], drafts, widths, job])
         else:
             widths = [entry["tp"], entry.get("ep", 1), int(bool(entry.get("dp-attn")))]
