@@ -45,7 +45,7 @@ class Pools:
 
     ``tokens_per_step`` more than 1 with accepted drafts; ``max_running`` sequences of each of ``decode_workers``;
     ``query_tokens`` of a running sequence count against ``prompt_tokens``; ``alone``: prompts run in passes of their
-    own; ``gather_passes``: prompts wait for one per group, at most so long.
+    own; ``gather_passes``: prompts wait until every group has one, at most so long.
     """
 
     decode_groups: int
@@ -153,19 +153,24 @@ def _serve(
     here = np.zeros(decode_workers, np.int64)  # running sequences of each decode worker
     now, step, running, done, cached = 0.0, 0, 0, 0, 0.0
     held = 0  # passes that prompts have waited for others
+    ranks = int(groups)  # one pool: a request takes the place of the one that made way for it
+    group, pending = np.arange(n) % ranks, np.zeros(ranks, np.int64)
+    for request in range(come):
+        pending[group[request]] += 1
     admitted = np.zeros(n, np.int64)
     while done < n:
         taken, tokens = 0, 0.0
         if prefill_workers == 0:
             budget = prompt_tokens * groups - running * query_tokens
             held = held + 1 if begun < come else 0
-            if running > 0 and come - begun < groups and held <= gather:
+            if running > 0 and held <= gather and pending.min() == 0:
                 budget = -1.0
             while budget > 0 and begun < come and here[begun % decode_workers] < max_running:
                 if tokens > 0 and tokens + inputs[begun] > budget:
                     break
                 tokens += inputs[begun]
                 here[begun % decode_workers] += 1
+                pending[group[begun]] -= 1
                 admitted[taken] = begun
                 taken += 1
                 begun += 1
@@ -231,6 +236,8 @@ def _serve(
                 cached -= inputs[request] + steps[request] * per_step
                 if come < n:
                     arrival[come] = now
+                    group[come] = group[request]
+                    pending[group[come]] += 1
                     come += 1
                 request = link[request]
             step += 1

@@ -20,7 +20,7 @@ __all__ = ["EngineLinks"]
 Floats = NDArray[np.float64]
 
 # A small message's way between nodes and through the library on both sides; all-reduces go there and back.
-_CROSSING_S = 28e-6
+_CROSSING_S = 18e-6
 _NODE = 8
 _EXCHANGE_DTYPES: dict[str, tuple[str, ...]] = {"fp4": ("nvfp4",), "bf16": ("nvfp4",)}  # low-precision combine
 

@@ -38,7 +38,7 @@ class Constants:
     no graph captures, other versions, what no table times: norms, quantisation, permutation); ``layer_gap_s``: kernels
     of one layer in decode that no table times, and its part of the host's work; ``linear_gap_s``: the same of a
     linear-attention layer besides (gates, norms, splits); ``early_latent_gap_s``: of a latent-attention (MLA) layer;
-    ``late_``: for releases of about the tables' age instead, ``early_``: for those before alone.
+    ``late_``: for releases of about the tables' age instead, ``early_``: for those before alone, and on Hopper.
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
     streamed token, where a :class:`ServedPool` does not say; ``prompt_latency``: part of its own prefill that a
     prompt's first token takes besides, without holding up others (pipelined scheduling, uncaptured launches).
@@ -143,7 +143,7 @@ def _with_constants(times: PassTimes, pool: ServedPool, c: Constants) -> PassTim
     for part in attention_layers(setup.model):
         if part.kind == "gated_delta":
             gaps += part.count * (c.late_linear_gap_s if pool.late else c.linear_gap_s)
-        elif part.spec.is_mla and not pool.late:
+        elif part.spec.is_mla and (not pool.late or setup.accelerator.fp4 is None):
             gaps += part.count * c.early_latent_gap_s.get(setup.backend, 0.0)
     factors = c.prefill_factor | c.late_prefill_factor if pool.late else c.prefill_factor
     factor = factors.get(setup.backend, 1.0)
