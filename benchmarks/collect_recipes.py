@@ -32,7 +32,8 @@ MODELS = ("dsr1", "gptoss", "qwen3.5", "kimik2.5", "minimaxm2.5", "glm5")
 FRAMEWORKS = {name: name.removeprefix("dynamo-").replace("trt", "trtllm") for name in ("trt", "sglang", "vllm")}
 FRAMEWORKS |= {f"dynamo-{name}": backend for name, backend in FRAMEWORKS.items()}
 
-BRANCHES = ("main", "sa-submission-q2-2026")  # that of q1 is merged into main
+BRANCHES = ("main", "sa-submission-q2-2026")
+MERGED = "2026-03-03"  # the branch that runners checked out before came into main on that day, in one commit
 
 Git = Callable[..., str]
 
@@ -132,7 +133,8 @@ def _reader(git: Git) -> Callable[[str, str], dict[str, Any]]:
             return {}
         path, name, at = found.groups()
         commits = history(path)
-        early = [commit for on, commit in commits if on <= day] + [commit for _, commit in reversed(commits)]
+        until = max(day, MERGED)
+        early = [commit for on, commit in commits if on <= until] + [commit for _, commit in reversed(commits)]
         document = next((document for commit in early if (document := read_at(path, commit))), {})
         base = document.get("base", document)
         if not name:
