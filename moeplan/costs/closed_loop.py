@@ -224,6 +224,8 @@ def _serve(
         if decodes:
             decode_s = _decode(batch_b, context_2, decode_b2, max(1.0, running / groups), cached / running)
         now += prompts_s + decode_s
+        if decodes and prompts_s > 0:
+            now -= min(prompts_s, decode_b2[0, 0])  # one pass reads the weights once
         if decodes:
             cached += running * per_step
             request = head[step % ring]

@@ -1,10 +1,14 @@
 """Seconds of dense products and of passes over activations on one rank.
 
+Scaled by blocks and by tensor are different kernels: of the kinds of a type the first that is measured serves alone.
+
 ``m`` tokens, ``n`` columns, ``k`` inner size of a product; ``H`` hidden.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,13 +21,22 @@ from moeplan.costs.tables import Seconds, TableCosts
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype
 
-__all__ = ["DenseCosts"]
+__all__ = ["HOST", "DenseCosts"]
 
 Floats = NDArray[np.float64]
 
+# Kernels of two frameworks differ by up to 2.8 (median over weights); vLLM's block-scaled ones, timed with the host's
+# work for each call, by 4 to 50, whatever the tokens.
+HOST = 3.0
+_FEW = (1, 4, 16, 64)
+
 
 class DenseCosts:
-    """Products with weights of one type on one device; measured where the profile has them, by ``backend`` if named."""
+    """Products with weights of one type on one device; measured where the profile has them.
+
+    Rows are those of ``backend``; of the framework with the fastest products of few tokens where none is named, or
+    where the named one has none or takes over ``HOST`` times as long: then it has timed its host, not the kernel.
+    """
 
     def __init__(
         self,
@@ -41,11 +54,9 @@ class DenseCosts:
             seconds: Floats = np.maximum(moved, 2 * m * n * k / flops)
             return seconds
 
-        names: dict[str, Any] = {"batch": 1, "direction": "forward"} | ({"backend": backend} if backend else {})
-        # Scaled by blocks and by tensor are different kernels: the first kind that is measured serves alone.
-        kinds = TABLE_DTYPES.get(dtype, (dtype,))
-        measured = (kind for kind in kinds if profile is not None and profile.select("gemm", dtype=kind, **names))
-        names["dtype"] = next(measured, kinds[0])
+        kind, framework = _kind_and_framework(profile, dtype, backend) if profile is not None else (dtype, None)
+        names: dict[str, Any] = {"dtype": kind, "batch": 1, "direction": "forward"}
+        names |= {"backend": framework} if framework else {}
         self._products = TableCosts(profile, "gemm", ("m", "n", "k"), names, law, accelerator.name)
         self._device = accelerator.name
 
@@ -62,3 +73,23 @@ class DenseCosts:
         """``count`` reads and writes of bf16 activations: norms, router top-k, permutation, embedding rows."""
         seconds = np.array([count * 4 * elements / self._bandwidth])
         return Seconds(seconds, roofline.RELATIVE_ERROR, f"roofline of {self._device}", True)
+
+
+@lru_cache(maxsize=256)
+def _kind_and_framework(profile: HardwareProfile, dtype: Dtype, backend: str | None) -> tuple[str, str | None]:
+    """The kind of ``dtype`` in the tables and whose rows serve; None without rows of few tokens."""
+    kinds = TABLE_DTYPES.get(dtype, (dtype,))
+    where: dict[str, Any] = {"batch": 1, "direction": "forward"}
+    kind = next((kind for kind in kinds if profile.select("gemm", dtype=kind, **where)), kinds[0])
+    rows = profile.select("gemm", dtype=kind, m=_FEW, **where)
+    took: dict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
+    for name, us, *at in zip(*(rows[c].to_pylist() for c in ("backend", "latency_us", *"mnk")), strict=True):
+        took[name][tuple(at)] = min(us, took[name].get(tuple(at), us))
+    if not took:
+        return kind, None
+    shared = set.intersection(*(set(of) for of in took.values()))
+    fastest = {at: min(of[at] for of in took.values()) for at in shared}
+    slower = {name: float(np.median([of[at] / us for at, us in fastest.items()] or [1.0])) for name, of in took.items()}
+    if backend is not None and slower.get(backend, np.inf) <= HOST:
+        return kind, backend
+    return kind, min(slower, key=lambda name: slower[name])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.dense import DenseCosts
-from moeplan.costs.experts import TABLE_DTYPES
 from moeplan.costs.fastest import FastestTable
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import Dtype, ModelSpec
@@ -19,10 +15,6 @@ from moeplan.specs.model import Dtype, ModelSpec
 __all__ = ["EngineSetup", "EngineTables", "Exchange"]
 
 T = TypeVar("T")
-# Kernels of two frameworks differ by up to 2.8 (median over weights); vLLM's block-scaled ones, timed with the host's
-# work for each call, by 4 to 50, whatever the tokens.
-_HOST = 3.0
-_FEW = (1, 4, 16, 64)
 # ``gathered``; ``sent``, in decode by low-latency kernels, or ``sent_normal`` by the others too; ``fastest``: the
 # engine takes the one that its tables say is faster. See engine_links.
 Exchange = Literal["gathered", "sent", "sent_normal", "fastest"]
@@ -89,28 +81,9 @@ class EngineTables:
         )
 
     def dense(self, dtype: Dtype) -> DenseCosts:
-        """Products of the own framework; of another where it has none or has timed its host instead of the kernel."""
-        name = self.cached(("products", self.setup.backend, dtype), lambda: self._products_of(dtype))
-        return self.cached(
-            ("gemm", name, dtype), lambda: DenseCosts(self.setup.accelerator, dtype, self.profile, name)
-        )
-
-    def _products_of(self, dtype: Dtype) -> str | None:
-        """The own framework, unless its products of few tokens take over ``_HOST`` times as long as the fastest
-        framework's; then that one. None without rows."""
-        kinds = TABLE_DTYPES.get(dtype, (dtype,))
-        tables = (self.profile.select("gemm", dtype=kind, batch=1, m=_FEW, direction="forward") for kind in kinds)
-        rows = next((table for table in tables if table), None)
-        if rows is None:
-            return None
-        took: dict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
-        for backend, us, *at in zip(*(rows[c].to_pylist() for c in ("backend", "latency_us", *"mnk")), strict=True):
-            took[backend][tuple(at)] = min(us, took[backend].get(tuple(at), us))
-        shared = set.intersection(*(set(of) for of in took.values()))
-        fastest = {at: min(of[at] for of in took.values()) for at in shared}
-        slower = {name: np.median([of[at] / us for at, us in fastest.items()] or 1.0) for name, of in took.items()}
-        own = self.setup.backend
-        return own if slower.get(own, np.inf) <= _HOST else min(slower, key=lambda name: slower[name])
+        """Products of the own framework."""
+        backend, device = self.setup.backend, self.setup.accelerator
+        return self.cached(("gemm", backend, dtype), lambda: DenseCosts(device, dtype, self.profile, backend))
 
     def table(
         self,
