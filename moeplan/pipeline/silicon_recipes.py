@@ -316,8 +316,8 @@ def choose_recipes(
         for row in same:
             name = row["id"]
             left = [recipe for recipe in fits[name] if lane_of(row) in recipe.lanes]
-            for other in same:
-                left = [recipe for recipe in left if recipe.job in jobs.get(other["id"], ())] or left
+            for record in same:
+                left = [recipe for recipe in left if recipe.job in jobs.get(record["id"], ())] or left
             drafted = _likeliest([recipe for recipe in left if recipe.draft_tokens], on[name])
             plain = _likeliest([recipe for recipe in left if not recipe.draft_tokens], on[name])
             answer[name] = (drafted, plain) if drafted else (plain, None)
@@ -325,8 +325,13 @@ def choose_recipes(
 
 
 def _likeliest(fits: Sequence[Recipe], on: datetime | None) -> Recipe | None:
-    """The one nearest in time, of these the one added last."""
-    return max(fits, key=lambda recipe: (-_away(recipe, on), recipe.first), default=None)
+    """The one nearest in time, of these the one added last, of these the one with most ranks to decode on, which is
+    the faster."""
+    return max(fits, key=lambda recipe: (-_away(recipe, on), recipe.first, _decode_ranks(recipe)), default=None)
+
+
+def _decode_ranks(recipe: Recipe) -> int:
+    return recipe.widths[0] if len(recipe.widths) == 3 else recipe.widths[4] * recipe.widths[5]
 
 
 def _away(recipe: Recipe, on: datetime | None) -> int:
