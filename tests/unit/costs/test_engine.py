@@ -9,12 +9,14 @@ import pyarrow as pa
 import pytest
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
+from moeplan.costs.dense import DenseCosts
 from moeplan.costs.engine import EngineCosts, EngineSetup
 from moeplan.costs.fastest import FastestTable
 from moeplan.costs.served import CALIBRATED, ServedPool, kv_capacity_tokens, pass_times, served
 from moeplan.errors import InputError
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.clusters import find_accelerator
+from moeplan.specs.model import DTYPE_BYTES
 from moeplan.specs.models import find_model
 
 META = ProfileMeta(name="made up", accelerator="H200", date="", command="")
@@ -26,15 +28,15 @@ def engine(**changes: object) -> EngineCosts:
     return EngineCosts(EngineSetup(**{**setup, **changes}), EMPTY)  # type: ignore[arg-type]
 
 
-def gemm_rows(kernel: str, us: list[float]) -> pa.Table:
+def gemm_rows(kernel: str, us: list[float], dtype: str = "bf16", backend: str = "sglang") -> pa.Table:
     n = len(us)
     return pa.table(
         {
             "m": [1, 10, 100][:n],
             "n": [64] * n,
             "k": [64] * n,
-            "dtype": ["bf16"] * n,
-            "backend": ["sglang"] * n,
+            "dtype": [dtype] * n,
+            "backend": [backend] * n,
             "kernel": [kernel] * n,
             "source": ["made up"] * n,
             "latency_us": us,
@@ -57,6 +59,33 @@ def test_the_fastest_kernel_answers_at_each_point() -> None:
     nothing = FastestTable(profile, "gemm", axes, {"dtype": "fp8"}, law, "made up")
     assert not nothing.measured
     assert nothing.seconds(3.0, 1.0, 1.0) == pytest.approx(1.0)
+
+
+def test_products_take_block_scaled_rows_of_the_framework_that_timed_kernels() -> None:
+    device = find_accelerator("h200")
+    blocks = {"sglang": 10.0, "trtllm": 12.0, "vllm": 175.0}  # vLLM's with the host's work
+    tables = [gemm_rows("block", [us, us, us], "fp8_block", name) for name, us in blocks.items()]
+    tensors = [gemm_rows("tensor", [5.0, 5.0, 5.0], "fp8", name) for name in blocks]
+    both = HardwareProfile(META, {"gemm": pa.concat_tables(tables + tensors)})
+    for backend, us in (("sglang", 10.0), ("trtllm", 12.0), ("vllm", 10.0), ("other", 10.0), (None, 10.0)):
+        product = DenseCosts(device, "fp8", both, backend).product(10.0, 64, 64)
+        assert product.value.item() == pytest.approx(us * 1e-6)
+    alone = HardwareProfile(META, {"gemm": pa.concat_tables(tensors)})
+    assert DenseCosts(device, "fp8", alone, "vllm").product(10.0, 64, 64).value.item() == pytest.approx(5e-6)
+    assert DenseCosts(device, "bf16", both, "vllm").product(10.0, 64, 64).extrapolated
+
+
+def test_activations_are_scaled_before_products_in_few_bits() -> None:
+    tokens = np.array([1.0, 65536.0])
+    device = find_accelerator("b200")
+    cases = (("sglang", "fp8", 1), ("sglang", "bf16", 0), ("sglang", "fp4", 1), ("trtllm", "fp4", 0))
+    for backend, dtype, scaled in cases:
+        costs = engine(accelerator=device, backend=backend, dense_dtype=dtype)
+        products = costs._tables.dense(costs.setup.dense_dtype).ffn(tokens, 7168, 2048 / 8, True).value.sum(-1)
+        few, many = costs._ffn(tokens, 2048.0) - products
+        assert few == pytest.approx(scaled * 2 * 2e-6)
+        moved = 65536 * 7168 * (2 + DTYPE_BYTES[costs.setup.dense_dtype]) / device.memory_bandwidth
+        assert scaled * moved <= many <= scaled * 2 * moved
 
 
 def test_decode_grows_with_batch_and_cache_and_shrinks_with_width() -> None:
@@ -184,6 +213,16 @@ def test_served_latencies_hold_their_parts() -> None:
     assert few.ttft_mean_s > 5 * many.ttft_mean_s
     with pytest.raises(InputError, match="is below one request's"):
         served(times, ServedPool(costs.setup), None, CALIBRATED, 2_000_000, 256, 1)
+
+
+def test_early_latent_attention_takes_longer_as_it_still_does_on_hopper() -> None:
+    for device, late, gap in (("b200", False, 1), ("b200", True, 0), ("h200", False, 1), ("h200", True, 1)):
+        costs = engine(accelerator=find_accelerator(device), backend="trtllm")
+        times = pass_times(costs, costs, 1024, 256)
+        free = replace(CALIBRATED, early_latent_gap_s={})
+        pool = ServedPool(costs.setup, late=late)
+        more, less = (served(times, pool, None, c, 1024, 256, 1).tpot_mean_s for c in (CALIBRATED, free))
+        assert more - less == pytest.approx(gap * 61 * CALIBRATED.early_latent_gap_s["trtllm"])
 
 
 def test_the_host_handles_every_drafted_sequence() -> None:
