@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.attention import AttentionCosts
-from moeplan.costs.dense import DenseCosts
+from moeplan.costs.dense import HOST, DenseCosts
 from moeplan.costs.engine_links import EngineLinks
 from moeplan.costs.engine_tables import EngineSetup, EngineTables, Exchange
 from moeplan.costs.experts import TABLE_DTYPES
@@ -39,6 +39,7 @@ _LIBRARIES = {
 # Scaling activations to 8 or 4 bits before a product: a pass of its own that tables of products leave out but
 # TensorRT-LLM's in 4 bits. At few tokens it takes 1.3 to 2.6 us (aiconfigurator-core, ``quantize``, two frameworks).
 _SCALING_S = 2.0e-6
+_FEW_TOKENS = 256.0
 _GEMM_TABLE = {"bf16": "bf16", "fp8": "fp8_block", "fp4": "nvfp4", "int4": "bf16"}
 
 
@@ -64,15 +65,20 @@ class EngineCosts:
         """Seconds of one layer's attention block for ``batch`` sequences per group, of ``queries`` tokens in decode."""
         if part.kind == "gated_delta":
             return self._gated_delta(part, decode, batch, context, queries)
-        if part.kind in ("mla", "sparse_mla"):
-            module = self._module(part, decode)
-            if module.measured:
-                return module.seconds(context, batch) + self._more_queries(part, batch, context, queries)
-        plain = self._kernel_and_products(part, decode, batch, context)
-        tokens = batch if decode else batch * context
-        inputs = 2 + (part.spec.q_lora_rank is not None)  # of the first products, of the second query one, of the last
-        scaling = inputs * self._scaling(self.setup.attention_dtype, tokens, self.setup.model.hidden_size)
-        return plain + scaling + self._more_queries(part, batch, context, queries)
+        if part.kind in ("mla", "sparse_mla") and self._module_serves(part, decode):
+            seconds = self._module(part, decode).seconds(context, batch)
+        else:
+            seconds = self._kernel_and_products(part, decode, batch, context)
+        return seconds + self._more_queries(part, batch, context, queries)
+
+    def _module_serves(self, part: AttentionLayers, decode: bool) -> bool:
+        """Whether the whole block is measured, and its kernels were: where few tokens take it over ``HOST`` times as
+        long as its kernel and products (0.9 to 1.3 elsewhere) its host was timed."""
+        module = self._module(part, decode)
+        one, few = np.array(1.0), np.array(_FEW_TOKENS)
+        if not module.measured or part.kind != "mla":
+            return module.measured
+        return bool(module.seconds(few, one) <= HOST * self._kernel_and_products(part, decode, one, few))
 
     def _more_queries(self, part: AttentionLayers, batch: Floats, context: Floats, queries: float) -> Floats:
         """What ``queries`` tokens per sequence take in decode more than one, which is what tables time: products of
@@ -157,7 +163,8 @@ class EngineCosts:
             seconds = seconds + self._tables.dense(self.setup.attention_dtype).product(
                 tokens, width, self.setup.model.hidden_size
             ).value
-        return seconds
+        inputs = 2 + (part.spec.q_lora_rank is not None)  # of the first products, of the second query one, of the last
+        return seconds + inputs * self._scaling(self.setup.attention_dtype, tokens, self.setup.model.hidden_size)
 
     def _gated_delta(
         self, part: AttentionLayers, decode: bool, batch: Floats, context: Floats, queries: float
