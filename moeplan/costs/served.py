@@ -40,7 +40,8 @@ class Constants:
     linear-attention layer besides (gates, norms, splits); ``early_latent_gap_s``: of a latent-attention (MLA) layer;
     ``late_``: for releases of about the tables' age instead, ``early_``: for those before alone, and on Hopper.
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
-    streamed token, where a :class:`ServedPool` does not say; ``prompt_latency``: part of its own prefill that a
+    streamed token, where a :class:`ServedPool` does not say; ``first_tokens`` of the answer besides, where it does;
+    ``prompt_latency``: part of its own prefill that a
     prompt's first token takes besides, without holding up others (pipelined scheduling, uncaptured launches).
     ``acceptance``: how likely a draft is accepted whose predecessors were (Leviathan et al., ICML 2023, equation 1,
     gives the tokens of a step); ``draft_host_s``: the host's work per running sequence of an attention group in a step
@@ -55,6 +56,7 @@ class Constants:
     late_linear_gap_s: float = 0.0
     early_latent_gap_s: Mapping[str, float] = field(default_factory=dict)
     first_steps: Mapping[str, float] = field(default_factory=dict)
+    first_tokens: Mapping[str, float] = field(default_factory=dict)
     prompt_latency: float = 0.0
     acceptance: float = 0.7
     draft_host_s: Mapping[str, float] = field(default_factory=dict)
@@ -72,15 +74,14 @@ class ServedPool:
     """Workers of one kind and how many.
 
     ``prompt_tokens`` that one attention group takes into a pass, ``first_steps`` that pass before a prompt is seen,
-    None: as the constants say; ``first_tokens`` that are held back before a first one is sent; ``max_running``
-    sequences of a worker, 0: as the cache allows; ``late``: a release of about the tables' age.
+    None: as the constants say; ``max_running`` sequences of a worker, 0: as the cache allows; ``late``: a release of
+    about the tables' age.
     """
 
     setup: EngineSetup
     workers: int = 1
     prompt_tokens: int | None = None
     first_steps: float | None = None
-    first_tokens: float = 0.0
     max_running: int = 0
     late: bool = False
 
@@ -94,6 +95,7 @@ CALIBRATED = Constants(
     late_linear_gap_s=20e-6,
     early_latent_gap_s={"trtllm": 40e-6},
     first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 3.0},
+    first_tokens={"sglang": 15.0},
     prompt_latency=0.25,
     acceptance=0.66,
     draft_host_s={"sglang": 100e-6},
@@ -207,6 +209,6 @@ def served(
     alone = float(np.interp(mean_in, times.tokens_p, times.prefill_s_p))
     steps = constants.first_steps.get(backend, 0.0)
     if decode.first_steps is not None:
-        steps = decode.first_steps * per_step + decode.first_tokens
+        steps = decode.first_steps * per_step + constants.first_tokens.get(backend, 0.0)
     late = constants.prompt_latency * alone + steps * found.tpot_mean_s
     return replace(found, ttft_mean_s=found.ttft_mean_s + late, ttft_median_s=found.ttft_median_s + late)
