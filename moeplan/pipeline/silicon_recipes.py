@@ -119,13 +119,14 @@ def image_of(row: Row) -> str | None:
 
 def late(backend: str, image: str) -> bool:
     """Whether an image is of a release of about the tables' age: SGLang since 0.5.10 (April 2026), TensorRT-LLM since
-    1.2 and all of Dynamo's, the first of which is newer than TensorRT-LLM's 1.1.0rc2."""
+    1.2 and all of Dynamo's, the first of which is newer than TensorRT-LLM's 1.1.0rc2. Of an unknown release
+    TensorRT-LLM's earlier ones are not assumed."""
     night = re.search(r"dev(?:cu\d\d)?(20\d{6})", image)
     if night:
         return night[1] >= "20260401"
     release = re.search(r"(sglangv|release|tensorrtllmruntime)(\d+)\.(\d+)(?:\.(\d+))?", image)
     if release is None:
-        return False
+        return backend == "trtllm"
     since = {"sglangv": (0, 5, 10), "release": (1, 2, 0), "tensorrtllmruntime": (0, 0, 0)}[release[1]]
     return backend in ("sglang", "trtllm") and tuple(int(part or 0) for part in release.groups()[1:]) >= since
 

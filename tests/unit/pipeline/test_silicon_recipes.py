@@ -183,7 +183,8 @@ def test_a_launch_says_kernels_and_its_own_widths() -> None:
         ("trtllm", "nvcr.ionvidiatensorrtllmrelease1.1.0rc2.post2", False),
         ("trtllm", "nvcr.ionvidiatensorrtllmrelease1.2.0rc6.post2", True),
         ("trtllm", "nvcr.ionvidiaaidynamotensorrtllmruntime0.8.1.post1", True),
-        ("trtllm", "", False),
+        ("trtllm", "", True),
+        ("sglang", "", False),
         ("vllm", "vllmvllmopenaiv0.15.1", False),
     ],
 )
