@@ -52,6 +52,7 @@ _DRIVERS = {
     "qwen235-b300": "launch gaps are larger than the constant where the schedule overlaps exchanges",
     "qwen235-b200": "the launch gap is smaller here than the one that all rows share",
     "dsv3-gb200-bf16": "an older container: newer ones are faster at the same layout",
+    "dsv3-b200-2509": "an older container: newer ones are faster at the same layout",
     "dsv3-b200-mxfp8-2511": "an older container: newer ones are faster at the same layout",
     "simumax": "launches and passes over activations take longer than counted",
 }
