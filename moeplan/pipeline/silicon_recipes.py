@@ -9,9 +9,9 @@ database export (``config_id``) are never drafted.
 
 Of two pools one job runs a recipe's list of concurrencies, and the file keeps a job's rows together: of the
 candidates of a run of rows those count that split it into the fewest jobs with the fewest concurrencies missing
-(:func:`split_run`). Records of one measurement share what their columns say. Where drafted and undrafted ones are still left, the drafted one is taken: of two equally likely
-answers the faster has the smaller expected relative error. Of the rest the one added last, of these the
-one with most ranks. Of measured latencies only whether two are the same is used.
+(:func:`split_run`). Records of one measurement share what their columns say. Where drafted and undrafted ones are still
+left, the drafted one is taken: of two equally likely answers the faster has the smaller expected relative error. Of the
+rest the one added last, of these the one with most ranks. Of measured latencies only whether two are the same is used.
 """
 
 from __future__ import annotations
