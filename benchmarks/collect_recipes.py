@@ -72,7 +72,9 @@ def _points(git: Git, until: str) -> Iterator[_Point]:
     def read(blob: str) -> dict[str, Any]:
         return yaml.load(git("cat-file", "blob", blob), Loader=yaml.CSafeLoader) or {}
 
-    history = ("log", "--first-parent", "--reverse", "--format=%H %cd %ct", "--date=short", f"--until={until}")
+    # A day alone would mean that day at the present time of day.
+    until += "T00:00:00Z"
+    history = ("log", "--first-parent", "--reverse", f"--until={until}", "--format=%H %cd %ct", "--date=short")
     for line in git(*history, "--", *CONFIGURATIONS, CHANGES).splitlines():
         commit, day, second = line.split()
         files = dict(reversed(row.split(None, 2)[2].split("\t")) for row in git("ls-tree", "-r", commit).splitlines())
@@ -208,11 +210,14 @@ def _pools(document: dict[str, Any]) -> tuple[int, list[Any]] | None:
     return int(drafts), [*(int(value) for value in launch), *kernels, widths]
 
 
-def _settings(entry: dict[str, Any]) -> tuple[int, list[Any]] | None:
-    """(drafts, launch) of two pools of TensorRT-LLM whose entry has the launch settings itself, as in 2025."""
-    decode = entry["decode"]
+def _settings(entry: dict[str, Any]) -> dict[str, str]:
+    """What an entry of two pools says besides: name to value."""
     lines = [line for side in ("prefill", "decode") for line in entry[side].get("additional-settings", [])]
-    said = dict(str(line).split("=", 1) for line in lines if "=" in str(line))
+    return dict(str(line).split("=", 1) for line in lines if "=" in str(line))
+
+
+def _said(decode: dict[str, Any], said: dict[str, str]) -> tuple[int, list[Any]] | None:
+    """(drafts, launch) of two pools of TensorRT-LLM whose entry has the launch settings itself, as in 2025."""
     if "DECODE_MAX_BATCH_SIZE" not in said:
         return None
     groups = decode["tp"] if decode.get("dp-attn") else 1
@@ -302,12 +307,12 @@ def collect(benchmark: Git, recipes: Git, until: str) -> tuple[list[str], list[l
         lanes, job = _lanes(entry), ""
         if "prefill" in entry:
             widths = _workers(entry["prefill"]) + _workers(entry["decode"])
-            settings = " ".join(str(one) for one in entry["prefill"].get("additional-settings", []))
-            job = (re.findall(r"CONFIG_FILE=(\S+)", settings) or [""])[0]
+            settings = _settings(entry)
+            job = settings.get("CONFIG_FILE", "")
             document = read(job, day) if job else {}
             lanes += [int(n) for n in re.findall(r"\d+", str(document.get("benchmark", {}).get("concurrencies", "")))]
-            said = _settings(entry)
-            if said is not None and "DECODE_NODES" not in str(entry):  # its launcher counts requests per decode worker
+            said = _said(entry["decode"], settings)
+            if said is not None and "DECODE_NODES" not in settings:  # its launcher counts requests per decode worker
                 lanes = [lane * entry["decode"].get("num-worker", 1) for lane in lanes]
             drafts, launch = said or _pools(document) or (-int(drafted), None)
             job = json.dumps([config["key"], *head[4:], drafts, widths, job])

@@ -18,8 +18,15 @@ from moeplan.costs.served import CALIBRATED, Constants
 from moeplan.pipeline.silicon import SiliconModel, measured_rows
 from moeplan.pipeline.silicon_rows import Measured
 
-_MAPS = ("prefill_factor", "late_prefill_factor", "layer_gap_s", "early_latent_gap_s", "first_steps", "first_tokens")
-_MAPS += ("draft_host_s",)
+_MAPS = (
+    "prefill_factor",
+    "late_prefill_factor",
+    "layer_gap_s",
+    "early_latent_gap_s",
+    "first_steps",
+    "first_tokens",
+    "draft_host_s",
+)
 _SCALARS = ("linear_gap_s", "late_linear_gap_s", "prompt_latency", "handover_s")
 _STEPS = (0.7, 0.85, 1.2, 1.4)
 

@@ -154,16 +154,15 @@ def _serve(
     now, step, running, done, cached = 0.0, 0, 0, 0, 0.0
     held = 0  # passes that prompts have waited for others
     ranks = int(groups)  # one pool: a request takes the place of the one that made way for it
-    group, pending = np.arange(n) % ranks, np.zeros(ranks, np.int64)
-    for request in range(come):
-        pending[group[request]] += 1
+    group = np.arange(n) % ranks
+    pending = np.bincount(group[:come], minlength=ranks)
     admitted = np.zeros(n, np.int64)
     while done < n:
         taken, tokens = 0, 0.0
         if prefill_workers == 0:
             budget = prompt_tokens * groups - running * query_tokens
             held = held + 1 if begun < come else 0
-            if running > 0 and held <= gather and pending.min() == 0:
+            if 0 < held <= gather and running > 0 and pending.min() == 0:
                 budget = -1.0
             while budget > 0 and begun < come and here[begun % decode_workers] < max_running:
                 if tokens > 0 and tokens + inputs[begun] > budget:

@@ -56,6 +56,7 @@ class EngineCosts:
         self._tables = EngineTables(setup, profile, shared)
         self._links = EngineLinks(self._tables)
         self._layers = attention_layers(setup.model)
+        self._serves: dict[tuple[AttentionLayers, bool], bool] = {}
 
     # ------------------------------------------------------------------ attention
 
@@ -75,10 +76,13 @@ class EngineCosts:
         """Whether the whole block is measured, and its kernels were: where few tokens take it over ``HOST`` times as
         long as its kernel and products (0.9 to 1.3 elsewhere) its host was timed."""
         module = self._module(part, decode)
-        one, few = np.array(1.0), np.array(_FEW_TOKENS)
         if not module.measured or part.kind != "mla":
             return module.measured
-        return bool(module.seconds(few, one) <= HOST * self._kernel_and_products(part, decode, one, few))
+        if (part, decode) not in self._serves:
+            one, few = np.array(1.0), np.array(_FEW_TOKENS)
+            limit = HOST * self._kernel_and_products(part, decode, one, few)
+            self._serves[part, decode] = bool(module.seconds(few, one) <= limit)
+        return self._serves[part, decode]
 
     def _more_queries(self, part: AttentionLayers, batch: Floats, context: Floats, queries: float) -> Floats:
         """What ``queries`` tokens per sequence take in decode more than one, which is what tables time: products of

@@ -81,7 +81,7 @@ class EngineTables:
         )
 
     def dense(self, dtype: Dtype) -> DenseCosts:
-        """Products of the own framework."""
+        """Products of the own framework, where it has timed kernels."""
         backend, device = self.setup.backend, self.setup.accelerator
         return self.cached(("gemm", backend, dtype), lambda: DenseCosts(device, dtype, self.profile, backend))
 

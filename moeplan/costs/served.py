@@ -41,8 +41,8 @@ class Constants:
     ``late_``: for releases of about the tables' age instead, ``early_``: for those before alone, and on Hopper.
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
     streamed token, where a :class:`ServedPool` does not say; ``first_tokens`` of the answer besides, where it does;
-    ``prompt_latency``: part of its own prefill that a
-    prompt's first token takes besides, without holding up others (pipelined scheduling, uncaptured launches).
+    ``prompt_latency``: part of its own prefill that a prompt's first token takes besides, without holding up others
+    (pipelined scheduling, uncaptured launches).
     ``acceptance``: how likely a draft is accepted whose predecessors were (Leviathan et al., ICML 2023, equation 1,
     gives the tokens of a step); ``draft_host_s``: the host's work per running sequence of an attention group in a step
     with drafts. ``handover_s``: from prefill to decode worker.

@@ -129,7 +129,7 @@ def late(backend: str, image: str) -> bool:
     if release is None:
         return backend == "trtllm"
     since = {"sglangv": (0, 5, 10), "release": (1, 2, 0), "tensorrtllmruntime": (0, 0, 0)}[release[1]]
-    return backend in ("sglang", "trtllm") and tuple(int(part or 0) for part in release.groups()[1:]) >= since
+    return tuple(int(part or 0) for part in release.groups()[1:]) >= since
 
 
 # ---------------------------------------------------------------------- candidates
@@ -225,10 +225,10 @@ def _began(run: datetime, on: datetime) -> bool:
 
 
 def split_run(
-    lanes: Sequence[int], jobs: Mapping[int, frozenset[int]], may: Sequence[frozenset[int]] | None = None
+    lanes: Sequence[int], jobs: Mapping[int, frozenset[int]], may: Sequence[frozenset[int]]
 ) -> list[set[int]]:
     """For each of consecutive rows the jobs that may have run it: those of the splits into jobs with the least count
-    of jobs and missing concurrencies, ``may`` the jobs that a row can be of (None: any that has its concurrency). A
+    of jobs and missing concurrencies. ``jobs``: number to concurrencies; ``may``: the jobs that each row can be of. A
     job's rows stand together in any order. Empty sets where no split exists."""
     n = len(lanes)
     parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -237,7 +237,7 @@ def split_run(
             part = set(lanes[low:high])
             if len(part) < high - low:
                 break
-            able = frozenset(jobs) if may is None else frozenset.intersection(*may[low:high])
+            able = frozenset.intersection(*may[low:high])
             parts[low, high] = [(1 + len(jobs[job]) - len(part), job) for job in able if part <= jobs[job]]
     best = {cell: min(cost for cost, _ in found) for cell, found in parts.items() if found}
     ahead, behind = [0.0] + [float("inf")] * n, [float("inf")] * n + [0.0]
