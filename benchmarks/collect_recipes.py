@@ -177,6 +177,7 @@ def _pools(document: dict[str, Any]) -> tuple[int, list[Any]] | None:
             )
             for pool in (prefill, decode)
         ]
+        attention = str(decode.get("attention-backend", ""))
     elif "decode" in trtllm:
         decode, prefill = trtllm["decode"], trtllm["prefill"]
         drafts = (decode.get("speculative_config") or {}).get("num_nextn_predict_layers", 0)
@@ -199,6 +200,7 @@ def _pools(document: dict[str, Any]) -> tuple[int, list[Any]] | None:
             )
             for pool in (prefill, decode)
         ]
+        attention = ""
     else:
         return None
     widths: list[int] | None = []
@@ -207,7 +209,7 @@ def _pools(document: dict[str, Any]) -> tuple[int, list[Any]] | None:
             widths = None
         else:
             widths += [int(resources[name]), int(ranks), int(ep), int(bool(dp))]
-    return int(drafts), [*(int(value) for value in launch), *kernels, widths]
+    return int(drafts), [*(int(value) for value in launch), *kernels, attention, widths]
 
 
 def _settings(entry: dict[str, Any]) -> dict[str, str]:
@@ -222,7 +224,7 @@ def _said(decode: dict[str, Any], said: dict[str, str]) -> tuple[int, list[Any]]
         return None
     groups = decode["tp"] if decode.get("dp-attn") else 1
     slots, batch = int(said.get("DECODE_EPLB_NUM_SLOTS", 0)), int(said["DECODE_MAX_BATCH_SIZE"])
-    launch = [1, 1, 0, slots, int(said.get("PREFILL_MAX_NUM_TOKENS", -1)), batch * groups, "", "", None]
+    launch = [1, 1, 0, slots, int(said.get("PREFILL_MAX_NUM_TOKENS", -1)), batch * groups, "", "", "", None]
     return int(said.get("DECODE_MTP_SIZE", 0)), launch
 
 
@@ -240,7 +242,7 @@ def _server(
     if config["framework"] == "trt" and model == "dsr1":
         return _dsr1_on_trt(blackwell, precision, lengths, bool(entry.get("dp-attn")), drafted, day, lane)
     if config["framework"] == "trt" and blackwell:
-        return 0, [1, 20, 0, 0, 20000, 0, "trtllm", "trtllm", None]
+        return 0, [1, 20, 0, 0, 20000, 0, "trtllm", "trtllm", "", None]
     if config["framework"] != "sglang":
         return -int(drafted), None
     polls = 30 if lane >= 16 else 10
@@ -258,7 +260,7 @@ def _server(
     kernels = "trtllm" if blackwell and (model, precision) != ("glm5", "fp4") else ""
     ep_moe = model == "dsr1" and precision == "fp4" and day < "2025-11-10"  # --enable-ep-moe, whatever the entry says
     widths = [entry["tp"], entry["tp"], 0] if ep_moe else None
-    return drafts, [poll, stream, 0, 0, tokens, 0, kernels, kernels, widths]
+    return drafts, [poll, stream, 0, 0, tokens, 0, kernels, kernels, "", widths]
 
 
 def _dsr1_on_trt(
@@ -279,7 +281,7 @@ def _dsr1_on_trt(
         kernels = "trtllm" if late else "deepgemm"
     batch = max(1, lane // (4 if precision == "fp4" else 8)) if dp else lane
     tokens = (drafts + 1) * batch + isl + 64 if drafted else max(8192, lane + isl + 64)
-    return drafts, [1, 10, 0, 0, (tokens + 63) // 64 * 64, 0, kernels, kernels, None]
+    return drafts, [1, 10, 0, 0, (tokens + 63) // 64 * 64, 0, kernels, kernels, "", None]
 
 
 def _hardware(config: dict[str, Any]) -> str:

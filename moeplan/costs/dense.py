@@ -21,13 +21,13 @@ from moeplan.costs.tables import Seconds, TableCosts
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype
 
-__all__ = ["HOST", "DenseCosts"]
+__all__ = ["DenseCosts"]
 
 Floats = NDArray[np.float64]
 
 # Kernels of two frameworks differ by up to 2.8 (median over weights); vLLM's block-scaled ones, timed with the host's
 # work for each call, by 4 to 50, whatever the tokens.
-HOST = 3.0
+_HOST = 3.0
 _FEW = (1, 4, 16, 64)
 
 
@@ -35,7 +35,7 @@ class DenseCosts:
     """Products with weights of one type on one device; measured where the profile has them.
 
     Rows are those of ``backend``; of the framework with the fastest products of few tokens where none is named, or
-    where the named one has none or takes over ``HOST`` times as long: then it has timed its host, not the kernel.
+    where the named one has none or takes over ``_HOST`` times as long: then it has timed its host, not the kernel.
     """
 
     def __init__(
@@ -90,6 +90,6 @@ def _kind_and_framework(profile: HardwareProfile, dtype: Dtype, backend: str | N
     shared = set.intersection(*(set(of) for of in took.values()))
     fastest = {at: min(of[at] for of in took.values()) for at in shared}
     slower = {name: float(np.median([of[at] / us for at, us in fastest.items()] or [1.0])) for name, of in took.items()}
-    if backend is not None and slower.get(backend, np.inf) <= HOST:
+    if backend is not None and slower.get(backend, np.inf) <= _HOST:
         return kind, backend
     return kind, min(slower, key=lambda name: slower[name])

@@ -122,7 +122,8 @@ def pools_of(row: Measured, model: ModelSpec) -> tuple[ServedPool, ServedPool | 
     a prompt is seen. It streams every so many tokens but sends the first one at once."""
     launch = row.launch
     kernels = ("", "") if launch is None else (launch.prefill_kernels, launch.decode_kernels)
-    decode = ServedPool(setup_of(row, row.decode, model, row.draft_tokens, kernels[1]), row.decode.count, late=row.late)
+    drafts = 0 if _drafts_stall(row, model) else row.draft_tokens
+    decode = ServedPool(setup_of(row, row.decode, model, drafts, kernels[1]), row.decode.count, late=row.late)
     if launch is not None:
         decode = replace(decode, prompt_tokens=launch.prompt_tokens or None, max_running=launch.max_running)
         if row.backend == "sglang":
@@ -131,6 +132,14 @@ def pools_of(row: Measured, model: ModelSpec) -> tuple[ServedPool, ServedPool | 
         return decode, None
     prefill = ServedPool(setup_of(row, row.prefill, model, 0, kernels[0]), row.prefill.count, decode.prompt_tokens)
     return decode, prefill
+
+
+def _drafts_stall(row: Measured, model: ModelSpec) -> bool:
+    """Whether drafts bring nothing: SGLang planned FlashInfer's latent attention of drafts and their check on the host,
+    which waited for the device each time, so that DeepSeek-R1 with two drafts on H200 was "no faster than standard
+    decoding" (sgl-project/sglang, pull request 27689, which mended it in June 2026, after every row)."""
+    latent = model.attention is not None and model.attention.is_mla
+    return latent and row.backend == "sglang" and row.launch is not None and row.launch.decode_attention == "flashinfer"
 
 
 def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int, kernels: str = "") -> EngineSetup:

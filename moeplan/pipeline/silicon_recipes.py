@@ -41,7 +41,7 @@ __all__ = [
 
 Row = Mapping[str, str]
 
-_SLACK = timedelta(days=10)
+_SLACK = 10  # days
 _START = timedelta(seconds=60)  # a run begins seconds after the commit that asks for it
 _WIDTHS_SAID = datetime(2025, 11, 5, tzinfo=UTC)  # rows measured before say tp alone: 1 stands for ep and dp
 
@@ -51,8 +51,8 @@ class Launch:
     """How a recipe starts its engine: decode steps between polls for requests, tokens between streamed answers, whether
     tokens go through DeepEP (1; 2: by its normal kernels in decode too), redundant experts or balanced slots, prompt
     tokens per pass of a rank, sequences that a decode worker takes (0: unlimited), the library of expert kernels of
-    prefill and decode ("": unsaid), the widths that the launch file has, which are the true ones where they differ from
-    the recipe's (None: unsaid)."""
+    prefill and decode ("": unsaid), SGLang's attention backend of decode ("": unsaid), the widths that the launch file
+    has, which are the true ones where they differ from the recipe's (None: unsaid)."""
 
     poll_steps: int
     stream_tokens: int
@@ -62,6 +62,7 @@ class Launch:
     max_running: int
     prefill_kernels: str = ""
     decode_kernels: str = ""
+    decode_attention: str = ""
     widths: tuple[int, ...] | None = None
 
 
@@ -160,13 +161,13 @@ def _recipes() -> dict[tuple[Any, ...], list[Recipe]]:
 
 
 def _launch(backend: str, widths: Sequence[int], values: Sequence[Any]) -> Launch:
-    poll, stream, deepep, redundant, tokens, running, prefill, decode, true_widths = values
+    poll, stream, deepep, redundant, tokens, running, *libraries, true_widths = values
     widths = true_widths or widths
     ranks, dp = (widths[1], widths[3]) if len(widths) == 8 else (widths[0], widths[2])
     if backend == "sglang" and dp:
         tokens //= ranks  # a worker's chunk, shared by its attention groups
     true_widths = tuple(true_widths) if true_widths else None
-    return Launch(poll, stream, deepep, redundant, max(0, tokens), running, prefill, decode, true_widths)
+    return Launch(poll, stream, deepep, redundant, max(0, tokens), running, *libraries, true_widths)
 
 
 def _plain(image: str) -> str:
@@ -211,7 +212,8 @@ def _candidates(row: Row, name: str, on: datetime | None) -> list[Recipe]:
     if image is not None:
         fits = prefer([recipe for recipe in fits if recipe.image == image])
     if on is not None:
-        fits = prefer([recipe for recipe in fits if recipe.first - _SLACK <= on <= recipe.last + _SLACK])
+        nearest = min((_away(recipe, on) for recipe in fits if lane in recipe.lanes), default=0)
+        fits = prefer([recipe for recipe in fits if _away(recipe, on) <= max(nearest, _SLACK)])
         fits = prefer([recipe for recipe in fits if any(_began(run, on) for run in recipe.runs)])
     return fits
 
