@@ -21,6 +21,7 @@ from moeplan.pipeline.silicon_rows import Measured
 _MAPS = (
     "prefill_factor",
     "late_prefill_factor",
+    "launch_s",
     "layer_gap_s",
     "early_latent_gap_s",
     "first_steps",

@@ -7,7 +7,6 @@ Scaled by blocks and by tensor are different kernels: of the kinds of a type the
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.experts import TABLE_DTYPES
+from moeplan.costs.frameworks import framework_that_serves
 from moeplan.costs.tables import Seconds, TableCosts
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype
@@ -82,14 +82,4 @@ def _kind_and_framework(profile: HardwareProfile, dtype: Dtype, backend: str | N
     where: dict[str, Any] = {"batch": 1, "direction": "forward"}
     kind = next((kind for kind in kinds if profile.select("gemm", dtype=kind, **where)), kinds[0])
     rows = profile.select("gemm", dtype=kind, m=_FEW, **where)
-    took: dict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
-    for name, us, *at in zip(*(rows[c].to_pylist() for c in ("backend", "latency_us", *"mnk")), strict=True):
-        took[name][tuple(at)] = min(us, took[name].get(tuple(at), us))
-    if not took:
-        return kind, None
-    shared = set.intersection(*(set(of) for of in took.values()))
-    fastest = {at: min(of[at] for of in took.values()) for at in shared}
-    slower = {name: float(np.median([of[at] / us for at, us in fastest.items()] or [1.0])) for name, of in took.items()}
-    if backend is not None and slower.get(backend, np.inf) <= _HOST:
-        return kind, backend
-    return kind, min(slower, key=lambda name: slower[name])
+    return kind, framework_that_serves(rows, ("m", "n", "k"), backend, _HOST)

@@ -35,12 +35,13 @@ class Constants:
     """One set for all rows; mappings are by framework.
 
     ``prefill_factor``: how much longer a prompt's kernels take in a running server than measured alone (launches that
-    no graph captures, other versions, what no table times: norms, quantisation, permutation); ``layer_gap_s``: kernels
-    of one layer in decode that no table times, and its part of the host's work; ``linear_gap_s``: the same of a
-    linear-attention layer besides (gates, norms, splits); ``early_latent_gap_s``: of a latent-attention (MLA) layer;
+    no graph captures, other versions, what no table times: norms, quantisation, permutation); ``launch_s``: what the
+    host takes per layer to launch such a pass, however few the tokens; ``layer_gap_s``: kernels of one layer in decode
+    that no table times, and its part of the host's work; ``linear_gap_s``: the same of a linear-attention layer
+    besides (gates, norms, splits); ``early_latent_gap_s``: of a latent-attention (MLA) layer;
     ``late_``: for releases of about the tables' age instead, ``early_``: for those before alone, and on Hopper.
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
-    streamed token, where a :class:`ServedPool` does not say; ``first_tokens`` of the answer besides, where it does;
+    streamed token, besides those that a :class:`ServedPool` says; ``first_tokens`` of the answer besides;
     ``prompt_latency``: part of its own prefill that a prompt's first token takes besides, without holding up others
     (pipelined scheduling, uncaptured launches).
     ``acceptance``: how likely a draft is accepted whose predecessors were (Leviathan et al., ICML 2023, equation 1,
@@ -51,6 +52,7 @@ class Constants:
 
     prefill_factor: dict[str, float] = field(default_factory=dict)
     late_prefill_factor: dict[str, float] = field(default_factory=dict)
+    launch_s: Mapping[str, float] = field(default_factory=dict)
     layer_gap_s: Mapping[str, float] = field(default_factory=dict)
     linear_gap_s: float = 0.0
     late_linear_gap_s: float = 0.0
@@ -73,15 +75,15 @@ class Constants:
 class ServedPool:
     """Workers of one kind and how many.
 
-    ``prompt_tokens`` that one attention group takes into a pass, ``first_steps`` that pass before a prompt is seen,
-    None: as the constants say; ``max_running`` sequences of a worker, 0: as the cache allows; ``late``: a release of
+    ``prompt_tokens`` that one attention group takes into a pass, None: as the constants say; ``first_steps`` of decode
+    that pass before a prompt is seen; ``max_running`` sequences of a worker, 0: as the cache allows; ``late``: a release of
     about the tables' age.
     """
 
     setup: EngineSetup
     workers: int = 1
     prompt_tokens: int | None = None
-    first_steps: float | None = None
+    first_steps: float = 0.0
     max_running: int = 0
     late: bool = False
 
@@ -90,12 +92,13 @@ class ServedPool:
 CALIBRATED = Constants(
     prefill_factor={"trtllm": 1.1, "sglang": 1.6, "vllm": 1.5},
     late_prefill_factor={"sglang": 1.0},
+    launch_s={"sglang": 1.25e-3},
     layer_gap_s={"trtllm": 2e-6, "sglang": 8e-6, "vllm": 11e-6},
     linear_gap_s=41e-6,
     late_linear_gap_s=20e-6,
     early_latent_gap_s={"trtllm": 40e-6},
-    first_steps={"trtllm": 10.0, "sglang": 30.0, "vllm": 3.0},
-    first_tokens={"sglang": 15.0},
+    first_steps={"trtllm": 9.0, "vllm": 3.0},
+    first_tokens={"sglang": 12.0},
     prompt_latency=0.25,
     acceptance=0.66,
     draft_host_s={"sglang": 100e-6},
@@ -151,7 +154,8 @@ def _with_constants(times: PassTimes, pool: ServedPool, c: Constants) -> PassTim
     factor = factors.get(setup.backend, 1.0)
     host_b = times.batch_b * (c.draft_host_s.get(setup.backend, 0.0) if setup.draft_tokens else 0.0)
     decode_s_b2 = times.decode_s_b2 + gaps + host_b[:, None]
-    return replace(times, decode_s_b2=decode_s_b2, prefill_s_p=times.prefill_s_p * factor)
+    launches = setup.model.num_layers * c.launch_s.get(setup.backend, 0.0)
+    return replace(times, decode_s_b2=decode_s_b2, prefill_s_p=np.maximum(times.prefill_s_p * factor, launches))
 
 
 def served(
@@ -207,8 +211,7 @@ def served(
     count = concurrency * requests
     found = closed_loop(times, pools, concurrency, lengths(isl, count, rng), lengths(osl, count, rng))
     alone = float(np.interp(mean_in, times.tokens_p, times.prefill_s_p))
-    steps = constants.first_steps.get(backend, 0.0)
-    if decode.first_steps is not None:
-        steps = decode.first_steps * per_step + constants.first_tokens.get(backend, 0.0)
-    late = constants.prompt_latency * alone + steps * found.tpot_mean_s
+    steps = decode.first_steps + constants.first_steps.get(backend, 0.0)
+    tokens = steps * per_step + constants.first_tokens.get(backend, 0.0)
+    late = constants.prompt_latency * alone + tokens * found.tpot_mean_s
     return replace(found, ttft_mean_s=found.ttft_mean_s + late, ttft_median_s=found.ttft_median_s + late)

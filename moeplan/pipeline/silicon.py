@@ -118,16 +118,16 @@ def _unmarked(experts: pa.Table) -> pa.Table:
 
 
 def pools_of(row: Measured, model: ModelSpec) -> tuple[ServedPool, ServedPool | None]:
-    """The pools of a row. SGLang polls for requests every so many decode steps, so half of them pass on average before
-    a prompt is seen. It streams every so many tokens but sends the first one at once."""
+    """The pools of a row. SGLang polls for requests every so many decode steps, in each unless it is told, so half of
+    them pass on average before a prompt is seen. It streams every so many tokens but sends the first one at once."""
     launch = row.launch
     kernels = ("", "") if launch is None else (launch.prefill_kernels, launch.decode_kernels)
     drafts = 0 if _drafts_stall(row, model) else row.draft_tokens
     decode = ServedPool(setup_of(row, row.decode, model, drafts, kernels[1]), row.decode.count, late=row.late)
     if launch is not None:
         decode = replace(decode, prompt_tokens=launch.prompt_tokens or None, max_running=launch.max_running)
-        if row.backend == "sglang":
-            decode = replace(decode, first_steps=launch.poll_steps / 2)
+    if row.backend == "sglang":
+        decode = replace(decode, first_steps=(1 if launch is None else launch.poll_steps) / 2)
     if row.prefill is None:
         return decode, None
     prefill = ServedPool(setup_of(row, row.prefill, model, 0, kernels[0]), row.prefill.count, decode.prompt_tokens)

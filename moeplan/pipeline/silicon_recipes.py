@@ -161,13 +161,14 @@ def _recipes() -> dict[tuple[Any, ...], list[Recipe]]:
 
 
 def _launch(backend: str, widths: Sequence[int], values: Sequence[Any]) -> Launch:
-    poll, stream, deepep, redundant, tokens, running, *libraries, true_widths = values
+    poll, stream, deepep, redundant, tokens, running, prefill, decode, attention, true_widths = values
     widths = true_widths or widths
     ranks, dp = (widths[1], widths[3]) if len(widths) == 8 else (widths[0], widths[2])
     if backend == "sglang" and dp:
         tokens //= ranks  # a worker's chunk, shared by its attention groups
     true_widths = tuple(true_widths) if true_widths else None
-    return Launch(poll, stream, deepep, redundant, max(0, tokens), running, *libraries, true_widths)
+    kernels = prefill, decode, attention
+    return Launch(poll, stream, deepep, redundant, max(0, tokens), running, *kernels, true_widths)
 
 
 def _plain(image: str) -> str:

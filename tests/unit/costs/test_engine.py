@@ -12,6 +12,7 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.engine import EngineCosts, EngineSetup
 from moeplan.costs.fastest import FastestTable
+from moeplan.costs.frameworks import framework_that_serves
 from moeplan.costs.served import CALIBRATED, ServedPool, kv_capacity_tokens, pass_times, served
 from moeplan.errors import InputError
 from moeplan.specs.attention_layers import attention_layers
@@ -73,6 +74,49 @@ def test_products_take_block_scaled_rows_of_the_framework_that_timed_kernels() -
     alone = HardwareProfile(META, {"gemm": pa.concat_tables(tensors)})
     assert DenseCosts(device, "fp8", alone, "vllm").product(10.0, 64, 64).value.item() == pytest.approx(5e-6)
     assert DenseCosts(device, "bf16", both, "vllm").product(10.0, 64, 64).extrapolated
+
+
+def test_a_framework_whose_rows_time_something_else_gives_way_to_the_fastest() -> None:
+    tables = [gemm_rows("k", us, "bf16", name) for name, us in (("one", [1.0, 9.0]), ("two", [2.0, 3.0, 4.0]))]
+    rows = pa.concat_tables(tables)  # shared points: 1 against 2, 9 against 3
+    axes = ("m", "n", "k")
+    assert framework_that_serves(rows, axes, "one", 2.0) == "one"  # in the median of 1 and 3
+    assert framework_that_serves(rows, axes, "one", 1.9) == "two"
+    assert framework_that_serves(rows, axes, "two", 1.6) == "two"
+    assert framework_that_serves(rows, axes, "neither", 9.0) == framework_that_serves(rows, axes, None, 9.0) == "two"
+    assert framework_that_serves(rows.slice(0, 0), axes, "one", 2.0) is None
+
+
+def attention_rows(phase: str, backend: str, us: float, scope: str = "kernel", heads: int = 16) -> pa.Table:
+    """Two contexts of one sequence of latent attention, ``us`` per thousand tokens."""
+    names = {"kind": "mla", "phase": phase, "scope": scope, "heads": heads, "kv_heads": 1, "head_dim": 128, "batch": 1}
+    names |= {"dtype": "bf16", "kv_dtype": "bf16", "gemm_dtype": "bf16", "direction": "forward", "window": 0}
+    names |= {"query_tokens": 1, "backend": backend, "kernel": "k", "source": "made up"}
+    contexts = (256, 4096)
+    return pa.Table.from_pylist([names | {"context_tokens": c, "latency_us": us * c / 1000} for c in contexts])
+
+
+def test_absorbed_products_timed_in_prefill_give_way_to_what_servers_run() -> None:
+    at = np.array(1.0), np.array(4096.0)
+    for phase, own, us in (("prefill", 250.0, 100.0), ("prefill", 150.0, 150.0), ("decode", 150.0, 150.0)):
+        tables = [attention_rows(phase, "sglang", own), attention_rows(phase, "trtllm", 100.0)]
+        profile = HardwareProfile(META, {"attention": pa.concat_tables(tables)})
+        costs = EngineCosts(engine(attention_dtype="bf16").setup, profile)
+        kernel = costs._kernels(costs._layers[0], phase == "decode").kernel(*at)
+        assert kernel.value.item() == pytest.approx(us * 4.096e-6)
+
+
+def test_a_block_of_attention_serves_unless_its_host_was_timed() -> None:
+    few = np.array(1.0), np.array(256.0)
+    for phase in ("decode", "prefill"):
+        bare = EngineCosts(engine(attention_dtype="bf16").setup, EMPTY)
+        part = bare._layers[0]
+        parts = bare._kernel_and_products(part, phase == "decode", *few).item()
+        for slower in (1.4, 1.6):
+            block = attention_rows(phase, "sglang", slower * parts * 1e9 / 256, "module")
+            costs = EngineCosts(bare.setup, HardwareProfile(META, {"attention": block}))
+            took = costs._attention(part, phase == "decode", *few).item()
+            assert took == pytest.approx(parts * (slower if slower < 1.5 else 1.0))
 
 
 def test_activations_are_scaled_before_products_in_few_bits() -> None:
@@ -202,15 +246,37 @@ def test_served_latencies_hold_their_parts() -> None:
     assert many.tpot_mean_s > one.tpot_mean_s
     assert many.ttft_mean_s > one.ttft_mean_s
     late = served(times, ServedPool(costs.setup, first_steps=100.0), None, CALIBRATED, 1024, 256, 1)
-    more = (100 - CALIBRATED.first_steps["sglang"] + CALIBRATED.first_tokens["sglang"]) * one.tpot_mean_s
-    assert late.ttft_mean_s - one.ttft_mean_s == pytest.approx(more)
-    new = served(times, ServedPool(costs.setup, late=True), None, CALIBRATED, 1024, 256, 1)
-    assert new.ttft_mean_s < one.ttft_mean_s
+    assert late.ttft_mean_s - one.ttft_mean_s == pytest.approx(100 * one.tpot_mean_s)
+    new = served(times, ServedPool(costs.setup, late=True), None, CALIBRATED, 1024, 256, 32)
+    assert new.ttft_mean_s < many.ttft_mean_s
     few = served(times, ServedPool(costs.setup, max_running=2), None, CALIBRATED, 1024, 256, 32)
     assert few.tpot_mean_s < many.tpot_mean_s
     assert few.ttft_mean_s > 5 * many.ttft_mean_s
     with pytest.raises(InputError, match="is below one request's"):
         served(times, ServedPool(costs.setup), None, CALIBRATED, 2_000_000, 256, 1)
+
+
+def test_launching_a_prompt_takes_the_host_a_while_however_few_the_tokens() -> None:
+    costs = engine()
+    times = pass_times(costs, costs, 64, 64)
+    waits = []
+    for host in (0.0, 5e-3, 10e-3):
+        constants = replace(CALIBRATED, launch_s={"sglang": host})
+        waits.append(served(times, ServedPool(costs.setup), None, constants, 64, 64, 1).ttft_mean_s)
+    assert waits[0] < waits[1]
+    assert waits[2] - waits[1] == pytest.approx((1 + CALIBRATED.prompt_latency) * 61 * 5e-3)
+
+
+def test_the_steps_before_a_first_token_are_steps_with_drafts_too() -> None:
+    for drafts in (0, 2):
+        costs = engine(backend="trtllm", draft_tokens=drafts)
+        times = pass_times(costs, costs, 1024, 256)
+        none, nine = (
+            served(times, ServedPool(costs.setup), None, replace(CALIBRATED, first_steps={"trtllm": n}), 1024, 256, 1)
+            for n in (0.0, 9.0)
+        )
+        tokens = 9 * CALIBRATED.tokens_per_step(drafts)
+        assert nine.ttft_mean_s - none.ttft_mean_s == pytest.approx(tokens * nine.tpot_mean_s)
 
 
 def test_early_latent_attention_takes_longer_as_it_still_does_on_hopper() -> None:

@@ -11,7 +11,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from moeplan.pipeline.scoring import Features, mean_error, median_error, nearest, scores, spearman
-from moeplan.pipeline.silicon import told_apart
+from moeplan.pipeline.silicon import pools_of, told_apart
+from moeplan.pipeline.silicon_recipes import Launch
 from moeplan.pipeline.silicon_rows import Measured, Workers, distinct, impossible, part_of, read_measured
 from moeplan.specs.models import find_model
 
@@ -88,17 +89,35 @@ def test_scores_agree_with_scipy_and_count_what_is_missing() -> None:
     assert scores([None], [1.0], [None], [1.0])["tpot_median"] is None
 
 
-def test_of_equal_undecided_rows_the_slower_ones_are_undrafted() -> None:
-    worker = Workers(1, 8, 1, 1)
-    plain = Measured(
-        id="", repeats=(), group="g", part="b", registry_name="deepseek-v3", system="h200_sxm", backend="sglang",
-        mode="agg", precision="fp8", isl=1024, osl=1024, concurrency=4, ttft_ms=1.0, tpot_ms=1.0, decode=worker,
-        prefill=None, draft_tokens=0, recipe=True, launch=None, late=False, why_not="",
-    )  # fmt: skip
+PLAIN = Measured(
+    id="", repeats=(), group="g", part="b", registry_name="deepseek-v3", system="h200_sxm", backend="sglang",
+    mode="agg", precision="fp8", isl=1024, osl=1024, concurrency=4, ttft_ms=1.0, tpot_ms=1.0,
+    decode=Workers(1, 8, 1, 1), prefill=None, draft_tokens=0, recipe=True, launch=None, late=False, why_not="",
+)  # fmt: skip
 
+
+@pytest.mark.parametrize(
+    ("model", "backend", "attention", "drafts"),
+    [
+        ("deepseek-v3", "sglang", "flashinfer", 0),
+        ("deepseek-v3", "sglang", "trtllm_mla", 2),
+        ("deepseek-v3", "sglang", "", 2),
+        ("qwen3.5-397b-a17b", "sglang", "flashinfer", 2),  # no latent attention
+    ],
+)
+def test_drafts_bring_nothing_where_their_planning_waits_for_the_device(
+    model: str, backend: str, attention: str, drafts: int
+) -> None:
+    launch = Launch(1, 1, 0, 0, 2048, 64, decode_attention=attention)
+    row = replace(PLAIN, registry_name=model, backend=backend, draft_tokens=2, launch=launch)
+    assert pools_of(row, find_model(model))[0].setup.draft_tokens == drafts
+    assert pools_of(replace(row, launch=None), find_model(model))[0].setup.draft_tokens == 2
+
+
+def test_of_equal_undecided_rows_the_slower_ones_are_undrafted() -> None:
     def row(name: str, tpot_ms: float, concurrency: int = 4, decided: bool = False) -> Measured:
-        other = None if decided else replace(plain, id=name)
-        return replace(plain, id=name, tpot_ms=tpot_ms, concurrency=concurrency, draft_tokens=2, undrafted=other)
+        other = None if decided else replace(PLAIN, id=name)
+        return replace(PLAIN, id=name, tpot_ms=tpot_ms, concurrency=concurrency, draft_tokens=2, undrafted=other)
 
     rows = [row("fast", 5.0), row("slow", 9.0), row("as fast", 5.2), row("decided", 9.0, decided=True)]
     rows += [row("alone", 9.0, 8), row("one", 9.0, 16), row("the same", 9.5, 16)]

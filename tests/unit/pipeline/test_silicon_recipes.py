@@ -153,6 +153,28 @@ def test_the_run_tells_which_half_of_a_configuration_was_measured(began: str, dr
     assert told
 
 
+@pytest.mark.parametrize(("day", "drafts", "open"), [("2026-04-03", 0, False), ("2026-04-20", 3, True)])
+def test_before_all_recipes_the_nearest_in_time_counts(day: str, drafts: int, open: bool) -> None:
+    # glm5-fp8-b300-sglang came on 17 April, with drafts a day later; both stood on the 20th.
+    names = {"zai-org/GLM-5": "glm5"}
+    source = f"source_file=2026-03-25.csv; silicon_concurrency=32; measured={day}T16:51:00Z"
+    row = {**ONE, "silicon_data_source": source, "model_path": "zai-org/GLM-5", "system": "b300_sxm"}
+    row |= {"backend": "sglang", "precision": "fp8", "tp_size": "8.0", "moe_tp_size": "8.0", "moe_ep_size": "1.0"}
+    chosen, plain = choose_recipes([row], names, {"one": measured_on(row)})["one"]
+    assert chosen is not None
+    assert chosen.draft_tokens == drafts
+    assert (plain is not None) == open
+
+
+def test_a_launch_says_the_attention_backend_of_sglang() -> None:
+    source = "source_file=2026-03-25.csv; silicon_concurrency=16; measured=2026-02-13T03:10:06Z"
+    row = {**H100, "id": "one", "silicon_data_source": source}
+    recipe = choose_recipes([row], NAMES, {"one": measured_on(row)})["one"][0]
+    assert recipe is not None
+    assert recipe.launch is not None
+    assert recipe.launch.decode_attention == "flashinfer"
+
+
 def test_a_launch_says_kernels_and_its_own_widths() -> None:
     # ctx1_gen2_tp8_batch32_eplb0_mtp3_8.yaml: prefill's experts are split eight ways, the configuration of the day
     # said eight-way expert parallelism.
