@@ -9,6 +9,7 @@ stored numbers, with ``r`` the latent's rank and ``p`` its rotary part (DeepSeek
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.dense import DenseCosts
+from moeplan.costs.frameworks import framework_that_serves
 from moeplan.costs.tables import Seconds, TableCosts
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.cluster import AcceleratorSpec
@@ -26,9 +28,20 @@ __all__ = ["AttentionCosts", "attention_by_window"]
 
 Floats = NDArray[np.float64]
 
+# Kernels of two frameworks differ by up to 1.5 (median over long contexts). SGLang's of latent attention in prefill
+# were timed on Hopper as the absorbed product, 3.4 times the operations and 2.7 times TensorRT-LLM's time; its server
+# runs that after a cached prefix alone (deepseek_v2.py, dispatch of attention).
+_SLOWER = 2.0
+_LONG = (4096, 8192, 16384)
+_POINT = ("context_tokens", "batch", "heads", "kv_heads", "head_dim", "window", "kv_dtype")
+
 
 class AttentionCosts:
-    """Attention of one layer with ``1 / tp`` of its heads on a rank, in one phase; rows of ``backend`` if named."""
+    """Attention of one layer with ``1 / tp`` of its heads on a rank, in one phase.
+
+    Rows are those of ``backend``; of the framework with the fastest kernels of long contexts where none is named, or
+    where the named one has none or takes over ``_SLOWER`` times as long: then it has timed another product.
+    """
 
     def __init__(
         self,
@@ -63,9 +76,11 @@ class AttentionCosts:
             seconds: Floats = np.maximum(moved / bandwidth, work / accelerator.bf16)
             return seconds
 
+        kind, phase = "mla" if attention.is_mla else "gqa", "decode" if decode else "prefill"
+        framework = _framework(profile, kind, phase, backend) if profile is not None else None
         names = {
-            "kind": "mla" if attention.is_mla else "gqa",
-            "phase": "decode" if decode else "prefill",
+            "kind": kind,
+            "phase": phase,
             "scope": "kernel",
             "heads": int(heads),
             "kv_heads": 1 if attention.is_mla else int(kv_heads),
@@ -74,7 +89,7 @@ class AttentionCosts:
             "dtype": "bf16",
             "kv_dtype": kv_dtype,
             "direction": "forward",
-        } | ({"backend": backend} if backend else {})
+        } | ({"backend": framework} if framework else {})
         self._law = law
         self._kernel = TableCosts(profile, "attention", ("context_tokens", "batch"), names, law, accelerator.name)
 
@@ -105,6 +120,14 @@ class AttentionCosts:
         shapes += [(hidden, a.num_heads * a.head_dim / tp)]
         widths, inner = np.array(shapes, float).T
         return self._dense.product(np.asarray(tokens, float)[..., None], widths, inner)
+
+
+@lru_cache(maxsize=256)
+def _framework(profile: HardwareProfile, kind: str, phase: str, backend: str | None) -> str | None:
+    """Whose rows serve; None without any."""
+    where: dict[str, Any] = {"kind": kind, "phase": phase, "scope": "kernel"}
+    rows = profile.select("attention", **where, context_tokens=_LONG) or profile.select("attention", **where)
+    return framework_that_serves(rows, _POINT, backend, _SLOWER)
 
 
 def attention_by_window(

@@ -23,7 +23,6 @@ from moeplan.costs.engine_links import EngineLinks
 from moeplan.costs.engine_tables import EngineSetup, EngineTables, Exchange
 from moeplan.costs.experts import TABLE_DTYPES
 from moeplan.costs.fastest import FastestTable
-from moeplan.costs.frameworks import framework_that_serves
 from moeplan.specs.attention_layers import AttentionLayers, attention_layers
 from moeplan.specs.model import DTYPE_BYTES, Dtype
 
@@ -44,10 +43,6 @@ _FEW_TOKENS = 256.0
 # Measured blocks of latent attention take 0.8 to 1.4 times as long as their kernel and products, but vLLM's on B300,
 # GB200 and H200 1.6 to 2.5 times (on B200, a B300's twin, 0.8 to 1.0) and SGLang's in prefill 3.9 to 10 times.
 _BLOCK = 1.5
-# Attention kernels of two frameworks differ by up to 1.5 (median over long contexts), but for those of ``_framework``.
-_SLOWER = 2.0
-_LONG = (4096, 8192, 16384)
-_ATTENTION_AXES = ("context_tokens", "batch", "heads", "kv_heads", "head_dim", "window", "kv_dtype")
 _GEMM_TABLE = {"bf16": "bf16", "fp8": "fp8_block", "fp4": "nvfp4", "int4": "bf16"}
 
 
@@ -133,22 +128,10 @@ class EngineCosts:
                 s.kv_dtype,
                 self._tables.profile,
                 s.tp,
-                self._framework(part, decode),
+                s.backend,
                 part.window,
             ),
         )
-
-    def _framework(self, part: AttentionLayers, decode: bool) -> str | None:
-        """Whose kernels of attention serve. SGLang's of latent attention in prefill were timed on Hopper as the
-        absorbed product, 3.4 times the operations, which its server runs after a cached prefix alone."""
-        kind, phase = "mla" if part.spec.is_mla else "gqa", "decode" if decode else "prefill"
-
-        def found() -> str | None:
-            where: dict[str, Any] = {"kind": kind, "phase": phase, "scope": "kernel", "context_tokens": _LONG}
-            rows = self._tables.profile.select("attention", **where)
-            return framework_that_serves(rows, _ATTENTION_AXES, self.setup.backend, _SLOWER)
-
-        return self._tables.cached(("framework", self.setup.backend, kind, phase), found)
 
     def _bare(self, part: AttentionLayers, decode: bool) -> AttentionCosts:
         """Attention by the roofline alone."""

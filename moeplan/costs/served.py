@@ -76,8 +76,8 @@ class ServedPool:
     """Workers of one kind and how many.
 
     ``prompt_tokens`` that one attention group takes into a pass, None: as the constants say; ``first_steps`` of decode
-    that pass before a prompt is seen; ``max_running`` sequences of a worker, 0: as the cache allows; ``late``: a release of
-    about the tables' age.
+    that pass before a prompt is seen; ``max_running`` sequences of a worker, 0: as the cache allows; ``late``: of a
+    release of about the tables' age.
     """
 
     setup: EngineSetup
