@@ -138,6 +138,7 @@ def attention_by_window(
     kv_dtype: Dtype = "bf16",
     profile: HardwareProfile | None = None,
     tp: int = 1,
+    backend: str | None = None,
 ) -> tuple[tuple[float, AttentionCosts], ...]:
     """(share of the layers, their costs): layers alike but for how many of the last tokens they see.
 
@@ -149,7 +150,5 @@ def attention_by_window(
     alike = [(part.window, part.count) for part in attention_layers(model) if part.spec == spec] or [(0, 1)]
     layers = sum(count for _, count in alike)
     hidden = model.hidden_size
-    return tuple(
-        (count / layers, AttentionCosts(spec, hidden, accelerator, decode, dense, kv_dtype, profile, tp, window=window))
-        for window, count in alike
-    )
+    common = (spec, hidden, accelerator, decode, dense, kv_dtype, profile, tp, backend)
+    return tuple((count / layers, AttentionCosts(*common, window)) for window, count in alike)

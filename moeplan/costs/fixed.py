@@ -48,8 +48,10 @@ def fixed_costs(
     kv_dtype: Literal["bf16", "fp8"] = "bf16",
     launches_per_layer: int = 0,
     dense_dtype: Dtype | None = None,
+    backend: str | None = None,
 ) -> FixedCosts:
-    """Costs at ``batch`` tokens per rank; ``tp`` ranks share attention and dense parts, ``cp`` a prefill.
+    """Costs at ``batch`` tokens per rank; ``tp`` ranks share attention and dense parts, ``cp`` a prefill; in kernels of
+    ``backend``, if it is named and timed.
 
     With tensor parallelism ``tp`` ranks work on their ``tp x batch`` tokens together, each on its share, and
     all-reduce the result twice per layer.
@@ -57,14 +59,14 @@ def fixed_costs(
     device, hidden = cluster.accelerator, model.hidden_size
     # Weights other than the experts' are held in 8 bits or more (see costs.memory).
     held: Dtype = workload.weight_dtype if workload.weight_dtype not in ("int4", "fp4") else "bf16"
-    dense = DenseCosts(device, dense_dtype or held, profile)
+    dense = DenseCosts(device, dense_dtype or held, profile, backend)
     links = CollectiveCosts(cluster, profile)
     tokens = batch * tp
     decode = workload.phase == "decode"
     kernel_s = 0.0
     parts: dict[str, list[Seconds]] = {"attention": [], "router, norms, permutation": [], "links": []}
     if model.attention is not None:
-        sorts = attention_by_window(model, device, decode, dense, kv_dtype, profile, tp)
+        sorts = attention_by_window(model, device, decode, dense, kv_dtype, profile, tp, backend)
         # Prefill: sequences of `context` tokens, cut among cp ranks whose keys and values are gathered.
         length = workload.context if decode else min(workload.context, tokens * cp)
         sequences = tokens if decode else max(1.0, tokens * cp / length)

@@ -164,11 +164,13 @@ class ServingCosts:
             self.cluster.accelerator,
             work.weight_dtype if work.weight_dtype not in ("int4", "fp4") else "bf16",
             self.profile,
+            how.backend,
         )
 
         def kernels(decode: bool, seqs: Floats, context: Floats) -> Floats:
             device = self.cluster.accelerator
-            sorts = attention_by_window(model, device, decode, dense, how.kv_dtype, self.profile, how.tp)
+            common = (dense, how.kv_dtype, self.profile, how.tp, how.backend)
+            sorts = attention_by_window(model, device, decode, *common)
             seconds: Floats = np.sum([share * costs.kernels(seqs, context).value for share, costs in sorts], 0)
             return seconds
 

@@ -47,7 +47,8 @@ _REACH = 64.0
 class Technique:
     """How a step runs. ``tp`` splits attention and dense parts, ``expert_tp`` each expert, ``cp`` the sequence of a
     prefill, ``pp`` the layers. ``launches_per_layer`` times the profile's launch latency is host overhead.
-    ``dense_dtype``: of attention and dense weights, where it is not the usual one beside experts of the workload's."""
+    ``backend``: the framework whose kernels run, None: the fastest of all measured. ``dense_dtype``: of attention and
+    dense weights, where it is not the usual one beside experts of the workload's."""
 
     dispatch: DispatchKind = "per_node"
     overlap: Overlap = "none"
@@ -184,7 +185,7 @@ class StepModel:
         exchange = exchange_costs(model, cluster, how.dispatch, work.phase, work.activation_dtype, profile=self.profile)
         fixed = fixed_costs(
             model, cluster, work, batch, self.profile, how.tp, how.cp, how.kv_dtype, how.launches_per_layer,
-            how.dense_dtype,
+            how.dense_dtype, how.backend,
         )  # fmt: skip
         bins = np.arange(_BINS + 1) * (mean * _REACH / _BINS)
         curve = experts.expected_s(bins)
