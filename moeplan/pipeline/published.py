@@ -34,8 +34,8 @@ def published_rows() -> tuple[dict[str, Any], ...]:
 
 # What drives what is left, by the first part of a row's name that fits.
 _DRIVERS = {
-    "deepseek-prefill-ep32": "phases of two batches go in the order they become ready, exchange and attention are those"
-    " of SGLang's tables; DeepSeek's schedule and kernels are its own",
+    "deepseek-prefill-ep32": "phases of two batches go in the order they become ready, the exchange is that of"
+    " SGLang's tables, attention TensorRT-LLM's of a year later; DeepSeek's schedule and kernels are its own",
     "deepseek-prefill-production": "how busy the units were is not published",
     "trtllm-": "tables are of releases a year newer than the run; none of its age is public",
     "sglang-h20": "roofline: kernels reach less than the data sheet's arithmetic, and this way of exchanging tokens"
@@ -52,8 +52,8 @@ _DRIVERS = {
     "qwen235-b300": "launch gaps are larger than the constant where the schedule overlaps exchanges",
     "qwen235-b200": "the launch gap is smaller here than the one that all rows share",
     "dsv3-gb200-bf16": "an older container: newer ones are faster at the same layout",
-    "dsv3-b200-2509": "an older container: newer ones are faster at the same layout",
-    "dsv3-b200-mxfp8-2511": "an older container: newer ones are faster at the same layout",
+    "dsv3-b200": "an older container: newer ones are faster at the same layout",
+    "dsv3-h100": "an older container: newer ones are faster at the same layout",
     "simumax": "launches and passes over activations take longer than counted",
 }
 
