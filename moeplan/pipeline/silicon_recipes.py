@@ -3,9 +3,9 @@
 The file's widths are partly an adapter's products, worker counts are mostly missing, and speculative decoding is not
 tagged. ``benchmark_recipes.json`` holds what the public benchmark's configuration and launch scripts of the day say.
 A row's candidates are the recipes with its model, hardware, framework, precision, lengths and concurrency whose widths
-agree with the row's; then those of its image, of its date and of its run, where there are any: the benchmark measures
-what a commit names in its log of changes, and rows say when their run began, seconds after that commit. Rows of the
-database export (``config_id``) are never drafted.
+agree with the row's; then those of its image, of its date (else the nearest) and of its run, where there are any: the
+benchmark measures what a commit names in its log of changes, and rows say when their run began, seconds after it. Rows
+of the database export (``config_id``) are never drafted.
 
 Of two pools one job runs a recipe's list of concurrencies, and the file keeps a job's rows together: of the
 candidates of a run of rows those count that split it into the fewest jobs with the fewest concurrencies missing
