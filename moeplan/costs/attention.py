@@ -13,6 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
@@ -40,7 +42,7 @@ class AttentionCosts:
     """Attention of one layer with ``1 / tp`` of its heads on a rank, in one phase.
 
     Rows are those of ``backend``; of the framework with the fastest kernels of long contexts where none is named, or
-    where the named one has none or takes over ``_SLOWER`` times as long: then it has timed another product.
+    where the named one has none of the shape, or takes over ``_SLOWER`` times as long: it has timed another product.
     """
 
     def __init__(
@@ -76,11 +78,9 @@ class AttentionCosts:
             seconds: Floats = np.maximum(moved / bandwidth, work / accelerator.bf16)
             return seconds
 
-        kind, phase = "mla" if attention.is_mla else "gqa", "decode" if decode else "prefill"
-        framework = _framework(profile, kind, phase, backend) if profile is not None else None
         names = {
-            "kind": kind,
-            "phase": phase,
+            "kind": "mla" if attention.is_mla else "gqa",
+            "phase": "decode" if decode else "prefill",
             "scope": "kernel",
             "heads": int(heads),
             "kv_heads": 1 if attention.is_mla else int(kv_heads),
@@ -89,7 +89,9 @@ class AttentionCosts:
             "dtype": "bf16",
             "kv_dtype": kv_dtype,
             "direction": "forward",
-        } | ({"backend": framework} if framework else {})
+        }
+        framework = _framework(profile, tuple(names.items()), backend) if profile is not None else None
+        names |= {"backend": framework} if framework else {}
         self._law = law
         self._kernel = TableCosts(profile, "attention", ("context_tokens", "batch"), names, law, accelerator.name)
 
@@ -123,11 +125,13 @@ class AttentionCosts:
 
 
 @lru_cache(maxsize=256)
-def _framework(profile: HardwareProfile, kind: str, phase: str, backend: str | None) -> str | None:
-    """Whose rows serve; None without any."""
-    where: dict[str, Any] = {"kind": kind, "phase": phase, "scope": "kernel"}
-    rows = profile.select("attention", **where, context_tokens=_LONG) or profile.select("attention", **where)
-    return framework_that_serves(rows, _POINT, backend, _SLOWER)
+def _framework(profile: HardwareProfile, names: tuple[tuple[str, Any], ...], backend: str | None) -> str | None:
+    """Whose rows of ``names`` serve, of those that have any, judged by all shapes of that kind; None without rows."""
+    has = sorted(set(profile.select("attention", **dict(names))["backend"].to_pylist()))
+    alike = {name: value for name, value in names if name in ("kind", "phase", "scope", "direction")}
+    rows = profile.select("attention", **alike, backend=has)
+    judged = rows.filter(pc.is_in(rows["context_tokens"], value_set=pa.array(_LONG))) or rows
+    return framework_that_serves(judged, _POINT, backend, _SLOWER)
 
 
 def attention_by_window(

@@ -87,10 +87,10 @@ def test_a_framework_whose_rows_time_something_else_gives_way_to_the_fastest() -
     assert framework_that_serves(rows.slice(0, 0), axes, "one", 2.0) is None
 
 
-def attention_rows(phase: str, backend: str, us: float, scope: str = "kernel", heads: int = 16) -> pa.Table:
+def attention_rows(phase: str, backend: str, us: float, scope: str = "kernel", kv_dtype: str = "bf16") -> pa.Table:
     """Two contexts of one sequence of latent attention, ``us`` per thousand tokens."""
-    names = {"kind": "mla", "phase": phase, "scope": scope, "heads": heads, "kv_heads": 1, "head_dim": 128, "batch": 1}
-    names |= {"dtype": "bf16", "kv_dtype": "bf16", "gemm_dtype": "bf16", "direction": "forward", "window": 0}
+    names = {"kind": "mla", "phase": phase, "scope": scope, "heads": 16, "kv_heads": 1, "head_dim": 128, "batch": 1}
+    names |= {"dtype": "bf16", "kv_dtype": kv_dtype, "gemm_dtype": "bf16", "direction": "forward", "window": 0}
     names |= {"query_tokens": 1, "backend": backend, "kernel": "k", "source": "made up"}
     contexts = (256, 4096)
     return pa.Table.from_pylist([names | {"context_tokens": c, "latency_us": us * c / 1000} for c in contexts])
@@ -104,6 +104,18 @@ def test_absorbed_products_timed_in_prefill_give_way_to_what_servers_run() -> No
         costs = EngineCosts(engine(attention_dtype="bf16").setup, profile)
         kernel = costs._kernels(costs._layers[0], phase == "decode").kernel(*at)
         assert kernel.value.item() == pytest.approx(us * 4.096e-6)
+
+
+def test_attention_of_a_shape_that_the_fastest_framework_lacks_is_anothers() -> None:
+    tables = [attention_rows("decode", "fast", 100.0), attention_rows("decode", "slow", 300.0)]
+    tables.append(attention_rows("decode", "slow", 200.0, kv_dtype="fp8"))
+    profile = HardwareProfile(META, {"attention": pa.concat_tables(tables)})
+    for backend in ("slow", "fast", "other"):
+        for kv_dtype, us in (("bf16", 100.0), ("fp8", 200.0)):
+            setup = engine(attention_dtype="bf16", kv_dtype=kv_dtype, backend=backend).setup
+            costs = EngineCosts(setup, profile)
+            kernel = costs._kernels(costs._layers[0], True).kernel(np.array(1.0), np.array(4096.0))
+            assert kernel.value.item() == pytest.approx(us * 4.096e-6)
 
 
 def test_a_block_of_attention_serves_unless_its_host_was_timed() -> None:
