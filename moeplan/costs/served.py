@@ -36,7 +36,8 @@ class Constants:
 
     ``prefill_factor``: how much longer a prompt's kernels take in a running server than measured alone (launches that
     no graph captures, other versions, what no table times: norms, quantisation, permutation); ``launch_s``: what the
-    host takes per layer to launch such a pass, however few the tokens; ``layer_gap_s``: kernels of one layer in decode
+    host takes per layer to launch such a pass, however few the tokens; ``fp8_prompt_s``: what a prompt of an fp8 model
+    adds to its pass, however short it is; ``layer_gap_s``: kernels of one layer in decode
     that no table times, and its part of the host's work; ``linear_gap_s``: the same of a linear-attention layer
     besides (gates, norms, splits); ``early_latent_gap_s``: of a latent-attention (MLA) layer;
     ``late_``: for releases of about the tables' age instead, ``early_``: for those before alone, and on Hopper.
@@ -53,6 +54,7 @@ class Constants:
     prefill_factor: dict[str, float] = field(default_factory=dict)
     late_prefill_factor: dict[str, float] = field(default_factory=dict)
     launch_s: Mapping[str, float] = field(default_factory=dict)
+    fp8_prompt_s: Mapping[str, float] = field(default_factory=dict)
     layer_gap_s: Mapping[str, float] = field(default_factory=dict)
     linear_gap_s: float = 0.0
     late_linear_gap_s: float = 0.0
@@ -90,9 +92,10 @@ class ServedPool:
 
 # Chosen on the calibration rows (a) of silicon_sample.csv alone, by benchmarks/fit_silicon.py.
 CALIBRATED = Constants(
-    prefill_factor={"trtllm": 1.1, "sglang": 1.6, "vllm": 1.5},
+    prefill_factor={"trtllm": 1.05, "sglang": 1.6, "vllm": 1.5},
     late_prefill_factor={"sglang": 1.0},
     launch_s={"sglang": 1.5e-3},
+    fp8_prompt_s={"trtllm": 4e-3},
     layer_gap_s={"trtllm": 3e-6, "sglang": 5e-6, "vllm": 13e-6},
     linear_gap_s=35e-6,
     late_linear_gap_s=20e-6,
@@ -142,7 +145,8 @@ def pass_times(decode: EngineCosts, prefill: EngineCosts, isl: int, osl: int) ->
     return PassTimes(_BATCHES, context, seconds, tokens, np.maximum.accumulate(took))
 
 
-def _with_constants(times: PassTimes, pool: ServedPool, c: Constants) -> PassTimes:
+def _with_constants(times: PassTimes, pool: ServedPool, c: Constants, prompt: float) -> PassTimes:
+    """``times`` of a running server, whose prompts have ``prompt`` tokens in the mean."""
     setup = pool.setup
     gaps = setup.model.num_layers * c.layer_gap_s.get(setup.backend, 0.0)
     for part in attention_layers(setup.model):
@@ -155,7 +159,10 @@ def _with_constants(times: PassTimes, pool: ServedPool, c: Constants) -> PassTim
     host_b = times.batch_b * (c.draft_host_s.get(setup.backend, 0.0) if setup.draft_tokens else 0.0)
     decode_s_b2 = times.decode_s_b2 + gaps + host_b[:, None]
     launches = setup.model.num_layers * c.launch_s.get(setup.backend, 0.0)
-    return replace(times, decode_s_b2=decode_s_b2, prefill_s_p=np.maximum(times.prefill_s_p * factor, launches))
+    prefill_s_p = np.maximum(times.prefill_s_p * factor, launches)
+    if setup.expert_dtype == "fp8":
+        prefill_s_p = prefill_s_p + c.fp8_prompt_s.get(setup.backend, 0.0) * times.tokens_p / prompt
+    return replace(times, decode_s_b2=decode_s_b2, prefill_s_p=prefill_s_p)
 
 
 def served(
@@ -180,7 +187,7 @@ def served(
     groups = decode.workers * setup.dp
     mean_in, mean_out = 0.9 * isl, 0.9 * osl
     held = mean_in + mean_out / 2  # tokens of cache per running sequence
-    times = _with_constants(times, decode, constants)
+    times = _with_constants(times, decode, constants, mean_in)
     drafts = setup.draft_tokens
     capacity = kv_capacity_tokens(setup, constants.memory_share)
     if capacity < held:
