@@ -22,10 +22,12 @@ _MAPS = (
     "prefill_factor",
     "late_prefill_factor",
     "launch_s",
+    "fp8_prompt_s",
     "layer_gap_s",
     "early_latent_gap_s",
     "first_steps",
     "first_tokens",
+    "rank_s",
     "draft_host_s",
 )
 _SCALARS = ("linear_gap_s", "late_linear_gap_s", "prompt_latency", "handover_s")

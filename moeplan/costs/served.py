@@ -42,7 +42,8 @@ class Constants:
     besides (gates, norms, splits); ``early_latent_gap_s``: of a latent-attention (MLA) layer;
     ``late_``: for releases of about the tables' age instead, ``early_``: for those before alone, and on Hopper.
     ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
-    streamed token, besides those that a :class:`ServedPool` says; ``first_tokens`` of the answer besides;
+    streamed token, besides those that a :class:`ServedPool` says; ``first_tokens`` of the answer besides; ``rank_s``:
+    what a request waits for every further rank of the worker that takes its prompt, since all are told of it;
     ``prompt_latency``: part of its own prefill that a prompt's first token takes besides, without holding up others
     (pipelined scheduling, uncaptured launches).
     ``acceptance``: how likely a draft is accepted whose predecessors were (Leviathan et al., ICML 2023, equation 1,
@@ -61,6 +62,7 @@ class Constants:
     early_latent_gap_s: Mapping[str, float] = field(default_factory=dict)
     first_steps: Mapping[str, float] = field(default_factory=dict)
     first_tokens: Mapping[str, float] = field(default_factory=dict)
+    rank_s: Mapping[str, float] = field(default_factory=dict)
     prompt_latency: float = 0.0
     acceptance: float = 0.7
     draft_host_s: Mapping[str, float] = field(default_factory=dict)
@@ -100,8 +102,9 @@ CALIBRATED = Constants(
     linear_gap_s=35e-6,
     late_linear_gap_s=20e-6,
     early_latent_gap_s={"trtllm": 50e-6},
-    first_steps={"trtllm": 9.0, "vllm": 3.0},
-    first_tokens={"sglang": 12.0},
+    first_steps={"trtllm": 5.0, "sglang": 2.0, "vllm": 2.0},
+    first_tokens={"sglang": 9.0},
+    rank_s={"trtllm": 8e-3, "vllm": 2e-3},
     prompt_latency=0.3,
     acceptance=0.66,
     draft_host_s={"sglang": 85e-6},
@@ -220,5 +223,6 @@ def served(
     alone = float(np.interp(mean_in, times.tokens_p, times.prefill_s_p))
     steps = decode.first_steps + constants.first_steps.get(backend, 0.0)
     tokens = steps * per_step + constants.first_tokens.get(backend, 0.0)
-    late = constants.prompt_latency * alone + tokens * found.tpot_mean_s
+    told = constants.rank_s.get(backend, 0.0) * ((prefill or decode).setup.ranks - 1)
+    late = constants.prompt_latency * alone + tokens * found.tpot_mean_s + told
     return replace(found, ttft_mean_s=found.ttft_mean_s + late, ttft_median_s=found.ttft_median_s + late)

@@ -279,6 +279,29 @@ def test_launching_a_prompt_takes_the_host_a_while_however_few_the_tokens() -> N
     assert waits[2] - waits[1] == pytest.approx((1 + CALIBRATED.prompt_latency) * 61 * 5e-3)
 
 
+def test_a_prompt_of_an_fp8_model_adds_to_its_pass_however_short_it_is() -> None:
+    for dtype, adds in (("fp8", 1), ("bf16", 0)):
+        costs = engine(expert_dtype=dtype, tp=16)
+        times = pass_times(costs, costs, 1024, 64)
+        waits = [
+            served(times, ServedPool(costs.setup), None, replace(CALIBRATED, fp8_prompt_s={"sglang": s}), 1024, 64, 1)
+            for s in (0.0, 1.0)
+        ]
+        seconds = adds * (1 + CALIBRATED.prompt_latency)
+        assert waits[1].ttft_mean_s - waits[0].ttft_mean_s == pytest.approx(seconds, rel=0.05)
+
+
+def test_every_rank_of_the_worker_that_takes_a_prompt_is_told_of_it() -> None:
+    decode, prefill = engine(tp=8), engine(tp=4)
+    times = pass_times(decode, prefill, 1024, 64)
+    for pool, ranks in ((None, 8), (ServedPool(prefill.setup), 4)):
+        waits = [
+            served(times, ServedPool(decode.setup), pool, replace(CALIBRATED, rank_s={"sglang": s}), 1024, 64, 1)
+            for s in (0.0, 1.0)
+        ]
+        assert waits[1].ttft_mean_s - waits[0].ttft_mean_s == pytest.approx(ranks - 1)
+
+
 def test_the_steps_before_a_first_token_are_steps_with_drafts_too() -> None:
     for drafts in (0, 2):
         costs = engine(backend="trtllm", draft_tokens=drafts)
