@@ -55,14 +55,18 @@ def faults_fit(spec: ServingSpec, pools: list[Pool]) -> None:
         if fault.pool == "prefill" and spec.prefill is None:
             raise SpecError(f"{where}.pool (prefill): there is no prefill pool; leave it out, or add serving.prefill")
         pool = pools[0 if fault.pool == "prefill" else -1]
-        if pool.engine.pp > 1:
-            raise SpecError(f"{where}: faults with engine.pp ({pool.engine.pp}) above 1 cannot be simulated yet")
+        if pool.engine.pp > 1 and spec.rebalance is not None:
+            raise SpecError(
+                f"{where}: with engine.pp ({pool.engine.pp}) above 1, faults and serving.rebalance cannot be simulated"
+                " together yet; leave one out"
+            )
         if fault.instance >= pool.instances:
             raise SpecError(
                 f"{where}.instance ({fault.instance}) is outside 0..{pool.instances - 1} ({fault.pool} instances)"
             )
-        if fault.rank >= pool.cluster.num_ranks:
-            raise SpecError(f"{where}.rank ({fault.rank}) is outside 0..{pool.cluster.num_ranks - 1} (ranks)")
+        ranks = pool.cluster.num_ranks * pool.engine.pp
+        if fault.rank >= ranks:
+            raise SpecError(f"{where}.rank ({fault.rank}) is outside 0..{ranks - 1} (ranks)")
 
 
 def slo_possible(spec: ServingSpec, requests: RequestTrace, pools: list[Pool]) -> None:

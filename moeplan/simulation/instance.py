@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -131,7 +132,8 @@ class Instance:
         traffic: RunTraffic | None = None,
     ) -> None:
         self.clock, self.number, self.first_rank, self.spec, self.role = clock, number, first_rank, spec, role
-        self.costs, self.placement, self.loads = costs, placement, loads
+        self.loads = loads
+        self.stages = [(costs, placement)] * spec.pp  # of a pipeline; they differ once a rank of one is slow or lost
         self.groups = D = costs.groups
         self.hooks, self.recorder, self.errors, self.traffic = hooks, recorder, errors, traffic
         self.kv_bytes, self._prefix_tokens = kv_bytes, prefix_tokens
@@ -139,7 +141,8 @@ class Instance:
         self.free_D = np.zeros(D, np.int64)
         self._prefix_blocks = prefix_tokens // spec.block_size if spec.prefix_caching else 0
         self.pools = [KvPool(self.free_D, d, capacity, self._prefix_blocks) for d in range(D)]
-        self.capacity = capacity
+        self.stage_blocks = [capacity] * spec.pp
+        self.capacity = capacity  # blocks of a group, of the stage with fewest
         self.waiting: list[deque[Request]] = [deque() for _ in range(D)]
         self.num_waiting = self.num_running = 0
         self.load_D = np.zeros(D, np.int64)  # requests that have not finished
@@ -153,6 +156,27 @@ class Instance:
         self.lanes = [Lane(self) for _ in range(spec.pp)]
         for lane in self.lanes:
             clock.process(lane.run())
+
+    @property
+    def costs(self) -> StepCosts:
+        """Of the first stage."""
+        return self.stages[0][0]
+
+    @property
+    def placement(self) -> Placement:
+        """Of the first stage."""
+        return self.stages[0][1]
+
+    def put(self, placement: Placement, stage: int | None = None, blocks: int | None = None) -> None:
+        """A new placement, of one stage or of all, and the cache of a group that it leaves room for."""
+        for number in range(self.spec.pp) if stage is None else (stage,):
+            self.stages[number] = self.stages[number][0], placement
+            self.stage_blocks[number] = self.stage_blocks[number] if blocks is None else blocks
+        capacity = min(self.stage_blocks)
+        for pool in self.pools:
+            pool.free += capacity - pool.capacity
+            pool.capacity = capacity
+        self.capacity = capacity
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -295,20 +319,23 @@ class Instance:
         """Nanoseconds of a step that begins now."""
         now_s = self.clock.now_s
         load_LE = self.loads.at(now_s, "prefill" if batch.has_prefill else "decode")
-        cost = self.costs.step(batch, self.placement, load_LE)
-        total_s = cost.total_s
+        steps = self._stage_steps(batch, load_LE)
+        pp = self.spec.pp
+        mean_s = total_s = sum(step.total_s for step in steps) / pp
+        error = max(step.relative_error for step in steps)
         if self.errors:
-            total_s = total_s * (1 + cost.relative_error) if self.errors > 0 else total_s / (1 + cost.relative_error)
+            total_s = total_s * (1 + error) if self.errors > 0 else total_s / (1 + error)
         host_s = self.spec.step_overhead + swapped_s + self._swap_s
         self._swap_s = 0.0
         duration_ns = max(1, nanoseconds(total_s + host_s))
-        stats, pp = self.stats, self.spec.pp
-        self.stage_free_ns = int(self.clock.now) + -(-duration_ns // pp)
-        scale = total_s / cost.total_s / pp
-        stats.busy_R += np.tile(cost.busy_R, pp) * scale if pp > 1 else cost.busy_R * scale
+        stats = self.stats
+        slowest = max(step.total_s for step in steps) / mean_s  # the next batch follows when that stage is free
+        self.stage_free_ns = int(self.clock.now) + math.ceil(duration_ns * slowest / pp)
+        scale = total_s / mean_s / pp
+        stats.busy_R += (np.concatenate([step.busy_R for step in steps]) if pp > 1 else steps[0].busy_R) * scale
         stats.stepping_s += duration_ns * 1e-9 / pp
-        stats.exposed_s += cost.exposed_s * scale
-        stats.largest_error = max(stats.largest_error, cost.relative_error)
+        stats.exposed_s += sum(step.exposed_s for step in steps) / pp * scale
+        stats.largest_error = max(stats.largest_error, error)
         tokens = float(batch.tokens_D.sum())
         stats.start_s.append(now_s)
         stats.tokens_at.append(tokens)
@@ -323,10 +350,19 @@ class Instance:
             )
             if not stats.steps & (stats.steps - 1):  # a power of two: the last one lies in the run's second half
                 self.sample = Sample(stats.steps, now_s, self.costs, batch, self.placement, load_LE)
-            if cost.log is not None:
-                self.recorder.extend(cost.log.part_of_run(now_s, rank=self.first_rank, step=stats.steps))
+            if (log := steps[0].log) is not None:
+                self.recorder.extend(log.part_of_run(now_s, rank=self.first_rank, step=stats.steps))
         stats.steps += 1
         return duration_ns
+
+    def _stage_steps(self, batch: Batch, load_LE: Floats) -> list[StepSeconds]:
+        """What all layers would take on each stage's ranks, of which a stage has one part in ``pp``."""
+        steps: list[StepSeconds] = []
+        for number, (costs, placement) in enumerate(self.stages):
+            before = self.stages[number - 1]
+            alike = number > 0 and costs is before[0] and placement is before[1]
+            steps.append(steps[-1] if alike else costs.step(batch, placement, load_LE))
+        return steps
 
     def stall(self, seconds: float) -> None:
         """No step begins for this long."""
@@ -340,7 +376,7 @@ class Instance:
             return 0
         layer, placement, seconds, size_bytes = self.moves.popleft()
         before = self.placement
-        self.placement = placement
+        self.put(placement)
         self.costs.forget(before)
         self.migrated(layer, seconds, size_bytes)
         self.stats.stalled_s += seconds

@@ -177,7 +177,8 @@ def _traffic(served: Served) -> tuple[TrafficMatrix, ...]:
             source += " and " * bool(source) + "expected from loads, a token's choices taken as independent"
         cluster, pp = mine[0].costs.cluster, mine[0].spec.pp
         name = {"both": "serving", "prefill": "prefill", "decode": "decode"}[role]
-        name += f", {pp} stages on each other" if pp > 1 else ""
+        alike = all(costs is i.costs and placement is i.placement for i in mine for costs, placement in i.stages)
+        name += (f", {pp} stages on each other" if alike else f", first of {pp} stages") if pp > 1 else ""
         name += f", mean of {len(mine)} instances" if len(mine) > 1 else ""
         found.append(TrafficMatrix.of(name, sent_RR, unchanged_RR, steps, cluster.ranks_per_node, source))
     return tuple(found)

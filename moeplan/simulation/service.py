@@ -386,7 +386,7 @@ class _Service:
 
     def _apply(self, instance: Instance, found: Replanned, bulk: bool) -> None:
         if bulk:
-            self._put(instance, found)
+            self._put(instance, found, None)
             instance.stall(float(found.seconds_L.sum()))
             instance.migrated(-1, float(found.seconds_L.sum()), float(found.bytes_L.sum()))
             return
@@ -404,15 +404,10 @@ class _Service:
             )
             instance.moves.append((layer, mixed, float(found.seconds_L[layer]), float(found.bytes_L[layer])))
 
-    def _put(self, instance: Instance, found: Replanned) -> None:
+    def _put(self, instance: Instance, found: Replanned, stage: int | None) -> None:
         """A new placement at once, and what it leaves for the cache."""
         instance.moves.clear()
-        instance.placement = found.placement
-        capacity = found.capacity_tokens // instance.spec.block_size
-        for pool in instance.pools:
-            pool.free += capacity - pool.capacity
-            pool.capacity = capacity
-        instance.capacity = capacity
+        instance.put(found.placement, stage, found.capacity_tokens // instance.spec.block_size)
 
     def _fault(self, fault: FaultSpec) -> Generator[Any, Any, None]:
         clock = self.clock
@@ -425,36 +420,38 @@ class _Service:
             self._break(fault, instance, pool, broken=False)
 
     def _break(self, fault: FaultSpec, instance: Instance, pool: Pool, broken: bool) -> None:
-        cluster = instance.costs.cluster
-        rank = cluster.rank(fault.rank)
+        place, number = divmod(fault.rank, pool.cluster.num_ranks)  # of the pipeline, and of the rank in its stage
+        costs, placement = instance.stages[place]
+        cluster = costs.cluster
+        rank = cluster.rank(number)
         if fault.kind == "rank-loss":
             change: dict[str, Any] = {"failed": broken}
         else:
             field = "speed" if fault.kind == "slow-rank" else "link_speed"
-            usual = getattr(pool.cluster.rank(fault.rank), field)
+            usual = getattr(pool.cluster.rank(number), field)
             change = {field: usual * (fault.speed or 1.0) if broken else usual}
-        ranks = {**cluster.ranks, fault.rank: rank.model_copy(update=change)}
+        ranks = {**cluster.ranks, number: rank.model_copy(update=change)}
         if self.recorder is not None:
             self.recorder.add("fault", self.clock.now_s, rank=instance.first_rank + fault.rank)
         if fault.kind == "rank-loss" and all(ranks.get(r, RankSpec()).failed for r in range(cluster.num_ranks)):
             raise InfeasibleError(f"faults: the last rank is lost at {fault.at:g} s; nothing is left to serve")
         changed = cluster.model_copy(update={"ranks": ranks})
+        instance.stages[place] = pool.costs(changed), placement
         if fault.kind != "rank-loss":
-            instance.costs = pool.costs(changed)
             return
-        d = fault.rank // instance.spec.tp
+        d, tp = number // instance.spec.tp, instance.spec.tp
         lost = instance.lose_group(d) if broken else []
         now = self.clock.now_s
         phase: Literal["prefill", "decode"] = "prefill" if pool.role == "prefill" else "decode"
         load_LE = instance.loads.over(max(0.0, now - 1.0), max(now, 1e-9), phase)
-        found = self._planned(pool)(load_LE, changed, instance.placement, None)
-        instance.costs = pool.costs(changed)
-        self._put(instance, found)
-        whole = all(not changed.rank(r).failed for r in range(d * instance.spec.tp, (d + 1) * instance.spec.tp))
-        instance.alive_D[d] = whole
-        seconds = float(found.seconds_L.sum()) + (fault.detect if broken else 0.0)
-        instance.stall(seconds)
-        instance.migrated(-1, float(found.seconds_L.sum()), float(found.bytes_L.sum()))
+        found = self._planned(pool)(load_LE, changed, placement, None)
+        self._put(instance, found, place)
+        members = [costs.cluster.rank(r) for costs, _ in instance.stages for r in range(d * tp, (d + 1) * tp)]
+        instance.alive_D[d] = not any(member.failed for member in members)
+        own = np.array_split(np.arange(len(found.seconds_L)), instance.spec.pp)[place]  # layers of the stage
+        moving, size_bytes = float(found.seconds_L[own].sum()), float(found.bytes_L[own].sum())
+        instance.stall(moving + (fault.detect if broken else 0.0))
+        instance.migrated(-1, moving, size_bytes)
         for request in lost:  # their caches are gone: all of it is computed again elsewhere
             stage = self.stages[0] if self.spec.role != "decode" else self.stages[-1]
             if self.spec.role == "decode":

@@ -140,6 +140,22 @@ def test_a_lost_rank_is_planned_around() -> None:
     assert found.counts["stalled_s"] > 0.1
 
 
+def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
+    pipeline = {"engine": {"pp": 2}, "requests": REQUESTS | {"count": 60, "rate": "60 /s"}}
+    well = simulate(scenario(pipeline), seeds=1).result
+    slow = {"kind": "slow-rank", "at": "0 s", "rank": 6, "speed": 0.2}
+    one = simulate(scenario(pipeline | {"faults": [slow]}), seeds=1).result
+    both = simulate(scenario(pipeline | {"faults": [slow, slow | {"rank": 2}]}), seeds=1).result
+    tpot = [each.headlines["tpot_p50_s"].value for each in (well, one, both)]
+    assert tpot[0] < 0.9 * tpot[1] < 0.81 * tpot[2]
+    assert one.traffic[0].name == "serving, first of 2 stages"
+    lost = {"kind": "rank-loss", "at": "200 ms", "rank": 6, "detect": "100 ms"}
+    found = simulate(scenario(pipeline | {"faults": [lost]}), seeds=1).result
+    assert found.counts["finished"] == 60
+    assert found.counts["migrated_bytes"] > 0
+    assert found.headlines["ttft_p99_s"].value > well.headlines["ttft_p99_s"].value
+
+
 # ---------------------------------------------------------------------- what cannot be
 
 
@@ -153,8 +169,9 @@ def test_a_lost_rank_is_planned_around() -> None:
          r"faults.0.pool \(prefill\): there is no prefill pool"),
         ({"faults": [{"kind": "slow-link", "at": "1 s", "rank": 0, "speed": 0.5, "instance": 3}]}, {}, SpecError,
          r"faults.0.instance \(3\) is outside 0..0 \(decode instances\)"),
-        ({"engine": {"pp": 2}, "faults": [{"kind": "slow-rank", "at": "1 s", "rank": 0, "speed": 0.5}]}, {}, SpecError,
-         r"faults with engine.pp \(2\) above 1 cannot be simulated yet"),
+        ({"engine": {"pp": 2}, "faults": [{"kind": "slow-rank", "at": "1 s", "rank": 0, "speed": 0.5}],
+          "rebalance": {"interval": "1 s", "window": "1 s"}}, {}, SpecError,
+         r"with engine.pp \(2\) above 1, faults and serving.rebalance cannot be simulated together yet"),
         ({"slo": {"tpot": "1 us"}}, {}, SpecError, r"slo.tpot \(0.001 ms\) is below the service time .* by"),
         ({"slo": {"ttft": "1 us"}}, {}, SpecError, r"slo.ttft .* no load meets it; allow"),
         ({"requests": REQUESTS | {"duration": "1 us"}}, {}, SpecError, r"zero arrivals within duration"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from service_pools import even_placement, plain_pool, serve, serving
@@ -10,6 +12,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.errors import InfeasibleError, SpecError
 from moeplan.simulation.clock import Clock, Order
+from moeplan.simulation.oracles import PlainCosts
 from moeplan.simulation.outcome import outcome_of
 from moeplan.simulation.service import Pool, Replanned, simulate_service
 
@@ -294,6 +297,38 @@ def test_a_lost_prefill_rank_computes_again_what_it_had_not_sent() -> None:
     assert prefill.alive_D.tolist() == [True, False]
     assert (prefill.free_D == prefill.capacity).all()
     assert served.instances[1].stats.generated == 2 + 1 + 2
+
+
+def test_a_slow_stage_sets_the_pace_of_a_pipeline() -> None:
+    pool = plain_pool(1, {"pp": 2, "max_num_seqs": 1, "max_num_batched_tokens": 100}, base_s=1.0, per_token_s=0.0)
+    pool = replace(pool, costs=lambda cluster: PlainCosts(cluster, 1.0 / cluster.rank(0).speed, 0.0))
+    arrivals = trace([0.0] * 3 + [20.0], [10] * 4, [1] * 4)
+    for rank in (0, 1):
+        fault = {"kind": "slow-rank", "rank": rank, "speed": 0.25, "at": "0 s", "until": "10 s"}
+        served = serve(pool, arrivals, faults=[fault])
+        # 0.5 s in the one stage, 2 s in the other, which takes the next batch when it has handed on the last.
+        assert times(served, "first_ns") == [2.5, 4.5, 6.5, 21.0]
+        busy_R = served.instances[0].stats.busy_R
+        assert busy_R[rank] == pytest.approx(3 * 2.0 + 0.5)
+        assert busy_R[1 - rank] == pytest.approx(4 * 0.5)
+
+
+def test_a_rank_lost_in_one_stage_of_a_pipeline_moves_that_stages_layers() -> None:
+    planner = Planner(2, layers=4)
+    pool = plain_pool(2, {"pp": 2, "max_num_seqs": 4}, base_s=1.0, per_token_s=0.0)
+    pool = replace(pool, placement=even_placement(2, layers=4))
+    fault = {"kind": "rank-loss", "rank": 3, "at": "2.2 s", "until": "50 s", "detect": "1 s"}
+    served = serve(pool, trace([0.0, 0.0, 60.0], [4] * 3, [6] * 3), planner, faults=[fault], router="round-robin")
+    instance = served.instances[0]
+    assert [failed for _, failed, _ in planner.asked] == [[False, True], [False, False]]
+    assert [request.preemptions for request in served.requests] == [0, 1, 0]
+    first, second = (placement.physical_to_logical_LP for _, placement in instance.stages)
+    assert first.tolist() == [[0, 1]] * 4
+    assert second.tolist() == [[1, 0]] * 4
+    # Two of four layers move, 2 s each, once for the loss and once for the return.
+    assert instance.stats.migrated_bytes == 2 * 2 * 7.0
+    assert instance.stats.stalled_s == pytest.approx(2 * 2 * 2.0 + 1.0)
+    assert instance.alive_D.all()
 
 
 def test_losing_every_rank_is_an_error() -> None:
