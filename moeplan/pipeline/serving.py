@@ -110,7 +110,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
             Pool(
                 role, instances, engine, stage, place, loads, factory, capacity, per_token,
                 link or stage.accelerator.nic_bandwidth, stage.nic_latency,
-                wire=Wire(model, scenario.objective.dispatch, work.activation_dtype),
+                wire=Wire(model, scenario.objective.dispatch, work.activation_dtype), num_nodes=whole.num_nodes,
             )
         )  # fmt: skip
         rooms += [(each, capacity * per_token) for each in kv_rooms(model, stage, work, engine, slots_R)]

@@ -56,7 +56,8 @@ class Replan(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
     """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank; ``replan`` plans
-    anew for these instances, left out: the service's; ``wire``: how tokens travel, left out: not followed."""
+    anew for these instances, left out: the service's; ``wire``: how tokens travel, left out: not followed;
+    ``num_nodes`` of an instance, 0: those of its stages."""
 
     role: Role
     instances: int
@@ -71,6 +72,7 @@ class Pool:
     link_latency_s: float = 0.0
     replan: Replan | None = None
     wire: Wire | None = None
+    num_nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,7 +201,9 @@ class _Service:
             ) from error
         self.progress("simulate", 1.0)
         instances = [instance for stage in self.stages for instance in stage]
-        nodes = sum(pool.instances * pool.cluster.num_nodes * pool.engine.pp for pool in self.pools)
+        nodes = sum(
+            pool.instances * (pool.num_nodes or pool.cluster.num_nodes * pool.engine.pp) for pool in self.pools
+        )
         log = None
         if self.recorder is not None:
             log = self.recorder.build("simulated", self.num_ranks, nodes, origin)

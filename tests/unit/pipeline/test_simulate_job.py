@@ -149,6 +149,8 @@ def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
     tpot = [each.headlines["tpot_p50_s"].value for each in (well, one, both)]
     assert tpot[0] < 0.9 * tpot[1] < 0.81 * tpot[2]
     assert one.traffic[0].name == "serving, first of 2 stages"
+    speed, per_node = (well.headlines[f"output_tokens_per_s{of}"].value for of in ("", "_per_node"))
+    assert per_node == speed  # both stages are in one node
     lost = {"kind": "rank-loss", "at": "200 ms", "rank": 6, "detect": "100 ms"}
     found = simulate(scenario(pipeline | {"faults": [lost]}), seeds=1).result
     assert found.counts["finished"] == 60
