@@ -163,7 +163,7 @@ class RebalanceSpec(Spec):
 
 
 class FaultSpec(Spec):
-    """Something breaks. Rank numbers count inside an instance."""
+    """Something breaks. Rank numbers count inside an instance, one pipeline stage after the other."""
 
     kind: Literal["rank-loss", "slow-rank", "slow-link"]
     pool: Literal["decode", "prefill"] = Field("decode", description="of a disaggregated service; else leave it out")
