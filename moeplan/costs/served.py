@@ -34,16 +34,16 @@ _GATHER = {"trtllm": 60}
 class Constants:
     """One set for all rows; mappings are by framework.
 
-    ``prefill_factor``: how much longer a prompt's kernels take in a running server than measured alone (launches that
-    no graph captures, other versions, what no table times: norms, quantisation, permutation); ``launch_s``: what the
-    host takes per layer to launch such a pass, however few the tokens; ``fp8_prompt_s``: what a prompt of an fp8 model
-    adds to its pass, however short it is; ``layer_gap_s``: kernels of one layer in decode
-    that no table times, and its part of the host's work; ``linear_gap_s``: the same of a linear-attention layer
-    besides (gates, norms, splits); ``early_latent_gap_s``: of a latent-attention (MLA) layer;
-    ``late_``: for releases of about the tables' age instead, ``early_``: for those before alone, and on Hopper.
-    ``first_steps``: decode steps that pass between a request and its prompt's pass, or between that and the first
-    streamed token, besides those that a :class:`ServedPool` says; ``first_tokens`` of the answer besides; ``rank_s``:
-    what a request waits for every further rank of the worker that takes its prompt, since all are told of it;
+    ``prefill_factor``: how much longer a prompt's kernels take in a running server than measured alone (launches
+    that no graph captures, other versions, what no table times: norms, quantisation, permutation); ``launch_s``:
+    what the host takes per layer to launch such a pass, however few the tokens; ``fp8_prompt_s``: what a prompt of
+    an fp8 model adds to its pass, however short it is; ``layer_gap_s``: kernels of one layer in decode that no
+    table times, and its part of the host's work; ``linear_gap_s``: the same of a linear-attention layer besides
+    (gates, norms, splits); ``early_latent_gap_s``: of a latent-attention (MLA) layer; ``late_``: for releases of
+    about the tables' age instead, ``early_``: for those before alone, and on Hopper. ``first_steps``: decode steps
+    that pass between a request and its prompt's pass, or between that and the first streamed token, besides those
+    that a :class:`ServedPool` says; ``first_tokens`` of the answer besides; ``rank_s``: what a request waits for
+    every further rank of the worker that takes its prompt, since all are told of it;
     ``prompt_latency``: part of its own prefill that a prompt's first token takes besides, without holding up others
     (pipelined scheduling, uncaptured launches).
     ``acceptance``: how likely a draft is accepted whose predecessors were (Leviathan et al., ICML 2023, equation 1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -167,16 +167,19 @@ class Instance:
         """Of the first stage."""
         return self.stages[0][1]
 
-    def put(self, placement: Placement, stage: int | None = None, blocks: int | None = None) -> None:
-        """A new placement, of one stage or of all, and the cache of a group that it leaves room for."""
-        for number in range(self.spec.pp) if stage is None else (stage,):
-            self.stages[number] = self.stages[number][0], placement
-            self.stage_blocks[number] = self.stage_blocks[number] if blocks is None else blocks
-        capacity = min(self.stage_blocks)
+    def put(self, placement: Placement, stages: Iterable[int]) -> None:
+        """A new placement of some stages."""
+        for stage in stages:
+            self.stages[stage] = self.stages[stage][0], placement
+
+    def resize(self, blocks: int, stages: Iterable[int]) -> None:
+        """Some stages have room for so many blocks of a group's cache now; the one with fewest counts."""
+        for stage in stages:
+            self.stage_blocks[stage] = blocks
+        self.capacity = min(self.stage_blocks)
         for pool in self.pools:
-            pool.free += capacity - pool.capacity
-            pool.capacity = capacity
-        self.capacity = capacity
+            pool.free += self.capacity - pool.capacity
+            pool.capacity = self.capacity
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -332,7 +335,7 @@ class Instance:
         slowest = max(step.total_s for step in steps) / mean_s  # the next batch follows when that stage is free
         self.stage_free_ns = int(self.clock.now) + math.ceil(duration_ns * slowest / pp)
         scale = total_s / mean_s / pp
-        stats.busy_R += (np.concatenate([step.busy_R for step in steps]) if pp > 1 else steps[0].busy_R) * scale
+        stats.busy_R += np.concatenate([step.busy_R for step in steps]) * scale
         stats.stepping_s += duration_ns * 1e-9 / pp
         stats.exposed_s += sum(step.exposed_s for step in steps) / pp * scale
         stats.largest_error = max(stats.largest_error, error)
@@ -376,7 +379,7 @@ class Instance:
             return 0
         layer, placement, seconds, size_bytes = self.moves.popleft()
         before = self.placement
-        self.put(placement)
+        self.put(placement, range(self.spec.pp))
         self.costs.forget(before)
         self.migrated(layer, seconds, size_bytes)
         self.stats.stalled_s += seconds

@@ -390,7 +390,7 @@ class _Service:
 
     def _apply(self, instance: Instance, found: Replanned, bulk: bool) -> None:
         if bulk:
-            self._put(instance, found, None)
+            self._put(instance, found, range(instance.spec.pp))
             instance.stall(float(found.seconds_L.sum()))
             instance.migrated(-1, float(found.seconds_L.sum()), float(found.bytes_L.sum()))
             return
@@ -408,10 +408,11 @@ class _Service:
             )
             instance.moves.append((layer, mixed, float(found.seconds_L[layer]), float(found.bytes_L[layer])))
 
-    def _put(self, instance: Instance, found: Replanned, stage: int | None) -> None:
-        """A new placement at once, and what it leaves for the cache."""
+    def _put(self, instance: Instance, found: Replanned, stages: Sequence[int]) -> None:
+        """A new placement of some stages at once, and what it leaves for the cache."""
         instance.moves.clear()
-        instance.put(found.placement, stage, found.capacity_tokens // instance.spec.block_size)
+        instance.put(found.placement, stages)
+        instance.resize(found.capacity_tokens // instance.spec.block_size, stages)
 
     def _fault(self, fault: FaultSpec) -> Generator[Any, Any, None]:
         clock = self.clock
@@ -449,7 +450,7 @@ class _Service:
         phase: Literal["prefill", "decode"] = "prefill" if pool.role == "prefill" else "decode"
         load_LE = instance.loads.over(max(0.0, now - 1.0), max(now, 1e-9), phase)
         found = self._planned(pool)(load_LE, changed, placement, None)
-        self._put(instance, found, place)
+        self._put(instance, found, (place,))
         members = [costs.cluster.rank(r) for costs, _ in instance.stages for r in range(d * tp, (d + 1) * tp)]
         instance.alive_D[d] = not any(member.failed for member in members)
         own = np.array_split(np.arange(len(found.seconds_L)), instance.spec.pp)[place]  # layers of the stage
