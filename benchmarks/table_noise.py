@@ -12,6 +12,10 @@ Best of all settings: known rows left out, with all rows of their size on Blackw
 held-out ones; how far the best of the nine settings misses, taken row by row with an eye on the answer: no choice among
 them does better.
 
+Runs: SGLang's rows stand in the order they were taken in, products shuffled. How much likelier a row is over 10 %
+slower than its neighbours tell it to be (known rows, each left out) right after another such row, and 64 rows after
+one: where that is more than 1, slowness was the machine's at that moment, and no function of the product tells it.
+
 Twins, two tables of one kernel at the same points: each shape's common factor is taken out (the median of the log
 ratios along it), what is left is the scatter of both, and what the machines do differently. Pairs: B200 and GB200 carry
 one chip, with 148 and 152 multiprocessors; H100 and H200 differ in memory only; on one system the bf16 products of
@@ -117,6 +121,26 @@ def _best_of_settings(table: pa.Table, profile: HardwareProfile, alone: bool) ->
     return {"all": _quantiles(off)} | {str(b): _quantiles(off[backend == b]) for b in np.unique(backend)}
 
 
+def _runs(table: pa.Table, profile: HardwareProfile) -> dict[str, float]:
+    """Share of slow rows among SGLang's known ones; how much likelier one is the next row, and the 64th, after one."""
+    mine = pc.ends_with(table["source"].cast("string"), "/gemm")
+    table = table.filter(pc.and_(pc.equal(table["backend"], "sglang"), mine))
+    known, family, steps = ~hidden_rows("gemm", table), families("gemm", table), steps_of(profile, "gemm")
+    coords = np.stack([table[axis].to_numpy().astype(float) for axis in POINT], 1)
+    logs, slow = np.log(table["latency_us"].to_numpy()), np.full(table.num_rows, np.nan)
+    for number in range(family.max() + 1):
+        rows = np.flatnonzero(known & (family == number))
+        model = GridInterpolator(np.zeros(len(rows), np.int64), coords[rows], np.exp(logs[rows]), steps=steps)
+        slow[rows] = logs[rows] - model._best(np.zeros(len(rows), np.int64), np.log(coords[rows])) > np.log(1.1)
+
+    def after(lag: int) -> float:
+        pairs = np.isfinite(slow[:-lag]) & np.isfinite(slow[lag:])
+        then = slow[lag:][pairs]
+        return float(then[slow[:-lag][pairs] == 1].mean() / then.mean())
+
+    return {"slow": float(np.nanmean(slow)), "next_after_slow": after(1), "64th_after_slow": after(64)}
+
+
 def main() -> None:
     """Read the tables of the main systems once and compare them pairwise."""
     profiles = {system: full_profile(system) for system in MAIN_SYSTEMS}
@@ -137,8 +161,9 @@ def main() -> None:
     about = {"date": today, "command": "python benchmarks/table_noise.py"}
     known = {system: _known_share(table) for system, table in tables.items()}
     best = {s: _best_of_settings(table, profiles[s], known[s] < 0.5) for s, table in tables.items()}
-    answer = {**about, "plateaus": plateaus, "known_share_of_a_held_out_size": known}
-    answer |= {"best_of_nine_settings_row_by_row": best, "twins": twins}
+    runs = {s: _runs(table, profiles[s]) for s, table in tables.items()}
+    answer: dict[str, Any] = {**about, "plateaus": plateaus, "known_share_of_a_held_out_size": known}
+    answer |= {"best_of_nine_settings_row_by_row": best, "twins": twins, "slow_rows_of_sglang": runs}
     print(json.dumps(answer, indent=1))
 
 

@@ -43,7 +43,7 @@ COMMON: dict[str, Column] = {
     "samples": Column("int", "measured times; 0: not published", 0),
     "source": _s("key into sources of profile.json: where this number is from"),
     "mark": _s(
-        "empty: usable; else why the sanity pass set it aside: non_monotone, skew_faster, outlier, copied",
+        "empty: usable; else why the sanity pass set it aside: non_monotone, skew_faster, outlier, host_bound, copied",
         "",
     ),
 }

@@ -1,7 +1,7 @@
 """How well tables predict themselves: every 4th grid point held out, beside the plain log-log line.
 
 Rows are sorted by all names and then by size; each 4th of them is hidden, all rows alike, whatever they are
-predicted to be. Marked rows serve like the others here.
+predicted to be. Marked rows serve like the others here, but not those whose kernel timed the host (``host_bound``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moeplan.costs.interpolation import GridInterpolator, Steps
+from moeplan.costs.tables import LEARNING
 from moeplan.costs.waves import active_experts
 
-__all__ = ["AXES", "PARTS", "HeldOut", "families", "hidden_rows", "hold_out"]
+__all__ = ["AXES", "PARTS", "HeldOut", "families", "hidden_rows", "hold_out", "pooled"]
 
 Floats = NDArray[np.float64]
 
@@ -43,7 +44,8 @@ _NO_NAMES = {"mark", "samples", "rank_pairs", "active_experts", "rank_tokens", "
 class HeldOut:
     """Relative errors of the held-out rows: ours, and the plain line's (nan where it has no two ends).
 
-    ``part`` is what :data:`PARTS` names: distribution, mode, operation, phase or type.
+    ``part`` is what :data:`PARTS` names: distribution, mode, operation, phase or type. ``host_bound`` more rows
+    were held out and left out, since their kernel timed the host.
     """
 
     backend: NDArray[np.str_]
@@ -51,6 +53,7 @@ class HeldOut:
     ours: Floats
     plain: Floats
     inside: NDArray[np.bool_]
+    host_bound: int = 0
 
     def figures(self, backend: str | None = None, part: str | None = None) -> dict[str, float | int]:
         """Count, coverage, median and 90th percentile of both; the comparison on points that both cover."""
@@ -70,6 +73,13 @@ class HeldOut:
             "median_on_plain": _quantile(ours[both], 0.5),
             "p90_on_plain": _quantile(ours[both], 0.9),
         }
+
+
+def pooled(parts: list[HeldOut]) -> HeldOut:
+    """Rows of several systems as one."""
+    names = ("backend", "part", "ours", "plain", "inside")
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return HeldOut(**columns, host_bound=sum(part.host_bound for part in parts))
 
 
 def _quantile(values: Floats, part: float) -> float:
@@ -126,24 +136,33 @@ def hold_out(name: str, table: pa.Table, steps: Steps | None = None) -> HeldOut:
     numbers = {c for c in table.column_names if pa.types.is_floating(table[c].type)}
     skip = {*axes, *_NO_NAMES, *numbers} | ({"distribution"} if name == "experts" else set())
     skip |= {"ranks"} if name == "alltoall" else set()
+    skip |= {"backend", "kernel", "source"} if name in LEARNING else set()
     series = _codes(table, [c for c in table.column_names if c not in skip])
     if name == "experts":
         first = np.unique(series, return_index=True)[1]
         steps = active_experts(*(table[column].to_numpy()[first] for column in ("num_experts", "top_k")))
     family, hidden = families(name, table), hidden_rows(name, table)
+    times_kernel = np.array(table["mark"].to_pylist()) != "host_bound"
+    left_out = int((hidden & ~times_kernel).sum())
+    known, hidden = ~hidden & times_kernel, hidden & times_kernel
     latency = table["latency_us"].to_numpy()
     ours, plain = np.full(len(latency), np.nan), np.full(len(latency), np.nan)
     inside = np.zeros(len(latency), bool)
-    for number in range(family.max(initial=-1) + 1):
-        train = np.flatnonzero((family == number) & ~hidden)
-        test = np.flatnonzero((family == number) & hidden)
-        test = test[np.isin(series[test], series[train])]
-        if not len(test):
-            continue
-        model = GridInterpolator(series[train], coords_nA[train], latency[train], steps=steps)
-        answer = model.predict(series[test], coords_nA[test])
-        ours[test], inside[test] = answer.latency_us / latency[test] - 1, answer.inside
-        plain[test] = model.plain(series[test], coords_nA[test]) / latency[test] - 1
+    alike = _codes(table, ["dtype"]) if name in LEARNING else family
+    for group in np.unique(alike[known]):
+        models = {}
+        for number in np.unique(family[known & (alike == group)]):
+            train = np.flatnonzero((family == number) & known)
+            models[number] = GridInterpolator(series[train], coords_nA[train], latency[train], steps=steps)
+        for number, model in models.items():
+            test = np.flatnonzero((family == number) & hidden)
+            test = test[model.knows(series[test])]
+            if not len(test):
+                continue
+            model.learn_from(other for other in models.values() if other is not model)
+            answer = model.predict(series[test], coords_nA[test])
+            ours[test], inside[test] = answer.latency_us / latency[test] - 1, answer.inside
+            plain[test] = model.plain(series[test], coords_nA[test]) / latency[test] - 1
     backend = np.array(table["backend"].to_pylist())
     part = np.array(table[PARTS[name]].to_pylist())
-    return HeldOut(backend[hidden], part[hidden], ours[hidden], plain[hidden], inside[hidden])
+    return HeldOut(backend[hidden], part[hidden], ours[hidden], plain[hidden], inside[hidden], left_out)

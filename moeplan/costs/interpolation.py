@@ -16,19 +16,24 @@ met a slow clock or a neighbour's traffic is off by far more than the others: po
 contradict lose weight (iteratively reweighted: Lange, Little and Taylor, JASA 84, 1989), slow ones more where slow
 runs are what scatters.
 
+Kernels that resemble each other, one product in two frameworks say, jump at the same places: points of another one
+stand beside the own ones, with covariances lessened by one factor (cokriging, intrinsic correlation: Wackernagel,
+Multivariate Geostatistics, 2003), where that predicts left-out points better (:meth:`GridInterpolator.learn_from`).
+
 Each query is solved on its nearest neighbours only, few or many. Which of a few settings, or the plain log-log
 line along the size, serves a table best is chosen by leaving out known points, once alone and once with all points
 of their size: a query whose size stands nearby at another width is another task than one whose size stands nowhere.
 What left-out points miss by is the error of every answer.
 
-Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``S`` series, ``V`` grid values.
+Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``g`` of other kernels, ``S`` series, ``V`` grid
+values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -50,6 +55,9 @@ _SAME = 1e-9
 _TILES = (64, 128, 256)
 _MAX_ALIGNMENT = 16
 _NEIGHBOURS = (48, 80)  # few, many
+_BESIDE = 16  # neighbours of each other kernel
+_MOST_GUIDES = 2
+_BETTER = 0.995  # of the cost: what another kernel must bring to be worth its time
 _CHANGES: tuple[dict[str, Any], ...] = ({"late": 1.5}, {"align": 0.1}, {"wide": True})  # tried on the best setting
 
 
@@ -70,6 +78,13 @@ class _Setting:
         """As :func:`krige` takes them."""
         align = self.share_other if self.align is None else self.align
         return self.length, self.share_size, self.share_other, align, self.noise, self.scatter, self.late
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    setting: _Setting
+    use_line: bool  # the plain line serves better
+    guides: tuple[GridInterpolator, ...] = ()  # other kernels whose points stand beside
 
 
 # From smooth and quiet to stepped and noisy; shares and noise are ratios to the smooth part's variance.
@@ -144,7 +159,7 @@ class GridInterpolator:
         self._highest = np.where(np.isfinite(self._values), self._values, -np.inf).max(2)
         self._row = np.full((len(self._names), *(index.max(0) + 1)), -1, np.int64)
         self._row[(self._series, *index.T)] = np.arange(len(self._y))
-        self._choose(np.random.default_rng(seed))
+        self._seed = seed
 
     def _grid(self) -> tuple[Floats, Ints]:
         """Sorted values of each series and axis [S, A, V], padded with infinity; each point's place there."""
@@ -185,31 +200,43 @@ class GridInterpolator:
         inside = ((x >= low - _SAME) & (x <= high + _SAME)).all(1) & np.isfinite(answer)
         return Estimates(np.exp(answer), inside, measured, self.relative_error)
 
+    def knows(self, series_q: Ints) -> NDArray[np.bool_]:
+        """Which series have points."""
+        return np.isin(series_q, self._names)
+
     def plain(self, series_q: Ints, coords_qA: Floats) -> Floats:
         """The log-log line along the size alone; nan where it has no two ends."""
         return np.exp(self._line(np.searchsorted(self._names, series_q), np.log(coords_qA)))
 
+    @property
+    def relative_error(self) -> float:
+        """What nine of ten left-out points miss by, at most: once left out alone, once with all of their size."""
+        return self._chosen[1]
+
     # ------------------------------------------------------------------ choice of a setting
 
-    def _choose(self, rng: np.random.Generator) -> None:
-        """A setting for queries whose size stands nearby, and one for queries whose size stands nowhere near."""
-        picks = rng.permutation(len(self._y))[: _TRIALS[-1][0]]
-        names, x, y = self._series[picks], self._x[picks], self._y[picks]
+    @cached_property
+    def _chosen(self) -> tuple[list[_Choice], float]:
+        """A choice for queries whose size stands nearby, one for those whose size stands nowhere near; their error."""
+        names, x, y = self._trials()
         straight = np.abs(self._line(names, x) - y)
-        self._chosen: list[tuple[_Setting, bool]] = []
-        misses = []
+        choices, misses = [], []
         for alone in (False, True):
             setting, own = self._tried(names, x, y, alone)
             both = np.isfinite(own) & np.isfinite(straight)
             use_line = bool(_cost(straight[both]) < _cost(own[both])) or not np.isfinite(own).any()
-            self._chosen.append((setting, use_line))
+            choices.append(_Choice(setting, use_line))
             misses.append(np.where(np.isfinite(straight) & use_line, straight, own))
-        kept = {setting.tiles for setting, _ in self._chosen}
+        kept = {choice.setting.tiles for choice in choices}
         self._own_places = {tiles: places for tiles, places in self._own_places.items() if tiles in kept}
         miss = np.concatenate(misses)
         miss = miss[np.isfinite(miss)]
-        self.relative_error = float(np.expm1(np.quantile(miss, 0.9))) if len(miss) else 1.0
-        """What nine of ten left-out points miss by, at most: once left out alone, once with all of their size."""
+        return choices, float(np.expm1(np.quantile(miss, 0.9))) if len(miss) else 1.0
+
+    def _trials(self) -> tuple[Ints, Floats, Floats]:
+        """Series, coordinates and log latency of points to leave out."""
+        picks = np.random.default_rng(self._seed).permutation(len(self._y))[: _TRIALS[-1][0]]
+        return self._series[picks], self._x[picks], self._y[picks]
 
     def _tried(self, names: Ints, x: Floats, y: Floats, alone: bool) -> tuple[_Setting, Floats]:
         """The setting that best predicts left-out points (``alone``: with all of their size), and its misses."""
@@ -230,16 +257,44 @@ class GridInterpolator:
                 best, own = changed, miss
         return best, own
 
+    def learn_from(self, others: Iterable[GridInterpolator]) -> None:
+        """Let points of other kernels stand beside the own ones, of up to two, where that predicts left-out points.
+
+        ``others`` have the same axes and further coordinates, and series of the same names. The error stated with the
+        answers stays that of the own points alone: a query may lie where no other kernel was measured either.
+        """
+        others, choices = list(others), self._chosen[0]
+        names, x, y = self._trials()
+        # Either setting: a size that stands nowhere near may stand in another kernel.
+        settings = list(dict.fromkeys(choice.setting for choice in choices))
+        for number, best in enumerate(choices):
+            alone, straight = bool(number), self._line(names, x)
+
+            def cost(choice: _Choice, alone: bool = alone, straight: Floats = straight) -> float:
+                told = self._krige(names, x, choice.setting, alone, choice.guides)
+                told = np.where(np.isfinite(straight) & choice.use_line, straight, told)
+                return _cost(np.abs(told - y))
+
+            least = cost(best)
+            while len(best.guides) < _MOST_GUIDES:
+                left = [other for other in others if other not in best.guides]
+                more = [_Choice(setting, False, (*best.guides, other)) for other in left for setting in settings]
+                costs = [cost(choice) for choice in more]
+                if not costs or min(costs) > _BETTER * least:
+                    break
+                best, least = more[int(np.argmin(costs))], min(costs)
+            choices[number] = best
+
     def _best(self, names: Ints, x: Floats) -> Floats:
         answer = np.empty(len(x))
         alone = self._alone(names, x)
-        for number, (setting, use_line) in enumerate(self._chosen):
+        for number, choice in enumerate(self._chosen[0]):
             part = np.flatnonzero(alone == number)
             if len(part):
-                own = self._krige(names[part], x[part], setting)
-                if use_line or not np.isfinite(own).all():
+                own = self._krige(names[part], x[part], choice.setting, guides=choice.guides)
+                if choice.use_line or not np.isfinite(own).all():
                     straight = self._line(names[part], x[part])
-                    own = np.where(np.isfinite(straight) & (use_line | ~np.isfinite(own)), straight, own)
+                    own = np.where(np.isfinite(straight) & (choice.use_line | ~np.isfinite(own)), straight, own)
                 answer[part] = own
         return answer
 
@@ -301,18 +356,53 @@ class GridInterpolator:
             answer[part] = (rows[:, equal] < 0).all(1)
         return answer
 
-    def _krige(self, names: Ints, x: Floats, setting: _Setting, alone: bool = False) -> Floats:
-        """Kriging from the neighbours, the point itself left out (``alone``: and all of its size); nan where it has
-        fewer than two."""
+    def _krige(
+        self,
+        names: Ints,
+        x: Floats,
+        setting: _Setting,
+        alone: bool = False,
+        guides: tuple[GridInterpolator, ...] = (),
+    ) -> Floats:
+        """Kriging from the neighbours, the point itself left out (``alone``: and all of its size), and from points of
+        ``guides``, these too where the query is; nan where it has fewer than two own neighbours."""
         answer = np.full(len(x), np.nan)
-        if setting.tiles not in self._own_places:
-            self._own_places[setting.tiles] = self._places(self._series, self._x, setting.tiles)
-        points, queries = self._own_places[setting.tiles], self._places(names, x, setting.tiles)
+        kernels = (self, *guides)
+        points = [np.concatenate(parts) for parts in zip(*(k._points(setting.tiles) for k in kernels), strict=True)]
+        first = np.cumsum([0, *(len(k._y) for k in kernels)])
+        kernel = np.repeat(np.arange(len(kernels)), np.diff(first))
+        beside = np.full((len(x), _BESIDE * len(guides)), -1, np.int64)
+        for number, guide in enumerate(guides):
+            rows = guide._beside(self._names[names], x)
+            beside[:, number * _BESIDE :][:, :_BESIDE] = np.where(rows >= 0, rows + first[number + 1], -1)
+        queries = self._places(names, x, setting.tiles)
         most = _NEIGHBOURS[setting.wide]
         for part, rows, equal in self._near(names, x, setting.wide):
             near = rows[:, ~equal] if alone else rows
-            places, alignment = (array[part] for array in queries)
-            answer[part] = krige(self._x, *points, self._y, x[part], places, alignment, near, most, setting.numbers)
+            at = (x[part], *(array[part] for array in queries))
+            answer[part] = krige(*points, kernel, *at, near, beside[part], most, setting.numbers)
+        return answer
+
+    def _points(self, tiles: float) -> tuple[Floats, Floats, Ints, Floats]:
+        """Coordinates, what tells points apart, alignment, and log latency of the own points."""
+        if tiles not in self._own_places:
+            self._own_places[tiles] = self._places(self._series, self._x, tiles)
+        return self._x, *self._own_places[tiles], self._y
+
+    def _beside(self, series_q: Ints, x: Floats) -> Ints:
+        """Rows of the own points nearest to queries of another kernel [q, _BESIDE], the very place among them;
+        -1 where there are no more, or the series is unknown here."""
+        answer = np.full((len(x), _BESIDE), -1, np.int64)
+        names = np.minimum(np.searchsorted(self._names, series_q), len(self._names) - 1)
+        known = np.flatnonzero(self._names[names] == series_q)
+        left, on = self._place(names[known], x[known])
+        code = on @ (1 << np.arange(on.shape[1]))
+        for pattern in np.unique(code):
+            part = np.flatnonzero(code == pattern)
+            offsets = _offsets(tuple(on[part[0]].tolist()), False)
+            rows = self._at(names[known[part]], left[part][:, None, :] + offsets)
+            order = np.argsort(rows < 0, axis=1, kind="stable")[:, :_BESIDE]
+            answer[known[part], : order.shape[1]] = np.take_along_axis(rows, order, 1)
         return answer
 
     def _places(self, names: Ints, x_nA: Floats, tiles: float) -> tuple[Floats, Ints]:

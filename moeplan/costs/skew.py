@@ -14,14 +14,24 @@ the measured rank follows, and their number is what wide-EP tables record of the
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from moeplan.costs.experts import ExpertCosts
 
-__all__ = ["busiest_rank", "busiest_rank_eplb", "draw_choices", "nearest_draws", "skewed_over_balanced"]
+__all__ = [
+    "RouterDifference",
+    "busiest_rank",
+    "busiest_rank_eplb",
+    "draw_choices",
+    "fit_router",
+    "nearest_draws",
+    "skewed_over_balanced",
+]
 
 Floats = NDArray[np.float64]
 
@@ -120,6 +130,21 @@ def nearest_draws(arriving_D: Floats, recorded: float, keep: int) -> NDArray[np.
     return np.argsort(np.abs(arriving_D - recorded), kind="stable")[:keep]
 
 
+@dataclass(frozen=True, slots=True)
+class RouterDifference:
+    """What choosing experts takes longer in an older release than in a later one: seconds a call and a logit."""
+
+    launch_s: float
+    logit_s: float
+
+
+def fit_router(logits_n: Floats, older_n: Floats, later_n: Floats) -> RouterDifference:
+    """From seconds of both releases at the same points, and logits there; least relative squares, none negative."""
+    design = np.stack([np.ones(len(logits_n)), logits_n], 1) / later_n[:, None]
+    launch, logit = nnls(design, older_n / later_n - 1)[0]
+    return RouterDifference(float(launch), float(logit))
+
+
 def skewed_over_balanced(
     costs: ExpertCosts,
     vectors_De: Floats,
@@ -129,11 +154,13 @@ def skewed_over_balanced(
     ep: int,
     arriving_D: Floats | None = None,
     balanced_s: float | None = None,
+    longer_s: float = 0.0,
 ) -> float:
     """Predicted time of a skewed rank over that of a balanced one, averaged over draws.
 
     ``balanced_s``: the balanced rank's time as measured, to be used where it is of another program than the skewed
     one's: what sets it apart from the law (an autotuner's choice, say) does then not set the skewed one apart too.
+    ``longer_s``: what the skewed rank takes longer, whatever its experts (:class:`RouterDifference`).
 
     ``arriving_D``: the skewed rank is sent its own tokens only (wide expert parallelism), so many, where the
     balanced one was measured with all tokens of the group in its memory; what is paid per token whatever its
@@ -143,4 +170,4 @@ def skewed_over_balanced(
     balanced = costs.rank_s(np.full(num_experts // ep, mean), mean) if balanced_s is None else balanced_s
     parts = np.ones(1) if arriving_D is None else arriving_D / tokens
     shared = np.mean([costs.shared_s(mean * part) for part in parts])
-    return float((shared + costs.one_expert_s(vectors_De).sum(-1).mean()) / balanced)
+    return float((longer_s + shared + costs.one_expert_s(vectors_De).sum(-1).mean()) / balanced)

@@ -18,7 +18,7 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
 from moeplan.errors import UnknownNameError
 from moeplan.pipeline.profile_request import MAIN_MODELS
 from moeplan.profiling import aic
-from moeplan.profiling.sanity import group_ids, mark_rows
+from moeplan.profiling.sanity import group_ids, mark_host_bound, mark_rows
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
@@ -149,11 +149,15 @@ def read_system(
             table, repeats = _merge_repeats(table)
             count["repeated"] += repeats
             marked = HardwareProfile(_bare(system), {name: table}).table(name)
-            marks = np.where(mark_rows(name, marked) == "", "copied" if owner else "", mark_rows(name, marked))
-            count.update(mark for mark in marks.tolist() if mark)
+            marks = mark_rows(name, marked)
+            marks = np.where(marks == "", "copied" if owner else "", marks)
             index = marked.column_names.index("mark")
             pieces.setdefault(name, []).append(marked.set_column(index, "mark", pa.array(marks, pa.string())))
     tables = {name: pa.concat_tables(parts, promote_options="permissive") for name, parts in pieces.items()}
+    if "gemm" in tables:
+        tables["gemm"] = mark_host_bound(tables["gemm"])
+    for name, table in tables.items():
+        rejected[name].update(mark for mark in table["mark"].to_pylist() if mark)
     if subset:
         tables["experts"] = _newest_per_shape(tables["experts"], sources)
     return tables, sources, {name: {k: n for k, n in c.items() if n} for name, c in rejected.items()}

@@ -5,22 +5,18 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.costs.exchange import touched
-from moeplan.costs.experts import ExpertCosts, fit_experts
-from moeplan.costs.heldout import AXES, PARTS, hold_out
-from moeplan.costs.interpolation import line
-from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, nearest_draws, skewed_over_balanced
+from moeplan.costs.heldout import AXES, PARTS, HeldOut, hold_out, pooled
 from moeplan.costs.waves import steps_of
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
 from moeplan.pipeline.validation_live import cpu_figures, find_measured, h200_figure
+from moeplan.pipeline.validation_skew import Row, router_differences, skew_rows
 from moeplan.specs.clusters import find_accelerator
 
 __all__ = ["PUBLISHED_DEEPEP", "validate_kernels"]
@@ -28,8 +24,6 @@ __all__ = ["PUBLISHED_DEEPEP", "validate_kernels"]
 Progress = Callable[[str, float], None]
 
 _TABLES = {"experts": "MoE GEMM", "alltoall": "all-to-all", "attention": "attention", "gemm": "GEMM"}
-_DRAWS = 32
-_RECORDED_DRAWS, _NEAREST = 64, 8  # where a table records how many tokens its draw sent
 _MEDIAN, _P90, _SKEW, _DEEPEP = 0.02, 0.10, 0.10, 0.15
 
 # DeepEP README and docs/legacy.md (H800, ConnectX-7 400 Gb/s, hidden 7168, top-8, fp8 dispatch, bf16 combine).
@@ -48,118 +42,45 @@ def _figure(name: str, value: float | None, target: float, **more: Any) -> dict[
 # ---------------------------------------------------------------------- held-out grid points
 
 
-def _held_out(profile: HardwareProfile, name: str) -> dict[str, Any]:
-    answer = hold_out(name, profile.table(name), steps_of(profile, name))
+def _hold_out(profile: HardwareProfile, table: str) -> HeldOut:
+    return hold_out(table, profile.table(table), steps_of(profile, table))
+
+
+def _held_out(table: str, where: str, answer: HeldOut) -> dict[str, Any]:
     total = answer.figures()
     better = total["median_on_plain"] <= total["plain_median"] and total["p90_on_plain"] <= total["plain_p90"]
     reached = total["median"] <= _MEDIAN and total["p90"] <= _P90 and better
     return {
-        "figure": f"held-out grid points, {_TABLES.get(name, name)}, {profile.meta.name}",
+        "figure": f"held-out grid points, {_TABLES[table]}, {where}",
         **total,
+        "left_out_host_bound": answer.host_bound,
         "target": {"median": _MEDIAN, "p90": _P90, "not worse than the plain line": True},
         "reached": bool(reached),
         "backends": {str(b): answer.figures(str(b)) for b in np.unique(answer.backend)},
-        PARTS[name]: {str(p): answer.figures(part=str(p)) for p in np.unique(answer.part)},
+        PARTS[table]: {str(p): answer.figures(part=str(p)) for p in np.unique(answer.part)},
     }
 
 
 # ---------------------------------------------------------------------- skewed rows from balanced ones
 
 
-@cache
-def _vectors(tokens: int, top_k: int, experts: int, alpha: float, ep: int, slots: int, draws: int) -> Any:
-    # One generator per case: its draws do not depend on what else is validated.
-    rng = np.random.default_rng([tokens, top_k, experts, round(alpha * 100), ep])
-    counts = draw_choices(tokens, top_k, experts, alpha, ep, draws, rng)
-    return busiest_rank_eplb(counts, ep, slots, tokens) if slots else busiest_rank(counts, ep, tokens)
+def _skew_figures(profiles: list[HardwareProfile]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The figures by framework and of ``_eplb`` rows, and the same by framework and system."""
+    differences = router_differences(profiles)
+    rows = [(profile.meta.name, row) for profile in profiles for row in skew_rows(profile, differences)]
+    by_backend: dict[str, list[Row]] = {}
+    by_system: dict[tuple[str, str], list[Row]] = {}
+    for system, row in rows:
+        by_backend.setdefault(row["backend"], []).append(row)
+        by_system.setdefault((row["backend"], system), []).append(row)
+    figures = [_skew_figure(backend, part) for backend, part in sorted(by_backend.items())]
+    if copied := [row for _, row in rows if row["eplb"]]:
+        figures.append(_skew_figure("eplb rows", copied))
+    detail = [_skew_figure(f"{backend} on {system}", part) for (backend, system), part in sorted(by_system.items())]
+    return figures, detail
 
 
-def _balanced_of(family: str) -> str:
-    """Kernel whose balanced rows stand for a family: the wide-EP cutlass file has none of its own."""
-    return "moe_torch_flow_cutlass" if family.startswith("wideep_compute") else family
-
-
-def _release(row: dict[str, Any]) -> str:
-    """The release of the framework a row is from: its source without the kind of file."""
-    return str(row["source"]).rsplit("/", 1)[0]
-
-
-_SHAPE = ("backend", "dtype", "hidden", "inter", "num_experts", "top_k", "tp")
-
-
-def _skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[dict[str, Any]]:
-    """Each skewed row at EP >= 8 and many tokens: measured ratio, ours, and the two baselines'."""
-    table = profile.table("experts").filter(pc.equal(profile.table("experts")["scope"], "experts"))
-    rows = table.to_pylist()
-    balanced: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["distribution"] == "balanced":
-            key = (*(row[c] for c in _SHAPE), row["kernel"])
-            balanced.setdefault((*key, _release(row)), []).append(row)
-            balanced.setdefault((*key, ""), []).append(row)
-    fits: dict[tuple[Any, ...], tuple[ExpertCosts | None, dict[tuple[int, int], float]]] = {}
-    answer = []
-    for row in rows:
-        ep, tokens, experts = row["ep"], row["tokens"], row["num_experts"]
-        name = row["distribution"]
-        if name == "balanced" or not name.startswith("power_law") or ep < 8 or tokens < min_tokens or experts % ep:
-            continue
-        kernel = _balanced_of(row["kernel"])
-        key = (*(row[c] for c in _SHAPE), kernel, _release(row))
-        same_release = key in balanced
-        if not same_release and kernel != row["kernel"]:
-            key = (*key[:-1], "")
-        if key not in fits:
-            base = balanced.get(key, [])
-            fits[key] = _fit(base), {(r["ep"], r["tokens"]): r["latency_us"] for r in base}
-        fit, times = fits[key]
-        if (ep, tokens) not in times or fit is None:
-            continue
-        eplb = name.endswith("_eplb")
-        slots = row["num_slots"] or experts
-        if slots % ep:
-            continue
-        alpha = float(name.split("_")[2])
-        recorded = row["rank_tokens"]
-        draws = _DRAWS if recorded < 0 else _RECORDED_DRAWS
-        vectors, arriving = _vectors(tokens, row["top_k"], experts, alpha, ep, slots if eplb else 0, draws)
-        if recorded >= 0:  # one draw was measured: the like of it
-            near = nearest_draws(arriving, recorded, _NEAREST)
-            vectors, arriving = vectors[near], np.full(len(near), float(recorded))
-        sent = arriving if kernel != row["kernel"] else None
-        reference = None if same_release else times[ep, tokens] * 1e-6
-        sizes = np.array(sorted(t for e, t in times if e == ep), float)
-        took = np.array([times[ep, int(t)] for t in sizes])
-        busiest = vectors.sum(1) * ep / row["top_k"]
-        scaled = line(sizes, took, np.minimum(busiest, sizes[-1])) * np.maximum(busiest / sizes[-1], 1)
-        answer.append(
-            {
-                "backend": row["backend"],
-                "kernel": row["kernel"],
-                "eplb": eplb,
-                "mark": row["mark"],
-                "ep": ep,
-                "tokens": tokens,
-                "experts": experts,
-                "slots": slots,
-                "alpha": alpha,
-                "measured": row["latency_us"] / times[ep, tokens],
-                "ours": skewed_over_balanced(fit, vectors, tokens, row["top_k"], experts, ep, sent, reference),
-                "token_sum": float(scaled.mean()) / times[ep, tokens],
-            }
-        )
-    return answer
-
-
-def _fit(base: list[dict[str, Any]]) -> ExpertCosts | None:
-    spread = [r for r in base if r["ep"] > 1 and r["active_experts"] > 0]
-    if len(spread) < 6:
-        return None
-    columns = [np.array([float(r[c]) for r in spread]) for c in ("rank_pairs", "active_experts", "latency_us")]
-    return fit_experts(columns[0], columns[1], columns[2] * 1e-6, "")
-
-
-def _skew_figure(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _skew_figure(name: str, rows: list[Row]) -> dict[str, Any]:
     measured = np.array([row["measured"] for row in rows])
     median = {
         who: float(np.median(np.abs(values / measured - 1)))
@@ -272,7 +193,8 @@ def validate_kernels(
         names, read = systems or list(MAIN_SYSTEMS), full_profile
         command = f"moeplan validate kernels --systems {','.join(names)}"
     figures: list[dict[str, Any]] = []
-    skew: list[dict[str, Any]] = []
+    held_out: dict[str, list[HeldOut]] = {}
+    grouped: list[HardwareProfile] = []  # profiles with grouped products, with these alone
     inputs = []
     deepep: list[dict[str, Any]] = []
     for number, name in enumerate(names):
@@ -281,27 +203,19 @@ def validate_kernels(
         inputs.append({"profile": one.meta.name, "rows": {t: one.table(t).num_rows for t in one.table_names}})
         tables = [table for table in AXES if table in one.table_names and table in _TABLES]
         with ThreadPoolExecutor() as pool:  # compiled parts run side by side
-            for done, figure in enumerate(pool.map(_held_out, [one] * len(tables), tables), 1):
-                figures.append(figure)
+            answers = pool.map(_hold_out, [one] * len(tables), tables)
+            for done, (table, answer) in enumerate(zip(tables, answers, strict=True), 1):
+                held_out.setdefault(table, []).append(answer)
+                figures.append(_held_out(table, one.meta.name, answer))
                 progress("validate", (number + done / (len(tables) + 1)) / len(names))
-        rows = _skew_rows(one) if "experts" in one.table_names else []
-        skew += [{**row, "system": one.meta.name} for row in rows]
+        if "experts" in tables:
+            grouped.append(HardwareProfile(one.meta, {"experts": one.table("experts")}))
         multi_node = one.select("alltoall", usable=False, nodes=[2, 4, 8], kernel="deepep")
         if not deepep and multi_node.num_rows:
             deepep = _deepep(one)
-    figures += [
-        _skew_figure(backend, [row for row in skew if row["backend"] == backend])
-        for backend in sorted({row["backend"] for row in skew})
-    ]
-    copied = [row for row in skew if row["eplb"]]
-    if copied:
-        figures.append(_skew_figure("eplb rows", copied))
-    detail = [
-        _skew_figure(f"{backend} on {system}", part)
-        for backend, system in sorted({(row["backend"], row["system"]) for row in skew})
-        if (part := [row for row in skew if (row["backend"], row["system"]) == (backend, system)])
-    ]
-    figures += deepep
+    skewed, detail = _skew_figures(grouped)
+    detail += [_held_out(table, "all systems", pooled(parts)) for table, parts in held_out.items() if len(parts) > 1]
+    figures += skewed + deepep
     if cpu or live_s is not None or profile is None:
         figures += cpu_figures(cpu or find_measured("cpu-*"), live_s, progress)
     if profile is None:

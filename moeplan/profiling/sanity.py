@@ -5,6 +5,8 @@
 - ``non_monotone``: some larger size of the same series takes less than :data:`FALL` of its time.
 - ``skew_faster``: at large batch a skewed row is faster than :data:`FALL_SKEW` of the balanced row beside it;
   at small batch skew can really be faster, since fewer experts' weights are read.
+- ``host_bound``, of whole kernels: the shortest products (1st percentile) take more than :data:`HOST` times as long
+  as the fastest kernel's of the type. What was timed is the host's work for a call, whatever the product.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.profile_tables import MEASURED, columns_of
 
-__all__ = ["SIZE_AXIS", "group_ids", "mark_rows"]
+__all__ = ["SIZE_AXIS", "group_ids", "mark_host_bound", "mark_rows"]
 
 OUTLIER = 2.0
 FALL = 0.8
 FALL_SKEW = 0.95
 LARGE_BATCH_TOKENS = 1024
+HOST = 10.0  # public tables: 15 to 70 where the host was timed, at most 3.5 elsewhere
 
 SIZE_AXIS = {
     "experts": "tokens",
@@ -124,3 +127,16 @@ def mark_rows(name: str, table: pa.Table) -> NDArray[np.str_]:
     if name == "experts":
         marks = np.where((marks == "") & _skew_marks(table, log_us, size), "skew_faster", marks)
     return marks
+
+
+def mark_host_bound(table: pa.Table) -> pa.Table:
+    """The products of all frameworks of one system, with the mark ``host_bound`` where it is due."""
+    kernels = group_ids(table, ["dtype", "backend", "kernel", "source"])
+    dtypes = group_ids(table, ["dtype"])
+    latency = table["latency_us"].to_numpy()
+    count = kernels.max(initial=-1) + 1
+    shortest = np.array([np.quantile(latency[kernels == kernel], 0.01) for kernel in range(count)])
+    fastest = np.full(dtypes.max(initial=-1) + 1, np.inf)
+    np.minimum.at(fastest, dtypes, shortest[kernels])
+    marks = np.where(shortest[kernels] > HOST * fastest[dtypes], "host_bound", np.array(table["mark"].to_pylist()))
+    return table.set_column(table.column_names.index("mark"), "mark", pa.array(marks, pa.string()))

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.cli.validate import command
-from moeplan.costs.heldout import hold_out
+from moeplan.costs.heldout import hidden_rows, hold_out, pooled
 from moeplan.pipeline import validation
 from moeplan.pipeline.validation_live import cpu_figures
+from moeplan.pipeline.validation_skew import _fit, router_differences, skew_rows
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
 
@@ -55,6 +56,43 @@ def test_held_out_rows_do_not_serve() -> None:
     np.testing.assert_allclose(np.abs(answer.ours), 0.999, atol=1e-3)
 
 
+def test_kernels_that_timed_the_host_are_left_out_and_counted() -> None:
+    rows = gemm(0.01).to_pylist()
+    rows += [{**row, "kernel": "host", "latency_us": 300.0, "mark": "host_bound"} for row in rows]
+    answer = hold_out("gemm", HardwareProfile(META, {"gemm": pa.Table.from_pylist(rows)}).table("gemm"))
+    assert len(answer.ours) + answer.host_bound == 25
+    assert answer.host_bound > 0
+    assert answer.figures()["median"] < 0.05
+    both = pooled([answer, answer])
+    assert (len(both.ours), both.host_bound) == (2 * len(answer.ours), 2 * answer.host_bound)
+
+
+def test_products_of_one_framework_are_told_from_anothers() -> None:
+    # At some sizes products take longer at small widths and less at large ones. Half of these are held out of the
+    # first framework's, at all widths; of the second's, which begin one size earlier, others are.
+    sizes = [16 * i for i in range(1, 24, 2)]
+    late = [sizes[i] for i in (1, 2, 4, 6, 8, 10)]
+    rng = np.random.default_rng(1)
+
+    def row(backend: str, dtype: str, m: int, n: int) -> dict[str, object]:
+        factor = (1.3 if n < 100 else 0.7) if m in late else 1.0
+        us = float(m**0.5 * n**0.3 * factor * rng.lognormal(0, 0.002))
+        names = {"dtype": dtype, "backend": backend, "kernel": backend, "source": backend}
+        return {"m": m, "n": n, "k": 64, **names, "latency_us": us}
+
+    def median(types: tuple[str, str]) -> float:
+        widths = [16 * i for i in range(1, 17)]
+        rows = [row("a", types[0], m, n) for n in widths for m in sizes]
+        rows += [row("b", types[1], m, n) for n in widths for m in [8, *sizes, 400, 432, 464]]
+        table = HardwareProfile(META, {"gemm": pa.Table.from_pylist(rows)}).table("gemm")
+        hidden = table.filter(pa.array(hidden_rows("gemm", table))).to_pylist()
+        assert {row["m"] for row in hidden if row["backend"] == "a"} == set(sizes[2::4])
+        return float(hold_out("gemm", table).figures("a")["median"])
+
+    assert median(("bf16", "bf16")) < 0.05
+    assert median(("bf16", "fp8")) > 0.2  # another type says nothing
+
+
 def moe(**fields: object) -> dict[str, object]:
     row: dict[str, object] = {
         "hidden": 7168,
@@ -84,21 +122,53 @@ def balanced(ep: int, tokens: int, source: str) -> dict[str, object]:
     )
 
 
+def wide(release: str, ep: int, tokens: int, **fields: object) -> dict[str, object]:
+    skewed = {"distribution": "power_law_1.2_eplb", "kernel": "wideep_compute_cutlass", "source": f"{release}/wide"}
+    return moe(ep=ep, tokens=tokens, **skewed | fields)
+
+
 def test_a_balanced_row_of_another_release_stands_as_measured() -> None:
     ratios = {}
     for release in ("r1", "r2"):
         rows = [balanced(ep, tokens, "r1/moe") for ep in (2, 4, 8, 16) for tokens in (1024, 2048, 4096, 8192)]
-        skewed = {"distribution": "power_law_1.2_eplb", "kernel": "wideep_compute_cutlass", "source": f"{release}/wide"}
-        rows += [moe(ep=8, tokens=4096, rank_tokens=3000, latency_us=700.0, **skewed)]
+        rows += [wide(release, 8, 4096, rank_tokens=3000, latency_us=700.0)]
         profile = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows)})
-        (row,) = validation._skew_rows(profile)
+        assert router_differences([profile]) == {}  # nowhere are both releases measured balanced
+        (row,) = skew_rows(profile, {})
         assert row["measured"] == pytest.approx(700 / (1.3 * (50 + 4096 / 9)))
         ratios[release] = row["ours"]
-    fit = validation._fit([r for r in rows if r["distribution"] == "balanced"])
+    fit = _fit([r for r in rows if r["distribution"] == "balanced"])
     assert fit is not None
     law_s, measured_s = float(fit.rank_s(np.full(8, 512.0), 512.0)), 1.3e-6 * (50 + 4096 / 9)
     assert law_s < 0.9 * measured_s
     assert ratios["r2"] / ratios["r1"] == pytest.approx(law_s / measured_s)
+
+
+def test_a_router_that_was_slower_is_charged_for_the_ranks_own_tokens() -> None:
+    # The older release takes 12 us and 0.05 ns a logit longer; one machine was measured balanced with both.
+    def rows(source: str, longer: float) -> list[dict[str, object]]:
+        grid = [(ep, tokens) for ep in (2, 4, 8, 16) for tokens in (1024, 2048, 4096, 8192)]
+        found = [balanced(ep, tokens, source) for ep, tokens in grid]
+        for row, (_, tokens) in zip(found, grid, strict=True):
+            row["latency_us"] = float(row["latency_us"]) + longer * (12 + 5e-5 * tokens * 64)  # type: ignore[arg-type]
+        return found
+
+    skewed = wide("x/old", 8, 4096, rank_tokens=3000, latency_us=700.0)
+    both = pa.Table.from_pylist([*rows("x/old/moe", 1), *rows("x/new/moe", 0), skewed])
+    later = pa.Table.from_pylist([*rows("x/new/moe", 0), skewed])
+    with_both, with_later = (HardwareProfile(META, {"experts": table}) for table in (both, later))
+    differences = router_differences([with_both, with_later])
+    found = differences["old"]["new"]
+    assert found.launch_s == pytest.approx(12e-6)
+    assert found.logit_s == pytest.approx(5e-11)
+    # Of another release's law: a launch more, and the own 512 tokens' logits. Of its own: they instead of 3,000's.
+    reference_us = 1.3 * (50 + 4096 / 9)
+    (told,), (untold,) = skew_rows(with_later, differences), skew_rows(with_later, {})
+    assert (told["ours"] - untold["ours"]) * reference_us == pytest.approx(12 + 5e-5 * 64 * 512)
+    (told,), (untold,) = skew_rows(with_both, differences), skew_rows(with_both, {})
+    assert told["ours"] / untold["ours"] < 1
+    law_us = (told["ours"] - untold["ours"]) / (5e-5 * 64 * (512 - 3000))  # of 1 / the balanced rank's time
+    assert 1 / law_us == pytest.approx(50 + 4096 / 9 + 12 + 5e-5 * 64 * 4096, rel=0.3)
 
 
 def test_grouped_products_of_two_shapes_are_held_out_with_their_own_experts() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
-from moeplan.profiling.sanity import mark_rows
+from moeplan.profiling.sanity import mark_host_bound, mark_rows
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
 
@@ -26,6 +26,15 @@ def test_a_spike_is_an_outlier_and_a_lasting_fall_is_not_monotone() -> None:
     assert marks("gemm", gemm({1: 10, 2: 11, 4: 50, 8: 13, 16: 14})) == ["", "", "outlier", "", ""]
     assert marks("gemm", gemm({1: 10, 2: 10, 4: 7, 8: 7})) == ["non_monotone", "non_monotone", "", ""]
     assert marks("gemm", gemm({1: 10, 2: 10, 4: 9, 8: 9})) == [""] * 4
+
+
+def test_a_kernel_that_timed_the_host_is_marked_as_a_whole() -> None:
+    times = {"fast": {1: 5, 64: 9, 4096: 900}, "slow": {1: 16, 64: 30, 4096: 1000}, "host": {1: 90, 64: 91, 4096: 950}}
+    rows = [{**row, "backend": name, "kernel": "k", "source": "s"} for name, t in times.items() for row in gemm(t)]
+    rows += [{**row, "backend": "host", "kernel": "k", "source": "s", "dtype": "fp8"} for row in gemm(times["host"])]
+    table = mark_host_bound(HardwareProfile(META, {"gemm": pa.Table.from_pylist(rows)}).table("gemm"))
+    # Alone in its type a kernel cannot be told from a slow device.
+    assert table["mark"].to_pylist() == [""] * 6 + ["host_bound"] * 3 + [""] * 3
 
 
 def test_series_do_not_mix() -> None:
