@@ -43,10 +43,14 @@ COMMON: dict[str, Column] = {
     "samples": Column("int", "measured times; 0: not published", 0),
     "source": _s("key into sources of profile.json: where this number is from"),
     "mark": _s(
-        "empty: usable; else why the sanity pass set it aside: non_monotone, skew_faster, outlier, host_bound, copied",
+        "empty: usable; else why the sanity pass set it aside: "
+        "non_monotone, skew_faster, outlier, not_sharded, host_bound, copied",
         "",
     ),
 }
+
+MISMEASURED = ("not_sharded", "host_bound")
+"""Marks of rows that timed something else than they say: not the rank's own work, or the host's."""
 
 MEASURED = ("latency_us", "spread", "min_us", "p20_us", "samples")  # all other columns say what was measured
 

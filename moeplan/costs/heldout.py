@@ -1,7 +1,8 @@
 """How well tables predict themselves: every 4th grid point held out, beside the plain log-log line.
 
 Rows are sorted by all names and then by size; each 4th of them is hidden, all rows alike, whatever they are
-predicted to be. Marked rows serve like the others here, but not those whose kernel timed the host (``host_bound``).
+predicted to be. Marked rows serve like the others here, but not those of kernels that timed something else than they
+say (:data:`~moeplan.artifacts.profile_tables.MISMEASURED`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from moeplan.artifacts.profile_tables import MISMEASURED
 from moeplan.costs.interpolation import GridInterpolator, Steps
 from moeplan.costs.tables import LEARNING
 from moeplan.costs.waves import active_experts
@@ -44,8 +46,8 @@ _NO_NAMES = {"mark", "samples", "rank_pairs", "active_experts", "rank_tokens", "
 class HeldOut:
     """Relative errors of the held-out rows: ours, and the plain line's (nan where it has no two ends).
 
-    ``part`` is what :data:`PARTS` names: distribution, mode, operation, phase or type. ``host_bound`` more rows
-    were held out and left out, since their kernel timed the host.
+    ``part`` is what :data:`PARTS` names: distribution, mode, operation, phase or type. ``mismeasured`` more rows
+    were held out and left out, since their kernel timed something else.
     """
 
     backend: NDArray[np.str_]
@@ -53,7 +55,7 @@ class HeldOut:
     ours: Floats
     plain: Floats
     inside: NDArray[np.bool_]
-    host_bound: int = 0
+    mismeasured: int = 0
 
     def figures(self, backend: str | None = None, part: str | None = None) -> dict[str, float | int]:
         """Count, coverage, median and 90th percentile of both; the comparison on points that both cover."""
@@ -79,7 +81,7 @@ def pooled(parts: list[HeldOut]) -> HeldOut:
     """Rows of several systems as one."""
     names = ("backend", "part", "ours", "plain", "inside")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return HeldOut(**columns, host_bound=sum(part.host_bound for part in parts))
+    return HeldOut(**columns, mismeasured=sum(part.mismeasured for part in parts))
 
 
 def _quantile(values: Floats, part: float) -> float:
@@ -142,9 +144,9 @@ def hold_out(name: str, table: pa.Table, steps: Steps | None = None) -> HeldOut:
         first = np.unique(series, return_index=True)[1]
         steps = active_experts(*(table[column].to_numpy()[first] for column in ("num_experts", "top_k")))
     family, hidden = families(name, table), hidden_rows(name, table)
-    times_kernel = np.array(table["mark"].to_pylist()) != "host_bound"
-    left_out = int((hidden & ~times_kernel).sum())
-    known, hidden = ~hidden & times_kernel, hidden & times_kernel
+    own = ~np.isin(np.array(table["mark"].to_pylist()), MISMEASURED)
+    left_out = int((hidden & ~own).sum())
+    known, hidden = ~hidden & own, hidden & own
     latency = table["latency_us"].to_numpy()
     ours, plain = np.full(len(latency), np.nan), np.full(len(latency), np.nan)
     inside = np.zeros(len(latency), bool)

@@ -102,7 +102,7 @@ def _from_model(
     progress: Progress,
 ) -> tuple[RoutingTrace, float | None]:
     from moeplan.profiling.device import torch_module
-    from moeplan.profiling.routing import hook_model, measure_overhead
+    from moeplan.profiling.routing import cache_name, hook_model, measure_overhead
 
     torch = torch_module()
     try:
@@ -137,13 +137,14 @@ def _from_model(
             return model(input_ids=batches[0])
 
     overhead = measure_overhead(prefill, model)
+    cache = cache_name(model)
     with hook_model(model) as recorder, torch.inference_mode():
         for number, ids in enumerate(batches):
             progress("recording", number / len(batches))
             past, step = None, ids
             for _ in range(new_tokens + 1):
-                answer = model(input_ids=step, past_key_values=past, use_cache=True)
-                past, step = answer.past_key_values, answer.logits[:, -1:].argmax(-1)
+                answer = model(input_ids=step, use_cache=True, **{cache: past})
+                past, step = answer[cache], answer.logits[:, -1:].argmax(-1)
     progress("recording", 1.0)
     kind = type(model).__name__
     return recorder.trace(recorded_from=kind, random_init=random_init, prompts=len(batches)), overhead

@@ -53,7 +53,7 @@ def _held_out(table: str, where: str, answer: HeldOut) -> dict[str, Any]:
     return {
         "figure": f"held-out grid points, {_TABLES[table]}, {where}",
         **total,
-        "left_out_host_bound": answer.host_bound,
+        "left_out_mismeasured": answer.mismeasured,
         "target": {"median": _MEDIAN, "p90": _P90, "not worse than the plain line": True},
         "reached": bool(reached),
         "backends": {str(b): answer.figures(str(b)) for b in np.unique(answer.backend)},

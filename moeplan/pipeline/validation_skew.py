@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moeplan.artifacts.profile import HardwareProfile
+from moeplan.artifacts.profile_tables import MISMEASURED
 from moeplan.costs.experts import ExpertCosts, fit_experts
 from moeplan.costs.interpolation import line
 from moeplan.costs.skew import (
@@ -42,8 +43,10 @@ def _release(row: Row) -> str:
 
 
 def _experts(profile: HardwareProfile) -> pa.Table:
+    """Rows of expert kernels that timed what they say."""
     table = profile.table("experts")
-    return table.filter(pc.equal(table["scope"], "experts"))
+    bad = pc.is_in(table["mark"].cast("string"), value_set=pa.array(MISMEASURED))
+    return table.filter(pc.and_(pc.equal(table["scope"], "experts"), pc.invert(bad)))
 
 
 def router_differences(profiles: Iterable[HardwareProfile]) -> Differences:

@@ -6,6 +6,7 @@ routers of Hugging Face MoE models.
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,9 @@ from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import TraceError
 from moeplan.profiling.device import torch_module
 
-__all__ = ["RoutingRecorder", "find_routers", "hook_model", "measure_overhead"]
+__all__ = ["RoutingRecorder", "cache_name", "find_routers", "hook_model", "measure_overhead"]
+
+_CACHE_NAMES = ("cache", "past_key_values")  # of the KV cache, since transformers 5.24 and before
 
 
 class RoutingRecorder:
@@ -159,6 +162,11 @@ def find_routers(model: Any) -> dict[int, Any]:
     return routers
 
 
+def cache_name(model: Any) -> str:
+    """What a Hugging Face model calls its KV cache, as an argument and in what it returns."""
+    return next((name for name in _CACHE_NAMES if name in inspect.signature(model.forward).parameters), _CACHE_NAMES[1])
+
+
 def _choice(output: Any, block: Any, top_k: int | None) -> tuple[Any, Any]:
     """(experts, scores) of a router's output: the integer tensor and its scores, or top-k of bare logits."""
     torch = torch_module()
@@ -208,7 +216,7 @@ def hook_model(model: Any, recorder: RoutingRecorder | None = None) -> Iterator[
         if tokens is None:
             raise TraceError("the model was called without input_ids or inputs_embeds; their shape is needed")
         batch, length = tokens.shape[:2]
-        past = kwargs.get("past_key_values")
+        past = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
         cached = int(past.get_seq_length()) if past is not None and hasattr(past, "get_seq_length") else 0
         mask = kwargs.get("attention_mask")
         keep = mask[:, -length:] if mask is not None and getattr(mask, "dim", lambda: 0)() == 2 else None

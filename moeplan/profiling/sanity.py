@@ -5,6 +5,9 @@
 - ``non_monotone``: some larger size of the same series takes less than :data:`FALL` of its time.
 - ``skew_faster``: at large batch a skewed row is faster than :data:`FALL_SKEW` of the balanced row beside it;
   at small batch skew can really be faster, since fewer experts' weights are read.
+- ``not_sharded``, of all rows at EP > 1 of a kernel: balanced at large batch and EP 8 it takes more than
+  :data:`SHARDED` of its time at EP 1 (median). The rank was given choices of other ranks' experts too (SGLang 0.5.10:
+  the collector sent them all to expert 0), or all experts.
 - ``host_bound``, of whole kernels: the shortest products (1st percentile) take more than :data:`HOST` times as long
   as the fastest kernel's of the type. What was timed is the host's work for a call, whatever the product.
 """
@@ -25,6 +28,7 @@ OUTLIER = 2.0
 FALL = 0.8
 FALL_SKEW = 0.95
 LARGE_BATCH_TOKENS = 1024
+SHARDED, SHARDED_TOKENS = 0.75, 4096  # public tables: 0.8 to 1 where it is due, at most 0.7 elsewhere
 HOST = 10.0  # public tables: 15 to 70 where the host was timed, at most 3.5 elsewhere
 
 SIZE_AXIS = {
@@ -92,6 +96,19 @@ def _skew_marks(table: pa.Table, log_us: NDArray[Any], tokens: NDArray[Any]) -> 
     return ~even & (tokens >= LARGE_BATCH_TOKENS) & faster
 
 
+def _sharding_marks(table: pa.Table, log_us: NDArray[Any], tokens: NDArray[Any]) -> Any:
+    cases = _series("experts", table, {"ep"})
+    cases = np.unique(cases * (tokens.max(initial=0) + 1) + tokens, return_inverse=True)[1]
+    kernels, ep = group_ids(table, ["backend", "kernel", "dtype", "source"]), table["ep"].to_numpy()
+    even = np.array(table["distribution"].to_pylist()) == "balanced"
+    whole = np.full(cases.max(initial=-1) + 1, np.nan)
+    whole[cases[even & (ep == 1)]] = log_us[even & (ep == 1)]
+    rows = np.flatnonzero(even & (ep == 8) & (tokens >= SHARDED_TOKENS) & np.isfinite(whole[cases]))
+    part = log_us[rows] - whole[cases[rows]]
+    bad = [k for k in np.unique(kernels[rows]) if np.median(part[kernels[rows] == k]) > np.log(SHARDED)]
+    return (ep > 1) & np.isin(kernels, bad)
+
+
 def _node_marks(table: pa.Table, log_us: NDArray[Any]) -> NDArray[np.bool_]:
     """Exchanges over a number of nodes at which bandwidth collapses against half as many.
 
@@ -117,7 +134,7 @@ def _node_marks(table: pa.Table, log_us: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def mark_rows(name: str, table: pa.Table) -> NDArray[np.str_]:
-    """A mark per row, empty where it makes sense; the first of outlier, non_monotone, skew_faster holds."""
+    """A mark per row, empty where it makes sense; of several not_sharded holds, or the first of the other three."""
     log_us = np.log(table["latency_us"].to_numpy())
     size = table[SIZE_AXIS[name]].to_numpy()
     outlier, falls = _size_marks(size, log_us, _series(name, table, set()))
@@ -126,6 +143,7 @@ def mark_rows(name: str, table: pa.Table) -> NDArray[np.str_]:
     marks = np.where(outlier, "outlier", np.where(falls, "non_monotone", ""))
     if name == "experts":
         marks = np.where((marks == "") & _skew_marks(table, log_us, size), "skew_faster", marks)
+        marks = np.where(_sharding_marks(table, log_us, size), "not_sharded", marks)
     return marks
 
 

@@ -12,7 +12,7 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
 from moeplan.errors import MissingExtraError
 from moeplan.pipeline.aic import _merge_repeats, _version_key, import_aic
 from moeplan.profiling import aic
-from moeplan.profiling.sanity import mark_rows
+from moeplan.profiling.sanity import mark_host_bound, mark_rows
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
 
@@ -70,3 +70,20 @@ def test_shipped_exchanges_carry_the_marks_of_the_present_sanity_pass(system: st
     for source in np.unique(sources):
         part = table.filter(pa.array(sources == source))
         assert mark_rows("alltoall", part).tolist() == part["mark"].to_pylist()
+
+
+@pytest.mark.parametrize("system", ["a100-sxm", "h100-sxm", "h200-sxm"])
+def test_shipped_grouped_products_that_were_not_cut_do_not_serve(system: str) -> None:
+    profile = load_profile(system)
+    rows = profile.select("experts", usable=False, mark="not_sharded")
+    assert {source.split("/")[2] for source in set(rows["source"].to_pylist())} == {"sglang-0.5.10"}
+    served = profile.select("experts", backend="sglang", ep=list(range(2, 257)))
+    assert not any("sglang-0.5.10/moe" in source for source in set(served["source"].to_pylist()))
+
+
+@pytest.mark.parametrize("system", ["b200-sxm", "gb200", "h100-sxm", "h200-sxm"])
+def test_shipped_products_of_kernels_that_timed_the_host_do_not_serve(system: str) -> None:
+    profile = load_profile(system)
+    table = profile.table("gemm")
+    assert mark_host_bound(table)["mark"].to_pylist() == table["mark"].to_pylist()
+    assert set(profile.select("gemm", dtype="fp8_block")["backend"].to_pylist()) == {"sglang", "trtllm"}

@@ -15,7 +15,7 @@ from moeplan.errors import SpecError, TraceError
 torch = pytest.importorskip("torch", reason="recording needs torch")
 
 from moeplan.pipeline.record import record_routing  # noqa: E402
-from moeplan.profiling.routing import RoutingRecorder, hook_model  # noqa: E402
+from moeplan.profiling.routing import RoutingRecorder, cache_name, hook_model  # noqa: E402
 from moeplan.profiling.sglang_recorder import SglangServer  # noqa: E402
 from moeplan.routing.io import read_trace  # noqa: E402
 
@@ -104,7 +104,8 @@ def test_hugging_face_routers(family):
     with hook_model(model) as recorder, torch.inference_mode():
         first = model(input_ids=ids, attention_mask=mask, use_cache=True)
         longer = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
-        model(input_ids=ids[:, :1], attention_mask=longer, past_key_values=first.past_key_values, use_cache=True)
+        cache = cache_name(model)
+        model(input_ids=ids[:, :1], attention_mask=longer, use_cache=True, **{cache: first[cache]})
     for handle in handles:
         handle.remove()
     trace = recorder.trace()

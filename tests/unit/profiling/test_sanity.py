@@ -58,6 +58,20 @@ def test_skewed_rows_faster_than_balanced_are_marked_at_large_batch_only() -> No
     assert marks("experts", rows) == ["", "", "", "skew_faster", ""]
 
 
+def test_a_kernel_that_computed_other_ranks_choices_is_marked_beyond_one_rank() -> None:
+    def rows(kernel: str, part: float) -> list[dict[str, Any]]:
+        spread = [{**experts("balanced", t, t / 10), "ep": 1} for t in (1024, 4096, 8192)]
+        spread += [{**experts("balanced", t, 5 + part * t / 10), "ep": 8} for t in (1024, 4096, 8192)]
+        skewed = [{**experts("power_law_1.2", 4096, 500), "ep": ep} for ep in (1, 4)]
+        return [{**row, "kernel": kernel} for row in spread + skewed]
+
+    # A rank of eight with an eighth of the choices and some time besides; one with nearly all of them.
+    assert marks("experts", rows("cut", 0.3) + rows("whole", 0.9)) == [""] * 8 + [""] * 3 + ["not_sharded"] * 3 + [
+        "",
+        "not_sharded",
+    ]
+
+
 def exchange(nodes: int, latency: float) -> dict[str, Any]:
     shape = {
         "mode": "normal",
