@@ -12,9 +12,13 @@ Best of all settings: known rows left out, with all rows of their size on Blackw
 held-out ones; how far the best of the nine settings misses, taken row by row with an eye on the answer: no choice among
 them does better.
 
-Runs: SGLang's rows stand in the order they were taken in, products shuffled. How much likelier a row is over 10 %
-slower than its neighbours tell it to be (known rows, each left out) right after another such row, and 64 rows after
-one: where that is more than 1, slowness was the machine's at that moment, and no function of the product tells it.
+Runs: SGLang's rows stand in the order they were done in, products shuffled, on four or eight devices at once. How much
+likelier a row is over 10 % slower than its neighbours tell it to be (known rows, each left out) right after another
+such row, and 64 rows after one; and the share of such rows among products under 50 us within eight rows after one of
+1 ms or more, and among the others. Where these differ, slowness was the device's at that moment (its clock falls under
+heavy work and takes a while to rise), and no function of the product tells it.
+
+Kernels that timed the host (mark host_bound) are left out throughout.
 
 Twins, two tables of one kernel at the same points: each shape's common factor is taken out (the median of the log
 ratios along it), what is left is the scatter of both, and what the machines do differently. Pairs: B200 and GB200 carry
@@ -42,6 +46,13 @@ from moeplan.profiling.sanity import group_ids
 POINT = ("m", "n", "k")
 FRAMEWORKS = ("sglang", "trtllm", "vllm")
 PLATEAU = (9, 11, 13, 15)  # rows of one tile
+
+
+def _products(profile: HardwareProfile) -> pa.Table:
+    """Products whose kernels were timed, with a column that says which the validation holds out."""
+    table = profile.table("gemm")
+    table = table.append_column("hidden", pa.array(hidden_rows("gemm", table)))
+    return table.filter(pc.not_equal(table["mark"].cast("string"), "host_bound"))
 
 
 def _logs(table: pa.Table, **where: Any) -> dict[tuple[Any, ...], float]:
@@ -93,7 +104,7 @@ def _quantiles(apart: np.ndarray) -> dict[str, Any]:
 
 def _known_share(table: pa.Table) -> float:
     """Median over held-out rows: of their family's rows of the same size, the part that is not held out."""
-    hidden = hidden_rows("gemm", table)
+    hidden = table["hidden"].to_numpy()
     size = np.unique(table["m"].to_numpy(), return_inverse=True)[1]
     cell = families("gemm", table) * (size.max() + 1) + size
     share = np.bincount(cell[~hidden], minlength=cell.max() + 1) / np.maximum(np.bincount(cell), 1)
@@ -102,7 +113,7 @@ def _known_share(table: pa.Table) -> float:
 
 def _best_of_settings(table: pa.Table, profile: HardwareProfile, alone: bool) -> dict[str, dict[str, Any]]:
     """Framework, and all of them -> errors of the best setting of each of at most 500 known rows a kernel."""
-    known = table.filter(pa.array(~hidden_rows("gemm", table)))
+    known = table.filter(pc.invert(table["hidden"]))
     family, steps = families("gemm", known), steps_of(profile, "gemm")
     coords = np.stack([known[axis].to_numpy().astype(float) for axis in POINT], 1)
     logs, backends = np.log(known["latency_us"].to_numpy()), np.array(known["backend"].to_pylist())
@@ -122,10 +133,11 @@ def _best_of_settings(table: pa.Table, profile: HardwareProfile, alone: bool) ->
 
 
 def _runs(table: pa.Table, profile: HardwareProfile) -> dict[str, float]:
-    """Share of slow rows among SGLang's known ones; how much likelier one is the next row, and the 64th, after one."""
+    """Share of slow rows among SGLang's known ones; how much likelier one is the next row, and the 64th, after one;
+    shares of slow rows among short products soon after a long one, and among the others."""
     mine = pc.ends_with(table["source"].cast("string"), "/gemm")
     table = table.filter(pc.and_(pc.equal(table["backend"], "sglang"), mine))
-    known, family, steps = ~hidden_rows("gemm", table), families("gemm", table), steps_of(profile, "gemm")
+    known, family, steps = ~table["hidden"].to_numpy(), families("gemm", table), steps_of(profile, "gemm")
     coords = np.stack([table[axis].to_numpy().astype(float) for axis in POINT], 1)
     logs, slow = np.log(table["latency_us"].to_numpy()), np.full(table.num_rows, np.nan)
     for number in range(family.max() + 1):
@@ -138,13 +150,23 @@ def _runs(table: pa.Table, profile: HardwareProfile) -> dict[str, float]:
         then = slow[lag:][pairs]
         return float(then[slow[:-lag][pairs] == 1].mean() / then.mean())
 
-    return {"slow": float(np.nanmean(slow)), "next_after_slow": after(1), "64th_after_slow": after(64)}
+    us = table["latency_us"].to_numpy()
+    heavy = np.cumsum(np.concatenate([[0], us >= 1000]))
+    soon = heavy[np.arange(len(us))] > heavy[np.maximum(np.arange(len(us)) - 8, 0)]
+    short = np.isfinite(slow) & (us < 50)
+    return {
+        "slow": float(np.nanmean(slow)),
+        "next_after_slow": after(1),
+        "64th_after_slow": after(64),
+        "slow_of_short_soon_after_heavy": float(slow[short & soon].mean()),
+        "slow_of_short_otherwise": float(slow[short & ~soon].mean()),
+    }
 
 
 def main() -> None:
     """Read the tables of the main systems once and compare them pairwise."""
     profiles = {system: full_profile(system) for system in MAIN_SYSTEMS}
-    tables = {system: profile.table("gemm") for system, profile in profiles.items()}
+    tables = {system: _products(profile) for system, profile in profiles.items()}
     pairs = [
         (f"{backend} {dtype}, {one}, {other}", [_logs(tables[t], backend=backend, dtype=dtype) for t in (one, other)])
         for one, other in (("b200_sxm", "gb200"), ("h100_sxm", "h200_sxm"))
