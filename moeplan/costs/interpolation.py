@@ -25,21 +25,20 @@ line along the size, serves a table best is chosen by leaving out known points, 
 of their size: a query whose size stands nearby at another width is another task than one whose size stands nowhere.
 What left-out points miss by is the error of every answer.
 
-Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``g`` of other kernels, ``S`` series, ``V`` grid
-values.
+Shapes: ``n`` points, ``q`` queries, ``A`` axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from itertools import product
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.costs.grid import SAME, Grid
 from moeplan.costs.kriging import krige
 
 __all__ = ["Estimates", "GridInterpolator", "Steps", "line"]
@@ -49,9 +48,7 @@ Ints = NDArray[np.int64]
 Steps = Callable[[Ints, Floats], Floats]
 """Series [q] and coordinates [q, A] to further coordinates [q, D] that say where a kernel's time jumps."""
 
-_CHUNK = 4096  # queries looked up together
 _TRIALS = ((80, 3), (320, 1))  # known points left out, settings kept thereby
-_SAME = 1e-9
 _TILES = (64, 128, 256)
 _MAX_ALIGNMENT = 16
 _NEIGHBOURS = (48, 80)  # few, many
@@ -116,25 +113,6 @@ def line(x: Floats, y: Floats, at: Floats) -> Floats:
     return np.exp(np.interp(np.log(at), np.log(x), np.log(y)))
 
 
-@cache
-def _offsets(on_grid: tuple[bool, ...], wide: bool) -> Ints:
-    """(b, A) grid steps to neighbours, nearest first, from the value at or below the query on each axis."""
-    choices = []
-    for axis, on in enumerate(on_grid):
-        reach = 4 if axis == 0 else 2 + wide
-        if on:
-            choices.append([(step, abs(step)) for step in range(-reach, reach + 1)])
-        else:
-            choices.append([(step, max(-step, step - 1)) for step in range(1 - reach, reach + 1)])
-    off = sum(not on for on in on_grid[1:])
-    found = sorted(
-        (sum(cost for _, cost in steps), [step for step, _ in steps])
-        for steps in product(*choices)
-        if sum(cost for _, cost in steps[1:]) <= max(0, 2 + wide - off)
-    )
-    return np.array([steps for cost, steps in found if cost <= 4 + wide], np.int64)
-
-
 class GridInterpolator:
     """One table family (one kernel and type) as a function of its numeric axes. See the module.
 
@@ -150,33 +128,10 @@ class GridInterpolator:
         steps: Steps | None = None,
     ) -> None:
         self._steps = steps
-        self._names, self._series = np.unique(series_n, return_inverse=True)
         self._x, self._y = np.log(coords_nA), np.log(latency_us_n)
-        self._axes = coords_nA.shape[1]
+        self._grid = Grid(series_n, self._x)
         self._own_places: dict[float, tuple[Floats, Ints]] = {}
-        self._values, index = self._grid()
-        self._lowest = self._values[:, :, 0]
-        self._highest = np.where(np.isfinite(self._values), self._values, -np.inf).max(2)
-        self._row = np.full((len(self._names), *(index.max(0) + 1)), -1, np.int64)
-        self._row[(self._series, *index.T)] = np.arange(len(self._y))
         self._seed = seed
-
-    def _grid(self) -> tuple[Floats, Ints]:
-        """Sorted values of each series and axis [S, A, V], padded with infinity; each point's place there."""
-        index = np.empty(self._x.shape, np.int64)
-        columns = []
-        for axis in range(self._axes):
-            values, codes = np.unique(self._x[:, axis], return_inverse=True)
-            pairs, place = np.unique(self._series * len(values) + codes, return_inverse=True)
-            owner = pairs // len(values)
-            first = np.searchsorted(owner, np.arange(len(self._names)))
-            index[:, axis] = place - first[self._series]
-            column = np.full((len(self._names), np.bincount(owner).max()), np.inf)
-            column[owner, np.arange(len(pairs)) - first[owner]] = values[pairs % len(values)]
-            columns.append(column)
-        widest = max(column.shape[1] for column in columns)
-        padded = [np.pad(c, ((0, 0), (0, widest - c.shape[1])), constant_values=np.inf) for c in columns]
-        return np.stack(padded, 1), index
 
     # ------------------------------------------------------------------ answers
 
@@ -186,27 +141,27 @@ class GridInterpolator:
         Measured points are answered by their measurement. Outside the measured values ``inside`` is False and
         the answer is the trend's: the caller must extend it by a law it trusts, or refuse.
         """
-        names = np.searchsorted(self._names, series_q)
+        names = np.searchsorted(self._grid.names, series_q)
         x = np.log(coords_qA)
-        left, on = self._place(names, x)
-        rows = self._at(names, left)
+        left, on = self._grid.place(names, x)
+        rows = self._grid.at(names, left)
         measured = on.all(1) & (rows >= 0)
         answer = np.empty(len(x))
         answer[measured] = self._y[rows[measured]]
         rest = np.flatnonzero(~measured)
         if len(rest):
             answer[rest] = self._best(names[rest], x[rest])
-        low, high = self._lowest[names], self._highest[names]
-        inside = ((x >= low - _SAME) & (x <= high + _SAME)).all(1) & np.isfinite(answer)
+        low, high = self._grid.lowest[names], self._grid.highest[names]
+        inside = ((x >= low - SAME) & (x <= high + SAME)).all(1) & np.isfinite(answer)
         return Estimates(np.exp(answer), inside, measured, self.relative_error)
 
     def knows(self, series_q: Ints) -> NDArray[np.bool_]:
         """Which series have points."""
-        return np.isin(series_q, self._names)
+        return np.isin(series_q, self._grid.names)
 
     def plain(self, series_q: Ints, coords_qA: Floats) -> Floats:
         """The log-log line along the size alone; nan where it has no two ends."""
-        return np.exp(self._line(np.searchsorted(self._names, series_q), np.log(coords_qA)))
+        return np.exp(self._line(np.searchsorted(self._grid.names, series_q), np.log(coords_qA)))
 
     @property
     def relative_error(self) -> float:
@@ -236,7 +191,7 @@ class GridInterpolator:
     def _trials(self) -> tuple[Ints, Floats, Floats]:
         """Series, coordinates and log latency of points to leave out."""
         picks = np.random.default_rng(self._seed).permutation(len(self._y))[: _TRIALS[-1][0]]
-        return self._series[picks], self._x[picks], self._y[picks]
+        return self._grid.series[picks], self._x[picks], self._y[picks]
 
     def _tried(self, names: Ints, x: Floats, y: Floats, alone: bool) -> tuple[_Setting, Floats]:
         """The setting that best predicts left-out points (``alone``: with all of their size), and its misses."""
@@ -298,61 +253,21 @@ class GridInterpolator:
                 answer[part] = own
         return answer
 
-    # ------------------------------------------------------------------ neighbours
-
-    def _place(self, names: Ints, x: Floats) -> tuple[Ints, NDArray[np.bool_]]:
-        values = self._values[names]
-        left = (values <= x[:, :, None] + _SAME).sum(2) - 1
-        at = np.take_along_axis(values, np.maximum(left, 0)[:, :, None], 2)[:, :, 0]
-        return left, np.abs(at - x) <= _SAME
-
-    def _at(self, names: Ints, index: Ints) -> Ints:
-        """Rows of points at grid places ``index`` [..., A]; -1 where there is none."""
-        shape = np.array(self._row.shape[1:])
-        there = ((index >= 0) & (index < shape)).all(-1)
-        safe = np.clip(index, 0, shape - 1)
-        rows: Ints = self._row[(names.reshape(-1, *[1] * (index.ndim - 2)), *np.moveaxis(safe, -1, 0))]
-        return np.where(there, rows, -1)
-
     def _line(self, names: Ints, x: Floats) -> Floats:
         """Log-log line through the nearest points below and above in size, the point itself left out."""
-        left, on = self._place(names, x)
-        answer = np.full(len(x), np.nan)
-        ends = []
-        for direction in (-1, 1):
-            row = np.full(len(x), -1, np.int64)
-            for distance in range(1, 4):
-                steps = np.zeros_like(left)
-                steps[:, 0] = np.where(on[:, 0], direction * distance, distance if direction > 0 else 1 - distance)
-                found = self._at(names, left + steps)
-                row = np.where(row < 0, found, row)
-            ends.append(row)
-        ok = (ends[0] >= 0) & (ends[1] >= 0) & on[:, 1:].all(1)
-        low, high = ends[0][ok], ends[1][ok]
+        low, high = self._grid.ends(names, x)
+        ok = (low >= 0) & (high >= 0)
+        low, high = low[ok], high[ok]
         x0, x1 = self._x[low, 0], self._x[high, 0]
         weight = (x[ok, 0] - x0) / (x1 - x0)
+        answer = np.full(len(x), np.nan)
         answer[ok] = (1 - weight) * self._y[low] + weight * self._y[high]
         return answer
-
-    def _near(self, names: Ints, x: Floats, wide: bool) -> Iterator[tuple[Ints, Ints, NDArray[np.bool_]]]:
-        """Some queries, the rows of their neighbours [q, b], and which of the b have the query's size."""
-        left, on = self._place(names, x)
-        code = on @ (1 << np.arange(on.shape[1]))
-        for pattern in np.unique(code):
-            members = np.flatnonzero(code == pattern)
-            on_grid = tuple(on[members[0]].tolist())
-            offsets = _offsets(on_grid, wide)
-            if all(on_grid):
-                offsets = offsets[offsets.any(1)]
-            for start in range(0, len(members), _CHUNK):
-                part = members[start : start + _CHUNK]
-                rows = self._at(names[part], left[part][:, None, :] + offsets)
-                yield part, rows, on_grid[0] & (offsets[:, 0] == 0)
 
     def _alone(self, names: Ints, x: Floats) -> NDArray[np.bool_]:
         """Whether none of a query's neighbours has its size."""
         answer = np.empty(len(x), bool)
-        for part, rows, equal in self._near(names, x, False):
+        for part, rows, equal in self._grid.near(names, x, False):
             answer[part] = (rows[:, equal] < 0).all(1)
         return answer
 
@@ -373,11 +288,11 @@ class GridInterpolator:
         kernel = np.repeat(np.arange(len(kernels)), np.diff(first))
         beside = np.full((len(x), _BESIDE * len(guides)), -1, np.int64)
         for number, guide in enumerate(guides):
-            rows = guide._beside(self._names[names], x)
+            rows = guide._grid.nearest(self._grid.names[names], x, _BESIDE)
             beside[:, number * _BESIDE :][:, :_BESIDE] = np.where(rows >= 0, rows + first[number + 1], -1)
         queries = self._places(names, x, setting.tiles)
         most = _NEIGHBOURS[setting.wide]
-        for part, rows, equal in self._near(names, x, setting.wide):
+        for part, rows, equal in self._grid.near(names, x, setting.wide):
             near = rows[:, ~equal] if alone else rows
             at = (x[part], *(array[part] for array in queries))
             answer[part] = krige(*points, kernel, *at, near, beside[part], most, setting.numbers)
@@ -386,24 +301,8 @@ class GridInterpolator:
     def _points(self, tiles: float) -> tuple[Floats, Floats, Ints, Floats]:
         """Coordinates, what tells points apart, alignment, and log latency of the own points."""
         if tiles not in self._own_places:
-            self._own_places[tiles] = self._places(self._series, self._x, tiles)
+            self._own_places[tiles] = self._places(self._grid.series, self._x, tiles)
         return self._x, *self._own_places[tiles], self._y
-
-    def _beside(self, series_q: Ints, x: Floats) -> Ints:
-        """Rows of the own points nearest to queries of another kernel [q, _BESIDE], the very place among them;
-        -1 where there are no more, or the series is unknown here."""
-        answer = np.full((len(x), _BESIDE), -1, np.int64)
-        names = np.minimum(np.searchsorted(self._names, series_q), len(self._names) - 1)
-        known = np.flatnonzero(self._names[names] == series_q)
-        left, on = self._place(names[known], x[known])
-        code = on @ (1 << np.arange(on.shape[1]))
-        for pattern in np.unique(code):
-            part = np.flatnonzero(code == pattern)
-            offsets = _offsets(tuple(on[part[0]].tolist()), False)
-            rows = self._at(names[known[part]], left[part][:, None, :] + offsets)
-            order = np.argsort(rows < 0, axis=1, kind="stable")[:, :_BESIDE]
-            answer[known[part], : order.shape[1]] = np.take_along_axis(rows, order, 1)
-        return answer
 
     def _places(self, names: Ints, x_nA: Floats, tiles: float) -> tuple[Floats, Ints]:
         """What tells points apart: coordinates with the size counted in tiles too, by this weight, and further
@@ -413,7 +312,7 @@ class GridInterpolator:
         for tile in _TILES:
             place[:, 0] += tiles * np.log(np.maximum(-(-size // tile), 1))
         if self._steps is not None:
-            place = np.hstack([place, self._steps(self._names[names], np.exp(x_nA))])
+            place = np.hstack([place, self._steps(self._grid.names[names], np.exp(x_nA))])
         return place, np.minimum(size & -size, _MAX_ALIGNMENT)
 
 
