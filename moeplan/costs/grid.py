@@ -117,19 +117,3 @@ class Grid:
                 part = members[start : start + _CHUNK]
                 rows = self.at(names[part], left[part][:, None, :] + offsets)
                 yield part, rows, on_grid[0] & (offsets[:, 0] == 0)
-
-    def nearest(self, series_q: Ints, x: Floats, count: int) -> Ints:
-        """Rows of the nearest points [q, count], the very place among them; -1 where there are no more, or the series
-        is unknown here."""
-        answer = np.full((len(x), count), -1, np.int64)
-        names = np.minimum(np.searchsorted(self.names, series_q), len(self.names) - 1)
-        known = np.flatnonzero(self.names[names] == series_q)
-        left, on = self.place(names[known], x[known])
-        code = on @ (1 << np.arange(on.shape[1]))
-        for pattern in np.unique(code):
-            part = np.flatnonzero(code == pattern)
-            offsets = _offsets(tuple(on[part[0]].tolist()), False)
-            rows = self.at(names[known[part]], left[part][:, None, :] + offsets)
-            order = np.argsort(rows < 0, axis=1, kind="stable")[:, :count]
-            answer[known[part], : order.shape[1]] = np.take_along_axis(rows, order, 1)
-        return answer

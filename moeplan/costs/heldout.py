@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.profile_tables import MISMEASURED
 from moeplan.costs.interpolation import GridInterpolator, Steps
-from moeplan.costs.tables import LEARNING
 from moeplan.costs.waves import active_experts
 
 __all__ = ["AXES", "PARTS", "HeldOut", "families", "hidden_rows", "hold_out", "pooled"]
@@ -57,8 +56,9 @@ class HeldOut:
     inside: NDArray[np.bool_]
     mismeasured: int = 0
 
-    def figures(self, backend: str | None = None, part: str | None = None) -> dict[str, float | int]:
-        """Count, coverage, median and 90th percentile of both; the comparison on points that both cover."""
+    def figures(self, backend: str | None = None, part: str | None = None) -> dict[str, float | int | None]:
+        """Count, coverage, median and 90th percentile of both; the comparison on points that both cover. None where
+        there are none."""
         mine = np.ones(len(self.ours), bool) if backend is None else self.backend == backend
         mine &= True if part is None else self.part == part
         ours, plain = np.abs(self.ours[mine]), np.abs(self.plain[mine])
@@ -66,10 +66,10 @@ class HeldOut:
         known = ours[np.isfinite(ours)]
         return {
             "held_out": int(mine.sum()),
-            "coverage": float(self.inside[mine].mean()),
+            "coverage": float(self.inside[mine].mean()) if mine.any() else None,
             "median": _quantile(known, 0.5),
             "p90": _quantile(known, 0.9),
-            "plain_coverage": float(np.isfinite(plain).mean()),
+            "plain_coverage": float(np.isfinite(plain).mean()) if mine.any() else None,
             "plain_median": _quantile(plain[both], 0.5),
             "plain_p90": _quantile(plain[both], 0.9),
             "median_on_plain": _quantile(ours[both], 0.5),
@@ -84,8 +84,8 @@ def pooled(parts: list[HeldOut]) -> HeldOut:
     return HeldOut(**columns, mismeasured=sum(part.mismeasured for part in parts))
 
 
-def _quantile(values: Floats, part: float) -> float:
-    return float(np.quantile(values, part)) if len(values) else float("inf")
+def _quantile(values: Floats, part: float) -> float | None:
+    return float(np.quantile(values, part)) if len(values) else None
 
 
 def _codes(table: pa.Table, columns: list[str]) -> NDArray[np.int64]:
@@ -138,7 +138,6 @@ def hold_out(name: str, table: pa.Table, steps: Steps | None = None) -> HeldOut:
     numbers = {c for c in table.column_names if pa.types.is_floating(table[c].type)}
     skip = {*axes, *_NO_NAMES, *numbers} | ({"distribution"} if name == "experts" else set())
     skip |= {"ranks"} if name == "alltoall" else set()
-    skip |= {"backend", "kernel", "source"} if name in LEARNING else set()
     series = _codes(table, [c for c in table.column_names if c not in skip])
     if name == "experts":
         first = np.unique(series, return_index=True)[1]
@@ -150,21 +149,16 @@ def hold_out(name: str, table: pa.Table, steps: Steps | None = None) -> HeldOut:
     latency = table["latency_us"].to_numpy()
     ours, plain = np.full(len(latency), np.nan), np.full(len(latency), np.nan)
     inside = np.zeros(len(latency), bool)
-    alike = _codes(table, ["dtype"]) if name in LEARNING else family
-    for group in np.unique(alike[known]):
-        models = {}
-        for number in np.unique(family[known & (alike == group)]):
-            train = np.flatnonzero((family == number) & known)
-            models[number] = GridInterpolator(series[train], coords_nA[train], latency[train], steps=steps)
-        for number, model in models.items():
-            test = np.flatnonzero((family == number) & hidden)
-            test = test[model.knows(series[test])]
-            if not len(test):
-                continue
-            model.learn_from(other for other in models.values() if other is not model)
-            answer = model.predict(series[test], coords_nA[test])
-            ours[test], inside[test] = answer.latency_us / latency[test] - 1, answer.inside
-            plain[test] = model.plain(series[test], coords_nA[test]) / latency[test] - 1
+    for number in range(family.max(initial=-1) + 1):
+        train = np.flatnonzero((family == number) & known)
+        test = np.flatnonzero((family == number) & hidden)
+        test = test[np.isin(series[test], series[train])]
+        if not len(test):
+            continue
+        model = GridInterpolator(series[train], coords_nA[train], latency[train], steps=steps)
+        answer = model.predict(series[test], coords_nA[test])
+        ours[test], inside[test] = answer.latency_us / latency[test] - 1, answer.inside
+        plain[test] = model.plain(series[test], coords_nA[test]) / latency[test] - 1
     backend = np.array(table["backend"].to_pylist())
     part = np.array(table[PARTS[name]].to_pylist())
     return HeldOut(backend[hidden], part[hidden], ours[hidden], plain[hidden], inside[hidden], left_out)

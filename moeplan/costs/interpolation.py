@@ -16,10 +16,6 @@ met a slow clock or a neighbour's traffic is off by far more than the others: po
 contradict lose weight (iteratively reweighted: Lange, Little and Taylor, JASA 84, 1989), slow ones more where slow
 runs are what scatters.
 
-Kernels that resemble each other, one product in two frameworks say, jump at the same places: points of another one
-stand beside the own ones, with covariances lessened by one factor (cokriging, intrinsic correlation: Wackernagel,
-Multivariate Geostatistics, 2003), where that predicts left-out points better (:meth:`GridInterpolator.learn_from`).
-
 Each query is solved on its nearest neighbours only, few or many. Which of a few settings, or the plain log-log
 line along the size, serves a table best is chosen by leaving out known points, once alone and once with all points
 of their size: a query whose size stands nearby at another width is another task than one whose size stands nowhere.
@@ -30,7 +26,7 @@ Shapes: ``n`` points, ``q`` queries, ``A`` axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -52,9 +48,6 @@ _TRIALS = ((80, 3), (320, 1))  # known points left out, settings kept thereby
 _TILES = (64, 128, 256)
 _MAX_ALIGNMENT = 16
 _NEIGHBOURS = (48, 80)  # few, many
-_BESIDE = 16  # neighbours of each other kernel
-_MOST_GUIDES = 2
-_BETTER = 0.995  # of the cost: what another kernel must bring to be worth its time
 _CHANGES: tuple[dict[str, Any], ...] = ({"late": 1.5}, {"align": 0.1}, {"wide": True})  # tried on the best setting
 
 
@@ -81,7 +74,6 @@ class _Setting:
 class _Choice:
     setting: _Setting
     use_line: bool  # the plain line serves better
-    guides: tuple[GridInterpolator, ...] = ()  # other kernels whose points stand beside
 
 
 # From smooth and quiet to stepped and noisy; shares and noise are ratios to the smooth part's variance.
@@ -155,10 +147,6 @@ class GridInterpolator:
         inside = ((x >= low - SAME) & (x <= high + SAME)).all(1) & np.isfinite(answer)
         return Estimates(np.exp(answer), inside, measured, self.relative_error)
 
-    def knows(self, series_q: Ints) -> NDArray[np.bool_]:
-        """Which series have points."""
-        return np.isin(series_q, self._grid.names)
-
     def plain(self, series_q: Ints, coords_qA: Floats) -> Floats:
         """The log-log line along the size alone; nan where it has no two ends."""
         return np.exp(self._line(np.searchsorted(self._grid.names, series_q), np.log(coords_qA)))
@@ -212,41 +200,13 @@ class GridInterpolator:
                 best, own = changed, miss
         return best, own
 
-    def learn_from(self, others: Iterable[GridInterpolator]) -> None:
-        """Let points of other kernels stand beside the own ones, of up to two, where that predicts left-out points.
-
-        ``others`` have the same axes and further coordinates, and series of the same names. The error stated with the
-        answers stays that of the own points alone: a query may lie where no other kernel was measured either.
-        """
-        others, choices = list(others), self._chosen[0]
-        names, x, y = self._trials()
-        # Either setting: a size that stands nowhere near may stand in another kernel.
-        settings = list(dict.fromkeys(choice.setting for choice in choices))
-        for number, best in enumerate(choices):
-            alone, straight = bool(number), self._line(names, x)
-
-            def cost(choice: _Choice, alone: bool = alone, straight: Floats = straight) -> float:
-                told = self._krige(names, x, choice.setting, alone, choice.guides)
-                told = np.where(np.isfinite(straight) & choice.use_line, straight, told)
-                return _cost(np.abs(told - y))
-
-            least = cost(best)
-            while len(best.guides) < _MOST_GUIDES:
-                left = [other for other in others if other not in best.guides]
-                more = [_Choice(setting, False, (*best.guides, other)) for other in left for setting in settings]
-                costs = [cost(choice) for choice in more]
-                if not costs or min(costs) > _BETTER * least:
-                    break
-                best, least = more[int(np.argmin(costs))], min(costs)
-            choices[number] = best
-
     def _best(self, names: Ints, x: Floats) -> Floats:
         answer = np.empty(len(x))
         alone = self._alone(names, x)
         for number, choice in enumerate(self._chosen[0]):
             part = np.flatnonzero(alone == number)
             if len(part):
-                own = self._krige(names[part], x[part], choice.setting, guides=choice.guides)
+                own = self._krige(names[part], x[part], choice.setting)
                 if choice.use_line or not np.isfinite(own).all():
                     straight = self._line(names[part], x[part])
                     own = np.where(np.isfinite(straight) & (choice.use_line | ~np.isfinite(own)), straight, own)
@@ -271,38 +231,19 @@ class GridInterpolator:
             answer[part] = (rows[:, equal] < 0).all(1)
         return answer
 
-    def _krige(
-        self,
-        names: Ints,
-        x: Floats,
-        setting: _Setting,
-        alone: bool = False,
-        guides: tuple[GridInterpolator, ...] = (),
-    ) -> Floats:
-        """Kriging from the neighbours, the point itself left out (``alone``: and all of its size), and from points of
-        ``guides``, these too where the query is; nan where it has fewer than two own neighbours."""
+    def _krige(self, names: Ints, x: Floats, setting: _Setting, alone: bool = False) -> Floats:
+        """Kriging from the neighbours, the point itself left out (``alone``: and all of its size); nan where it has
+        fewer than two."""
         answer = np.full(len(x), np.nan)
-        kernels = (self, *guides)
-        points = [np.concatenate(parts) for parts in zip(*(k._points(setting.tiles) for k in kernels), strict=True)]
-        first = np.cumsum([0, *(len(k._y) for k in kernels)])
-        kernel = np.repeat(np.arange(len(kernels)), np.diff(first))
-        beside = np.full((len(x), _BESIDE * len(guides)), -1, np.int64)
-        for number, guide in enumerate(guides):
-            rows = guide._grid.nearest(self._grid.names[names], x, _BESIDE)
-            beside[:, number * _BESIDE :][:, :_BESIDE] = np.where(rows >= 0, rows + first[number + 1], -1)
-        queries = self._places(names, x, setting.tiles)
+        if setting.tiles not in self._own_places:
+            self._own_places[setting.tiles] = self._places(self._grid.series, self._x, setting.tiles)
+        points, queries = self._own_places[setting.tiles], self._places(names, x, setting.tiles)
         most = _NEIGHBOURS[setting.wide]
         for part, rows, equal in self._grid.near(names, x, setting.wide):
             near = rows[:, ~equal] if alone else rows
-            at = (x[part], *(array[part] for array in queries))
-            answer[part] = krige(*points, kernel, *at, near, beside[part], most, setting.numbers)
+            places, alignment = (array[part] for array in queries)
+            answer[part] = krige(self._x, *points, self._y, x[part], places, alignment, near, most, setting.numbers)
         return answer
-
-    def _points(self, tiles: float) -> tuple[Floats, Floats, Ints, Floats]:
-        """Coordinates, what tells points apart, alignment, and log latency of the own points."""
-        if tiles not in self._own_places:
-            self._own_places[tiles] = self._places(self._grid.series, self._x, tiles)
-        return self._x, *self._own_places[tiles], self._y
 
     def _places(self, names: Ints, x_nA: Floats, tiles: float) -> tuple[Floats, Ints]:
         """What tells points apart: coordinates with the size counted in tiles too, by this weight, and further

@@ -1,7 +1,6 @@
 """Robust kriging of many queries, each from its own nearest points: the compiled part of ``interpolation``.
 
-Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``g`` of other kernels, ``A`` axes, ``D`` coordinates
-that tell points apart.
+Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``A`` axes, ``D`` coordinates that tell points apart.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ _ROUNDS = 8  # of reweighting, at most
 _SETTLED = 0.1  # relative change of the weights at which they rest
 _FREEDOM = 2.0  # of Student's t
 _LEVEL, _SLOPE = 100.0, 4.0  # prior variances of the trend, in units of the smooth part's
-_LIKE = 0.99  # correlation of two kernels
 _SAME = 1e-9
 
 
@@ -64,30 +62,26 @@ def krige(
     place_nD: Floats,
     align_n: Ints,
     y_n: Floats,
-    kernel_n: Ints,
     x_qA: Floats,
     place_qD: Floats,
     align_q: Ints,
     rows_qb: Ints,
-    beside_qg: Ints,
     most: int,
     setting: tuple[float, float, float, float, float, float, float],
 ) -> Floats:
-    """Answers [q] in the logs of ``y``; nan for queries with fewer than two neighbours of their own kernel.
+    """Answers [q] in the logs of ``y``; nan for queries with fewer than two neighbours.
 
     ``x`` are log coordinates, ``place`` the same with steps that lie apart stretched, and then what else tells
-    points apart, ``align`` alignment classes, ``kernel`` whose points they are (0: the queries' own), ``rows`` own
-    neighbours, nearest first, -1 for none, of which the first ``most`` serve, ``beside`` those of other kernels,
-    which all do. ``setting``: length, share of an equal size, of another equal coordinate, of an equal alignment,
-    noise, the scale of the scatter, and how much farther off a point counts that lies above the others than one below.
+    points apart, ``align`` alignment classes, ``rows`` neighbours, nearest first, -1 for none; the first ``most``
+    serve. ``setting``: length, share of an equal size, of another equal coordinate, of an equal alignment, noise, the
+    scale of the scatter, and how much farther off a point counts that lies above the others than one below.
     """
     length, size, other, align, noise, scatter, late = setting
     answer = np.full(len(x_qA), np.nan)
     axes = x_nA.shape[1]
-    full = most + beside_qg.shape[1]
-    rows = np.empty(full, np.int64)
-    among, factor = np.empty((full, full)), np.empty((full, full))
-    towards, y, dual, own = np.empty(full), np.empty(full), np.empty(full), np.empty(full)
+    rows = np.empty(most, np.int64)
+    among, factor = np.empty((most, most)), np.empty((most, most))
+    towards, y, dual, own = np.empty(most), np.empty(most), np.empty(most), np.empty(most)
     for q in range(len(x_qA)):
         count = 0
         for row in rows_qb[q]:
@@ -97,16 +91,11 @@ def krige(
         if count < 2:
             continue
         level = np.median(y_n[rows[:count]])
-        for row in beside_qg[q]:
-            if row >= 0:
-                rows[count] = row
-                count += 1
         for i in range(count):
             at = rows[i]
             y[i], own[i] = y_n[at] - level, noise
             same = align if align_n[at] == align_q[q] else 0.0
-            smooth = _covariance(place_nD[at], place_qD[q], axes, same, length, size, other)
-            towards[i] = smooth * (_LIKE if kernel_n[at] else 1.0) + _LEVEL
+            towards[i] = _covariance(place_nD[at], place_qD[q], axes, same, length, size, other) + _LEVEL
             for j in range(i + 1):
                 to = rows[j]
                 slope = 0.0  # the trend, centred on the query
@@ -114,7 +103,7 @@ def krige(
                     slope += (x_nA[at, axis] - x_qA[q, axis]) * (x_nA[to, axis] - x_qA[q, axis])
                 same = align if align_n[at] == align_n[to] else 0.0
                 smooth = _covariance(place_nD[at], place_nD[to], axes, same, length, size, other)
-                among[i, j] = smooth * (1.0 if kernel_n[at] == kernel_n[to] else _LIKE) + _LEVEL + _SLOPE * slope
+                among[i, j] = smooth + _LEVEL + _SLOPE * slope
         for _ in range(_ROUNDS):
             _solve(among, own, y, factor, dual, count)
             change = 0.0

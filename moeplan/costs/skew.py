@@ -14,7 +14,6 @@ the measured rank follows, and their number is what wide-EP tables record of the
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
@@ -24,12 +23,11 @@ from scipy.optimize import nnls
 from moeplan.costs.experts import ExpertCosts
 
 __all__ = [
-    "RouterDifference",
     "busiest_rank",
     "busiest_rank_eplb",
     "draw_choices",
-    "fit_router",
     "nearest_draws",
+    "router_logit_s",
     "skewed_over_balanced",
 ]
 
@@ -130,19 +128,11 @@ def nearest_draws(arriving_D: Floats, recorded: float, keep: int) -> NDArray[np.
     return np.argsort(np.abs(arriving_D - recorded), kind="stable")[:keep]
 
 
-@dataclass(frozen=True, slots=True)
-class RouterDifference:
-    """What choosing experts takes longer in an older release than in a later one: seconds a call and a logit."""
-
-    launch_s: float
-    logit_s: float
-
-
-def fit_router(logits_n: Floats, older_n: Floats, later_n: Floats) -> RouterDifference:
-    """From seconds of both releases at the same points, and logits there; least relative squares, none negative."""
-    design = np.stack([np.ones(len(logits_n)), logits_n], 1) / later_n[:, None]
-    launch, logit = nnls(design, older_n / later_n - 1)[0]
-    return RouterDifference(float(launch), float(logit))
+def router_logit_s(logits_n: Floats, older_s_n: Floats, later_s_n: Floats) -> float:
+    """Seconds a logit that choosing experts takes longer in an older release than in a later one, from times of both
+    at the same points and the logits there: least relative squares beside a launch, neither negative."""
+    design = np.stack([np.ones(len(logits_n)), logits_n], 1) / later_s_n[:, None]
+    return float(nnls(design, older_s_n / later_s_n - 1)[0][1])
 
 
 def skewed_over_balanced(
@@ -160,7 +150,7 @@ def skewed_over_balanced(
 
     ``balanced_s``: the balanced rank's time as measured, to be used where it is of another program than the skewed
     one's: what sets it apart from the law (an autotuner's choice, say) does then not set the skewed one apart too.
-    ``longer_s``: what the skewed rank takes longer, whatever its experts (:class:`RouterDifference`).
+    ``longer_s``: what the skewed rank takes longer, whatever its experts (:func:`router_logit_s`).
 
     ``arriving_D``: the skewed rank is sent its own tokens only (wide expert parallelism), so many, where the
     balanced one was measured with all tokens of the group in its memory; what is paid per token whatever its

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
@@ -19,13 +18,9 @@ from moeplan.costs import roofline
 from moeplan.costs.interpolation import GridInterpolator
 from moeplan.costs.waves import steps_of
 
-__all__ = ["LEARNING", "Seconds", "TableCosts"]
+__all__ = ["Seconds", "TableCosts"]
 
 Floats = NDArray[np.float64]
-
-
-LEARNING = ("gemm",)
-"""Tables whose kernels of one type learn from each other: products of several frameworks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,51 +46,14 @@ def _fitted(
     rows = profile.select(table, **dict(names))
     if not rows.num_rows:
         return None
-    kernels = _kernels(rows)
-    values, counts = np.unique(kernels, return_counts=True)
+    kernels = [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
+    values, counts = np.unique(np.array(kernels), return_counts=True)
     source = str(values[counts.argmax()])
-
-    own = rows.filter(pa.array(kernels == source))
-    model, coords = _model(profile, table, axes, own)
-    low, high = coords.min(0), coords.max(0)
-    if table in LEARNING:
-        model.learn_from(_denser(profile, table, axes, names, source, coords[:, 0]))
-    return model, source, low, high
-
-
-def _kernels(rows: pa.Table) -> NDArray[np.str_]:
-    """Source and kernel of each row."""
-    return np.array(
-        [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)], np.str_
-    )
-
-
-def _model(
-    profile: HardwareProfile, table: str, axes: tuple[str, ...], rows: pa.Table
-) -> tuple[GridInterpolator, Floats]:
-    coords = np.stack([rows[axis].to_numpy().astype(float) for axis in axes], 1)
-    latency = rows["latency_us"].to_numpy()
-    return GridInterpolator(np.zeros(len(coords), np.int64), coords, latency, steps=steps_of(profile, table)), coords
-
-
-def _denser(
-    profile: HardwareProfile,
-    table: str,
-    axes: tuple[str, ...],
-    names: tuple[tuple[str, Any], ...],
-    source: str,
-    sizes_n: Floats,
-) -> list[GridInterpolator]:
-    """Kernels of other frameworks that were measured at sizes between ``sizes``, where the own one was not."""
-    rows = profile.select(table, **{column: value for column, value in names if column != "backend"})
-    kernels = _kernels(rows)
-    answer = []
-    for other in np.unique(kernels[kernels != source]):
-        model, coords = _model(profile, table, axes, rows.filter(pa.array(kernels == other)))
-        between = coords[(coords[:, 0] > sizes_n.min()) & (coords[:, 0] < sizes_n.max()), 0]
-        if not np.isin(between, sizes_n).all():
-            answer.append(model)
-    return answer
+    mine = np.array(kernels) == source
+    coords = np.stack([rows[axis].to_numpy()[mine].astype(float) for axis in axes], 1)
+    latency = rows["latency_us"].to_numpy()[mine]
+    model = GridInterpolator(np.zeros(len(coords), np.int64), coords, latency, steps=steps_of(profile, table))
+    return model, source, coords.min(0), coords.max(0)
 
 
 class TableCosts:

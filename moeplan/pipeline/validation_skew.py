@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -15,16 +14,15 @@ from moeplan.artifacts.profile_tables import MISMEASURED
 from moeplan.costs.experts import ExpertCosts, fit_experts
 from moeplan.costs.interpolation import line
 from moeplan.costs.skew import (
-    RouterDifference,
     busiest_rank,
     busiest_rank_eplb,
     draw_choices,
-    fit_router,
     nearest_draws,
+    router_logit_s,
     skewed_over_balanced,
 )
 
-__all__ = ["Row", "router_differences", "skew_rows"]
+__all__ = ["Row", "skew_rows"]
 
 _DRAWS = 32
 _RECORDED_DRAWS, _NEAREST = 64, 8  # where a table records how many tokens its draw sent
@@ -32,8 +30,6 @@ _WIDE, _BALANCED_OF_WIDE = "wideep_compute", "moe_torch_flow_cutlass"  # the wid
 _SHAPE = ("backend", "dtype", "hidden", "inter", "num_experts", "top_k", "tp")
 
 Row = dict[str, Any]
-Differences = dict[str, dict[str, RouterDifference]]
-"""Older release -> later release -> what choosing experts takes longer in the older one."""
 
 
 def _release(row: Row) -> str:
@@ -49,50 +45,28 @@ def _experts(profile: HardwareProfile) -> pa.Table:
     return table.filter(pc.and_(pc.equal(table["scope"], "experts"), pc.invert(bad)))
 
 
-def router_differences(profiles: Iterable[HardwareProfile]) -> Differences:
-    """What choosing experts took longer in the release that wide-EP rows are from than in later ones.
+def _router_logit_s(table: pa.Table) -> dict[str, float]:
+    """Release of wide-EP rows -> seconds a logit that choosing experts takes longer there than in later releases.
 
     Read off balanced rows of both releases at the same points, of the kernel that stands for wide-EP rows, at the
     shapes and group sizes that these have: there the difference goes with the logits, whatever the experts.
     """
-    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    for profile in profiles:
-        table = _experts(profile)
-        kernel = table["kernel"].cast("string")
-        wide = table.filter(pc.starts_with(kernel, _WIDE)).to_pylist()
-        older = {_release(row) for row in wide}
-        cases = {(*(row[c] for c in _SHAPE), row["ep"]) for row in wide}
-        even = pc.equal(table["distribution"].cast("string"), "balanced")
-        times: dict[tuple[Any, ...], dict[str, float]] = {}
-        for row in table.filter(pc.and_(pc.equal(kernel, _BALANCED_OF_WIDE), even)).to_pylist():
-            case = (*(row[c] for c in _SHAPE), row["ep"])
-            if case in cases:
-                point = (*case, row["tokens"], row["tokens"] * row["num_experts"])
-                times.setdefault(point, {})[_release(row)] = row["latency_us"] * 1e-6
-        for (*_, logits), taken in times.items():
-            for old in older & taken.keys():
-                for later in taken.keys() - {old}:
-                    found.setdefault((old, later), []).append((logits, taken[old], taken[later]))
-    answer: Differences = {}
-    for (old, later), points in sorted(found.items()):
-        answer.setdefault(old, {})[later] = fit_router(*np.array(points).T)
-    return answer
-
-
-def _router_longer_s(
-    later: dict[str, RouterDifference], reference: set[str] | None, logits: float, law: float
-) -> float:
-    """Seconds that a wide-EP rank's router takes longer than the law of balanced rows says.
-
-    It chooses for the rank's own tokens, ``logits`` in all; the law has it choose for those that arrive, ``law``
-    logits, in the same release (``reference`` None) or in the one that the balanced rows are from.
-    """
-    if reference is None:
-        return next((one.logit_s * (logits - law) for one in later.values()), 0.0)
-    if len(reference) != 1 or not reference <= later.keys():
-        return 0.0
-    one = later[next(iter(reference))]
-    return one.launch_s + one.logit_s * logits
+    kernel = table["kernel"].cast("string")
+    wide = table.filter(pc.starts_with(kernel, _WIDE)).to_pylist()
+    older = {_release(row) for row in wide}
+    cases = {(*(row[c] for c in _SHAPE), row["ep"]) for row in wide}
+    even = pc.equal(table["distribution"].cast("string"), "balanced")
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in table.filter(pc.and_(pc.equal(kernel, _BALANCED_OF_WIDE), even)).to_pylist():
+        case = (*(row[c] for c in _SHAPE), row["ep"])
+        if case in cases:
+            point = (*case, row["tokens"], row["tokens"] * row["num_experts"])
+            times.setdefault(point, {})[_release(row)] = row["latency_us"] * 1e-6
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for (*_, logits), taken in times.items():
+        for old in older & taken.keys():
+            found.setdefault(old, []).extend((logits, taken[old], taken[new]) for new in taken.keys() - {old})
+    return {old: router_logit_s(*np.array(points).T) for old, points in found.items() if points}
 
 
 @cache
@@ -103,19 +77,17 @@ def _vectors(tokens: int, top_k: int, experts: int, alpha: float, ep: int, slots
     return busiest_rank_eplb(counts, ep, slots, tokens) if slots else busiest_rank(counts, ep, tokens)
 
 
-def skew_rows(profile: HardwareProfile, differences: Differences, min_tokens: int = 4096) -> list[Row]:
-    """Each skewed row at EP >= 8 and many tokens: measured ratio, ours, and the two baselines'.
-
-    ``differences``: of routers, by release (:func:`router_differences`).
-    """
-    rows = _experts(profile).to_pylist()
+def skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[Row]:
+    """Each skewed row at EP >= 8 and many tokens: measured ratio, ours, and the two baselines'."""
+    table = _experts(profile)
+    rows, logit_s = table.to_pylist(), _router_logit_s(table)
     balanced: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["distribution"] == "balanced":
             key = (*(row[c] for c in _SHAPE), row["kernel"])
             balanced.setdefault((*key, _release(row)), []).append(row)
             balanced.setdefault((*key, ""), []).append(row)
-    fits: dict[tuple[Any, ...], tuple[ExpertCosts | None, dict[tuple[int, int], float], set[str]]] = {}
+    fits: dict[tuple[Any, ...], tuple[ExpertCosts | None, dict[tuple[int, int], float]]] = {}
     answer = []
     for row in rows:
         ep, tokens, experts = row["ep"], row["tokens"], row["num_experts"]
@@ -130,8 +102,8 @@ def skew_rows(profile: HardwareProfile, differences: Differences, min_tokens: in
         if key not in fits:
             base = balanced.get(key, [])
             times = {(r["ep"], r["tokens"]): r["latency_us"] for r in base}
-            fits[key] = _fit(base), times, {_release(r) for r in base}
-        fit, times, releases = fits[key]
+            fits[key] = _fit(base), times
+        fit, times = fits[key]
         if (ep, tokens) not in times or fit is None:
             continue
         eplb = name.endswith("_eplb")
@@ -146,9 +118,9 @@ def skew_rows(profile: HardwareProfile, differences: Differences, min_tokens: in
             near = nearest_draws(arriving, recorded, _NEAREST)
             vectors, arriving = vectors[near], np.full(len(near), float(recorded))
         reference = None if same_release else times[ep, tokens] * 1e-6
-        later = differences.get(_release(row), {}) if wide else {}
-        logits, law = slots * tokens / ep, experts * float(arriving.mean())
-        longer = _router_longer_s(later, None if same_release else releases, logits, law)
+        longer = 0.0
+        if wide and same_release:  # the rank chooses for its own tokens; the law has it choose for those that arrive
+            longer = logit_s.get(_release(row), 0.0) * (slots * tokens / ep - experts * float(arriving.mean()))
         sizes = np.array(sorted(t for e, t in times if e == ep), float)
         took = np.array([times[ep, int(t)] for t in sizes])
         busiest = vectors.sum(1) * ep / row["top_k"]

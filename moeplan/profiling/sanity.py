@@ -8,8 +8,9 @@
 - ``not_sharded``, of all rows at EP > 1 of a kernel: balanced at large batch and EP 8 it takes more than
   :data:`SHARDED` of its time at EP 1 (median). The rank was given choices of other ranks' experts too (SGLang 0.5.10:
   the collector sent them all to expert 0), or all experts.
-- ``host_bound``, of whole kernels: the shortest products (1st percentile) take more than :data:`HOST` times as long
-  as the fastest kernel's of the type. What was timed is the host's work for a call, whatever the product.
+- ``host_bound``, of whole kernels: their shortest products (the shortest hundredth) take more than :data:`HOST` times
+  as long (median) as the fastest product of another kernel of the type that is no smaller in any size. What was timed
+  is the host's work for a call, whatever the product.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ OUTLIER = 2.0
 FALL = 0.8
 FALL_SKEW = 0.95
 LARGE_BATCH_TOKENS = 1024
-SHARDED, SHARDED_TOKENS = 0.75, 4096  # public tables: 0.8 to 1 where it is due, at most 0.7 elsewhere
-HOST = 10.0  # public tables: 15 to 70 where the host was timed, at most 3.5 elsewhere
+SHARDED, SHARDED_TOKENS, SHARDED_ROWS = 0.75, 4096, 4  # public tables: 0.8 to 1 where due, at most 0.7 elsewhere
+HOST = 5.0  # public tables: 7 to 45 where the host was timed, at most 3.6 elsewhere
 
 SIZE_AXIS = {
     "experts": "tokens",
@@ -105,7 +106,8 @@ def _sharding_marks(table: pa.Table, log_us: NDArray[Any], tokens: NDArray[Any])
     whole[cases[even & (ep == 1)]] = log_us[even & (ep == 1)]
     rows = np.flatnonzero(even & (ep == 8) & (tokens >= SHARDED_TOKENS) & np.isfinite(whole[cases]))
     part = log_us[rows] - whole[cases[rows]]
-    bad = [k for k in np.unique(kernels[rows]) if np.median(part[kernels[rows] == k]) > np.log(SHARDED)]
+    of = {k: part[kernels[rows] == k] for k in np.unique(kernels[rows])}
+    bad = [k for k, logs in of.items() if len(logs) >= SHARDED_ROWS and np.median(logs) > np.log(SHARDED)]
     return (ep > 1) & np.isin(kernels, bad)
 
 
@@ -150,11 +152,16 @@ def mark_rows(name: str, table: pa.Table) -> NDArray[np.str_]:
 def mark_host_bound(table: pa.Table) -> pa.Table:
     """The products of all frameworks of one system, with the mark ``host_bound`` where it is due."""
     kernels = group_ids(table, ["dtype", "backend", "kernel", "source"])
-    dtypes = group_ids(table, ["dtype"])
+    alike = group_ids(table, ["dtype", "batch", "direction"])
     latency = table["latency_us"].to_numpy()
-    count = kernels.max(initial=-1) + 1
-    shortest = np.array([np.quantile(latency[kernels == kernel], 0.01) for kernel in range(count)])
-    fastest = np.full(dtypes.max(initial=-1) + 1, np.inf)
-    np.minimum.at(fastest, dtypes, shortest[kernels])
-    marks = np.where(shortest[kernels] > HOST * fastest[dtypes], "host_bound", np.array(table["mark"].to_pylist()))
+    sizes = np.stack([table[axis].to_numpy() for axis in ("m", "n", "k")])
+    marks = np.array(table["mark"].to_pylist(), object)
+    for kernel in np.unique(kernels):
+        own = np.flatnonzero(kernels == kernel)
+        longer = []
+        for row in own[np.argsort(latency[own], kind="stable")[: -(-len(own) // 100)]]:
+            no_smaller = (sizes >= sizes[:, [row]]).all(0) & (alike == alike[row]) & (kernels != kernel)
+            longer.append(latency[row] / latency[no_smaller].min(initial=np.inf))
+        if np.median(longer) > HOST:
+            marks[own] = "host_bound"
     return table.set_column(table.column_names.index("mark"), "mark", pa.array(marks, pa.string()))

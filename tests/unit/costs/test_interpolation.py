@@ -83,11 +83,10 @@ def test_where_runs_are_slow_but_never_fast_the_fast_ones_are_believed() -> None
     x = np.log(np.arange(1.0, 9.0))[:, None]
     y = np.log(np.array([10.0, 14, 10, 10, 14, 10, 14, 10]))
     one, at, rows = np.zeros(8, np.int64), np.log([[4.5]]), np.arange(8)[None, :]
-    none = np.empty((1, 0), np.int64)
 
     def answer(late: float) -> float:
         setting = (30.0, 0.0, 0.0, 0.0, 0.003, 0.02, late)
-        return float(np.exp(krige(x, x, one, y, one, at, at, one[:1], rows, none, 8, setting)[0]))
+        return float(np.exp(krige(x, x, one, y, at, at, one[:1], rows, 8, setting)[0]))
 
     assert 10 < answer(1.5) < answer(1.0) < 12
 
@@ -107,42 +106,6 @@ def test_a_size_measured_nowhere_is_told_by_its_alignment() -> None:
     plain = np.abs(model.plain(np.zeros(len(at), int), at) / seconds(at) - 1)
     assert np.median(off) < 0.04
     assert np.nanmedian(plain) > 0.1
-
-
-PRODUCTS = grid([16.0 * i for i in range(1, 24, 2)], [16.0 * i for i in range(1, 17)])  # sizes aligned alike
-LATE = [80.0, 144, 272, 304]
-
-
-def products(jump: float, rng: np.random.Generator) -> np.ndarray:
-    """Times that at some sizes are longer at small widths and shorter at large ones."""
-    size, width = PRODUCTS.T
-    factor = np.where(np.isin(size, LATE), np.where(width < 100, 1 + jump, 1 - jump), 1)
-    return size**0.5 * width**0.3 * factor * rng.lognormal(0, 0.002, len(size))
-
-
-def test_a_kernel_learns_jumps_from_another_that_was_measured_there() -> None:
-    rng = np.random.default_rng(6)
-    absent = np.isin(PRODUCTS[:, 0], LATE[::2])  # measured at no width by the one, at all of them by the other
-    y, names = products(0.3, rng), np.zeros(len(PRODUCTS), int)
-    model = GridInterpolator(names[~absent], PRODUCTS[~absent], y[~absent])
-    alone = np.abs(model.predict(names[absent], PRODUCTS[absent]).latency_us / y[absent] - 1)
-    error = model.relative_error
-    model.learn_from([GridInterpolator(names, PRODUCTS, 1.05 * products(0.3, rng))])
-    beside = np.abs(model.predict(names[absent], PRODUCTS[absent]).latency_us / y[absent] - 1)
-    assert np.median(alone) > 0.2
-    assert np.median(beside) < 0.05
-    assert model.relative_error == error  # a query may lie where the other was not measured either
-    np.testing.assert_allclose(model.predict(names[~absent], PRODUCTS[~absent]).latency_us, y[~absent])
-
-
-def test_a_kernel_that_says_nothing_of_this_one_changes_nothing() -> None:
-    rng = np.random.default_rng(7)
-    hidden = rng.random(len(PRODUCTS)) < 0.25
-    names, y = np.zeros(len(PRODUCTS), int), products(0.0, rng)
-    model, same = (GridInterpolator(names[~hidden], PRODUCTS[~hidden], y[~hidden]) for _ in range(2))
-    noise, another_series = (GridInterpolator(n, PRODUCTS, rng.permutation(y)) for n in (names, names + 1))
-    model.learn_from([noise, another_series])
-    np.testing.assert_array_equal(model.predict(names, PRODUCTS).latency_us, same.predict(names, PRODUCTS).latency_us)
 
 
 def test_outside_is_said() -> None:

@@ -32,9 +32,10 @@ def test_a_kernel_that_timed_the_host_is_marked_as_a_whole() -> None:
     times = {"fast": {1: 5, 64: 9, 4096: 900}, "slow": {1: 16, 64: 30, 4096: 1000}, "host": {1: 90, 64: 91, 4096: 950}}
     rows = [{**row, "backend": name, "kernel": "k", "source": "s"} for name, t in times.items() for row in gemm(t)]
     rows += [{**row, "backend": "host", "kernel": "k", "source": "s", "dtype": "fp8"} for row in gemm(times["host"])]
+    rows += [{**row, "backend": "large", "kernel": "k", "source": "s"} for row in gemm({4096: 1000, 8192: 2000})]
     table = mark_host_bound(HardwareProfile(META, {"gemm": pa.Table.from_pylist(rows)}).table("gemm"))
-    # Alone in its type a kernel cannot be told from a slow device.
-    assert table["mark"].to_pylist() == [""] * 6 + ["host_bound"] * 3 + [""] * 3
+    # Alone in its type a kernel cannot be told from a slow device; large products take long on any kernel.
+    assert table["mark"].to_pylist() == [""] * 6 + ["host_bound"] * 3 + [""] * 5
 
 
 def test_series_do_not_mix() -> None:
@@ -59,17 +60,17 @@ def test_skewed_rows_faster_than_balanced_are_marked_at_large_batch_only() -> No
 
 
 def test_a_kernel_that_computed_other_ranks_choices_is_marked_beyond_one_rank() -> None:
-    def rows(kernel: str, part: float) -> list[dict[str, Any]]:
-        spread = [{**experts("balanced", t, t / 10), "ep": 1} for t in (1024, 4096, 8192)]
-        spread += [{**experts("balanced", t, 5 + part * t / 10), "ep": 8} for t in (1024, 4096, 8192)]
+    def rows(kernel: str, part: float, sizes: int = 6) -> list[dict[str, Any]]:
+        tokens = [1024 * 2**i for i in range(sizes)]
+        spread = [{**experts("balanced", t, t / 10), "ep": 1} for t in tokens]
+        spread += [{**experts("balanced", t, 5 + part * t / 10), "ep": 8} for t in tokens]
         skewed = [{**experts("power_law_1.2", 4096, 500), "ep": ep} for ep in (1, 4)]
         return [{**row, "kernel": kernel} for row in spread + skewed]
 
     # A rank of eight with an eighth of the choices and some time besides; one with nearly all of them.
-    assert marks("experts", rows("cut", 0.3) + rows("whole", 0.9)) == [""] * 8 + [""] * 3 + ["not_sharded"] * 3 + [
-        "",
-        "not_sharded",
-    ]
+    assert marks("experts", rows("cut", 0.3)) == [""] * 14
+    assert marks("experts", rows("whole", 0.9)) == [""] * 6 + ["not_sharded"] * 6 + ["", "not_sharded"]
+    assert marks("experts", rows("seldom", 0.9, 3)) == [""] * 8  # too few rows to tell
 
 
 def exchange(nodes: int, latency: float) -> dict[str, Any]:
