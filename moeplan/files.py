@@ -7,14 +7,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from moeplan.errors import InputError
+from moeplan.errors import InputError, SpecError
 
 __all__ = [
     "atomic_directory",
@@ -23,6 +24,7 @@ __all__ = [
     "read_json",
     "read_lines",
     "read_yaml",
+    "require_place",
     "sha256_bytes",
     "sha256_file",
     "write_text",
@@ -58,12 +60,38 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling directory; it takes the place of ``path`` whole when the block succeeds."""
-    path = path.absolute()
-    if path.exists() and not path.is_dir():
+def require_place(path: Path, what: str, files: Sequence[str]) -> Path:
+    """Where a directory of ``what`` (a noun, as in "a plan") may be written: ``path``, links followed.
+
+    ``files`` are patterns of the names such a directory is made of; the first is the one that tells it.
+
+    Raises:
+        SpecError: ``path`` holds something else, or is the current directory. InputError: it is a file, or
+            cannot be read.
+    """
+    place = path.resolve()
+    if place.exists() and not place.is_dir():
         raise InputError(f"cannot write {path}: it is a file, not a directory; choose another --out")
+    if place == Path.cwd():
+        raise SpecError(f"--out ({path}) is the current directory, which cannot be replaced; name another")
+    try:
+        if place.exists() and any(place.iterdir()) and not (place / files[0]).is_file():
+            raise SpecError(
+                f"--out ({path}) exists and does not hold {what}; choose another, so that nothing of yours is lost"
+            )
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return place
+
+
+@contextmanager
+def atomic_directory(path: Path, what: str, files: Sequence[str]) -> Iterator[Path]:
+    """Yield a temporary sibling directory; it takes the place of ``path`` whole when the block succeeds.
+
+    ``what`` and ``files`` as in :func:`require_place`, which is asked first. Entries of the old directory that match
+    none of ``files`` are somebody else's and move into the new one.
+    """
+    path = require_place(path, what, files)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -79,15 +107,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             path.rename(old)
         try:
             temporary.rename(path)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.rename(path)
             raise
+        if old.exists():
+            for entry in old.iterdir():
+                if not any(fnmatchcase(entry.name, pattern) for pattern in files):
+                    entry.rename(path / entry.name)
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -53,7 +53,7 @@ _UNITS: dict[str, dict[str, float]] = {
 _EXAMPLE = {
     "bytes": "141 GiB",
     "bytes per second": "450 GB/s",
-    "seconds": "5 us",
+    "seconds": "5 s",
     "floating-point operations per second": "989 TFLOPS",
     "a fraction": "5 %",
     "watts": "700 W",
@@ -70,6 +70,8 @@ def parse_quantity(text: Any, dimension: str) -> float:
         ValueError: no unit, an unknown unit, or a negative or unreadable number.
     """
     units = _UNITS[dimension]
+    if not isinstance(text, bool) and re.match(r"\s*-[0-9.]", str(text)):
+        raise ValueError(f"{text!r} must not be negative; write it as in '{_EXAMPLE[dimension]}'")
     match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2] not in units:
         raise ValueError(

@@ -170,7 +170,10 @@ class Plan(_Paper):
     verdict: Verdict | None = Field(None, description="whether to apply it; null in imported plans")
     migration: Migration | None = Field(None, description="how to get there from --current")
     notes: tuple[str, ...] = Field((), description="what a reader of the plan should know")
-    provenance: dict[str, str] = Field(default_factory=dict, description="sha256 of each input, and tool version")
+    provenance: dict[str, str] = Field(
+        default_factory=dict,
+        description="sha256 of each input, windows and domain of the trace planned on, and tool version",
+    )
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Self:
@@ -189,7 +192,7 @@ class Plan(_Paper):
         try:
             plan = cls.model_validate(value)
         except ValidationError as error:
-            raise PlanError(validation_message(where, error)) from error
+            raise PlanError(validation_message(where, error, cls)) from error
         widths = {len(row) for row in plan.physical_to_logical_map}
         if len(widths) != 1 or len(plan.physical_to_logical_map) != len(plan.layer_ids):
             raise PlanError(

@@ -21,12 +21,13 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moeplan.artifacts.profile_tables import TABLES, columns_of, measure_command
+from moeplan.artifacts.profile_tables import DIRECTIONS, TABLES, columns_of, measure_command
 from moeplan.errors import InputError, ProfileError, UnknownNameError
 from moeplan.files import atomic_directory, read_json, sha256_bytes, sha256_file
 from moeplan.specs.base import validation_message
 
 __all__ = [
+    "PROFILE_PLACE",
     "SCHEMA_VERSION",
     "USABLE_MARKS",
     "HardwareProfile",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+PROFILE_PLACE = ("a profile", ("profile.json", *(f"{table}.{end}" for table in TABLES for end in ("parquet", "csv"))))
+"""What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 USABLE_MARKS = ("", "copied")  # a copied row is a measurement, of another machine: its source says so
 
 _ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
@@ -118,14 +121,31 @@ def _conform(name: str, table: pa.Table, where: str) -> pa.Table:
             raise ProfileError(f"{where}: column {column} of table {name} has {values.null_count} empty cells")
         arrays.append(values)
     result = pa.table(dict(zip(schema, arrays, strict=True)))
-    low = pc.min(result["latency_us"]).as_py() if result.num_rows else 1.0
-    if result.num_rows and not (low > 0 and pc.all(pc.is_finite(result["latency_us"])).as_py()):
-        raise ProfileError(f"{where}: latency_us of table {name} must be finite and above 0 (smallest is {low})")
+    _require_sense(name, result, where)
     strings = [c for c, spec in schema.items() if spec.kind == "str" and c != "vector"]
     for column in strings:
         index = result.column_names.index(column)
         result = result.set_column(index, column, result[column].combine_chunks().dictionary_encode())
     return result
+
+
+def _require_sense(name: str, table: pa.Table, where: str) -> None:
+    """Times above 0, sizes that can be, known directions, vectors of counts; or the first row that is not so."""
+    latency = table["latency_us"]
+    good = {"latency_us": (pc.and_(pc.is_finite(latency), pc.greater(latency, 0.0)), "finite and above 0")}
+    for column, spec in columns_of(name).items():
+        if spec.least is not None:
+            good[column] = pc.greater_equal(table[column], spec.least), f"{spec.least} or above"
+        elif column == "direction":
+            good[column] = pc.is_in(table[column], value_set=pa.array(DIRECTIONS)), " or ".join(DIRECTIONS)
+        elif column == "vector":
+            good[column] = pc.match_substring_regex(table[column], "^[0-9 ]*$"), "whole numbers with spaces between"
+    for column, (rows, what) in good.items():
+        row = pc.index(rows, False).as_py()
+        if row >= 0:
+            value = table[column][row].as_py()
+            shown = "is not a number" if value != value else f"holds {value!r}"
+            raise ProfileError(f"{where}: {column} of table {name} must be {what}; row {row + 1} {shown}")
 
 
 class HardwareProfile:
@@ -157,10 +177,13 @@ class HardwareProfile:
             document = read_json(path)
         except InputError as error:
             raise ProfileError(f"{error}; the profile is corrupt, restore it or measure it again") from error
-        version = document.get("schema_version") if isinstance(document, dict) else None
+        if not isinstance(document, dict):
+            raise ProfileError(f"{path} is not a profile document, which is an object; restore it or measure it again")
+        version = document.get("schema_version")
+        if type(version) is not int:
+            raise ProfileError(f"{path}: schema_version ({version!r}) must be a whole number; restore the file")
         if version != SCHEMA_VERSION:
-            again = document.get("command") if isinstance(document, dict) else None
-            older = not isinstance(version, int) or version < SCHEMA_VERSION
+            again, older = document.get("command"), version < SCHEMA_VERSION
             raise ProfileError(
                 f"{path}: schema_version ({version}) is {'older' if older else 'newer'} than this moeplan's"
                 f" ({SCHEMA_VERSION}); "
@@ -210,6 +233,11 @@ class HardwareProfile:
             raise ProfileError(f"cannot read {path}: {error.strerror or error}") from error
         except pa.ArrowException as error:
             raise ProfileError(f"{path} cannot be read as a table: {error}") from error
+        if raw.num_rows != meta.rows:
+            raise ProfileError(
+                f"{path} has {raw.num_rows} rows, profile.json says tables.{name}.rows ({meta.rows}); restore both or"
+                f" measure again: {self.meta.command}"
+            )
         self._tables[name] = _conform(name, raw, str(path))
         return self._tables[name]
 
@@ -277,9 +305,9 @@ class HardwareProfile:
         """Write the profile as a directory, whole or not at all, and return it as read back.
 
         Raises:
-            InputError: the directory cannot be written.
+            InputError: the directory holds something else, or cannot be written.
         """
-        with atomic_directory(directory) as target:
+        with atomic_directory(directory, *PROFILE_PLACE) as target:
             metas = {}
             for name in self.table_names:
                 path = target / f"{name}.{file_format}"

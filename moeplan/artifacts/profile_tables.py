@@ -21,6 +21,11 @@ class Column:
     meaning: str
     default: str | int | float | None = None
 
+    @property
+    def least(self) -> int | None:
+        """Smallest value of an ``int``: of a size 1, of others the default, which says that there is none."""
+        return None if self.kind != "int" else int(self.default) if self.default is not None else 1
+
 
 def _s(meaning: str, default: str | None = None) -> Column:
     return Column("str", meaning, default)
@@ -52,6 +57,7 @@ COMMON: dict[str, Column] = {
 MISMEASURED = ("not_sharded", "host_bound")
 """Marks of rows that timed something else than they say: not the rank's own work, or the host's."""
 
+DIRECTIONS = ("forward", "backward")
 MEASURED = ("latency_us", "spread", "min_us", "p20_us", "samples")  # all other columns say what was measured
 
 TABLES: dict[str, dict[str, Column]] = {

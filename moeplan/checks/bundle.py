@@ -187,7 +187,9 @@ def slots_for_ranks(b: Bundle) -> Iterator[Finding]:
         if b.slots_R[rank]:
             yield error(f"rank {rank} has failed but is given {b.slots_R[rank]} slots; it can hold none")
     if failed:
-        yield warning(f"ranks {_some(failed)} have failed and hold nothing")
+        one = len(failed) == 1
+        yield warning(f"rank {failed[0]} has failed and holds nothing" if one
+                      else f"ranks {_some(failed)} have failed and hold nothing")  # fmt: skip
     if idle := len(set(np.flatnonzero(b.slots_R == 0).tolist()) - set(failed)):
         yield warning(f"{idle} working ranks have no slot and compute nothing; add {idle} to --redundant to use them")
 
@@ -226,7 +228,8 @@ def slots_for_memory(b: Bundle) -> Iterator[Finding]:
         f"rank {worst.rank}: memory ({_gib(worst.memory_bytes)}) holds experts ({_gib(worst.expert_bytes)}),"
         f" other weights ({_gib(worst.other_weight_bytes)}) and workspace ({_gib(worst.workspace_bytes)})"
     )
-    remedy = "use fewer --redundant, more --ranks or a smaller --dtype"
+    fewer = "fewer --redundant, " if (b.num_redundant or 0) > 0 else ""
+    remedy = f"use {fewer}{_ranks_that_hold(b, worst)} or a smaller --dtype"
     if split > 0:
         binds = (
             "experts alone"
@@ -239,6 +242,15 @@ def slots_for_memory(b: Bundle) -> Iterator[Finding]:
             f"{parts} only if other weights are split over ranks: whole they exceed it by {_gib(whole)};"
             f" {remedy}"
         )
+
+
+def _ranks_that_hold(b: Bundle, worst: MemoryOfRank) -> str:
+    """How many ranks like the worst hold all slots beside other weights and workspace, as a remedy."""
+    slots = 0 if b.slots_R is None else int(b.slots_R[worst.rank])
+    room = worst.memory_bytes - worst.other_weight_bytes - worst.workspace_bytes
+    if b.slots_R is None or not slots or slots * room < worst.expert_bytes:  # no slot to go by, or not even one fits
+        return "more --ranks"
+    return f"--ranks {-(-int(b.slots_R.sum()) // int(slots * room // worst.expert_bytes))} or more,"
 
 
 def current_placement(b: Bundle) -> Iterator[Finding]:

@@ -20,15 +20,18 @@ class Seconds(click.ParamType[float]):
     name = "TIME"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        """Seconds; fails where the text has no unit of time."""
+        """Seconds above 0; fails where the text has no unit of time."""
         from moeplan.units import parse_quantity
 
         if isinstance(value, float):
             return value
         try:
-            return parse_quantity(value, "seconds")
+            seconds = parse_quantity(value, "seconds")
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if not seconds > 0:
+            self.fail(f"{value!r} must be above 0", param, ctx)
+        return seconds
 
 
 def output_options(function: F) -> F:
@@ -44,8 +47,11 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[str, float], None]]:
-    """Yield ``report(what, fraction)``; draws on standard error when that is a terminal and ``quiet`` is false."""
+def progress_bar(quiet: bool, single: bool = False) -> Iterator[Callable[[str, float], None]]:
+    """Yield ``report(what, fraction)``; draws on standard error when that is a terminal and ``quiet`` is false.
+
+    Every ``what`` has a bar of its own; with ``single`` all share one, whose fractions are of the whole run.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -58,8 +64,9 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, float], None]]:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: float) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=1.0)
-            progress.update(tasks[what], completed=done)
+            bar = "" if single else what
+            if bar not in tasks:
+                tasks[bar] = progress.add_task(what, total=1.0)
+            progress.update(tasks[bar], description=what, completed=done)
 
         yield report

@@ -40,18 +40,21 @@ def command(a: Path, b: Path, as_json: bool, quiet: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
+    console = Console(highlight=False)
+    console.print(f"a: {a}\nb: {b}", markup=False)
     for case, differences in found:
-        words = ", ".join(f"{name} {value}" for name, value in case.items())
-        name = Column("figure", no_wrap=True, min_width=max(len(d.name) for d in differences))
-        numbers = [Column(word, overflow="fold") for word in ("a", "b", "change", "from", "to")]
-        grid = Table(name, *numbers, "", title=words or f"{a} to {b}")
+        if case:
+            console.print(", ".join(f"{name} {value}" for name, value in case.items()), markup=False)
+        numbers = [Column(word, justify="right", no_wrap=True) for word in ("a", "b", "change", "from", "to")]
+        name = Column("figure", overflow="fold")
+        grid = Table(name, *numbers, "", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
         for d in differences:
             change = "-" if d.relative is None else f"{100 * d.relative:+.1f} %"
             grid.add_row(
-                d.name, f"{d.a.value:.4g}", f"{d.b.value:.4g}", change, f"{d.change_low:+.4g}", f"{d.change_high:+.4g}",
+                d.name, f"{d.a.value:.4g}", f"{d.b.value:.4g}", change, f"{d.change_low:+.3g}", f"{d.change_high:+.3g}",
                 d.verdict,
             )  # fmt: skip
-        Console().print(grid)
+        console.print(grid)
 
 
 def _plain(difference: Any) -> dict[str, Any]:

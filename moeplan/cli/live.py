@@ -95,7 +95,8 @@ def live(as_json: bool, quiet: bool, no_reference: bool, **options: Any) -> None
     from rich.table import Table
 
     console = Console(highlight=False)
-    grid = Table("step", "loss", title=f"{answer['model']} on {answer['ranks']} ranks", title_justify="left")
+    console.print(f"{answer['model']} on {answer['ranks']} ranks")
+    grid = Table("step", "loss")
     reference = answer.get("reference_losses")
     if reference is not None:
         grid.add_column("without the move")
@@ -103,8 +104,8 @@ def live(as_json: bool, quiet: bool, no_reference: bool, **options: Any) -> None
         if step % max(1, len(answer["losses"]) // 10) == 0 or step == len(answer["losses"]) - 1:
             row = [str(step), f"{loss:.4f}"]
             grid.add_row(*row, *([] if reference is None else [f"{reference[step]:.4f}"]))
-    console.print(grid)
     if answer["losses"]:
+        console.print(grid)
         console.print(f"{answer['tokens_per_s']:.0f} tokens/s; held-out loss {answer['held_out_loss']:.4f} nats per"
                       f" byte; busiest rank {answer['imbalance']:.2f}x the mean")
     if answer["applied"] is not None:
@@ -115,6 +116,10 @@ def live(as_json: bool, quiet: bool, no_reference: bool, **options: Any) -> None
         console.print(f"largest difference from the run without the move: {answer['largest_difference']:.2e}")
     if "text" in answer:
         console.print(answer["text"], markup=False)
+    if (recorded := answer.get("recorded")) is not None:
+        click.echo(f"wrote {recorded['path']}: {recorded['tokens']:,} tokens", err=True)
+    if "out" in answer:
+        click.echo(f"wrote {answer['out']}", err=True)
 
 
 @click.command()

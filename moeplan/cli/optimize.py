@@ -80,7 +80,7 @@ def _redundant(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 @click.option("--dtype", type=click.Choice(_CHOICES["dtype"]), help="Of the expert weights. [bf16]")
 @click.option("--seed", type=int, metavar="N", help="Same seed, same plan. [0]")
 @click.option("--time-limit", metavar="SECONDS", help="Stop searching after this time, as in '30 s' or 30.")
-@click.option("--out", type=_FILE, help="Directory for plan.json and plan.html; an older plan there is replaced whole.")
+@click.option("--out", type=_FILE, help="Directory for plan.json and plan.html; an older plan there is replaced.")
 @output_options
 def optimize(scenario: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Plan expert placement from recorded routing, from options or a SCENARIO file (options win).
@@ -92,13 +92,15 @@ def optimize(scenario: Path | None, as_json: bool, quiet: bool, **options: Any) 
       moeplan optimize --model deepseek-v2-lite --trace routing.npz --ranks 16 --nodes 2 --out plan
       moeplan optimize scenario.yaml --out plan
     """
+    from moeplan.files import require_place
+    from moeplan.pipeline.optimize import PLAN_PLACE, write_plan
     from moeplan.pipeline.optimize import optimize as run
-    from moeplan.pipeline.optimize import write_plan
 
     found_scenario = _scenario(scenario, options)
     out: Path | None = options["out"] or found_scenario.out
     if out is None:
         raise click.UsageError("give --out, the directory to write plan.json to")
+    require_place(out, *PLAN_PLACE)  # before the work, not after it
     with progress_bar(quiet or as_json) as progress:
         found = run(found_scenario, windows=options["windows"], domain=options["domain"], progress=progress)
     written = write_plan(found, out)

@@ -22,6 +22,7 @@ _PARTS = {
     "all": "everything that one process can, and collectives with --ranks",
 }
 _NUMBERS = click.IntRange(min=1)
+_SEED = click.IntRange(min=0)
 
 
 class _Words(click.ParamType[tuple[Any, ...]]):
@@ -70,11 +71,11 @@ def _options(function: Any) -> Any:
         click.option("--threads", type=_NUMBERS, help="CPU threads, each pinned to a core."),
         click.option("--realtime", is_flag=True, default=None, help="Real-time priority, where that is allowed."),
         click.option("--op", "ops", type=_Words(), help="Collectives: which ones."),
-        click.option("--max-bytes", type=_NUMBERS, help="Collectives: largest message in bytes."),
+        click.option("--max-bytes", type=click.IntRange(min=256), help="Collectives: largest message in bytes."),
         click.option("--ranks", type=_NUMBERS, help="Collectives: local processes to start."),
         click.option("--ranks-per-node", type=_NUMBERS, help="Collectives: where nodes cannot be told by name."),
         click.option("--trace", help="Collectives: routing whose traffic shapes uneven all-to-alls."),
-        click.option("--seed", type=int, help="Of shuffles and skewed vectors."),
+        click.option("--seed", type=_SEED, help="Of shuffles and skewed vectors."),
         click.option("--preset", type=click.Choice(["cpu", "h200"]), help="What to measure there; options win."),
         click.option("--resume", is_flag=True, help="Go on from the journal of a run that was interrupted."),
         click.option("--out", type=_PATH, required=True, help="Profile directory; extended where it is there."),
@@ -89,7 +90,7 @@ def _measure(part: str) -> click.Command:
         from moeplan.pipeline.profiling import measure_profile, profile_request
 
         request = profile_request(part, preset, {k: v for k, v in options.items() if v is not None})
-        with progress_bar(quiet) as report:
+        with progress_bar(quiet, single=True) as report:
             answer = measure_profile(request, out, resume, report)
         if not answer:
             return  # a rank other than the first
@@ -123,9 +124,11 @@ def _show(answer: dict[str, Any]) -> None:
     for table, rows in answer["rows"].items():
         grid.add_row(table, f"{rows:,}")
     console.print(grid)
+    foreign = answer["system"].get("foreign_cpu_share")
     console.print(
         f"{answer['points']} points ({answer['resumed_points']} from the journal), median spread"
-        f" {answer['median_spread']:.1%}, other programs took {answer['system']['foreign_cpu_share']:.0%} of the CPU"
+        f" {answer['median_spread']:.1%}"
+        + ("" if foreign is None else f", other programs took {foreign:.0%} of the CPU")
     )
     for line in answer["left_out"]:
         console.print(f"left out: {line}")
@@ -139,7 +142,7 @@ def _show(answer: dict[str, Any]) -> None:
 @click.option("--prompts", type=_PATH, help="A text file, one prompt a line.")
 @click.option("--max-new-tokens", default=16, show_default=True, type=_NUMBERS, help="Decode tokens per prompt.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A GPU where torch sees one.")
-@click.option("--seed", default=0, show_default=True, help="Of random weights and prompts.")
+@click.option("--seed", default=0, show_default=True, type=_SEED, help="Of random weights and prompts.")
 @click.option("--out", type=_PATH, required=True, help="Trace to write: .npz or .parquet.")
 @output_options
 def routing(as_json: bool, quiet: bool, **options: Any) -> None:
@@ -175,7 +178,7 @@ def check(profile: Path, hold_out: int, fresh_s: float | None, as_json: bool, qu
     """
     from moeplan.pipeline.profile_checks import check_profile
 
-    with progress_bar(quiet) as report:
+    with progress_bar(quiet, single=True) as report:
         answer = check_profile(profile, hold_out, fresh_s, report)
     if as_json:
         print_json(answer)
@@ -201,12 +204,15 @@ def check(profile: Path, hold_out: int, fresh_s: float | None, as_json: bool, qu
         if found and found["points"]:
             console.print(f"{what}: {found['points']} points, median {found['median']:.1%}, 90th {found['p90']:.1%}")
     if found := answer["fresh"]:
-        console.print(f"the machine takes {found['drift']:.2f} times as long now at sizes of the profile")
+        priority = "real-time" if found["realtime"] else "normal"
+        console.print(
+            f"the machine takes {found['drift']:.2f} times as long now at sizes of the profile ({priority} priority)"
+        )
 
 
 @click.command()
 @click.argument("profile", type=_PATH)
-@click.option("--out", type=_PATH, required=True, help="HTML page to write.")
+@click.option("--out", type=_PATH, required=True, help="Page to write: .html.")
 @output_options
 def show(profile: Path, out: Path, as_json: bool, quiet: bool) -> None:
     """Draw a profile: measured points, fit, residuals, roofline.

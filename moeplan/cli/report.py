@@ -17,6 +17,7 @@ _PATH = click.Path(path_type=Path)
 @click.argument("paths", type=_PATH, nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="report.html, .md or .json.")
 @click.option("--trace", type=_PATH, help="A plan: routing or expert counts, for load and traffic before and after.")
+@click.option("--domain", metavar="NAME", help="A plan: load of one domain of the trace. [the one planned on]")
 @click.option("--before", type=_PATH, help="A plan: another to compare with; left out: the contiguous placement.")
 @click.option("--cluster", metavar="NAME", help="A plan: its accelerator, for memory and the timeline of a step.")
 @click.option("--perfetto", type=click.Path(path_type=Path, dir_okay=False), help="A run's events for ui.perfetto.dev.")
@@ -25,6 +26,7 @@ def command(
     paths: tuple[Path, ...],
     out: Path | None,
     trace: Path | None,
+    domain: str | None,
     before: Path | None,
     cluster: str | None,
     perfetto: Path | None,
@@ -44,11 +46,17 @@ def command(
     from moeplan.pipeline.report import report
 
     found = report(
-        list(paths), out, trace_path=trace, before_path=before, cluster_name=cluster, perfetto_path=perfetto
+        list(paths),
+        out,
+        trace_path=trace,
+        trace_domain=domain,
+        before_path=before,
+        cluster_name=cluster,
+        perfetto_path=perfetto,
     )
     if not quiet:
-        for path in found.written:
-            click.echo(f"wrote {path}", err=True)
+        for message in (*found.messages, *(f"wrote {path}" for path in found.written)):
+            click.echo(message, err=True)
     if as_json:
         print_json(found.json())
     elif out is None and not quiet:

@@ -19,6 +19,7 @@ __all__ = ["show"]
 @click.option(
     "--trace-format", metavar="NAME", help="Name of a trace reader; recognised from the file when left out."
 )
+@click.option("--domain", metavar="NAME", help="Load of one domain of the trace. [the one planned on]")
 @click.option(
     "--before",
     type=click.Path(path_type=Path),
@@ -35,6 +36,7 @@ def show(
     plan: Path,
     trace: Path | None,
     trace_format: str | None,
+    domain: str | None,
     before: Path | None,
     html: Path | None,
     svg: Path | None,
@@ -49,7 +51,13 @@ def show(
     from moeplan.pipeline.show import show_plan
 
     shown = show_plan(
-        plan, trace_path=trace, trace_format=trace_format, before_path=before, html_path=html, svg_path=svg
+        plan,
+        trace_path=trace,
+        trace_format=trace_format,
+        trace_domain=domain,
+        before_path=before,
+        html_path=html,
+        svg_path=svg,
     )
     if not quiet:
         for message in (*shown.messages, *(f"wrote {path}" for path in shown.written)):

@@ -40,7 +40,8 @@ def command(
       moeplan simulate scenario.yaml --out run
       moeplan simulate scenario.yaml --json --seeds 1
     """
-    from moeplan.pipeline.simulate import simulate, sweep, write_simulation
+    from moeplan.files import require_place
+    from moeplan.pipeline.simulate import SIMULATION_PLACE, simulate, sweep, write_simulation
     from moeplan.specs.scenario import Scenario
 
     found = Scenario.from_file(scenario)
@@ -58,6 +59,8 @@ def command(
         if swept.failures:
             raise click.exceptions.Exit(1)
         return
+    if place is not None:
+        require_place(place, *SIMULATION_PLACE)  # before the work, not after it
     with progress_bar(quiet or as_json) as progress:
         answer = simulate(found, seeds=seeds, workers=workers or 1, keep_log=place is not None, progress=progress)
     written = write_simulation(answer, place) if place is not None else []

@@ -38,8 +38,8 @@ _num_experts = click.option(
 @_domain
 @_num_experts
 @click.option("--windows", metavar="W", help="all, domain, phase or time:N; domains, else quarters of time.")
-@click.option("--out", type=_PATH, help="Write pictures (SVG) to this directory, replacing it whole.")
-@click.option("--seed", default=0, show_default=True, help="Draws the shuffled control.")
+@click.option("--out", type=_PATH, help="Write pictures (SVG) to this directory; older ones there are replaced.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws the shuffled control.")
 @output_options
 def inspect(
     file: Path,

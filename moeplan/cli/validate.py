@@ -16,6 +16,8 @@ __all__ = ["command"]
 def _svg(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
     if path is not None and path.suffix != ".svg":
         raise click.BadParameter(f"{path} must end in .svg")
+    if path is not None and (file := next((p for p in path.absolute().parents if p.is_file()), None)):
+        raise click.BadParameter(f"{path} cannot be written: {file} is a file, not a directory")
     return path
 
 
@@ -56,6 +58,7 @@ def _row(figure: dict[str, Any]) -> tuple[str, str, str, str]:
         found, target = percent(figure["value"]), percent(figure["target"])
         baselines = figure.get("baselines", {})
         beside = ", ".join(f"{name.replace('_', ' ')} {percent(value)}" for name, value in baselines.items())
+        beside = beside or (figure.get("note", "") if figure["value"] is None else "")
     return figure["figure"], found + (f"  ({beside})" if beside else ""), target, _verdict(figure)
 
 
@@ -83,6 +86,8 @@ def kernels(
     from moeplan.pipeline.validation import validate_kernels
 
     names = [name.strip() for name in systems.split(",") if name.strip()]
+    if systems and not names:
+        raise click.UsageError(f"--systems ({systems}) names no system; write names, as in h100,h200")
     if names and profile:
         raise click.UsageError("--systems and --profile exclude each other; give one")
     with progress_bar(quiet) as report:
@@ -90,6 +95,7 @@ def kernels(
     _plot(answer, "Kernels: predicted against measured", plot)
     if as_json:
         print_json(answer)
+    if as_json or quiet:
         return
     from rich.console import Console
     from rich.table import Table
@@ -116,6 +122,7 @@ def queues(plot: Path | None, as_json: bool, quiet: bool) -> None:
     _plot(answer, "Simulated against known", plot)
     if as_json:
         print_json(answer)
+    if as_json or quiet:
         return
     from rich.console import Console
     from rich.table import Table
@@ -151,6 +158,7 @@ def silicon(rows: str | None, plot: Path | None, as_json: bool, quiet: bool) -> 
             plot_silicon(written, plot)
     if as_json:
         print_json(answer)
+    if as_json or quiet:
         return
     from rich.console import Console
     from rich.table import Table
@@ -211,6 +219,7 @@ def peers(
         plot_peers(answer, plot)
     if as_json:
         print_json(answer)
+    if as_json or quiet:
         return
     from rich.console import Console
     from rich.table import Table
@@ -255,20 +264,31 @@ def published(plot: Path | None, as_json: bool, quiet: bool) -> None:
     _plot(answer, "Predicted over published", plot)
     if as_json:
         print_json(answer)
+    if as_json or quiet:
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    rows = Table("row", "measured", "predicted", "error", "unit", "", title="predicted against published")
+    console = Console(highlight=False)
+    name = Column("row", overflow="fold")  # rows that differ at their ends must be told apart
+    numbers = [Column(word, no_wrap=True) for word in ("measured", "predicted", "error", "unit", "")]
+    rows = Table(name, *numbers, box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    why: dict[str, list[str]] = {}
     for row in answer["rows"]:
         shown = ("-", "-") if row["predicted"] is None else (f"{row['predicted']:.4g}", f"{100 * row['error']:+.1f} %")
-        verdict = {True: "within", False: row["explanation"] or "outside", None: "not counted"}[row["within"]]
+        verdict = {True: "within", False: "outside", None: "not counted"}[row["within"]]
+        if row["predicted"] is None:
+            verdict = "not predicted"
         rows.add_row(row["id"], f"{row['measured']:.4g}", *shown, row["unit"], verdict)
-    Console().print(rows)
-    grid = Table("figure", "value", "median error", "target", "")
+        if row["within"] is False and row["explanation"]:
+            why.setdefault(row["explanation"], []).append(row["id"])
+    console.print(rows)
+    for explanation, ids in why.items():
+        console.print(f"{', '.join(ids)}: {explanation}", markup=False)
+    grid = Table(Column("figure", overflow="fold"), "value", "median error", "target", "")
     for figure in answer["figures"]:
         verdict = _verdict(figure)
         value, error = f"{100 * figure['value']:.1f} %", f"{100 * (figure['median_error'] or 0):.1f} %"
         target = "-" if figure["target"] is None else f"{100 * figure['target']:.0f} %"
         grid.add_row(f"{figure['figure']} ({figure['rows']})", value, error, target, verdict)
-    Console().print(grid)
+    console.print(grid)

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from moeplan import errors
-from moeplan.errors import InputError, MoeplanError, RunError
+from moeplan.errors import InputError, MissingExtraError, MoeplanError, RunError
 
 __all__ = ["Launch", "Rank", "join_torchrun", "run_ranks", "run_torchrun", "under_torchrun"]
 
@@ -236,10 +237,12 @@ def run_ranks(
 
     Raises:
         RunError: a rank died, failed or never joined; the others are ended. An error of :mod:`moeplan.errors` that a
-            rank raised is raised here, once.
+            rank raised is raised here, once. MissingExtraError: torch is not installed; no rank is started.
     """
     if launch.ranks < 1:
         raise InputError(f"ranks ({launch.ranks}) must be positive")
+    if find_spec("torch") is None:  # found, not imported: this process needs none
+        raise MissingExtraError("a live run", "torch")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context: Any = get_context("forkserver" if launch.device == "cpu" and sys.platform == "linux" else "spawn")
     context.set_forkserver_preload(["moeplan.execution.run"])  # torch is imported once, not by every rank

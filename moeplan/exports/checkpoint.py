@@ -16,11 +16,12 @@ from moeplan.exports import checkpoint_safetensors, checkpoint_torch
 from moeplan.exports.checkpoint_names import Permutations, expert_part
 from moeplan.exports.checkpoint_safetensors import SafetensorsFile, Tensor
 from moeplan.exports.checkpoint_torch import TorchFile
-from moeplan.files import atomic_directory, atomic_path, read_json
+from moeplan.files import atomic_directory, atomic_path, read_json, require_place
 
 __all__ = ["RECORD_NAME", "permute_checkpoint"]
 
 RECORD_NAME = "moeplan_expert_permutation.json"
+_PLACE = ("a permuted checkpoint", (RECORD_NAME, "*"))  # names are the source's: all of an older one goes
 _TORCH = {".pt", ".pth", ".bin"}
 # Beside the weights in a trainer's folder: no expert in them, and not always plain tensors.
 _NOT_WEIGHTS = re.compile(
@@ -43,8 +44,8 @@ def permute_checkpoint(
     and shard boundaries stay. ``record`` is kept in an output directory, so that nobody permutes twice.
 
     Raises:
-        InputError: unreadable, incomplete, or of another model. ExportError: a form that cannot be permuted
-            exactly.
+        InputError: unreadable, incomplete, or of another model; or ``out`` holds something else.
+        ExportError: a form that cannot be permuted exactly.
     """
     if not source.exists():
         raise InputError(
@@ -67,6 +68,8 @@ def permute_checkpoint(
             raise InputError(
                 f"{source} is permuted already ({RECORD_NAME}); start from the original checkpoint"
             )
+    if source.is_dir():
+        require_place(out, *_PLACE)
     job = _Job(permutations, num_experts, progress)
     for path in paths:
         if path.suffix == ".safetensors":
@@ -78,7 +81,7 @@ def permute_checkpoint(
         with atomic_path(out) as temporary:
             job.write(source, temporary)
         return [out]
-    with atomic_directory(out) as directory:
+    with atomic_directory(out, *_PLACE) as directory:
         for path in paths:
             copied = directory / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,13 @@ def read_placement_document(path: Path) -> Any:
         return _read_npz(path)
     if head == b"PK\x03\x04" or path.suffix in (".pt", ".pth", ".bin"):
         return _read_torch(path)
-    return read_json(path)
+    try:
+        return read_json(path)
+    except InputError as error:
+        if path.suffix == ".json":
+            raise
+        suffixes = ".yaml, .yml, .npz, .pt, .pth, .bin or .py"
+        raise InputError(f"{error}; placements are read as JSON unless the name ends in {suffixes}") from error
 
 
 def _constants(path: Path) -> dict[str, Any]:

@@ -20,7 +20,16 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Phase, Workload
 
-__all__ = ["DECODE_BATCH", "in_phase", "on_model_layers", "profile_of", "read_routing", "slots_of_ranks", "windows_of"]
+__all__ = [
+    "DECODE_BATCH",
+    "in_phase",
+    "of_another_machine",
+    "on_model_layers",
+    "profile_of",
+    "read_routing",
+    "slots_of_ranks",
+    "windows_of",
+]
 
 DECODE_BATCH = 128
 
@@ -83,6 +92,16 @@ def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:
     if name == "none":
         return None
     return shipped_profile_for(accelerator) if name is None else load_profile(name)
+
+
+def of_another_machine(profile: HardwareProfile | None, accelerator: str) -> list[str]:
+    """A note where the profile asked for is of another accelerator than the cluster's."""
+    if profile is None or profile.meta.accelerator == accelerator:
+        return []
+    return [
+        f"costs are those of profile {profile.meta.name}, measured on {profile.meta.accelerator}, where the cluster has"
+        f" {accelerator}: what it lacks comes from that one's roofline; choose the profile or the cluster that fits"
+    ]
 
 
 def slots_of_ranks(

@@ -20,14 +20,23 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import Bound, LayerEvaluation, Plan, Prediction, placement_fields
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.checks import Bundle, require, run_checks
+from moeplan.costs.coverage import coverage_gaps
 from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
 from moeplan.costs.layer import LayerCosts
 from moeplan.costs.memory import memory_report
 from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import InfeasibleError, SpecError
-from moeplan.files import atomic_directory, canonical_json, sha256_bytes, sha256_file, write_text
+from moeplan.files import atomic_directory, canonical_json, sha256_bytes, write_text
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_of, read_routing, slots_of_ranks, windows_of
+from moeplan.pipeline.inputs import (
+    DECODE_BATCH,
+    in_phase,
+    of_another_machine,
+    profile_of,
+    read_routing,
+    slots_of_ranks,
+    windows_of,
+)
 from moeplan.pipeline.show import evidence_of, page_of
 from moeplan.planning.bounds import bounds_of
 from moeplan.planning.migration import align, migration_of
@@ -43,7 +52,10 @@ from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
 from moeplan.specs.workload import Objective, ReplicaSplit, Workload
 
-__all__ = ["Optimized", "layer_evaluations", "optimize", "speeds", "write_plan"]
+__all__ = ["PLAN_PLACE", "Optimized", "layer_evaluations", "optimize", "speeds", "write_plan"]
+
+PLAN_PLACE = ("a plan", ("plan.json", "plan.html"))
+"""What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 
 HELD_OUT_WINDOWS = 4
 MIN_HELD_OUT_TOKENS = 512
@@ -94,6 +106,7 @@ class _Job:
     num_redundant: int
     current: Placement | None
     costs: LayerCosts
+    notes: tuple[str, ...]  # on where costs are from
     messages: tuple[str, ...]
 
     def problem(self, load: ExpertLoad, progress: Progress) -> PlanningProblem:
@@ -191,10 +204,14 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
     )
     messages += require(run_checks(bundle))
     profile = profile_of(scenario.profile, cluster.accelerator.name)
+    notes = of_another_machine(profile, cluster.accelerator.name)
+    if profile is not None and scenario.profile is not None:
+        gaps = coverage_gaps(model, cluster, workload, objective, profile)
+        notes += [f"scaled or modelled: {gap}" for gap in gaps]
     costs = layer_costs(model, cluster, workload, objective, profile)
     return _Job(
         scenario, model, cluster, workload, objective, load, routing, slots_R, num_redundant, current, costs,
-        tuple(messages),
+        tuple(notes), tuple(messages),
     )  # fmt: skip
 
 
@@ -211,10 +228,10 @@ def optimize(
     """
     # Layers run side by side on all cores; a numeric library's own threads under them only get in each other's way.
     with threadpool_limits(1):
-        return _optimize(_prepare(scenario, windows, domain), windows, progress)
+        return _optimize(_prepare(scenario, windows, domain), windows, domain, progress)
 
 
-def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
+def _optimize(job: _Job, windows: str, domain: str | None, progress: Progress) -> Optimized:
     scenario = job.scenario
     planner = load_plugin("planners", scenario.planner)
     problem = job.problem(job.load, progress)
@@ -282,7 +299,7 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
         interrupted = True
         held = _held_out(job, planner, placement, baseline, interrupted)
     interrupted = interrupted or held.interrupted
-    verdict = judge(baseline_name, held.before_W, held.after_W, best_possible, held.words, held.is_held_out, migration)
+    verdict = judge(baseline_name, held.before_W, held.after_W, best_possible, held.words, held.unchecked, migration)
     progress("hold out", 1.0)
     plan = Plan(
         model=job.model.name,
@@ -301,15 +318,16 @@ def _optimize(job: _Job, windows: str, progress: Progress) -> Optimized:
         evaluation=layer_evaluations(job.load.layer_ids, after),
         verdict=verdict,
         migration=migration,
-        notes=result.notes,
+        notes=(*result.notes, *job.notes),
         provenance={
             "moeplan": version("moeplan"),
-            "trace_sha256": sha256_file(scenario.recording) if scenario.recording.is_file() else "directory",
+            "trace_sha256": job.routing.origin["sha256"],
             "model_sha256": sha256_bytes(canonical_json(job.model.model_dump(mode="json")).encode()),
             "cluster_sha256": sha256_bytes(canonical_json(job.cluster.model_dump(mode="json")).encode()),
             "cluster": job.cluster.name,
             "accelerator": job.cluster.accelerator.name,
             "windows": windows,
+            **({} if domain is None else {"domain": domain}),
         },
     )
     return Optimized(plan, job.load, baseline, after, before, job.messages, interrupted, problem.speed_R)
@@ -347,7 +365,7 @@ class _HeldOut:
     before_W: NDArray[np.float64]
     after_W: NDArray[np.float64]
     words: str
-    is_held_out: bool
+    unchecked: str
     interrupted: bool
 
 
@@ -356,10 +374,13 @@ def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement
     routing, load = job.routing, job.load
     first: ExpertLoad | None = None
     rest = load
+    least = 2 * MIN_HELD_OUT_TOKENS
     words = "the data planned on (nothing could be held out)"
+    unchecked = "record token-level routing or several windows to have it checked"
     if interrupted:
         words = "the data planned on (interrupted before the held-out check)"
-    elif isinstance(routing, RoutingTrace) and routing.num_tokens >= 2 * MIN_HELD_OUT_TOKENS:
+        unchecked = "planning was interrupted before the check: let it end"
+    elif isinstance(routing, RoutingTrace) and routing.num_tokens >= least:
         seen, unseen = split_trace(routing)
         count = min(HELD_OUT_WINDOWS, unseen.num_tokens // (MIN_HELD_OUT_TOKENS // HELD_OUT_WINDOWS))
         first, rest = windows_of(seen, "all"), windows_of(unseen, f"time:{count}")
@@ -372,6 +393,8 @@ def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement
                 for part in (slice(half), slice(half, None))
             )
             words = f"the last {len(rest.windows)} windows, planned on the first {half}"
+    elif isinstance(routing, RoutingTrace):
+        unchecked = f"the trace has {routing.num_tokens:,} tokens, holding out needs {least:,}: record more"
     problem = job.problem(load, no_progress)
     scored = placement
     if first is not None:
@@ -382,20 +405,16 @@ def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement
         scored = _with_shares(seen_problem, result.placement)
     after = evaluate(rest, scored, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
     before = evaluate(rest, baseline, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
-    return _HeldOut(before, after, words, first is not None, interrupted)
+    return _HeldOut(before, after, words, unchecked if first is None else "", interrupted)
 
 
 def write_plan(found: Optimized, out: Path) -> list[Path]:
-    """Write ``plan.json`` and ``plan.html``; an existing directory is replaced whole.
+    """Write ``plan.json`` and ``plan.html``; those of an older plan are replaced, other files stay.
 
     Raises:
-        InputError: the directory cannot be written.
+        InputError: the directory holds something else, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "plan.json").is_file():
-        raise SpecError(
-            f"--out ({out}) exists and does not hold a plan; choose another, so that nothing of yours is lost"
-        )
-    with atomic_directory(out) as directory:
+    with atomic_directory(out, *PLAN_PLACE) as directory:
         found.plan.save(directory / "plan.json")
         write_text(directory / "plan.html", page_of(found.plan, found.evidence))
     return [out / "plan.json", out / "plan.html"]

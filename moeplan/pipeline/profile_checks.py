@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moeplan.artifacts.profile import HardwareProfile
+from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.artifacts.profile_tables import MEASURED, columns_of
 from moeplan.costs.experts import fit_experts
 from moeplan.costs.interpolation import GridInterpolator
-from moeplan.errors import ProfileError
+from moeplan.errors import ProfileError, SpecError
 from moeplan.files import write_text
 from moeplan.profiling.sanity import SIZE_AXIS, group_ids, mark_rows
 
@@ -107,7 +107,7 @@ def check_profile(
     Raises:
         ProfileError: no profile, an older one, a changed or corrupt table; or ``fresh_s`` on another device.
     """
-    profile = HardwareProfile.open(directory)
+    profile = load_profile(directory)
     tables = {}
     for name in profile.table_names:
         whole = profile.table(name)
@@ -139,11 +139,13 @@ def fresh_sample(profile: HardwareProfile, budget_s: float, progress: Progress =
     Some of the profile's own sizes are timed again in the same passes: ``drift`` is how much slower the machine
     is at them now, and ``median_without_drift`` the error with all predictions times that.
 
+    A profile taken at real-time priority is sampled at it where this process may; ``realtime`` tells.
+
     Raises:
         ProfileError: the profile was measured on another device, or has no expert rows.
     """
     from moeplan.profiling import system
-    from moeplan.profiling.device import find_device, pinned
+    from moeplan.profiling.device import find_device, may_be_realtime, pinned
     from moeplan.profiling.experts import ExpertShape, expert_bench
     from moeplan.profiling.journal import Journal
     from moeplan.profiling.protocol import CpuTimer, CudaTimer, Rig, run_benches, statistics
@@ -173,8 +175,9 @@ def fresh_sample(profile: HardwareProfile, budget_s: float, progress: Progress =
         at[shape, first["dtype"], first["kernel"]] = group
     facts = profile.meta.system
     threads = 0 if device.is_cuda else int(float(facts.get("threads", 0)))
+    realtime = bool(facts.get("realtime", 0.0)) and may_be_realtime()
     journal = Journal(None, {})
-    with pinned(device.torch, threads, bool(facts.get("realtime", 0.0))):
+    with pinned(device.torch, threads, realtime):
         rig = Rig(CudaTimer() if device.is_cuda else CpuTimer(), journal, random.Random(1))
         run_benches(benches, rig, budget_s, progress)
     now, known = [], []
@@ -189,6 +192,7 @@ def fresh_sample(profile: HardwareProfile, budget_s: float, progress: Progress =
         **_figures(ratio[~is_known] - 1),
         "drift": 1 / drift,
         "median_without_drift": _figures(ratio[~is_known] / drift - 1)["median"],
+        "realtime": realtime,
     }
 
 
@@ -233,29 +237,33 @@ def show_profile(directory: Path, out: Path, most: int = 8) -> dict[str, Any]:
     """Write an HTML page with pictures of every table; at most ``most`` curves in one, longest series first.
 
     Raises:
-        ProfileError: the profile cannot be read; InputError: ``out`` cannot be written.
+        SpecError: ``out`` is not named as a page; ProfileError: the profile cannot be read; InputError: ``out`` cannot
+        be written.
     """
+    if out.suffix != ".html":
+        raise SpecError(f"out ({out}) must end in .html: it becomes a page")
     from moeplan.reports.profile_figures import page, profile_picture
 
-    profile = HardwareProfile.open(directory)
+    profile = load_profile(directory)
     sections = []
     for name in profile.table_names:
         pictures = [
-            profile_picture(title, SIZE_AXIS[name].replace("_", " "), curves[:most])
-            for title, curves in _pictures(profile, name)
+            profile_picture(title, SIZE_AXIS[name].replace("_", " "), curves)
+            for title, curves in _pictures(profile, name, most)
         ]
         sections.append((name, pictures))
     meta = profile.meta
     facts = [("device", meta.device), ("driver", meta.driver), ("date", meta.date), ("command", meta.command)]
     facts += [(f"version of {k}", v) for k, v in meta.libraries.items()]
-    facts += [(key.replace("_", " "), str(value)) for key, value in meta.system.items()]
-    facts += [("note", meta.note)] if meta.note else []
-    write_text(out, page(f"Profile {meta.name}", facts, sections))
+    for key, value in meta.system.items():
+        facts.append((key.replace("_", " "), value if isinstance(value, str) else f"{value:,.12g}"))
+    facts.append(("note", meta.note))
+    write_text(out, page(f"Profile {meta.name}", [fact for fact in facts if fact[1]], sections))
     return {"out": str(out), "pictures": sum(len(pictures) for _, pictures in sections)}
 
 
-def _pictures(profile: HardwareProfile, name: str) -> list[tuple[str, list[Any]]]:
-    """Curves of a table, gathered into pictures by the first columns that tell them apart."""
+def _pictures(profile: HardwareProfile, name: str, most: int) -> list[tuple[str, list[Any]]]:
+    """Curves of a table, gathered into pictures by the first columns that tell them apart; the others label them."""
     from moeplan.reports.profile_figures import Curve
 
     table = _usable(profile, name)
@@ -266,25 +274,34 @@ def _pictures(profile: HardwareProfile, name: str) -> list[tuple[str, list[Any]]
     rows = table.to_pylist()
     bandwidth, peak = _peaks(profile)
     skip = _NOT_KEY | {SIZE_AXIS[name]} | _FOLLOWS.get(name, set())
-    told = [c for c in columns_of(name) if c not in skip and len({row[c] for row in rows}) > 1]
-    split = [c for c in ("hidden", "op", "kind", "phase", "dtype", "direction") if c in told]
-    found: dict[str, list[Curve]] = {}
+
+    def told(among: list[dict[str, Any]]) -> list[str]:
+        return [c for c in columns_of(name) if c not in skip and len({row[c] for row in among}) > 1]
+
+    split = [c for c in told(rows) if c in ("hidden", "op", "kind", "phase", "dtype", "direction")]
+    found: dict[str, list[NDArray[np.int64]]] = {}
     for group in np.unique(series):
         index = np.flatnonzero(series == group)
-        index = index[np.argsort(size[index])]
-        first = rows[index[0]]
-        line = np.array([_roofline_us(name, rows[i], bandwidth, peak) for i in index])
-        curve = Curve(
-            label=" ".join(f"{c} {first[c]}" for c in told if c not in split) or name,
-            size_n=size[index],
-            latency_us_n=np.array([rows[i]["latency_us"] for i in index]),
-            spread_n=np.array([rows[i]["spread"] for i in index]),
-            residual_n=residual[index],
-            roofline_us_n=line if np.isfinite(line).all() else np.array([]),
-        )
-        title = " ".join([name, *(f"{c} {first[c]}" for c in split)])
-        found.setdefault(title, []).append(curve)
-    return [(title, sorted(curves, key=lambda c: -len(c.size_n))) for title, curves in found.items()]
+        title = " ".join([name, *(f"{c} {rows[index[0]][c]}" for c in split)])
+        found.setdefault(title, []).append(index[np.argsort(size[index])])
+    pictures = []
+    for title, groups in found.items():
+        longest = sorted(groups, key=lambda index: -len(index))[:most]
+        labels = told([rows[index[0]] for index in longest])
+        curves = []
+        for index in longest:
+            line = np.array([_roofline_us(name, rows[i], bandwidth, peak) for i in index])
+            curve = Curve(
+                label=" ".join(f"{c} {rows[index[0]][c]}" for c in labels) or name,
+                size_n=size[index],
+                latency_us_n=np.array([rows[i]["latency_us"] for i in index]),
+                spread_n=np.array([rows[i]["spread"] for i in index]),
+                residual_n=residual[index],
+                roofline_us_n=line if np.isfinite(line).all() else np.array([]),
+            )
+            curves.append(curve)
+        pictures.append((title, curves))
+    return pictures
 
 
 # ---------------------------------------------------------------------- two profiles
@@ -296,7 +313,7 @@ def diff_profiles(first: Path, second: Path) -> dict[str, Any]:
     Raises:
         ProfileError: one of them cannot be read.
     """
-    a, b = HardwareProfile.open(first), HardwareProfile.open(second)
+    a, b = load_profile(first), load_profile(second)
     tables = {}
     for name in dict.fromkeys((*a.table_names, *b.table_names)):
         keyed = [_by_key(p, name) for p in (a, b)]

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moeplan.artifacts.profile_tables import DIRECTIONS
 from moeplan.errors import UnknownNameError
+from moeplan.specs.model import DTYPE_BYTES
 
 __all__ = ["MAIN_MODELS", "PARTS", "PRESETS", "ProfileRequest", "Sizes", "profile_request"]
 
@@ -122,7 +124,7 @@ def profile_request(part: str, preset: str | None, options: dict[str, Any]) -> P
     """What is asked: the options over the preset over what suits the device.
 
     Raises:
-        UnknownNameError: no such part or direction.
+        UnknownNameError: no such direction or type.
     """
     chosen = {**(PRESETS[preset] if preset else {}), **options}
     sizes = {name: chosen.pop(name) for name in Sizes.__slots__ if name in chosen}
@@ -134,9 +136,10 @@ def profile_request(part: str, preset: str | None, options: dict[str, Any]) -> P
         from moeplan.profiling.device import torch_module
 
         chosen["device"] = "cuda" if torch_module().cuda.is_available() else "cpu"
-    for direction in chosen.get("directions", ()):
-        if direction not in ("forward", "backward"):
-            raise UnknownNameError("direction", direction, ("forward", "backward"))
+    for option, kind, known in (("directions", "direction", DIRECTIONS), ("dtypes", "dtype", DTYPE_BYTES)):
+        for name in chosen.get(option, ()):
+            if name not in known:
+                raise UnknownNameError(kind, name, known)
     asked = {name: value for name, value in chosen.items() if name in ProfileRequest.__slots__}
     if part == "all" and "parts" not in chosen and not (asked.get("models") or asked.get("sizes")):
         asked["parts"] = ("system", "memory", "collectives")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
+from moeplan.artifacts.profile import PROFILE_PLACE, HardwareProfile, ProfileMeta, Source
 from moeplan.artifacts.profile_tables import MEASURED, TABLES, columns_of
 from moeplan.errors import ProfileError, SpecError, UnknownNameError
+from moeplan.files import require_place
 from moeplan.pipeline.profile_request import PARTS, PRESETS, ProfileRequest, Sizes, profile_request
 from moeplan.profiling.journal import Journal, point_key
 from moeplan.profiling.protocol import Bench, CpuTimer, CudaTimer, Rig, run_benches, statistics
@@ -25,6 +26,8 @@ __all__ = ["PARTS", "PRESETS", "ProfileRequest", "Sizes", "measure_profile", "pr
 
 Progress = Callable[[str, float], None]
 
+_PLAIN = ("fp32", "bf16", "fp16")  # types that arithmetic other than products is done in
+_LEFT_OUT = "Left out: "
 _PROTOCOL = (
     "Warm-up, then shuffled passes over all cases of a group with rotating buffers of random data; median of"
     " all samples, none dropped; grid refined where interpolation errs. See docs/guides/profiling.md."
@@ -63,9 +66,10 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
 
     seen: set[Any] = set()
     benches = []
+    models = [model for model in models if model.expert_intermediate_size > 1]
+    if not models:
+        notes.append("experts: not measured, they need --hidden, --inter, --experts and --top-k, or --model")
     for model in models:
-        if model.expert_intermediate_size == 1:
-            raise SpecError("experts needs --hidden, --inter, --experts and --top-k, or --model")
         if not model.gated_ffn:
             notes.append(f"experts of {model.name}: not gated (SwiGLU), the only form measured here")
             continue
@@ -93,7 +97,7 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
                     shape = ExpertShape(hidden, inter, model.num_experts, model.top_k, ep, tp)
                     if (shape, dtype) not in seen:
                         seen.add((shape, dtype))
-                        own = _directions(request, dtype in ("fp32", "bf16", "fp16"))
+                        own = _directions(request, dtype in _PLAIN)
                         benches.append(
                             expert_bench(device, shape, dtype, kernels, own, request.max_tokens, request.seed)
                         )
@@ -105,57 +109,74 @@ def _directions(request: ProfileRequest, differentiable: bool) -> tuple[str, ...
     return request.directions if differentiable or "forward" not in request.directions else ("forward",)
 
 
-def _other_benches(part: str, request: ProfileRequest, device: Any, models: list[ModelSpec]) -> list[Bench]:
-    from moeplan.profiling.attention import attention_bench
-    from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes, optimizer_bench
-    from moeplan.profiling.memory import memory_bench
+def _plain(what: str, request: ProfileRequest, notes: list[str]) -> list[str]:
+    """The types asked for that ``what`` is measured in, bf16 where there is none; a note names the others."""
+    plain = [dtype for dtype in request.dtypes if dtype in _PLAIN]
+    if others := [dtype for dtype in request.dtypes if dtype not in _PLAIN]:
+        notes.append(f"{what} in {', '.join(others)}: not measured" + ("" if plain else ", bf16 in their place"))
+    return plain or ["bf16"]
 
-    if part == "memory":
-        return [memory_bench(device, 2**30 if device.is_cuda else 2**26)]
-    plain = [d for d in request.dtypes if d in ("fp32", "bf16", "fp16")] or ["bf16"]
-    tps = request.tp
-    if part == "attention":
-        heads = {m.attention: m for m in models if m.attention is not None}
-        if not heads:
-            raise SpecError("attention needs --heads, --kv-heads and --head-dim, or --model")
-        return [
-            attention_bench(device, a, dtype, tp, request.directions, request.max_tokens)
-            for a in heads
-            for dtype in plain
-            for tp in tps
-        ]
+
+def _attention_benches(request: ProfileRequest, device: Any, models: list[ModelSpec], notes: list[str]) -> list[Bench]:
+    from moeplan.profiling.attention import attention_bench
+
+    if request.models:
+        notes += [f"attention of {m.name}: this form is not measured" for m in models if m.attention is None]
+    forms = list(dict.fromkeys(m.attention for m in models if m.attention is not None))
+    if not forms:
+        if not request.models:
+            notes.append("attention: not measured, it needs --heads, --kv-heads and --head-dim, or --model")
+        return []
+    plain = _plain("attention", request, notes)
+    return [
+        attention_bench(device, form, dtype, tp, request.directions, request.max_tokens)
+        for form in forms
+        for dtype in plain
+        for tp in request.tp
+    ]
+
+
+def _dense_benches(request: ProfileRequest, device: Any, models: list[ModelSpec], notes: list[str]) -> list[Bench]:
+    from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes, optimizer_bench
+
     sizes = request.sizes
     shapes = [(sizes.n, sizes.k)] if sizes.n and sizes.k else []
-    shapes += [shape for m in models for tp in tps for shape in gemm_shapes(m, tp)]
+    shapes += [shape for m in models for tp in request.tp for shape in gemm_shapes(m, tp)]
     if not shapes:
-        raise SpecError("dense needs --n and --k, --hidden, or --model")
+        notes.append("dense: not measured, it needs --n and --k, --hidden, or --model")
+        return []
     shapes = list(dict.fromkeys(shapes))
     benches = []
     for dtype in request.dtypes:
         if dtype in ("int8", "int4"):
+            notes.append(f"dense products in {dtype}: not measured")
             continue
         own = _directions(request, dtype != "fp8")
         for start in range(0, len(shapes), 8):  # weights of a few shapes at a time, so that they fit
             benches.append(gemm_bench(device, shapes[start : start + 8], dtype, own, request.max_tokens))
-    keys = {(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models}
-    benches += [
-        elementwise_bench(device, *key, dtype, request.max_tokens, request.directions)
-        for key in sorted(keys)
-        for dtype in plain
-    ]
+    keys = sorted({(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models})
+    if keys:
+        plain = _plain("passes over tokens (router, norms, ...)", request, notes)
+        benches += [
+            elementwise_bench(device, *key, dtype, request.max_tokens, request.directions)
+            for key in keys
+            for dtype in plain
+        ]
     if "backward" in request.directions:
         benches += [optimizer_bench(device, hidden) for hidden in sorted({key[0] for key in keys})]
     return benches
 
 
-def _exchange(request: ProfileRequest, models: list[ModelSpec], world: int) -> Any:
+def _exchange(request: ProfileRequest, models: list[ModelSpec], world: int, notes: list[str]) -> Any:
     from moeplan.profiling.collectives import OPS, Exchange
 
     for op in request.ops:
         if op not in OPS:
             raise UnknownNameError("op", op, OPS)
     model = models[0] if models and models[0].num_experts > 1 else None
-    dtype = next((d for d in request.dtypes if d in ("fp32", "bf16", "fp16")), "bf16")
+    dtype, *others = _plain("collectives", request, notes)
+    if others:
+        notes.append(f"collectives in {', '.join(others)}: not measured, {dtype} in their place")
     return Exchange(
         ops=request.ops or OPS,
         dtype=dtype,
@@ -196,8 +217,9 @@ def measure_profile(
     Points go to ``<out>.journal.jsonl`` as they are measured; it is removed once they stand in the profile.
 
     Raises:
-        SpecError: the device cannot, or sizes are missing; ProfileError: an interrupted run's journal is
-            there and ``resume`` is false, ``out`` is of another device, or a rank died.
+        SpecError: the device cannot, sizes are missing, or ``out`` holds something else; ProfileError: an
+            interrupted run's journal is there and ``resume`` is false, ``out`` is corrupt, of another device or
+            of other threads, a rank died, or nothing was measured.
         MissingExtraError: torch is not installed.
     """
     from moeplan.profiling import system
@@ -207,25 +229,30 @@ def measure_profile(
     for part in request.parts:
         if part not in PARTS:
             raise UnknownNameError("part", part, PARTS)
+    place = require_place(out, *PROFILE_PLACE)
     device = find_device(request.device)
     first = not under_torchrun() or os.environ["RANK"] == "0"
     facts: dict[str, float | str] = {}
     notes: list[str] = []
     with pinned(device.torch, request.threads, request.realtime) as cores:
         name, versions = system.device_name(device), system.libraries(device)
-        _same_machine(out, name, versions)
-        header = {"device": name, "libraries": versions, "threads": device.torch.get_num_threads()}
-        journal = Journal(out.with_name(out.name + ".journal.jsonl") if first else None, header, resume)
+        threads = device.torch.get_num_threads()
+        if not device.is_cuda and set(request.parts) - {"system", "collectives"}:
+            facts["threads"] = float(threads)
+        _require_extendable(place, name, versions, facts)
+        header = {"device": name, "libraries": versions, "threads": threads}
+        journal = Journal(place.with_name(place.name + ".journal.jsonl") if first else None, header, resume)
         clock = system.CpuClock()
         try:
             _measure(request, device, journal, facts, notes, progress, cores)
         finally:
             journal.close()
-        facts["foreign_cpu_share"] = round(clock.foreign_share(), 3)
+        if not under_torchrun():  # the other ranks are no children of this process
+            facts["foreign_cpu_share"] = round(clock.foreign_share(), 3)
         facts["realtime"] = float(request.realtime)
     if not first:
         return {}
-    profile = _save(request, out, journal, device, facts, notes)
+    profile = _save(request, place, journal, device, facts, notes)
     journal.close(remove=True)
     return {
         "out": str(out),
@@ -249,41 +276,52 @@ def _measure(
     affinity: set[int],
 ) -> None:
     from moeplan.profiling import ranks, system
+    from moeplan.profiling.memory import memory_bench
 
     models = _models(request)
     exchange = "collectives" in request.parts
-    if ranks.under_torchrun() and request.parts != ("collectives",):
+    launched = ranks.under_torchrun()
+    world = int(os.environ["WORLD_SIZE"]) if launched else request.ranks
+    if launched and request.parts != ("collectives",):
         raise SpecError("under torchrun only 'moeplan profile collectives' makes sense; run the rest as one process")
-    if exchange and not ranks.under_torchrun() and request.ranks < 2:
+    if launched and request.ranks not in (0, world):
+        raise SpecError(f"ranks ({request.ranks}) is not what torchrun started ({world}); give --ranks {world}")
+    if exchange and not launched and world < 2:
         if request.parts == ("collectives",):
             raise SpecError("collectives need --ranks N of at least 2, or torchrun; one rank has nobody to talk to")
         notes.append("collectives: not measured, they need --ranks N or torchrun")
         exchange = False
     # Benches first: what the device cannot do is refused before time is spent.
     benches: list[Bench] = []
-    for part in request.parts:
-        if part == "experts":
-            benches += _expert_benches(request, device, models, notes)
-        elif part in ("memory", "attention", "dense"):
-            benches += _other_benches(part, request, device, models)
-    share = request.budget_s * (0.75 if exchange and benches else 1.0)
+    if "memory" in request.parts:
+        benches.append(memory_bench(device, 2**30 if device.is_cuda else 2**26))
+    for part, of_part in (("experts", _expert_benches), ("attention", _attention_benches), ("dense", _dense_benches)):
+        if part in request.parts:
+            benches += of_part(request, device, models, notes)
+    if not benches and not {"system", "collectives"} & set(request.parts):
+        raise SpecError("; ".join(notes))
+    split = 0.75 if exchange and benches else float(bool(benches))  # of the budget: benches, then exchanges
     if "system" in request.parts:
         facts.update(system.system_facts(device))
         facts.update(system.measure_launch(device, journal))
     if benches:
         timer = CudaTimer() if device.is_cuda else CpuTimer()
         rig = Rig(timer, journal, random.Random(request.seed))
-        run_benches(benches, rig, share, progress)
+        run_benches(benches, rig, split * request.budget_s, lambda what, done: progress(what, split * done))
         notes += rig.left_out
     if exchange:
         os.sched_setaffinity(0, affinity)  # ranks take all cores in turn
-        rest = request.budget_s - share if benches else request.budget_s
-        world = int(os.environ["WORLD_SIZE"]) if ranks.under_torchrun() else request.ranks
-        job = ranks.Job(_exchange(request, models, world), request.device, rest, request.seed, request.ranks_per_node)
-        if ranks.under_torchrun():
-            notes += ranks.run_torchrun_rank(job, journal, progress)
+        what = _exchange(request, models, world, notes)
+        rest_s = (1 - split) * request.budget_s
+        job = ranks.Job(what, request.device, rest_s, request.seed, request.ranks_per_node)
+
+        def report(doing: str, done: float) -> None:
+            progress(doing, split + (1 - split) * done)
+
+        if launched:
+            notes += ranks.run_torchrun_rank(job, journal, report)
         else:
-            notes += ranks.run_local_ranks(job, world, journal, progress)
+            notes += ranks.run_local_ranks(job, world, journal, report)
 
 
 def _median_spread(journal: Journal) -> float:
@@ -291,15 +329,22 @@ def _median_spread(journal: Journal) -> float:
     return round(float(np.median(spreads)), 4) if spreads else 0.0
 
 
-def _same_machine(out: Path, device: str, versions: dict[str, str]) -> None:
+def _require_extendable(out: Path, device: str, versions: dict[str, str], facts: Mapping[str, float | str]) -> None:
+    """Before time is spent: a profile that is there can be read whole, and is of the same setup."""
     if not (out / "profile.json").exists():
         return
-    meta = HardwareProfile.open(out).meta
-    for what, there, here in (("device", meta.device, device), ("libraries", meta.libraries, versions)):
-        if there != here:
+    old = HardwareProfile.open(out)
+    for table in old.table_names:
+        old.table(table)
+    there: dict[str, Any] = {"device": old.meta.device, "libraries": old.meta.libraries}
+    here: dict[str, Any] = {"device": device, "libraries": versions}
+    if "threads" in old.meta.system and "threads" in facts:
+        there["threads"], here["threads"] = old.meta.system["threads"], facts["threads"]
+    for what in there:
+        if there[what] != here[what]:
             raise ProfileError(
-                f"{out}: {what} ({there}) of the profile there is not this run's ({here}); one profile is one"
-                " machine and one set of versions: choose another --out"
+                f"{out}: {what} ({there[what]}) of the profile there is not this run's ({here[what]}); one profile is"
+                " one machine, one set of versions and one number of --threads: choose another --out"
             )
 
 
@@ -318,6 +363,8 @@ def _save(
 ) -> HardwareProfile:
     from moeplan.profiling import system
 
+    if not journal.points:
+        raise ProfileError(f"nothing was measured; {'; '.join(notes) or 'nothing of what was asked applies here'}")
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     versions = system.libraries(device)
     name = system.device_name(device)
@@ -344,7 +391,11 @@ def _save(
     commands = [request.command]
     if old and old.meta.command not in commands:
         commands = [c for c in old.meta.command.split(" && ") if c != request.command] + commands
-    left = list(dict.fromkeys(notes))
+    said = old.meta.note if old else ""
+    before = said.removeprefix(_LEFT_OUT).removesuffix(".").split("; ") if said.startswith(_LEFT_OUT) else []
+    left = list(dict.fromkeys([*before, *notes]))
+    facts_before = old.meta.system if old else {}
+    shares = [of["foreign_cpu_share"] for of in (facts_before, facts) if "foreign_cpu_share" in of]
     meta = ProfileMeta(
         name=out.name,
         accelerator=system.accelerator_name(device),
@@ -353,13 +404,9 @@ def _save(
         libraries=versions,
         date=date,
         command=" && ".join(commands),
-        note=f"Left out: {'; '.join(left)}." if left else "",
+        note=f"{_LEFT_OUT}{'; '.join(left)}." if left else "",
         sources={**(old.meta.sources if old else {}), key: source},
-        system={**(old.meta.system if old else {}), **facts},
+        system={**facts_before, **facts, **({"foreign_cpu_share": max(shares)} if shares else {})},
     )
     tables = {table: _rows(table, list(rows[table].values())) for table in TABLES if rows.get(table)}
-    if not tables:
-        raise ProfileError(
-            "nothing was measured: the budget or the memory was too small; see what was left out: " + "; ".join(left)
-        )
     return HardwareProfile(meta, tables).save(out)

@@ -92,6 +92,17 @@ def _from_server(
     return replace(joined, origin={"recorded_from": "sglang", "prompts": len(prompts)}), overhead
 
 
+def _tokenizer(transformers: Any, path: Path) -> Any:
+    folder = path if path.is_dir() else path.parent
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers meets in half a directory
+        raise SpecError(
+            f"hf ({folder}) has no tokenizer that can be loaded, and --prompts needs one; bring the model's tokenizer"
+            f" files: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+
+
 def _from_model(
     path: Path,
     random_init: bool,
@@ -101,7 +112,7 @@ def _from_model(
     seed: int,
     progress: Progress,
 ) -> tuple[RoutingTrace, float | None]:
-    from moeplan.profiling.device import torch_module
+    from moeplan.profiling.device import find_device, torch_module
     from moeplan.profiling.routing import cache_name, hook_model, measure_overhead
 
     torch = torch_module()
@@ -111,8 +122,13 @@ def _from_model(
         raise MissingExtraError("recording a Hugging Face model", "hf") from error
     if not path.exists():
         raise SpecError(f"hf ({path}) is not there; models are read from disk only, download it first")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not path.is_dir() and not random_init:
+        raise SpecError(f"hf ({path}) is a file: a config.json needs --random-init; give the model's directory")
+    if not (prompts or random_init):
+        raise SpecError("--hf needs --prompts: routing of random tokens says nothing about real text")
+    where = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu")).kind
     torch.manual_seed(seed)
+    tokenizer = _tokenizer(transformers, path) if prompts else None
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         if random_init:
@@ -122,15 +138,12 @@ def _from_model(
     except (OSError, ValueError, KeyError) as error:
         raise SpecError(f"hf ({path}) cannot be loaded: {str(error).splitlines()[0]}") from error
     model = model.to(where).eval()
-    if prompts:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer is not None:
         batches = [tokenizer(text, return_tensors="pt")["input_ids"].to(where) for text in prompts]
-    elif random_init:
+    else:
         generator = torch.Generator().manual_seed(seed)
         size = (1, 64)
         batches = [torch.randint(0, model.config.vocab_size, size, generator=generator).to(where) for _ in range(4)]
-    else:
-        raise SpecError("--hf needs --prompts: routing of random tokens says nothing about real text")
 
     def prefill() -> object:
         with torch.inference_mode():

@@ -53,10 +53,11 @@ _LAYERS = 3  # of a plan that a picture of a step shows
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """The report, and the files written."""
+    """The report, the files written, and what people should know."""
 
     document: Document
     written: tuple[Path, ...]
+    messages: tuple[str, ...]
 
     def markdown(self) -> str:
         """As Markdown."""
@@ -85,14 +86,15 @@ def report(
     out: Path | None = None,
     *,
     trace_path: Path | None = None,
+    trace_domain: str | None = None,
     before_path: Path | None = None,
     cluster_name: str | None = None,
     perfetto_path: Path | None = None,
 ) -> Reported:
     """Report on one path, or compare two.
 
-    For plans, ``trace_path`` and ``before_path`` are as in ``show_plan``, and ``cluster_name`` is the accelerator's,
-    for the memory of ranks and the timeline of a step.
+    For plans, ``trace_path``, ``trace_domain`` and ``before_path`` are as in ``show_plan``, and ``cluster_name`` is
+    the accelerator's, for the memory of ranks and the timeline of a step.
 
     Raises:
         InputError: a path is nothing that can be reported on, or has no event log where one is asked for.
@@ -102,7 +104,7 @@ def report(
         raise SpecError(f"{len(paths)} paths: report on one, or compare two")
     if out is not None and out.suffix not in _SUFFIXES:
         raise SpecError(f"--out ({out}) must end in {', '.join(_SUFFIXES)}")
-    subjects = [_read(path, trace_path, before_path, cluster_name) for path in paths]
+    subjects = [_read(path, trace_path, trace_domain, before_path, cluster_name) for path in paths]
     sections: list[Section] = []
     if len(subjects) == 2:
         sections += _between(*subjects)
@@ -123,13 +125,16 @@ def report(
             raise InputError(f"--perfetto needs the event log of one run, but {len(logs)} of these paths hold one")
         write_chrome_trace(logs[0], perfetto_path)
         written.append(perfetto_path)
-    return Reported(document, tuple(written))
+    messages = [message for subject in subjects if subject.plan for message in subject.plan.messages]
+    return Reported(document, tuple(written), tuple(messages))
 
 
 # ---------------------------------------------------------------------- reading
 
 
-def _read(path: Path, trace: Path | None, before: Path | None, cluster: str | None) -> _Subject:
+def _read(
+    path: Path, trace: Path | None, domain: str | None, before: Path | None, cluster: str | None
+) -> _Subject:
     name = path.name or str(path)
     if not path.exists():
         raise InputError(f"{path} is not there; name a plan, a simulation's directory, a sweep's, or a live run's")
@@ -138,7 +143,7 @@ def _read(path: Path, trace: Path | None, before: Path | None, cluster: str | No
         return _Subject(name, path, log=EventLog.read(path))
     document = None if path.is_dir() else read_json(path)
     if (path / "plan.json").is_file() or (isinstance(document, dict) and "physical_to_logical_map" in document):
-        shown = show_plan(path, trace_path=trace, before_path=before)
+        shown = show_plan(path, trace_path=trace, trace_domain=domain, before_path=before)
         ranks, per_node = shown.plan.num_ranks, shown.plan.ranks_per_node
         place = None if cluster is None else cluster_for(cluster, ranks // per_node, per_node)
         return _Subject(name, path, plan=shown, cluster=place)
@@ -296,7 +301,7 @@ def _plan_sections(shown: Shown, cluster: ClusterSpec | None) -> list[Section | 
         traffic.append(Text(evidence.traffic_note or "Traffic: give token-level routing with --trace.", missing=True))
     sections: list[Section | None] = [
         Section("The plan", tuple(verdict)),
-        Section("Load of every rank in every layer", tuple(load)),
+        Section("Load of every rank in every layer", tuple(load), evidence.load_note),
         Section("Traffic from rank to rank", tuple(traffic), evidence.traffic_note if both else ""),
     ]
     if cluster is not None:

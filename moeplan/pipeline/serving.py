@@ -28,7 +28,7 @@ from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import Technique
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import profile_of, read_routing, slots_of_ranks, windows_of
+from moeplan.pipeline.inputs import of_another_machine, profile_of, read_routing, slots_of_ranks, windows_of
 from moeplan.pipeline.optimize import speeds
 from moeplan.pipeline.serving_limits import coverage_notes, faults_fit, slo_possible
 from moeplan.planning.migration import align, migration_of
@@ -88,6 +88,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     requests = make_requests(spec.requests, recorded, rng)
     profile = profile_of(scenario.profile, cluster.accelerator.name)
     loads, load, notes = _loads(scenario, spec, model, np.random.default_rng([seed, 12]))
+    notes += of_another_machine(profile, cluster.accelerator.name)
     longest = int((requests.input_tokens_Q + requests.output_tokens_Q).max())
     assumptions: list[tuple[str, str, str]] = []
     pools: list[Pool] = []

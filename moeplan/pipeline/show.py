@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,7 @@ def show_plan(
     *,
     trace_path: Path | None = None,
     trace_format: str | None = None,
+    trace_domain: str | None = None,
     before_path: Path | None = None,
     html_path: Path | None = None,
     svg_path: Path | None = None,
@@ -83,7 +86,8 @@ def show_plan(
     """Read a plan (a file, or the directory that holds ``plan.json``); write its page and picture.
 
     With a trace, the load of every rank is compared with that of ``before_path`` (another plan), or of the
-    contiguous placement on the same slots.
+    contiguous placement on the same slots. The load is of ``trace_domain``; left out: of the domain planned on where
+    the trace has it, else of all. ``load_note`` of the evidence says where it is not the load planned on.
 
     Raises:
         InputError: a file cannot be read or written.
@@ -95,11 +99,12 @@ def show_plan(
     evidence = Evidence(before=before, before_name="before" if before_path is None else before_path.name)
     messages: list[str] = []
     if trace_path is not None:
-        load = _load_of(plan, trace_path, trace_format, messages)
+        load, note = _load_of(plan, trace_path, trace_format, trace_domain, messages)
+        messages += [note] * bool(note)
         if before is None:
             before = contiguous_like(plan, load)
             evidence = replace(evidence, before_name="contiguous")
-        evidence = evidence_of(plan, load, before, evidence.before_name)
+        evidence = replace(evidence_of(plan, load, before, evidence.before_name), load_note=note)
     written = []
     if html_path is not None:
         write_text(html_path, page_of(plan, evidence))
@@ -158,12 +163,21 @@ def _before(plan: Plan, other: Plan) -> Placement:
     return other.placement
 
 
-def _load_of(plan: Plan, path: Path, trace_format: str | None, messages: list[str]) -> ExpertLoad:
-    """The load of the plan's layers and phase."""
+def _load_of(
+    plan: Plan, path: Path, trace_format: str | None, domain: str | None, messages: list[str]
+) -> tuple[ExpertLoad, str]:
+    """The load of the plan's layers and phase, and in words where it is not the load planned on."""
     from moeplan.routing.io import read_trace
     from moeplan.routing.loads import expert_load, pick_tokens
 
-    trace = read_trace(path, format=trace_format, num_experts=plan.num_experts)
+    read = partial(read_trace, path, format=trace_format, num_experts=plan.num_experts)
+    planned = plan.provenance.get("domain")
+    trace = None
+    if domain is None and planned is not None:
+        with suppress(TraceError):  # no such domain; whatever else is wrong comes again below
+            trace, domain = read(domain=planned), planned
+    trace = trace or read(domain=domain)
+    note = _note_of(plan, path, str(trace.origin["sha256"]), domain)
     if isinstance(trace, RoutingTrace) and trace.phase_T is not None and plan.workload.phase in PHASES:
         chosen_T = trace.phase_T == PHASES.index(plan.workload.phase)
         if chosen_T.any():
@@ -187,7 +201,19 @@ def _load_of(plan: Plan, path: Path, trace_format: str | None, messages: list[st
             f"{path} does not hold layer {missing} of the plan (it has {load.num_layers} layers, the plan"
             f" {len(plan.layer_ids)}); give the routing of the same model"
         )
-    return _pick_layers(_with_homes_of(plan, load, path, messages), rows, plan.layer_ids)
+    return _pick_layers(_with_homes_of(plan, load, path, messages), rows, plan.layer_ids), note
+
+
+def _note_of(plan: Plan, path: Path, sha256: str, domain: str | None) -> str:
+    """Where a load shown is not the one planned on; empty for plans that do not say what that was."""
+    made, planned = plan.provenance.get("trace_sha256"), plan.provenance.get("domain")
+    if made in (None, "directory") or (made, planned) == (sha256, domain):
+        return ""
+    mine, theirs = (f"domain {name}" if name else "all" for name in (domain, planned))
+    return (
+        f"the load shown is not the one planned on: it is {mine} of {path.name}; the plan and its own figures are of"
+        f" {theirs} of {'it' if made == sha256 else 'another trace'}"
+    )
 
 
 def _with_homes_of(plan: Plan, load: ExpertLoad, path: Path, messages: list[str]) -> ExpertLoad:

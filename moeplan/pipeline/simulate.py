@@ -25,7 +25,14 @@ from threadpoolctl import threadpool_limits
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.simulation_result import Assumption, Headline, MemoryTrack, RankBytes, SimulationResult
 from moeplan.errors import InputError, MoeplanError, SpecError
-from moeplan.files import atomic_directory, canonical_json, sha256_bytes, sha256_file, write_text
+from moeplan.files import (
+    atomic_directory,
+    canonical_json,
+    require_place,
+    sha256_bytes,
+    sha256_file,
+    write_text,
+)
 from moeplan.pipeline.executor import Executor, Failure, executor_for
 from moeplan.pipeline.serving import build_service
 from moeplan.pipeline.training import TRAINING_DIRECTIONS, TRAINING_EXACT, simulate_training
@@ -34,7 +41,10 @@ from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of, share_de
 from moeplan.simulation.service import simulate_service
 from moeplan.specs.scenario import Scenario
 
-__all__ = ["Simulated", "Sweep", "cases_of", "simulate", "sweep", "write_simulation"]
+__all__ = ["SIMULATION_PLACE", "Simulated", "Sweep", "cases_of", "simulate", "sweep", "write_simulation"]
+
+SIMULATION_PLACE = ("a simulation", ("result.json", "events.parquet"))
+"""What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 
 Progress = Callable[[str, float], None]
 _FIELDS_OF_FILES = ("trace", "current")
@@ -279,16 +289,12 @@ def _require_seeds(seeds: int) -> None:
 
 
 def write_simulation(found: Simulated, out: Path) -> list[Path]:
-    """Write ``result.json`` and ``events.parquet``; an older simulation there is replaced whole.
+    """Write ``result.json`` and ``events.parquet``; those of an older simulation are replaced, other files stay.
 
     Raises:
         InputError: the directory holds something else, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "result.json").is_file():
-        raise SpecError(
-            f"--out ({out}) exists and does not hold a simulation; choose another, so that nothing of yours is lost"
-        )
-    with atomic_directory(out) as directory:
+    with atomic_directory(out, *SIMULATION_PLACE) as directory:
         found.result.save(directory / "result.json")
         if found.log is not None:
             found.log.write(directory / "events.parquet")
@@ -335,11 +341,14 @@ def sweep(
 
     Each case is written when its last run ends, so an interrupted sweep goes on where it stopped. A case whose input
     is wrong, or whose worker died twice, is listed with the reason; the others are not touched by it.
+
+    Raises:
+        InputError: where a case belongs there is something else.
     """
     _require_seeds(seeds)
     cases = cases_of(scenario)
     hashes = [_provenance(one, seeds)["case_sha256"] for _, one in cases]
-    places = [out / "cases" / digest[:16] for digest in hashes]
+    places = [require_place(out / "cases" / digest[:16], *SIMULATION_PLACE) for digest in hashes]
     results: list[SimulationResult | None] = [
         _kept(place, digest) for place, digest in zip(places, hashes, strict=True)
     ]
@@ -368,7 +377,7 @@ def sweep(
             mine = answers.pop(number)
             ordered = [mine[place] for place in sorted(mine)]
             found = _joined(one, case, seeds, ordered)
-            with atomic_directory(places[number]) as directory:
+            with atomic_directory(places[number], *SIMULATION_PLACE) as directory:
                 found.result.save(directory / "result.json")
             results[number] = found.result
         progress("simulate", ended / len(jobs))

@@ -12,7 +12,7 @@ import numpy as np
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import SpecError, TraceError
-from moeplan.files import atomic_directory
+from moeplan.files import atomic_directory, require_place
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.reports.trace_figures import (
     coactivation_picture,
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 Progress = Callable[[str, float], None]
+_PICTURES_PLACE = ("pictures of a trace", ("skew.svg", "drift.svg", "coactivation.svg", "dependency.svg"))
 
 
 def _silent(_what: str, _done: float) -> None:
@@ -82,14 +83,16 @@ def inspect_trace(
     """Measure a trace or a load; with ``out``, a directory of pictures takes its place.
 
     Raises:
-        TraceError: the file cannot be used, or ``windows`` does not fit it; InputError: ``out`` cannot be
-        written.
+        TraceError: the file cannot be used, or ``windows`` does not fit it; InputError: ``out`` holds something
+        else, or cannot be written.
     """
+    if out is not None:
+        require_place(out, *_PICTURES_PLACE)
     source = read_trace(path, format=format_name, domain=domain, num_experts=num_experts)
     statistics = describe(source, windows, seed, progress)
     written: tuple[Path, ...] = ()
     if out is not None:
-        with atomic_directory(out) as folder:
+        with atomic_directory(out, *_PICTURES_PLACE) as folder:
             pictures = _pictures(source, statistics)
             for name, svg in pictures.items():
                 (folder / name).write_text(svg, encoding="utf-8")

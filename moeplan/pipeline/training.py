@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,15 @@ from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.run_traffic import Wire
 from moeplan.costs.traffic import counted_reach, expected_reach
 from moeplan.costs.training import TrainingCosts, expert_group
-from moeplan.errors import InfeasibleError, SpecError
+from moeplan.errors import InfeasibleError, MoeplanError, SpecError
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import profile_of, read_routing, windows_of
+from moeplan.pipeline.inputs import of_another_machine, profile_of, read_routing, windows_of
 from moeplan.simulation.training import TrainingResult
 from moeplan.simulation.training import simulate_training as play
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
+from moeplan.specs.training import RecomputeModule, TrainingSpec
 
 __all__ = ["TRAINING_DIRECTIONS", "TRAINING_EXACT", "Trained", "simulate_training"]
 
@@ -84,7 +86,8 @@ def simulate_training(
     model, cluster = scenario.model_spec(), scenario.cluster_spec()
     spec.micro_batches(cluster.num_ranks)  # degrees that do not divide are said before anything is read
     group = expert_group(cluster, spec.ep)
-    notes: list[str] = []
+    profile = profile_of(scenario.profile, cluster.accelerator.name)
+    notes = of_another_machine(profile, cluster.accelerator.name)
     load = None
     if spec.experts == "balanced":
         load_WLE = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)[None]
@@ -94,21 +97,22 @@ def simulate_training(
         notes += require(run_checks(Bundle(model=model, cluster=group, workload=scenario.workload, load=load)))
         load_WLE = load.load_WLE
     placement = _placement(scenario, model, group)
-    costs = TrainingCosts(
-        model,
-        cluster,
-        profile_of(scenario.profile, cluster.accelerator.name),
-        placement,
-        load_WLE,
-        spec,
-        scenario.workload.weight_dtype,
-        scenario.workload.activation_dtype,
-        scenario.objective.dispatch,
-    )
+
+    def costs_of(spec: TrainingSpec, placement: Placement) -> TrainingCosts:
+        work = scenario.workload
+        return TrainingCosts(
+            model, cluster, profile, placement, load_WLE, spec, work.weight_dtype, work.activation_dtype,
+            scenario.objective.dispatch,
+        )  # fmt: skip
+
+    def peak_bytes(spec: TrainingSpec) -> float:
+        costs = costs_of(spec, _placement(scenario, model, expert_group(cluster, spec.ep)))
+        return play(costs).peak.peak_bytes
+
+    costs = costs_of(spec, placement)
     result = play(costs, origin, scenario.fidelity)
-    for note in result.notes:
-        if note.startswith("does not fit"):
-            raise InfeasibleError(f"training {note}")
+    if result.peak.peak_bytes > result.memory_bytes:
+        raise InfeasibleError(_too_large(spec, result, peak_bytes))
     headlines = _headlines(result)
     ends = _ends(costs, headlines) if intervals else {}
     memory = tuple(
@@ -129,7 +133,42 @@ def simulate_training(
     )
     notes += [f"extrapolated beyond measurements: {name}" for name in sorted(set(costs.extrapolated))]
     traffic = _traffic(costs, placement, load, scenario)
-    return Trained(result, model, cluster, headlines, ends, memory, traffic, assumptions, (*notes, *result.notes))
+    return Trained(result, model, cluster, headlines, ends, memory, traffic, assumptions, tuple(notes))
+
+
+def _too_large(spec: TrainingSpec, result: TrainingResult, peak_bytes: Callable[[TrainingSpec], float]) -> str:
+    """What is missing, and which single changes of the specification are enough: each is tried."""
+    changes: list[dict[str, Any]] = [
+        *([{"recompute_modules": get_args(RecomputeModule)}] if spec.recompute == "none" else []),
+        {"recompute": "attention"},
+        {"recompute": "full", "recompute_modules": ()},
+        {"zero": 2},
+        {"zero": 3},
+        *({name: 2 * getattr(spec, name)} for name in ("tp", "cp", "pp", "ep")),
+        {"micro_batch": spec.micro_batch // 2},
+    ]
+    tried = []
+    for change in changes:
+        differs = {name: value for name, value in change.items() if value != getattr(spec, name)}
+        with suppress(MoeplanError):  # degrees that do not divide, or do not fit the model or the cluster
+            other = TrainingSpec.parse(spec.model_dump(mode="json") | differs | {"steps": 1}, "training")
+            tried.append((peak_bytes(other), ", ".join(f"training.{n}: {_yaml(v)}" for n, v in differs.items())))
+    limit, peak = result.memory_bytes, result.peak
+    need = f"training does not fit: stage {peak.stage} needs {_gib(peak.peak_bytes)} of {_gib(limit)}"
+    if fitting := [f"{words} ({_gib(size)})" for size, words in tried if size <= limit]:
+        return f"{need}; each of these alone fits: {'; '.join(fitting)}"
+    size, words = min(tried, default=(peak.peak_bytes, ""))
+    if size >= peak.peak_bytes:
+        return f"{need}; no single change of training lowers that: use accelerators with more memory"
+    return f"{need}; no single change is enough: {words} comes nearest, {_gib(size)}, {_gib(size - limit)} too much"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _yaml(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
 
 
 def _headlines(result: TrainingResult) -> dict[str, float]:

@@ -34,19 +34,23 @@ def cpu_figures(directory: Path | None, live_s: float | None, progress: Progress
         MissingExtraError: ``live_s`` is given and torch is not installed.
     """
     if live_s is not None:
+        from moeplan.profiling.device import may_be_realtime
+
+        realtime = may_be_realtime()
         with tempfile.TemporaryDirectory() as room:
-            return _checked(_measure(Path(room) / "cpu", live_s, progress), "measured now")
+            check = _measure(Path(room) / "cpu", live_s, realtime, progress)
+        return _checked(check, "measured now" if realtime else "measured now, without real-time priority")
     if directory is None:
         note = f"no profiles/cpu-* here; measure one with: {_MEASURE}"
         return [_figure(what, None, {"note": note}) for what in _CPU_TABLES.values()]
     return _checked(check_profile(directory), directory.name)
 
 
-def _measure(out: Path, live_s: float, progress: Progress) -> dict[str, Any]:
+def _measure(out: Path, live_s: float, realtime: bool, progress: Progress) -> dict[str, Any]:
     from moeplan.pipeline.profiling import measure_profile
 
     for part, ops in (("experts", ()), ("collectives", ("alltoall",))):
-        options = {"budget_s": live_s / 2, "realtime": True, "ops": ops}
+        options = {"budget_s": live_s / 2, "realtime": realtime, "ops": ops}
         measure_profile(profile_request(part, "cpu", options), out, progress=progress)
     return check_profile(out)
 

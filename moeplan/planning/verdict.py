@@ -18,7 +18,7 @@ def judge(
     planned_W: NDArray[np.float64],
     best_possible_gain: float,
     held_out: str,
-    is_held_out: bool,
+    unchecked: str,
     migration: Migration | None,
 ) -> Verdict:
     """Set the expected gain, with its 95 % interval over windows, against the migration.
@@ -28,7 +28,7 @@ def judge(
         baseline_W, planned_W: seconds of a step in each held-out window under either.
         best_possible_gain: part of the baseline's time that no placement can exceed (from the bound).
         held_out: what the windows are, in words.
-        is_held_out: false where there was nothing to hold out; the plan is then not recommended on that evidence alone.
+        unchecked: why nothing was held out and what to do; the plan is then not recommended. Empty where it was.
         migration: from the current placement, None for a fresh start.
     """
     gain_W = 1.0 - planned_W / baseline_W
@@ -51,12 +51,9 @@ def judge(
         apply, reason = False, f"no gain over {baseline} is expected on {held_out}"
     elif low <= 0 and len(gain_W) > 1:
         apply, reason = False, f"the gain over {baseline} ({mean:.1%}) is not above its spread on {held_out}"
-    elif not is_held_out:
+    elif unchecked:
         apply = False
-        reason = (
-            f"the gain over {baseline} ({mean:.1%}) was seen only on the data planned on; record token-level routing or"
-            " several windows to have it checked"
-        )
+        reason = f"the gain over {baseline} ({mean:.1%}) was seen only on the data planned on; {unchecked}"
     elif break_even is not None:
         apply = True
         reason = f"saves {mean:.1%} of a step over {baseline}; the migration has paid after {break_even:.2g} s"

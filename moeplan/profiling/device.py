@@ -12,7 +12,7 @@ from typing import Any
 from moeplan.errors import MissingExtraError, SpecError, UnknownNameError
 from moeplan.specs.model import DTYPE_BYTES
 
-__all__ = ["CACHE_BYTES_UNKNOWN", "Device", "find_device", "pinned", "torch_module"]
+__all__ = ["CACHE_BYTES_UNKNOWN", "Device", "find_device", "may_be_realtime", "pinned", "torch_module"]
 
 CACHE_BYTES_UNKNOWN = 64 * 2**20
 _MEMORY_SHARE = 0.6  # of the free memory that buffers may take: workspaces and gradients need the rest
@@ -94,6 +94,17 @@ class Device:
         """Wait for the device."""
         if self.is_cuda:
             self.torch.cuda.synchronize()
+
+
+def may_be_realtime() -> bool:
+    """Whether this process may take real-time priority: tried, and put back."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        return False
+    os.sched_setscheduler(0, *before)
+    return True
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeplan.artifacts.profile_tables import TABLES
 from moeplan.errors import ProfileError
 from moeplan.files import canonical_json, read_lines
 
@@ -68,7 +69,10 @@ class Journal:
                 self._line({"table": table, "row": row, "us": samples})
             temporary.replace(path)
         except OSError as error:
-            raise ProfileError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ProfileError:
+        return ProfileError(f"cannot write {self.path}: {error.strerror or error}; choose another --out")
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
         lines = list(read_lines(path))
@@ -79,6 +83,8 @@ class Journal:
                     _same_setup(path, entry, header)
                     continue
                 samples = [float(value) for value in entry["us"]]
+                if entry["table"] not in TABLES or not samples:
+                    raise ValueError
                 self.points[point_key(entry["table"], entry["row"])] = entry["table"], entry["row"], samples
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines) - 1 and number > 0:
@@ -87,24 +93,38 @@ class Journal:
 
     def _line(self, value: Mapping[str, Any]) -> None:
         if self._stream is not None:
-            self._stream.write(json.dumps(value, separators=(",", ":")) + "\n")
-            self._stream.flush()
+            try:
+                self._stream.write(json.dumps(value, separators=(",", ":")) + "\n")
+                self._stream.flush()
+            except OSError as error:  # a full disk
+                raise self._unwritable(error) from error
 
     def samples(self, table: str, row: Mapping[str, Any]) -> list[float]:
         """Samples of a point so far; empty where it was not measured."""
         return self.points.get(point_key(table, row), ("", {}, []))[2]
 
     def add(self, table: str, row: Mapping[str, Any], samples: list[float]) -> None:
-        """Add samples to a point and write all of them: the last line about a point holds."""
+        """Add samples to a point and write all of them: the last line about a point holds.
+
+        Raises:
+            ProfileError: the file cannot be written.
+        """
         merged = self.samples(table, row) + [round(value, 3) for value in samples]
         self.points[point_key(table, row)] = table, dict(row), merged
         self._line({"table": table, "row": row, "us": merged})
 
     def close(self, remove: bool = False) -> None:
-        """Close the file; ``remove`` it once its points stand in a profile. A file without points is removed."""
+        """Close the file; ``remove`` it once its points stand in a profile. A file without points is removed.
+
+        Raises:
+            ProfileError: the last points cannot be written.
+        """
         if self._stream is not None:
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            self._stream = None
+            stream, self._stream = self._stream, None
+            try:
+                with stream:
+                    os.fsync(stream.fileno())
+            except OSError as error:
+                raise self._unwritable(error) from error
         if (remove or not self.points) and self.path is not None:
             self.path.unlink(missing_ok=True)

@@ -170,16 +170,20 @@ def run_benches(benches: Sequence[Bench], rig: Rig, budget_s: float, report: Pro
     A bench's share is in proportion to its series; what it leaves goes to those after it.
     """
     begun = time.monotonic()
-    for number, bench in enumerate(benches):
-        report(bench.name, number / len(benches))
+    benches = [bench for bench in benches if bench.series]
+    total = sum(len(bench.series) for bench in benches)
+    before = 0
+    for bench in benches:
+        report(bench.name, before / total)
         now = time.monotonic()
-        to_come = sum(len(other.series) for other in benches[number:])
-        share_s = max(begun + budget_s - now, 0.02 * budget_s) * len(bench.series) / to_come
+        own = len(bench.series)
+        share_s = max(begun + budget_s - now, 0.02 * budget_s) * own / (total - before)
 
-        def tell(done: float, number: int = number, name: str = bench.name) -> None:
-            report(name, (number + min(done, 1.0)) / len(benches))
+        def tell(done: float, before: int = before, own: int = own, name: str = bench.name) -> None:
+            report(name, (before + own * min(done, 1.0)) / total)
 
         _run_bench(bench, rig, rig.agree(share_s), tell)
+        before += own
     report("measured", 1.0)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -23,6 +25,11 @@ from moeplan.profiling.journal import Journal
 from moeplan.profiling.protocol import Progress, Rig, run_benches
 
 __all__ = ["Job", "run_local_ranks", "run_torchrun_rank", "under_torchrun"]
+
+
+class _ExchangeError(ProfileError):
+    """An exchange failed, most often because a peer is gone."""
+
 
 Points = dict[str, tuple[str, dict[str, Any], list[float]]]
 _GRACE_S = 3.0
@@ -87,7 +94,7 @@ def _measure(job: Job, rank: int, world: int, journal: Journal, report: Progress
     try:
         run_benches(collective_benches(comm, job.what), rig, job.budget_s, report)
     except (RuntimeError, OSError) as error:
-        raise ProfileError(f"while measuring {rig.doing}: {str(error).splitlines()[0]}") from error
+        raise _ExchangeError(f"while measuring {rig.doing}: {str(error).splitlines()[0]}") from error
     return rig.left_out
 
 
@@ -109,6 +116,9 @@ def _start_group(device: Device | None, job: Job, store: Any, rank: int, world: 
 def run_torchrun_rank(job: Job, journal: Journal, report: Progress) -> list[str]:
     """Measure as one of the ranks that torchrun started; rank 0's ``journal`` keeps the points.
 
+    torchrun ends the survivors of a dead rank with SIGTERM, often before an exchange fails: that too ends the run
+    with the message here.
+
     Raises:
         ProfileError: a rank died; the message names it and what was being measured.
     """
@@ -124,13 +134,21 @@ def run_torchrun_rank(job: Job, journal: Journal, report: Progress) -> list[str]
         "nccl" if job.device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=job.timeout_s)
     )
     store = dist.distributed_c10d._get_default_store()
+    before = signal.signal(signal.SIGTERM, _told_to_end)
     try:
         left_out = _measure(job, rank, world, journal, report)
         dist.barrier()
-    except ProfileError as error:
-        raise ProfileError(f"{_missing_rank(store, rank, world)} {error}; points until then are kept") from error
+    except (_ExchangeError, RuntimeError, InterruptedError) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is something to say first
+        reason = str(error).splitlines()[0]
+        raise ProfileError(f"{_missing_rank(store, rank, world)} {reason}; points until then are kept") from error
+    signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
     return left_out
+
+
+def _told_to_end(_number: int, _frame: Any) -> None:
+    raise InterruptedError("ended by SIGTERM")
 
 
 def _missing_rank(store: Any, rank: int, world: int) -> str:
@@ -144,7 +162,7 @@ def _missing_rank(store: Any, rank: int, world: int) -> str:
                 time.sleep(0.05)
             if not store.check([f"moeplan/alive/{other}"]):
                 missing.append(str(other))
-        return f"rank {', '.join(missing)} died" if missing else "no rank died, but an exchange failed"
+        return f"rank {', '.join(missing)} died" if missing else f"no rank died, but rank {rank} stopped"
     except RuntimeError:
         return "the rank that holds the store (rank 0) died"
 
@@ -174,7 +192,8 @@ def _local_rank(rank: int, world: int, port: int, job: Job, points: Points, link
         dist.barrier()
         dist.destroy_process_group()
     except (MoeplanError, RuntimeError, OSError) as error:
-        link.send(("failed", rank, type(error).__name__, str(error)))
+        with suppress(OSError):  # the parent was killed: nobody listens
+            link.send(("failed", rank, type(error).__name__, str(error)))
         os._exit(3)
     link.close()
 

@@ -122,7 +122,6 @@ def system_facts(device: Device) -> dict[str, float | str]:
     facts: dict[str, float | str] = {"largest_allocation_bytes": float(largest_allocation_bytes(device))}
     facts.update(_links())
     if not device.is_cuda:
-        facts["threads"] = float(torch.get_num_threads())
         facts["cores"] = float(len(os.sched_getaffinity(0)))
         facts["cache_bytes"] = float(device.cache_bytes)
         facts["instruction_set"] = str(torch.backends.cpu.get_cpu_capability())

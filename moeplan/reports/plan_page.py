@@ -39,6 +39,7 @@ def render_plan_page(
     before: Placement | None = None,
     load_LE: NDArray[np.float64] | None = None,
     *,
+    load_note: str = "",
     before_name: str = "before",
     evaluation_before: tuple[LayerEvaluation, ...] = (),
     traffic_before_RR: NDArray[np.float64] | None = None,
@@ -55,6 +56,7 @@ def render_plan_page(
         plan: The plan.
         before: The placement it is compared with, called ``before_name`` on the page.
         load_LE: Tokens per layer and expert, for the load of ranks before and after.
+        load_note: Where the load is not the one planned on.
         before_name: Name of ``before``.
         evaluation_before: What ``before`` does to each layer.
         traffic_before_RR: Amount from (home or source) rank to rank in ``traffic_unit``, summed over layers.
@@ -72,6 +74,7 @@ def render_plan_page(
 
     evidence = Evidence(
         load_LE=load_LE,
+        load_note=load_note,
         before=before,
         before_name=before_name,
         evaluation_before=evaluation_before,

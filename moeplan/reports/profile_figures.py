@@ -38,16 +38,21 @@ def profile_picture(title: str, axis: str, curves: Sequence[Curve]) -> str:
     """SVG of some curves over one size axis, both axes in logs."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(7.5, 5), layout="constrained")
+        # Names of curves are long: they stand below, a line each, and do not narrow the picture.
+        figure = Figure(figsize=(7.5, 5 + 0.17 * len(curves)), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         for number, curve in enumerate(curves):
             _draw(upper, lower, curve, _COLOURS[number % len(_COLOURS)])
         upper.set(xscale="log", yscale="log", ylabel="latency, us", title=title)
         lower.axhline(0, color="black", linewidth=0.6)
-        lower.set(xlabel=axis, ylabel="held out,\npredicted / measured - 1")
-        upper.legend(fontsize=7)
+        lower.set(xlabel=axis, ylabel="error, %")
+        figure.legend(fontsize=7, loc="outside lower left", frameon=False)
+        for ticks in (upper.xaxis, upper.yaxis):  # plain numbers: mathematical text is off
+            ticks.set_major_formatter(EngFormatter(sep=""))
+            ticks.set_minor_formatter(NullFormatter())
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
         stream = io.StringIO()
@@ -64,7 +69,7 @@ def _draw(upper: Any, lower: Any, curve: Curve, colour: str) -> None:
     upper.plot(curve.size_n, curve.latency_us_n, color=colour, linewidth=0.9)
     if len(curve.roofline_us_n):
         upper.plot(curve.size_n, curve.roofline_us_n, color=colour, linewidth=0.9, linestyle="dotted")
-    lower.plot(curve.size_n, curve.residual_n, marker=".", linestyle="none", color=colour)
+    lower.plot(curve.size_n, 100 * curve.residual_n, marker=".", linestyle="none", color=colour)
 
 
 def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -81,7 +86,8 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[tuple[
     )
     note = (
         "Points are medians, bars the 10th to 90th percentile, lines the interpolation, dotted lines the roofline"
-        " from this profile's own best copy and product."
+        " from this profile's own best copy and product. Errors are those of points held out, predicted over measured"
+        " less 1."
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'

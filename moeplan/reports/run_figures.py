@@ -30,7 +30,7 @@ _TAB = ("#3b6fb6", "#d08a27", "#4f9d69", "#a65a9e", "#b5483a", "#6b8e9c", "#8a7b
 _KIND_COLOUR = {
     "attention": _TAB[0], "dense": _TAB[5], "router": _TAB[6], "shared": _TAB[7], "experts": _TAB[2],
     "dispatch": _TAB[1], "combine": _TAB[4], "transfer": _TAB[6], "forward": _TAB[0], "backward": _TAB[2],
-    "gradient_sync": _TAB[1], "optimizer": _TAB[3], "migrate": _TAB[3], "step": _TAB[5],
+    "gradient_sync": _TAB[1], "optimizer": _TAB[3], "migrate": _TAB[7], "step": _TAB[5],
 }  # fmt: skip
 _MAX_BARS = 6000
 OPERATIONS = ("forward", "backward", "gradient_sync", "optimizer", "transfer", "migrate")

@@ -53,13 +53,14 @@ NO_LOCALITY = Locality()
 class Evidence:
     """What is known beyond the plan file; every part may be missing.
 
-    ``load_LE`` are tokens per layer and expert, ``before`` is the placement compared with and
-    ``evaluation_before`` what it does to each layer, ``traffic_*_RR`` (from home or source rank, to rank) are
-    in ``traffic_unit``, ``locality_*`` are counted on the tokens of the load, ``speed_R`` is the relative
-    speed of each rank (None: equal).
+    ``load_LE`` are tokens per layer and expert, ``load_note`` says where they are not those planned on, ``before``
+    is the placement compared with and ``evaluation_before`` what it does to each layer, ``traffic_*_RR`` (from
+    home or source rank, to rank) are in ``traffic_unit``, ``locality_*`` are counted on the tokens of the load,
+    ``speed_R`` is the relative speed of each rank (None: equal).
     """
 
     load_LE: NDArray[np.float64] | None = None
+    load_note: str = ""
     before: Placement | None = None
     before_name: str = "before"
     evaluation_before: tuple[LayerEvaluation, ...] = ()

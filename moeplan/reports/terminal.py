@@ -172,9 +172,11 @@ class LoadMap:
         beside = (options.max_width - label) // len(self.sides) - 3
         marks = _BLOCKS if not options.ascii_only else _ASCII
         low, high = self.limits
-        yield Text(
-            f"load of a rank / mean of its layer, {marks[0]} {low:.2f} to {marks[-1]} {high:.2f}", style="dim"
-        )
+        scale = f"load of a rank / mean of its layer, {marks[0]} {low:.2f} to {marks[-1]} {high:.2f}"
+        largest = max(float(np.nanmax(values)) for _, values in self.sides)
+        if largest > high:
+            scale += f" and more (largest {largest:.2f})"
+        yield Text(scale, style="dim")
         stacked = len(self.sides) > 1 and beside < ranks
         columns = min(ranks, options.max_width - label if stacked else beside)
         if stacked:

@@ -50,8 +50,8 @@ def skew_picture(
             axes.plot(range(len(layer_ids)), ranks_L, color=_CONTROL, marker="o", label="8 contiguous ranks")
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_ylabel("load, max / mean")
-        axes.set_title("Skew per layer")
-        axes.legend()
+        axes.set_title("Skew per layer", loc="left")
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.2)
         _layer_axis(axes, layer_ids)
         return _svg(figure)
 

@@ -74,7 +74,11 @@ class TrainingResult:
     log: EventLog
     source: Mapping[str, str]
     extrapolated: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> StageMemory:
+        """The stage that needs most memory."""
+        return max(self.memory, key=lambda stage: stage.peak_bytes)
 
 
 class _Play:
@@ -235,15 +239,7 @@ def simulate_training(
     flops = per_rank * model_flops_per_token(costs.model, spec.sequence, spec.mtp_layers)
     whole = now * spec.pp
     idle = whole - totals["work"] - totals["sync"] - totals["optimizer"]
-    memory = play.memory(timed)
-    peak = max(memory, key=lambda m: m.peak_bytes)
     limit = min(cluster.rank_memory_bytes(r) for r in range(cluster.num_ranks) if not cluster.rank(r).failed)
-    notes = []
-    if peak.peak_bytes > limit:
-        notes.append(
-            f"does not fit: stage {peak.stage} needs {peak.peak_bytes / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB;"
-            " recompute, use more stages or expert-parallel ranks, or a higher ZeRO stage"
-        )
     ranks = {"ranks": "one for each pipeline stage", "fidelity": "schedule"}
     if fidelity == "detailed":
         ranks = {"ranks": "one expert-parallel group for each pipeline stage", "fidelity": "detailed"}
@@ -260,10 +256,9 @@ def simulate_training(
         exposed_sync_share=totals["sync"] / whole,
         optimizer_share=totals["optimizer"] / whole,
         dropped_share=float(costs.dropped_WL.mean()),
-        memory=memory,
+        memory=play.memory(timed),
         memory_bytes=limit,
         log=play.recorder.build("simulated", cluster.num_ranks, cluster.num_nodes, {**ranks, **(origin or {})}),
         source=costs.source,
         extrapolated=costs.extrapolated,
-        notes=tuple(notes),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,8 +14,8 @@ from moeplan.files import read_json, read_yaml
 __all__ = ["Spec", "read_document", "validation_message"]
 
 
-def validation_message(where: str, error: ValidationError) -> str:
-    """One line per wrong field: path (value): what is wrong."""
+def validation_message(where: str, error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """One line per wrong field: path (value): what is wrong; of ``model`` an unknown field's nearest name."""
     lines = []
     for item in error.errors(include_url=False):
         path, message = ".".join(str(part) for part in item["loc"]), item["msg"].removeprefix("Value error, ")
@@ -23,8 +24,33 @@ def validation_message(where: str, error: ValidationError) -> str:
             continue
         value = item["input"]
         shown = f" ({value!r})" if isinstance(value, (str, int, float, bool)) and item["type"] != "missing" else ""
+        if item["type"] == "extra_forbidden":
+            message = "there is no such field" + _hint(model, item["loc"])
+        message = _WORDS.get(item["type"], message.replace("Input should be", "must be"))
         lines.append(f"{path or 'document'}{shown}: {message}")
     return f"{where}: " + "; ".join(lines)
+
+
+# Of pydantic's messages, those that speak of Python.
+_WORDS = {"missing": "is missing", "model_type": "must be a mapping of fields", "dict_type": "must be a mapping"}
+
+
+def _hint(model: type[BaseModel] | None, path: tuple[int | str, ...]) -> str:
+    """The field that an unknown one at ``path`` may be meant for, else those there are."""
+    models = [] if model is None else [model]
+    for part in path[:-1]:
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [found for each in fields for found in _models(each)] or models  # else an index or a member of a union
+    names = sorted({name for m in models for name in m.model_fields})
+    close = get_close_matches(str(path[-1]), names, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; choose one of: {', '.join(names)}" if names else ""
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _models(inner)]
 
 
 def read_document(path: Path) -> Any:
@@ -47,7 +73,7 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            raise SpecError(validation_message(where, error)) from error
+            raise SpecError(validation_message(where, error, cls)) from error
 
     @classmethod
     def from_file(cls, path: Path) -> Self:

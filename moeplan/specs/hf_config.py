@@ -175,7 +175,8 @@ def model_from_hf_config(config: Mapping[str, Any], where: str, name: str | None
     experts: int | list[int] | None = c.get(*_EXPERTS)
     if not experts or c.get("enable_moe_block") is False:
         raise SpecError(
-            f"{where}: not a Mixture-of-Experts model ({kind}): it has none of the keys {', '.join(_EXPERTS)}"
+            f"{where}: not a Mixture-of-Experts model{kind and f' ({kind})'}: it has none of the keys"
+            f" {', '.join(_EXPERTS)}; give the config.json of one, or a built-in name (moeplan models)"
         )
     hidden = c.need("hidden size", *_HIDDEN)
     blocks = c.marks(

@@ -17,7 +17,7 @@ from moeplan.specs.models import find_model
 from moeplan.specs.serving import ServingSpec
 from moeplan.specs.training import TrainingSpec
 from moeplan.specs.workload import Objective, Workload
-from moeplan.units import Bytes, Seconds
+from moeplan.units import Bytes, Seconds, format_quantity
 
 __all__ = ["Fidelity", "Scenario"]
 
@@ -116,6 +116,12 @@ class Scenario(Spec):
         for name in ("migration_size", "migration_time"):
             if getattr(self, name) is not None and self.current is None:
                 raise ValueError(f"{name} limits what is moved from current, which is not given; name the file")
+        if self.kv_reserve is not None and "max" not in (self.redundant, *self.sweep.get("redundant", ())):
+            size = format_quantity(self.kv_reserve, "bytes")
+            raise ValueError(
+                f"kv_reserve ({size}) is kept free by redundant: max, but redundant is {self.redundant};"
+                " leave kv_reserve out, or write redundant: max"
+            )
         if self.serving is not None and self.training is not None:
             raise ValueError("serving and training are two jobs; give one of them")
         return self

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from moeplan.cli import cli
 from moeplan.registry import load_plugin, plugin_names
@@ -42,3 +43,22 @@ def test_commands_of_the_readme_exist() -> None:
     names = {first or second for first, second in used}
     assert {"optimize", "export", "show"} <= names
     assert names <= set(cli.list_commands(click.Context(cli)))
+
+
+def test_the_picture_of_the_readme_is_what_its_command_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = re.search(r'bin/moeplan" (optimize .*--out out/demo)$', (ROOT / "run.sh").read_text("utf-8"), re.M)
+    draw = re.search(r"drawn by\n`moeplan (show out/demo .*)`", (ROOT / "README.md").read_text("utf-8"))
+    assert plan and draw  # noqa: PT018
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("moeplan.pipeline.optimize.MIN_HELD_OUT_TOKENS", 10**9)  # the picture shows no verdict
+    for command in (plan[1], draw[1]):
+        words = command.replace("out/demo", str(tmp_path / "demo")).replace("docs/", f"{tmp_path}/").split()
+        ran = CliRunner().invoke(cli, [*words, "--quiet"])
+        assert ran.exit_code == 0, ran.output
+    drawn, kept = (
+        # not the paths and ids: they are the drawing library's
+        re.findall(r"<(?:title|style|text)\b[^>]*>([^<]+)", (folder / "plan.svg").read_text(encoding="utf-8"))
+        for folder in (tmp_path, ROOT / "docs")
+    )
+    assert len(drawn) > 20
+    assert kept == drawn, "docs/plan.svg is stale: run make demo and the command of the README"

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from pathlib import Path
 
 import pytest
 
 from moeplan import files
-from moeplan.errors import InputError
+from moeplan.errors import InputError, SpecError
+
+PLAN = ("a plan", ("plan.json", "*.html"))
 
 
 def test_a_path_is_written_whole_or_not_at_all(tmp_path):
@@ -33,27 +36,78 @@ def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
 def test_a_directory_takes_the_place_of_the_old_one_whole(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "stale").write_text("old")
-    with files.atomic_directory(out) as temporary:
+    for name in ("plan.json", "stale.html"):
+        (out / name).write_text("old")
+    with files.atomic_directory(out, *PLAN) as temporary:
         (temporary / "plan.json").write_text("new")
-        assert (out / "stale").exists()
-    assert [p.name for p in out.iterdir()] == ["plan.json"]
+        assert (out / "stale.html").exists()
+    assert [(p.name, p.read_text()) for p in out.iterdir()] == [("plan.json", "new")]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_somebody_elses_in_a_directory_stays(tmp_path):
+    out = tmp_path / "out"
+    (out / "photos").mkdir(parents=True)
+    (out / "photos" / "1.png").write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(SpecError, match=r"out\) exists and does not hold a plan; choose another"):
+        files.atomic_directory(out, *PLAN).__enter__()
+    (out / "plan.json").write_text("old")
+    with files.atomic_directory(out, *PLAN) as temporary:
+        (temporary / "plan.json").write_text("new")
+    found = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"out/plan.json": "new", "out/notes.txt": "mine", "out/photos/1.png": "mine"}
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    out = tmp_path / "out"
+    out.symlink_to("disk")
+    with files.atomic_directory(out, *PLAN) as temporary:
+        (temporary / "plan.json").write_text("new")
+    assert out.is_symlink()
+    assert (tmp_path / "disk" / "plan.json").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"]
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=r"--out \(\.\) is the current directory"):
+        files.require_place(Path(name), *PLAN)
+
+
+def test_a_swap_that_is_interrupted_puts_the_old_directory_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "plan.json").write_text("old")
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if target == out and not path.name.endswith(".old"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.atomic_directory(out, *PLAN):
+        pass
+    assert {p.name: p.read_text() for p in out.iterdir()} == {"plan.json": "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_directory_is_left_alone_when_the_block_fails(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "keep").write_text("old")
+    (out / "plan.json").write_text("old")
 
     def interrupt():
-        with files.atomic_directory(out) as temporary:
+        with files.atomic_directory(out, *PLAN) as temporary:
             (temporary / "plan.json").write_text("new")
             raise KeyboardInterrupt("stop")
 
     with pytest.raises(KeyboardInterrupt, match="stop"):
         interrupt()
-    assert [p.name for p in out.iterdir()] == ["keep"]
+    assert [p.read_text() for p in out.iterdir()] == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -61,7 +115,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match=r"cannot write .*below: .*choose another --out"):
         files.write_text(tmp_path / "file" / "below", "x")
-    blocked = files.atomic_directory(tmp_path / "file")
+    blocked = files.atomic_directory(tmp_path / "file", *PLAN)
     with pytest.raises(InputError, match=r"cannot write .*file: it is a file, not a directory"):
         blocked.__enter__()
 

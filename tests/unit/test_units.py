@@ -48,12 +48,18 @@ def test_quantities_are_read_in_base_units(kind, text, value):
 
 
 @pytest.mark.parametrize(
-    "value", ["5", 5, 5.0, "-3 GB", "GB", "3 GB/s", "3 gb", "", None, True, "3 GB GB", "nan GB", "1e GB"]
+    "value", ["5", 5, 5.0, "GB", "3 GB/s", "3 gb", "", None, True, "3 GB GB", "nan GB", "1e GB"]
 )
 def test_what_is_not_a_quantity_is_refused_with_an_example(value):
     with pytest.raises(
         ValidationError, match=r"is not a quantity in bytes; write it with its unit, as in '141 GiB'"
     ):
+        TypeAdapter(Bytes).validate_python(value)
+
+
+@pytest.mark.parametrize("value", ["-3 GB", "-3", " -.5 GB", -3, -0.5])
+def test_a_negative_quantity_is_told_its_sign_whatever_its_unit(value):
+    with pytest.raises(ValidationError, match=r"must not be negative; write it as in '141 GiB'"):
         TypeAdapter(Bytes).validate_python(value)
 
 

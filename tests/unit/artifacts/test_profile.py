@@ -17,7 +17,7 @@ from moeplan.artifacts.profile import (
     shipped_profiles,
 )
 from moeplan.artifacts.profile_tables import TABLES, measure_command, schema_document
-from moeplan.errors import ProfileError, UnknownNameError
+from moeplan.errors import ProfileError, SpecError, UnknownNameError
 
 META = ProfileMeta(
     name="toy",
@@ -87,6 +87,7 @@ def test_a_truncated_table_is_refused(tmp_path: Path) -> None:
             r"schema_version \(0\) is older than this moeplan's \(1\); measure again: moeplan profile",
         ),
         ({"schema_version": 2}, r"schema_version \(2\) is newer"),
+        ({"schema_version": "1"}, r"schema_version \('1'\) must be a whole number"),
         ({"date": None}, r"profile.json: date"),
         ({"surprise": 1}, r"surprise"),
         ({"tables": {"magic": {"file": "x", "rows": 1, "sha256": ""}}}, r"tables \(magic\) are not known"),
@@ -106,6 +107,51 @@ def test_corrupt_json_says_so(tmp_path: Path) -> None:
         load_profile(tmp_path)
 
 
+def test_a_document_that_is_no_object_says_so(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text("[]")
+    with pytest.raises(ProfileError, match=r"profile.json is not a profile document"):
+        load_profile(tmp_path)
+
+
+def test_a_table_has_the_rows_that_its_profile_says(tmp_path: Path) -> None:
+    HardwareProfile(META, {"gemm": gemm()}).save(tmp_path / "p")
+    path = tmp_path / "p" / "profile.json"
+    document = json.loads(path.read_text())
+    document["tables"]["gemm"]["rows"] = 4
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=r"has 3 rows, profile.json says tables.gemm.rows \(4\)"):
+        load_profile(tmp_path / "p").table("gemm")
+
+
+def test_a_profile_is_not_written_over_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(SpecError, match="does not hold a profile"):
+        HardwareProfile(META, {"gemm": gemm()}).save(tmp_path)
+
+
+EXPERTS = {"hidden": 8, "inter": 8, "num_experts": 4, "top_k": 2, "ep": 1, "tp": 1, "dtype": "bf16"}
+EXPERTS |= {"distribution": "explicit", "tokens": 4, "vector": "4 4 0 0", "latency_us": 1.0}
+EXPERTS |= {"backend": "moeplan", "kernel": "loop", "source": "here"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"vector": "4 -4 0 0"}, r"vector of table experts must be whole numbers .*; row 2 holds '4 -4 0 0'"),
+        ({"vector": "4 4.5"}, r"vector of table experts must be whole numbers"),
+        ({"direction": "sideways"}, r"direction of table experts must be forward or backward; row 2 holds 'sideways'"),
+        ({"rank_pairs": -2}, r"rank_pairs of table experts must be -1 or above; row 2 holds -2"),
+        ({"tokens": 0}, r"tokens of table experts must be 1 or above; row 2 holds 0"),
+        ({"num_slots": -1}, r"num_slots of table experts must be 0 or above"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(wrong: dict[str, object], message: str) -> None:
+    plain = EXPERTS | {"direction": "forward", "rank_pairs": -1, "num_slots": 0}
+    HardwareProfile(META, {"experts": pa.Table.from_pylist([plain, plain | {"vector": "", "rank_pairs": 0}])})
+    with pytest.raises(ProfileError, match=message):
+        HardwareProfile(META, {"experts": pa.Table.from_pylist([plain, plain | wrong])})
+
+
 def test_a_table_file_stays_inside_its_profile(tmp_path: Path) -> None:
     HardwareProfile(META, {"gemm": gemm()}).save(tmp_path / "p")
     path = tmp_path / "p" / "profile.json"
@@ -121,8 +167,9 @@ def test_a_table_file_stays_inside_its_profile(tmp_path: Path) -> None:
     [
         (gemm(k=[]), "lacks column k"),
         (gemm(extra=[1, 2, 3]), "has unknown column extra"),
-        (gemm(latency_us=[1.0, 0.0, 2.0]), "latency_us of table gemm must be finite and above 0"),
-        (gemm(latency_us=[1.0, float("nan"), 2.0]), "must be finite"),
+        (gemm(latency_us=[1.0, 0.0, 2.0]), r"latency_us of table gemm must be finite and above 0; row 2 holds 0\.0"),
+        (gemm(latency_us=[1.0, float("nan"), 2.0]), "must be finite and above 0; row 2 is not a number"),
+        (gemm(m=[1, 2, -5]), "m of table gemm must be 1 or above; row 3 holds -5"),
         (gemm(m=["a", "b", "c"]), "column m of table gemm is not int"),
         (gemm(m=[1, None, 2]), "has 1 empty cells"),
     ],

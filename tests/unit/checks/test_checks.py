@@ -162,9 +162,14 @@ FAILED = cluster_for("h100", 2, 2).model_copy(update={"ranks": {1: RankSpec(fail
             r"rank 0: memory \(80.0 GiB\) holds experts \(90.0 GiB\).*: experts alone exceed it by 20.0 GiB",
         ),
         (
+            {"memory": [Memory(0, 80 * 2**30, 42 * 2**30, 60 * 2**30)]},
+            InfeasibleError,
+            r"exceed it by 22.0 GiB; use more --ranks or a smaller --dtype",  # no slot beside the other weights
+        ),
+        (
             {"memory": [Memory(r, 80 * 2**30, 79 * 2**30, 10 * 2**30) for r in range(4)]},
             InfeasibleError,
-            r"experts and a split of the others exceed it by 1.5 GiB; use fewer --redundant",
+            r"experts and a split of the others exceed it by 1.5 GiB; use --ranks 8 or more, or a smaller --dtype",
         ),
         (
             {"target": "megatron", "equal_slots": True, "num_redundant": 4},
@@ -198,10 +203,14 @@ def test_each_way_to_be_wrong_is_one_clear_error(change, kind, message):
             },
             "ranks_per_node (32) is more than a node of H100-SXM-80GB holds (8)",
         ),
-        ({"cluster": FAILED, "slots_R": np.array([4, 0, 2, 2])}, "ranks 1 have failed and hold nothing"),
+        ({"cluster": FAILED, "slots_R": np.array([4, 0, 2, 2])}, "rank 1 has failed and holds nothing"),
         (
             {"memory": [Memory(r, 80e9, 60e9, 40e9) for r in range(4)]},
-            "only if other weights are split over ranks: whole they exceed it by 18.6 GiB",
+            "whole they exceed it by 18.6 GiB; use --ranks 8 or more, or a smaller --dtype",
+        ),
+        (
+            {"memory": [Memory(r, 80e9, 60e9, 40e9) for r in range(4)], "num_redundant": 8, "slots_R": np.full(4, 4)},
+            "18.6 GiB; use fewer --redundant, --ranks 8 or more, or a smaller --dtype",
         ),
     ],
 )

@@ -113,16 +113,18 @@ def test_a_scenario_file_does_what_options_do(run, place):
     assert Plan.load(place / "c" / "plan.json").seed == 4
 
 
-def test_an_older_plan_is_replaced_whole_and_other_files_never(run, place):
+def test_an_older_plan_is_replaced_and_other_files_never(run, place, monkeypatch):
     run(*BASE, "--out", "plan", "--quiet", "--planner", "contiguous")
-    (place / "plan" / "stale.txt").write_text("old")
+    (place / "plan" / "notes.txt").write_text("mine")
     assert run(*BASE, "--out", "plan", "--quiet", "--planner", "greedy")[0] == 0
-    assert sorted(files(place / "plan")) == ["plan.html", "plan.json"]
+    assert sorted(files(place / "plan")) == ["notes.txt", "plan.html", "plan.json"]
     assert Plan.load(place / "plan" / "plan.json").planner == "greedy"
     foreign = place / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
-    code, _, err = run(*BASE, "--out", "foreign", "--quiet")
+    with monkeypatch.context() as patch:  # refused before anything is planned
+        patch.setattr("moeplan.pipeline.optimize.optimize", lambda *_a, **_k: pytest.fail("planned"))
+        code, _, err = run(*BASE, "--out", "foreign", "--quiet")
     assert code == 2
     assert "does not hold a plan" in err
     assert files(foreign) == {"thesis.txt": b"mine"}

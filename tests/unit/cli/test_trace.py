@@ -32,6 +32,11 @@ def test_inspect_prints_a_table_and_draws(capsys, monkeypatch, tmp_path):
     assert all("</svg>" in text for text in drawn.values())
     run(capsys, monkeypatch, "inspect", DEMO, "--out", tmp_path / "again", "--quiet")
     assert {p.name: p.read_text() for p in (tmp_path / "again").iterdir()} == drawn
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    code, _, err = run(capsys, monkeypatch, "inspect", DEMO, "--out", tmp_path / "mine", "--quiet")
+    assert (code, "does not hold pictures of a trace" in err) == (2, True)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 def test_inspect_json_is_one_object(capsys, monkeypatch):

@@ -19,7 +19,7 @@ from tiny_run import SPEC
 
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.plan import Plan
-from moeplan.errors import InputError, PlanError, RunError, SpecError
+from moeplan.errors import InputError, MissingExtraError, PlanError, RunError, SpecError
 from moeplan.pipeline.live import LiveRequest, apply_plan, run_live
 from moeplan.routing.io import read_trace
 from moeplan.specs.workload import Objective, Workload
@@ -105,6 +105,13 @@ def test_a_plan_applied_in_mid_run(tmp_path: Path, model: Path, text: Path) -> N
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["losses"][0] == pytest.approx(answer["losses"][-1], rel=0.2)
+
+
+def test_without_torch_no_rank_is_started(monkeypatch: pytest.MonkeyPatch, model: Path, text: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("moeplan.execution.launch.get_context", None)
+    with pytest.raises(MissingExtraError, match="a live run needs the 'torch' extra"):
+        run_live(LiveRequest(model=str(model), text=text, ranks=2, steps=2))
 
 
 def test_under_torchrun_one_rank_speaks(tmp_path: Path, model: Path, text: Path) -> None:

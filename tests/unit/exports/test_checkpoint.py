@@ -343,7 +343,11 @@ def test_sharded_directories(save, suffix, net, plan, x, tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     names = sharded(net, source, save, suffix)
     out.mkdir()
-    (out / "stale.txt").write_text("replaced with the whole directory")
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="does not hold a permuted checkpoint"):
+        permute(plan, source, out, groups=None)
+    (out / "thesis.txt").rename(out / "stale.txt")
+    (out / RECORD_NAME).write_text("{}")
     permute(plan, source, out, groups=None)
     inside = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == inside | {RECORD_NAME}

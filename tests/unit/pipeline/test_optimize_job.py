@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moeplan.errors import SpecError
+from moeplan.files import sha256_file
 from moeplan.pipeline.optimize import optimize, write_plan
 from moeplan.specs.scenario import Scenario
 from moeplan.testing.exporters import tiny_model
@@ -37,6 +38,22 @@ def test_the_gain_is_measured_on_tokens_the_plan_has_not_seen(tokens):
     assert found.plan.prediction.baseline_time_s == pytest.approx(found.baseline_evaluation.time_WL.sum())
     assert found.plan.layer_ids == (1, 2, 4)
     assert not found.interrupted
+
+
+def test_too_few_tokens_to_hold_out_are_said_with_how_many_it_takes(tokens):
+    few = tokens.with_name("few.npz")
+    np.savez(few, experts=np.load(tokens)["experts"][:512], num_experts=8)
+    verdict = optimize(scenario(few)).plan.verdict
+    assert not verdict.apply
+    assert verdict.reason.endswith("; the trace has 512 tokens, holding out needs 1,024: record more")
+
+
+def test_a_plan_records_the_domain_it_was_made_on(tokens):
+    named = tokens.with_name("named.npz")
+    np.savez(named, experts=np.load(tokens)["experts"], num_experts=8, domain=np.arange(1600) % 2, domains=["a", "b"])
+    recorded = [optimize(scenario(named), domain=name).plan.provenance for name in ("b", None)]
+    assert [made.get("domain") for made in recorded] == ["b", None]
+    assert {made["trace_sha256"] for made in recorded} == {sha256_file(named)}
 
 
 @pytest.mark.parametrize("stage", ["prove", "hold out"])
@@ -73,6 +90,13 @@ def test_windows_of_counts_are_held_out_only_where_both_halves_have_tokens(tmp_p
     verdict = optimize(scenario(tmp_path / "c.npy")).plan.verdict
     assert verdict is not None
     assert (verdict.apply, "nothing could be held out" in verdict.held_out) == (False, True)
+
+
+def test_costs_of_another_machine_are_told(tokens):
+    notes = optimize(scenario(tokens, profile="h200-sxm")).plan.notes
+    assert any("measured on H200-SXM-141GB, where the cluster has H100-SXM-80GB" in note for note in notes)
+    assert any("does not cover experts at" in note and "moeplan profile experts" in note for note in notes)
+    assert not any("measured on" in note or "cover" in note for note in optimize(scenario(tokens)).plan.notes)
 
 
 def test_a_plan_is_written_whole(tokens, tmp_path):

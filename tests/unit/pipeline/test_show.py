@@ -12,8 +12,10 @@ from click.testing import CliRunner
 
 from moeplan.artifacts.plan import Plan
 from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.cli.report import command as report
 from moeplan.cli.show import show
 from moeplan.errors import InputError, PlanError, TraceError
+from moeplan.files import sha256_file
 from moeplan.pipeline.show import contiguous_like, pair_traffic, show_plan, step_traffic
 from moeplan.routing.io import save_trace
 from moeplan.routing.loads import expert_load
@@ -187,6 +189,42 @@ def test_layers_numbered_from_zero_are_taken_in_order_and_said(files: tuple[Path
     np.save(tmp_path / "counts.npy", expert_load(trace_of()).load_LE)
     shown = show_plan(files[0], trace_path=tmp_path / "counts.npy")
     assert shown.messages == ("counts.npy numbers its layers from 0; they are taken as the plan's, in order",)
+
+
+def test_the_load_is_of_the_domain_planned_on_and_another_is_said(files: tuple[Path, Path], tmp_path: Path) -> None:
+    law_T = np.arange(TOKENS) < 10
+    named = tmp_path / "named.npz"
+    save_trace(trace_of(domain_T=np.where(law_T, 0, 1).astype(np.int32), domains=("law", "code")), named)
+    plan_of(provenance={"trace_sha256": sha256_file(named), "domain": "law"}).save(files[0])
+
+    def shown(trace: Path, **options: str) -> tuple[float, str]:
+        found = show_plan(files[0], trace_path=trace, html_path=tmp_path / "page.html", **options)  # type: ignore[arg-type]
+        assert found.evidence.load_LE is not None
+        assert found.messages == ((found.evidence.load_note,) if found.evidence.load_note else ())
+        assert found.evidence.load_note in (tmp_path / "page.html").read_text(encoding="utf-8")
+        return found.evidence.load_LE[0].sum() / TOP_K, found.evidence.load_note
+
+    assert shown(named) == shown(named, trace_domain="law") == (10, "")
+    tokens, note = shown(named, trace_domain="code")
+    assert (tokens, note.partition(": ")[2]) == (
+        30, "it is domain code of named.npz; the plan and its own figures are of domain law of it"
+    )  # fmt: skip
+    tokens, note = shown(files[1])  # has no domains
+    assert (tokens, note.partition(": ")[2]) == (
+        TOKENS, "it is all of trace.npz; the plan and its own figures are of domain law of another trace"
+    )  # fmt: skip
+    with pytest.raises(TraceError, match="no domain 'wiki'"):
+        show_plan(files[0], trace_path=named, trace_domain="wiki")
+    plan_of(provenance={"trace_sha256": sha256_file(named)}).save(files[0])  # planned on all of it
+    assert shown(named) == (TOKENS, "")
+    assert "it is domain law of named.npz; the plan and its own figures are of all of it" in shown(
+        named, trace_domain="law"
+    )[1]
+    command = ["--trace", str(named), "--domain", "law"]
+    assert "it is domain law" in CliRunner().invoke(show, [str(files[0]), *command]).stderr
+    reported = CliRunner().invoke(report, [str(files[0]), *command])
+    assert "it is domain law" in reported.stderr
+    assert "it is domain law" in reported.stdout
 
 
 def test_bad_input(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_an_interrupted_sweep_keeps_its_finished_cases(tmp_path: Path) -> None:
 
 
 def test_wrong_sweeps_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"sweep serving.requests.rat=1: .*rat.*Extra inputs"):
+    with pytest.raises(SpecError, match=r"sweep serving.requests.rat=1: .*rat .* did you mean .rate"):
         cases_of(scenario(sweep={"serving.requests.rat": [1]}))
     with pytest.raises(SpecError, match=r"model is no section"):
         cases_of(scenario(sweep={"model.name": [1]}))
@@ -258,6 +258,10 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert document["written"] == [f"{out}/result.json", f"{out}/events.parquet"]
     again = runner.invoke(cli, ["compare", out, out, "--json"])
     assert json.loads(again.stdout)["cases"][0]["headlines"][0]["verdict"] == "equal"
+    with monkeypatch.context() as patch:  # refused before anything is simulated
+        patch.setattr("moeplan.pipeline.simulate.simulate", lambda *_a, **_k: pytest.fail("simulated"))
+        refused = runner.invoke(cli, ["simulate", str(tmp_path / "s.json"), "--out", str(tmp_path)])
+    assert "does not hold a simulation" in str(refused.exception)
     monkeypatch.setenv("COLUMNS", "160")
     assert "ttft_p50_s" in runner.invoke(cli, ["simulate", str(tmp_path / "s.json"), "--seeds", "1"]).stdout
     fields["sweep"] = {"seed": [1]}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from moeplan.artifacts.event_log import EventLog
@@ -56,8 +59,35 @@ def test_a_sweep_over_training_fields(tmp_path: Path) -> None:
     assert bubbles[1] < 0.7 * bubbles[0]
 
 
+def _guide(tmp_path: Path) -> dict[str, Any]:
+    """The scenario of docs/guides/training.md, on a drawn trace."""
+    page = (Path(__file__).parents[3] / "docs" / "guides" / "training.md").read_text(encoding="utf-8")
+    document: dict[str, Any] = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    trace = tmp_path / document["trace"]
+    np.savez(trace, experts=np.random.default_rng(0).random((64, 58, 256)).argsort(axis=2)[..., :8])
+    return {**document, "trace": str(trace)}
+
+
+def test_the_job_of_the_guide_fits(tmp_path: Path) -> None:
+    found = simulate_training(Scenario.parse(_guide(tmp_path), "guide"))
+    assert 0.5 < found.headlines["peak_memory_bytes"] / found.result.memory_bytes < 1
+
+
+def test_changes_named_for_a_job_that_does_not_fit_make_it_fit(tmp_path: Path) -> None:
+    document = _guide(tmp_path)
+    training = {name: value for name, value in document["training"].items() if name != "recompute_modules"}
+    with pytest.raises(InfeasibleError, match=r"needs .* of 79.6 GiB; each of these alone fits: ") as refused:
+        simulate_training(Scenario.parse({**document, "training": training}, "guide"))
+    assert "training.recompute: full (" in str(refused.value)
+    assert "zero: 3" not in str(refused.value), "a remedy that does not help here"
+    for remedy in str(refused.value).split("fits: ")[1].split("; "):
+        change = yaml.safe_load(remedy.removeprefix("training.").partition(" (")[0])
+        simulate_training(Scenario.parse({**document, "training": training | change}, "remedy"))
+
+
 def test_impossible_jobs_say_why() -> None:
-    with pytest.raises(InfeasibleError, match=r"stage 0 needs .* GiB of 79.6 GiB"):
+    with pytest.raises(InfeasibleError, match=r"stage 0 needs .* of 79.6 GiB; no single change is enough: training.* "
+                       r"comes nearest, .* GiB too much"):  # fmt: skip
         simulate_training(_scenario(recompute="none", global_batch=256, micro_batch=8, pp=1, zero=0))
     with pytest.raises(SpecError, match=r"training.ep \(32\) does not divide num_experts \(8\)"):
         simulate_training(_scenario(pp=1, ep=32))

@@ -12,10 +12,11 @@ from click.testing import CliRunner
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.cli.validate import command
-from moeplan.costs.heldout import hidden_rows, hold_out, pooled
+from moeplan.costs.heldout import hold_out, pooled
+from moeplan.errors import MoeplanError, ProfileError
 from moeplan.pipeline import validation
 from moeplan.pipeline.validation_live import cpu_figures
-from moeplan.pipeline.validation_skew import _fit, router_differences, skew_rows
+from moeplan.pipeline.validation_skew import _fit, _router_logit_s, skew_rows
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
 
@@ -67,32 +68,6 @@ def test_kernels_that_timed_the_host_are_left_out_and_counted() -> None:
     assert (len(both.ours), both.mismeasured) == (2 * len(answer.ours), 2 * answer.mismeasured)
 
 
-def test_products_of_one_framework_are_told_from_anothers() -> None:
-    # At some sizes products take longer at small widths and less at large ones. Half of these are held out of the
-    # first framework's, at all widths; of the second's, which begin one size earlier, others are.
-    sizes = [16 * i for i in range(1, 24, 2)]
-    late = [sizes[i] for i in (1, 2, 4, 6, 8, 10)]
-    rng = np.random.default_rng(1)
-
-    def row(backend: str, dtype: str, m: int, n: int) -> dict[str, object]:
-        factor = (1.3 if n < 100 else 0.7) if m in late else 1.0
-        us = float(m**0.5 * n**0.3 * factor * rng.lognormal(0, 0.002))
-        names = {"dtype": dtype, "backend": backend, "kernel": backend, "source": backend}
-        return {"m": m, "n": n, "k": 64, **names, "latency_us": us}
-
-    def median(types: tuple[str, str]) -> float:
-        widths = [16 * i for i in range(1, 17)]
-        rows = [row("a", types[0], m, n) for n in widths for m in sizes]
-        rows += [row("b", types[1], m, n) for n in widths for m in [8, *sizes, 400, 432, 464]]
-        table = HardwareProfile(META, {"gemm": pa.Table.from_pylist(rows)}).table("gemm")
-        hidden = table.filter(pa.array(hidden_rows("gemm", table))).to_pylist()
-        assert {row["m"] for row in hidden if row["backend"] == "a"} == set(sizes[2::4])
-        return float(hold_out("gemm", table).figures("a")["median"])
-
-    assert median(("bf16", "bf16")) < 0.05
-    assert median(("bf16", "fp8")) > 0.2  # another type says nothing
-
-
 def moe(**fields: object) -> dict[str, object]:
     row: dict[str, object] = {
         "hidden": 7168,
@@ -133,8 +108,7 @@ def test_a_balanced_row_of_another_release_stands_as_measured() -> None:
         rows = [balanced(ep, tokens, "r1/moe") for ep in (2, 4, 8, 16) for tokens in (1024, 2048, 4096, 8192)]
         rows += [wide(release, 8, 4096, rank_tokens=3000, latency_us=700.0)]
         profile = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows)})
-        assert router_differences([profile]) == {}  # nowhere are both releases measured balanced
-        (row,) = skew_rows(profile, {})
+        (row,) = skew_rows(profile)
         assert row["measured"] == pytest.approx(700 / (1.3 * (50 + 4096 / 9)))
         ratios[release] = row["ours"]
     fit = _fit([r for r in rows if r["distribution"] == "balanced"])
@@ -145,7 +119,7 @@ def test_a_balanced_row_of_another_release_stands_as_measured() -> None:
 
 
 def test_a_router_that_was_slower_is_charged_for_the_ranks_own_tokens() -> None:
-    # The older release takes 12 us and 0.05 ns a logit longer; one machine was measured balanced with both.
+    # The older release takes 12 us and 0.05 ns a logit longer.
     def rows(source: str, longer: float) -> list[dict[str, object]]:
         grid = [(ep, tokens) for ep in (2, 4, 8, 16) for tokens in (1024, 2048, 4096, 8192)]
         found = [balanced(ep, tokens, source) for ep, tokens in grid]
@@ -154,21 +128,15 @@ def test_a_router_that_was_slower_is_charged_for_the_ranks_own_tokens() -> None:
         return found
 
     skewed = wide("x/old", 8, 4096, rank_tokens=3000, latency_us=700.0)
-    both = pa.Table.from_pylist([*rows("x/old/moe", 1), *rows("x/new/moe", 0), skewed])
-    later = pa.Table.from_pylist([*rows("x/new/moe", 0), skewed])
-    with_both, with_later = (HardwareProfile(META, {"experts": table}) for table in (both, later))
-    differences = router_differences([with_both, with_later])
-    found = differences["old"]["new"]
-    assert found.launch_s == pytest.approx(12e-6)
-    assert found.logit_s == pytest.approx(5e-11)
-    # Of another release's law: a launch more, and the own 512 tokens' logits. Of its own: they instead of 3,000's.
-    reference_us = 1.3 * (50 + 4096 / 9)
-    (told,), (untold,) = skew_rows(with_later, differences), skew_rows(with_later, {})
-    assert (told["ours"] - untold["ours"]) * reference_us == pytest.approx(12 + 5e-5 * 64 * 512)
-    (told,), (untold,) = skew_rows(with_both, differences), skew_rows(with_both, {})
-    assert told["ours"] / untold["ours"] < 1
-    law_us = (told["ours"] - untold["ours"]) / (5e-5 * 64 * (512 - 3000))  # of 1 / the balanced rank's time
-    assert 1 / law_us == pytest.approx(50 + 4096 / 9 + 12 + 5e-5 * 64 * 4096, rel=0.3)
+    older = pa.Table.from_pylist([*rows("x/old/moe", 1), skewed])
+    both = pa.concat_tables([older, pa.Table.from_pylist(rows("x/new/moe", 0))])
+    alone, beside = (HardwareProfile(META, {"experts": table}) for table in (older, both))
+    assert _router_logit_s(alone.table("experts")) == {}
+    assert _router_logit_s(beside.table("experts")) == {"old": pytest.approx(5e-11)}
+    (untold,), (told,) = skew_rows(alone), skew_rows(beside)
+    # Its own 512 tokens' logits in place of those of the 3,000 that arrive.
+    law_us = 5e-5 * 64 * (512 - 3000) / (told["ours"] - untold["ours"])
+    assert law_us == pytest.approx(50 + 4096 / 9 + 12 + 5e-5 * 64 * 4096, rel=0.3)
 
 
 def test_grouped_products_of_two_shapes_are_held_out_with_their_own_experts() -> None:
@@ -273,6 +241,46 @@ def test_the_command_answers_one_object(tmp_path: Path) -> None:
     assert figure["figure"] == "held-out grid points, GEMM, toy"
     shown = CliRunner().invoke(command, ["kernels", "--profile", str(tmp_path / "p")])
     assert "held-out grid" in shown.output
+
+
+def answered(path: Path, *options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(command, ["kernels", "--profile", str(path), *options])
+    assert result.exception is None or isinstance(result.exception, (SystemExit, MoeplanError)), result.exception
+    return result.exit_code, result.output or str(result.exception or "")
+
+
+def test_a_table_with_nothing_to_hold_out_is_not_scored(tmp_path: Path) -> None:
+    HardwareProfile(META, {"gemm": gemm(0).slice(0, 2)}).save(tmp_path / "p")
+    code, text = answered(tmp_path / "p", "--json")
+    assert code == 0
+    (figure,) = json.loads(text)["figures"]
+    assert (figure["held_out"], figure["median"], figure["coverage"], figure["reached"]) == (0, None, None, None)
+    assert answered(tmp_path / "p", "--quiet") == (0, "")
+
+
+def test_a_profile_without_tables_to_hold_out_is_refused(tmp_path: Path) -> None:
+    row = {"op": "device_copy", "message_size_bytes": 8, "latency_us": 1.0}
+    row |= {"backend": "b", "kernel": "k", "source": "s"}
+    HardwareProfile(META, {"memory": pa.Table.from_pylist([row])}).save(tmp_path / "p")
+    assert "has tables memory, but none of experts" in answered(tmp_path / "p")[1]
+
+
+def test_a_missing_cpu_profile_is_told_before_tables_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"has no profile\.json"):
+        validation.validate_kernels(["nosuch"], cpu=tmp_path)
+
+
+def test_a_picture_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, text = answered(tmp_path, "--plot", str(tmp_path / "file" / "x.svg"))
+    assert code == 2
+    assert "is a file, not a directory" in text
+
+
+def test_systems_must_name_some() -> None:
+    result = CliRunner().invoke(command, ["kernels", "--systems", ","])
+    assert result.exit_code == 2
+    assert "names no system" in result.output
 
 
 def test_systems_and_profile_exclude_each_other() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from moeplan.errors import ProfileError, SpecError
 
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
+from moeplan.cli.profile_measure import _show  # noqa: E402
 from moeplan.pipeline.profiling import ProfileRequest, Sizes, measure_profile  # noqa: E402
 from moeplan.profiling.collectives import Communicator, Exchange, collective_benches, uneven_splits  # noqa: E402
 from moeplan.profiling.device import Device  # noqa: E402
@@ -151,6 +153,18 @@ def test_a_dying_rank_ends_the_others_and_is_named(tmp_path: Path):
     assert again.points.keys() == journal.points.keys()
 
 
+def test_ranks_whose_parent_is_killed_end_without_a_word(tmp_path: Path):
+    command = [sys.executable, "-m", "moeplan.cli", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
+    command += ["--ranks", "2", "--budget", "60s", "--out", str(tmp_path / "p")]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    journal = tmp_path / "p.journal.jsonl"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (journal.exists() and journal.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    parent.kill()
+    assert "Traceback" not in parent.communicate(timeout=60)[1]  # read until the last rank has ended
+
+
 def test_one_rank_cannot_exchange(tmp_path: Path):
     with pytest.raises(SpecError, match="collectives need --ranks N of at least 2"):
         measure_profile(ProfileRequest(parts=("collectives",)), tmp_path / "p")
@@ -159,7 +173,7 @@ def test_one_rank_cannot_exchange(tmp_path: Path):
         run_local_ranks(job, 3, Journal(None, {}), lambda _w, _d: None)
 
 
-def test_under_torchrun(tmp_path: Path):
+def test_under_torchrun(tmp_path: Path, capsys):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "moeplan.cli"]
     command += ["profile", "collectives", "--op", "alltoall", "--max-bytes", "1024", "--dtype", "fp32"]
@@ -167,11 +181,25 @@ def test_under_torchrun(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('"points"') == 1, "only rank 0 answers"
-    assert {r["ranks"] for r in HardwareProfile.open(tmp_path / "p").table("collectives").to_pylist()} == {2}
+    profile = HardwareProfile.open(tmp_path / "p")
+    assert {r["ranks"] for r in profile.table("collectives").to_pylist()} == {2}
+    assert "foreign_cpu_share" not in profile.meta.system, "the other ranks would count as other programs"
+    answer = json.loads(done.stdout)
+    _show(answer)
+    assert "other programs" not in capsys.readouterr().out
 
 
-def test_a_dying_rank_of_a_launcher_is_named_by_the_survivor(tmp_path: Path):
-    """Ranks with a launcher's environment: the survivor finds out by the store who is gone."""
+def test_another_number_of_ranks_than_the_launcher_started(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    request = ProfileRequest(parts=("collectives",), ranks=2)
+    with pytest.raises(SpecError, match=r"ranks \(2\) is not what torchrun started \(4\)"):
+        measure_profile(request, tmp_path / "p")
+
+
+@pytest.mark.parametrize("terminated", [False, True])
+def test_a_dying_rank_of_a_launcher_is_named_by_the_survivor(tmp_path: Path, terminated: bool):
+    """Ranks with a launcher's environment: the survivor, even when told to end, finds out by the store who is gone."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -193,6 +221,8 @@ def test_a_dying_rank_of_a_launcher_is_named_by_the_survivor(tmp_path: Path):
     while time.monotonic() < until and not (journal.exists() and journal.read_text().count("\n") > 3):
         time.sleep(0.05)
     second.kill()
+    if terminated:  # as torchrun does
+        first.terminate()
     second.communicate()
     errors = first.communicate(timeout=60)[1]
     assert first.returncode == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from moeplan.cli.profile import command
 from moeplan.errors import MoeplanError, ProfileError, SpecError
 from moeplan.pipeline.profile_checks import check_profile, diff_profiles, show_profile
 from moeplan.pipeline.profiling import PRESETS, ProfileRequest, Sizes, measure_profile, profile_request
+from moeplan.profiling import system
+from moeplan.profiling.device import find_device
 
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
@@ -89,6 +93,86 @@ def test_a_second_run_extends_the_profile(measured: Path, tmp_path: Path):
         measure_profile(first, out)
 
 
+def _changed(out: Path, **changes) -> None:
+    """Other words in a ``profile.json``; ``system`` is laid over what is there."""
+    meta = json.loads((out / "profile.json").read_text())
+    meta["system"] |= changes.pop("system", {})
+    (out / "profile.json").write_text(json.dumps(meta | changes))
+
+
+def test_runs_of_other_threads_do_not_mix_and_what_earlier_runs_said_is_kept(tmp_path: Path):
+    out = tmp_path / "p"
+    memory = ProfileRequest(parts=("memory",), budget_s=0.2)
+    measure_profile(memory, out)
+    _changed(out, note="Left out: one; two.", system={"threads": 999.0, "foreign_cpu_share": 1.0})
+    with pytest.raises(ProfileError, match=r"threads \(999.0\) of the profile there is not this run's"):
+        measure_profile(memory, out)
+    measure_profile(ProfileRequest(parts=("system", "collectives")), out)  # no threads of torch in these
+    meta = HardwareProfile.open(out).meta
+    assert (meta.system["threads"], meta.system["foreign_cpu_share"]) == (999.0, 1.0)
+    assert meta.note == "Left out: one; two; collectives: not measured, they need --ranks N or torchrun."
+
+
+def test_an_unusable_place_is_refused_before_anything_is_measured(tmp_path: Path, monkeypatch):
+    out = tmp_path / "p"
+    request = ProfileRequest(parts=("memory",), budget_s=0.2)
+    measure_profile(request, out)
+    (out / "memory.parquet").write_bytes(b"no table")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("moeplan.pipeline.profiling.run_benches", lambda *_: pytest.fail("measured"))
+    monkeypatch.chdir(tmp_path)
+    for place, message in (
+        (out, "sha256 differs"),
+        (tmp_path / "file", "it is a file, not a directory"),
+        (tmp_path.parent, "does not hold a profile"),
+        (Path(), "is the current directory"),
+    ):
+        with pytest.raises(MoeplanError, match=message):
+            measure_profile(request, place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "p"]
+
+
+def test_a_run_that_measured_nothing_leaves_the_profile_as_it_was(tmp_path: Path):
+    out = _law(tmp_path / "p", None)
+    request = ProfileRequest(parts=("experts", "collectives"))
+    with pytest.raises(ProfileError, match=r"nothing was measured; collectives: .*; experts: not measured, they need"):
+        measure_profile(request, tmp_path / "new")
+    device = find_device("cpu")
+    _changed(out, device=system.device_name(device), libraries=system.libraries(device))
+    before = (out / "profile.json").read_bytes()
+    with pytest.raises(ProfileError, match="nothing was measured"):
+        measure_profile(request, out)
+    assert (out / "profile.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p"]
+
+
+def test_what_a_part_cannot_is_said_and_the_rest_is_measured(tmp_path: Path):
+    asked = {"models": ("kimi-k3",), "budget_s": 0.2}
+    answer = measure_profile(ProfileRequest(parts=("memory", "attention"), **asked), tmp_path / "p")
+    assert "attention of Kimi-K3: this form is not measured" in answer["left_out"]
+    with pytest.raises(SpecError, match="attention of Kimi-K3: this form is not measured"):
+        measure_profile(ProfileRequest(parts=("attention",), **asked), tmp_path / "q")
+    sizes = Sizes(hidden=16, inter=16, experts=2, top_k=1)
+    request = ProfileRequest(parts=("attention", "dense"), sizes=sizes, dtypes=("int8",), budget_s=0.3, max_tokens=2)
+    left = measure_profile(request, tmp_path / "r")["left_out"]
+    assert left[0] == "attention: not measured, it needs --heads, --kv-heads and --head-dim, or --model"
+    assert "dense products in int8: not measured" in left
+    assert "passes over tokens (router, norms, ...) in int8: not measured, bf16 in their place" in left
+
+
+def test_one_progress_over_benches_and_exchanges(tmp_path: Path, monkeypatch):
+    def exchanges(_job, _world, _journal, report):
+        report("exchange", 0.5)
+        return []
+
+    monkeypatch.setattr("moeplan.profiling.ranks.run_local_ranks", exchanges)
+    seen: list[tuple[str, float]] = []
+    request = ProfileRequest(parts=("memory", "collectives"), ranks=2, dtypes=("fp8", "fp32"), budget_s=0.3)
+    answer = measure_profile(request, tmp_path / "p", progress=lambda what, done: seen.append((what, done)))
+    assert seen[-2:] == [("measured", 0.75), ("exchange", 0.875)]
+    assert "collectives in fp8: not measured" in answer["left_out"]
+
+
 def test_check_predicts_held_out_sizes(measured: Path):
     answer = check_profile(measured, every=2)
     experts = answer["tables"]["experts"]
@@ -139,20 +223,40 @@ def test_show_and_diff(measured: Path, tmp_path: Path):
     text = (tmp_path / "page.html").read_text()
     assert text.count("<svg") == answer["pictures"] >= 5
     assert "moeplan profile all" in text
+    assert "mathdefault" not in text  # numbers are written as people write them
     law = _law(tmp_path / "a", None)
     for name in ("1.html", "2.html"):
         show_profile(law, tmp_path / name)
     assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
     tables = diff_profiles(law, _law(tmp_path / "b", 4))["tables"]["gemm"]
     assert (tables["shared"], tables["only_first"], tables["median"]) == (18, 0, 1.0)
+    assert diff_profiles(Path("h100-sxm"), Path("h100-sxm"))["tables"]["alltoall"]["median"] == 1.0  # shipped: by name
     assert tables["p90"] == pytest.approx(1.09)  # 2 of 18 ratios are 1.3; numpy interpolates at position 15.3
 
 
 def test_fresh_sample_and_its_refusal(measured: Path, tmp_path: Path):
     found = check_profile(measured, fresh_s=1.0)["fresh"]
     assert found["points"] > 0
+    assert found["realtime"] is False
     with pytest.raises(ProfileError, match="profile law is of , this machine has"):
         check_profile(_law(tmp_path / "p", None), fresh_s=1.0)
+
+
+def test_a_fresh_sample_without_the_right_to_real_time_says_so(measured: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(measured, tmp_path / "p")
+    _changed(tmp_path / "p", system={"realtime": 1.0})
+
+    def refused(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refused)
+    found = check_profile(tmp_path / "p", fresh_s=0.3)["fresh"]
+    assert (found["realtime"], found["points"] > 0) == (False, True)
+
+
+def test_a_page_is_named_as_one(measured: Path, tmp_path: Path):
+    with pytest.raises(SpecError, match=r"p.svg\) must end in .html"):
+        show_profile(measured, tmp_path / "p.svg")
 
 
 def test_an_older_or_corrupt_profile_is_refused(measured: Path, tmp_path: Path):
@@ -216,7 +320,12 @@ def test_command_line(tmp_path: Path):
     ("words", "message"),
     [
         (["experts", "--budget", "60", "--out", "x"], "is not a quantity in seconds"),
+        (["experts", "--budget", "0s", "--out", "x"], "'--budget': '0s' must be above 0"),
+        (["check", "x", "--fresh", "0ms"], "'--fresh': '0ms' must be above 0"),
         (["experts", "--ep", "1,zero", "--out", "x"], "must be numbers from 1"),
+        (["experts", "--seed", "-1", "--out", "x"], "'--seed': -1 is not in the range"),
+        (["routing", "--seed", "-1", "--out", "x"], "'--seed': -1 is not in the range"),
+        (["collectives", "--max-bytes", "255", "--out", "x"], "'--max-bytes': 255 is not in the range"),
     ],
 )
 def test_usage_errors(words, message):
@@ -229,6 +338,7 @@ def test_unknown_names_are_errors_of_the_tree(tmp_path: Path):
     base = ["experts", "--hidden", "32", "--inter", "32", "--experts", "4", "--top-k", "1", "--device", "cpu"]
     for more, message in (
         (["--dtype", "fp8"], "needs a GPU"),
+        (["--dtype", "fp99"], "dtype 'fp99' is not known"),
         (["--direction", "sideways"], "direction 'sideways' is not known"),
         (["--kernel", "magic"], "kernel 'magic' is not known"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -182,6 +183,38 @@ def test_journal_refuses_what_does_not_belong(tmp_path: Path):
     with pytest.raises(ProfileError, match=r"device \(x\) is not this run's \(y\)"):
         Journal(path, {"device": "y"}, resume=True)
     text = path.read_text().splitlines()
-    path.write_text("\n".join([text[0], "no json", text[1]]))
-    with pytest.raises(ProfileError, match="line 2 is not a measured point"):
-        Journal(path, {"device": "x"}, resume=True)
+    for line in ("no json", '{"table":"magic","row":{},"us":[1.0]}', '{"table":"gemm","row":{},"us":[]}'):
+        path.write_text("\n".join([text[0], line, text[1]]))
+        with pytest.raises(ProfileError, match="line 2 is not a measured point"):
+            Journal(path, {"device": "x"}, resume=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path: Path):
+    journal = Journal(tmp_path / "j.jsonl", {})
+    assert journal._stream is not None
+    with Path("/dev/full").open("w") as full:
+        os.dup2(full.fileno(), journal._stream.fileno())
+    for write in (lambda: journal.add("gemm", {"m": 1}, [1.0]), journal.close):
+        with pytest.raises(ProfileError, match=r"cannot write .*j.jsonl: No space left on device; choose another"):
+            write()
+    journal.close()
+
+
+def test_progress_is_of_the_whole_run():
+    """A bench counts by its series, as the budget does."""
+    seen: list[tuple[str, float]] = []
+    rig = Rig(FakeTimer(lambda _size: 10.0), Journal(None, {}), random.Random(0))
+    benches = [
+        Bench(name, tuple(_series(label=f"{name}{n}", refine=False) for n in range(count)), _opened)
+        for name, count in (("a", 3), ("none", 0), ("b", 1))
+    ]
+    run_benches(benches, rig, 0.2, lambda what, done: seen.append((what, done)))
+    fractions = [done for _, done in seen]
+    assert fractions == sorted(fractions)
+    assert next(done for what, done in seen if what == "b") == 0.75
+    assert seen[-1] == ("measured", 1.0)
+
+
+def _opened():
+    return lambda _series, size: lambda _i: size

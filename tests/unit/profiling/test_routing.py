@@ -168,6 +168,21 @@ def test_recording_from_a_config_writes_a_trace(tmp_path: Path):
     assert read_trace(tmp_path / "t.npz").num_tokens == answer["tokens"] == 264
 
 
+def test_recording_from_disk_asks_for_what_it_needs(tmp_path: Path):
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SpecError, match=r"config.json\) is a file: a config.json needs --random-init"):
+        record_routing(tmp_path / "t.npz", hf=tmp_path / "config.json")
+    with pytest.raises(SpecError, match="--hf needs --prompts"):
+        record_routing(tmp_path / "t.npz", hf=tmp_path)
+    (tmp_path / "prompts.txt").write_text("hello")
+    with pytest.raises(SpecError, match=r"has no tokenizer that can be loaded, and --prompts needs one"):
+        record_routing(tmp_path / "t.npz", hf=tmp_path, prompts=tmp_path / "prompts.txt", device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(SpecError, match=r"device \(cuda\): torch .* sees no GPU"):
+            record_routing(tmp_path / "t.npz", hf=tmp_path, random_init=True, device="cuda")
+
+
 def test_recording_asks_for_what_it_needs(tmp_path: Path):
     with pytest.raises(SpecError, match="either --hf or --sglang"):
         record_routing(tmp_path / "t.npz")

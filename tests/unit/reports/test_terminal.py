@@ -95,3 +95,16 @@ def test_markup_in_a_plan_is_text() -> None:
     text = printed(full_plan(model="[red]x[/red] [bold", notes=("[/] [link=x]",)), Evidence(), 100)
     assert "[red]x[/red] [bold" in text
     assert "[/] [link=x]" in text
+
+
+def test_a_scale_that_ends_below_the_largest_load_says_so() -> None:
+    values = np.tile(np.linspace(0.5, 1.5, 100), (40, 1))
+    even, hot = values.copy(), values.copy()
+    hot[0, 0] = 4.2
+    heads = []
+    for each in (even, hot):
+        stream = io.StringIO()
+        Console(file=stream, width=120, highlight=False).print(LoadMap([("x", each)], range(40)))
+        heads.append(stream.getvalue().splitlines()[0])
+    assert heads[0].endswith("▁ 0.50 to █ 1.50")
+    assert heads[1].endswith("▁ 0.50 to █ 1.50 and more (largest 4.20)")

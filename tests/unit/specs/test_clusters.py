@@ -124,7 +124,7 @@ def test_a_cluster_file_names_or_spells_out_its_accelerator(tmp_path):
             UnknownNameError,
             "accelerator 'h1o0' is not known",
         ),
-        ("accelerator: h100\nnodes: 2\n", SpecError, r"nodes \(2\): Extra inputs are not permitted"),
+        ("accelerator: h100\nnodes: 2\n", SpecError, r"nodes \(2\): .* no such field; did you mean 'num_nodes'\?"),
         (
             "accelerator: h100\nnum_nodes: 1\nranks_per_node: 2\nnic_latency: 8\n",
             SpecError,

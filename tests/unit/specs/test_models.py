@@ -225,8 +225,9 @@ def test_attention_by_heads_or_latent_or_not_known():
     [
         (
             {},
-            r"cfg: not a Mixture-of-Experts model \(test\): it has none of the keys n_routed_experts",
+            r"cfg: not a Mixture-of-Experts model \(test\): it has none of the keys n_routed.*; give the config",
         ),
+        ({"model_type": None}, r"cfg: not a Mixture-of-Experts model: it has none of the keys"),
         (
             {"num_experts": 8, "vocab_size": None},
             r"cfg: no vocabulary size: none of the keys vocab_size is there",

@@ -74,17 +74,21 @@ def test_models_and_clusters_may_be_files_beside_it_or_written_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: m\ntrace: t\nrank: 4\n", r"rank \(4\): Extra inputs are not permitted"),
+        ("model: m\ntrace: t\nrank: 4\n", r"rank \(4\): there is no such field; did you mean 'ranks'\?"),
+        ("model: m\nworkload: {fase: mix}\n", r"workload.fase \('mix'\): .*; did you mean 'phase'\?"),
+        ("model: m\ntraining: {global_batch: 8, x: 1}\n", r"training.x \(1\): .* choose one of: capacity_factor"),
+        ("model: m\nranks: 0\n", r"ranks \(0\): must be greater than 0"),
+        ("model: m\ntime_limit: -30\n", r"time_limit \(-30\): -30 must not be negative; write it as in '5 s'"),
         ("model: m\ntrace: t\ntime_limit: 30\n", r"time_limit \(30\): 30 is not a quantity in seconds"),
         ("model: m\ntrace: t\nredundant: -1\n", r"redundant \(-1\): write 0 or more, or max"),
         ("model: m\ntrace: t\nredundant: maxi\n", r"redundant \('maxi'\): write 0 or more, or max"),
         ("model: m\ntrace: t\nranks: 6\nnodes: 4\n", r"scenario.yaml: ranks \(6\) is not a multiple of nodes \(4\)"),
         ("model: m\ntrace: t\nmigration_size: 1 GB\n", r"scenario.yaml: migration_size limits .* current, which"),
         ("model: m\ntrace: t\nmigration_time: 1 s\n", r"scenario.yaml: migration_time limits .* current, which"),
-        ("model: {name: x}\ntrace: t\n", r"scenario.yaml: model: num_layers: Field required"),
+        ("model: {name: x}\ntrace: t\n", r"scenario.yaml: model: num_layers: is missing"),
         ("model: m\ntrace: t\ncluster: {accelerator: h1}\n", r"scenario.yaml: accelerator 'h1' is not known"),
         ("model: m\ntrace: t\nworkload: {phase: training}\n", r"workload.phase \('training'\)"),
-        ("- a\n", r"scenario.yaml: document: Input should be"),
+        ("- a\n", r"scenario.yaml: document: must be a mapping of fields"),
     ],
 )
 def test_a_wrong_scenario_is_refused(tmp_path, text, message):
@@ -100,3 +104,11 @@ def test_names_are_looked_up_when_they_are_used(tmp_path):
         scenario.model_spec()
     with pytest.raises(InputError, match="cannot read"):
         Scenario.from_file(tmp_path / "absent.yaml")
+
+
+def test_a_reserve_for_the_cache_needs_redundant_max() -> None:
+    fields = {"model": "deepseek-v3", "kv_reserve": "20 GiB"}
+    with pytest.raises(SpecError, match=r"kv_reserve \(20 GiB\) is kept free by redundant: max, but redundant is 0"):
+        Scenario.parse(fields, "s")
+    assert Scenario.parse(fields | {"redundant": "max"}, "s").kv_reserve == 20 * 2**30
+    assert Scenario.parse(fields | {"sweep": {"redundant": ["max"]}}, "s").sweep

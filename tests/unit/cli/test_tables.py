@@ -1,0 +1,77 @@
+"""Tables on a terminal of 80 columns: names can be told apart, heads and numbers are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from moeplan.artifacts.simulation_result import Headline
+from moeplan.cli import cli
+from moeplan.pipeline.compare import Difference
+
+
+def _printed(*words: str) -> list[str]:
+    ran = CliRunner(env={"COLUMNS": "80"}).invoke(cli, list(words), catch_exceptions=False)
+    assert ran.exit_code == 0
+    lines = ran.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in ran.stdout
+    return lines
+
+
+def test_published_rows_are_told_apart_and_explained_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "tables are of releases a year newer than the run; none of its age is public"
+    rows = [
+        {"id": f"sglang-gb200-decode-ep48-{end}", "measured": 13390.0, "predicted": 12930.0, "error": -0.034,
+         "unit": "tokens/s/GPU", "within": end == "fp8", "explanation": why}
+        for end in ("fp8", "nvfp4", "mxfp4")
+    ]  # fmt: skip
+    figures = [{"figure": "share within 15 %, all rows", "rows": 3, "value": 0.3, "median_error": 0.1, "target": 0.7,
+                "reached": False}]  # fmt: skip
+    answer = {"rows": rows, "figures": figures}
+    monkeypatch.setattr("moeplan.pipeline.published.validate_published", lambda _report: answer)
+    lines = _printed("validate", "published")
+    names = "".join(line.partition(" ")[0] for line in lines)
+    assert all(row["id"] in names for row in rows)
+    assert [word for line in lines[:9] for word in line.split()[-1:] if word in ("within", "outside")] == [
+        "within", "outside", "outside"
+    ]  # fmt: skip
+    assert f"sglang-gb200-decode-ep48-nvfp4, sglang-gb200-decode-ep48-mxfp4: {why}" in " ".join(" ".join(lines).split())
+
+
+def test_compared_figures_have_whole_heads_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(value: float) -> Headline:
+        return Headline(value=value, low=value, high=value, unit="tokens/s", better="higher")
+
+    name, change = "output_tokens_per_s_per_gpu", (39254.0, 4184.0, 75590.0, 0.296)
+    one = Difference(name, "tokens/s", line(132456.7), line(171711.1), *change, "not told apart")
+    monkeypatch.setattr("moeplan.pipeline.compare.compare", lambda _a, _b: [({"ranks": 8}, [one])])
+    long = "a-directory-with-a-name-that-is-long-" * 2
+    lines = _printed("compare", long, "b")
+    assert lines[:2] == [f"a: {long}", "b: b"]
+    assert lines[3].split() == ["figure", "a", "b", "change", "from", "to"]
+    assert lines[4].split()[1:7] == ["1.325e+05", "1.717e+05", "+29.6", "%", "+4.18e+03", "+7.56e+04"]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_live_run_says_what_it_wrote_and_shows_steps_it_took(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    answer: dict[str, Any] = {
+        "model": "moeplan-20m", "ranks": 2, "losses": [5.5] * steps, "applied": None, "tokens_per_s": 1.0,
+        "held_out_loss": 5.0, "imbalance": 1.0, "recorded": {"path": "r.npz", "tokens": 16384},
+    }  # fmt: skip
+    monkeypatch.setattr("moeplan.pipeline.live.run_live", lambda _request, _report: answer)
+    ran = CliRunner().invoke(cli, ["live", "--record", "r.npz", "--steps", str(steps)], catch_exceptions=False)
+    assert ran.stderr.endswith("wrote r.npz: 16,384 tokens\n")
+    assert ran.stdout.startswith("moeplan-20m on 2 ranks\n")
+    assert ("step" in ran.stdout) == (steps > 0)
+
+
+def test_a_placement_without_a_suffix_is_told_which_are_expected(tmp_path: Path) -> None:
+    (tmp_path / "map").write_text("tp_size: 8\n")
+    words = ["import", str(tmp_path / "map"), "--model", "mixtral-8x7b", "--ranks", "8", "--out", "x.json"]
+    error = CliRunner().invoke(cli, words).exception
+    assert "is not valid JSON" in str(error)
+    assert "unless the name ends in .yaml, .yml," in str(error)
