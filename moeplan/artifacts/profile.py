@@ -230,7 +230,9 @@ class HardwareProfile:
             else:
                 raw = pq.ParquetFile(path).read()  # read_table would load its data sets' half second of library
         except OSError as error:
-            raise ProfileError(f"cannot read {path}: {error.strerror or error}") from error
+            raise ProfileError(
+                f"cannot read {path}: {error.strerror or error}; restore it or measure again: {self.meta.command}"
+            ) from error
         except pa.ArrowException as error:
             raise ProfileError(f"{path} cannot be read as a table: {error}") from error
         if raw.num_rows != meta.rows:
@@ -272,8 +274,10 @@ class HardwareProfile:
             mask = hit if mask is None else pc.and_(mask, hit)
         return table if mask is None else table.filter(mask)
 
-    def require(self, name: str, **where: Any) -> pa.Table:
+    def require(self, name: str, command: Mapping[str, Any] | None = None, **where: Any) -> pa.Table:
         """Like :meth:`select`, but an empty answer is an error that names the missing region.
+
+        ``command``: further columns that the command which measures it must be given.
 
         Raises:
             ProfileError: nothing matches; says which column first leaves nothing, what there is, and the
@@ -296,7 +300,7 @@ class HardwareProfile:
                     break
         raise ProfileError(
             f"profile {self.meta.name} does not cover {name} at {region}: {reason};"
-            f" measure it: {measure_command(name, where)}"
+            f" measure it: {measure_command(name, {**where, **(command or {})})}"
         )
 
     # ------------------------------------------------------------------ writing

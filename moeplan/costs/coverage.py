@@ -34,7 +34,7 @@ def coverage_gaps(
     gaps: dict[str, str] = {}
     for table, where in reversed(regions):
         try:
-            profile.require(table, **where)
+            profile.require(table, {"num_experts": model.num_experts}, **where)
         except ProfileError as error:
             gaps[table] = str(error)
     covered = {table for table, where in regions if profile.select(table, **where).num_rows}

@@ -46,10 +46,11 @@ _TABLE_ERROR = 0.15  # two published measurements of one exchange differ by abou
 _NEAREST_ERROR = 0.3
 
 NVLINK_MODES = ("nvlink_one_sided", "nvlink_two_sided")
+FLAT = "flat"  # what `moeplan profile collectives` measures: one copy per (token, expert)
 MODES: dict[str, tuple[str, ...]] = {
-    "low_latency": ("low_latency",),
-    "normal": ("normal",),
-    "nvlink": (*NVLINK_MODES, "normal"),
+    "low_latency": ("low_latency", FLAT),
+    "normal": ("normal", FLAT),
+    "nvlink": (*NVLINK_MODES, "normal", FLAT),
 }
 
 
@@ -171,11 +172,12 @@ def _measured(
 ) -> _Curve | None:
     """The nearest measured exchange: on one node where there is one, over several where there are several."""
     for name in MODES[mode]:
-        rows = profile.select("alltoall", mode=name, phase=phase, dtype=[*DTYPE_BYTES, "nvfp4"], **only)
+        even: dict[str, Any] = {"mode": name, "phase": phase, "distribution": "balanced"}
+        rows = profile.select("alltoall", dtype=[*DTYPE_BYTES, "nvfp4"], **even, **only)
         if name.startswith("nvlink"):
             place = {"ranks": ranks}
         else:
-            place = {"nodes": nodes}
+            place = {"nodes": nodes} | ({"ranks": ranks} if name == FLAT else {})
             rows = rows.filter(pc.greater(rows["nodes"], 1) if nodes > 1 else pc.equal(rows["nodes"], 1))
         if not rows.num_rows:
             continue
@@ -193,7 +195,7 @@ def _measured(
             size = part["hidden"][0].as_py() * part["top_k"][0].as_py()
             factor = model.hidden_size * model.top_k / size
             at = part["nodes"][0].as_py(), part["ranks"][0].as_py()
-            library = {c: part[c][0].as_py() for c in ("backend", "kernel", "dtype")}
+            library = {c: part[c][0].as_py() for c in ("backend", "kernel", "dtype", "mode")}
             curve = _Curve(tokens[first], seconds, *at, factor, key, library)
             # Of several numbers of SMs and versions the one with most bandwidth at its largest size.
             if len(first) >= 3 and (best is None or seconds[-1] / tokens[-1] < best.seconds[-1] / best.tokens[-1]):
@@ -217,6 +219,11 @@ def _pair(
         return None
     measured: Dtype = "fp4" if out.names["dtype"] == "nvfp4" else out.names["dtype"]  # type: ignore[assignment]
     wire = roofline.token_bytes(model.hidden_size, activation) / roofline.token_bytes(model.hidden_size, measured)
+    if out.names["mode"] == FLAT:  # measured in one type both ways; tokens come back in bf16
+        returned = roofline.token_bytes(model.hidden_size, "bf16")
+        back = replace(
+            back, bytes_factor=back.bytes_factor * returned / roofline.token_bytes(model.hidden_size, measured)
+        )
     return [replace(out, bytes_factor=out.bytes_factor * wire), back]
 
 
@@ -261,10 +268,10 @@ def exchange_costs(
     sheet = f"roofline of {cluster.accelerator.name}"
 
     def path(between: bool, nodes: int, ranks: int, copy_s: float, latency_s: float) -> PathCosts:
-        def copies(num_ranks: int, num_nodes: int) -> float:
-            if dispatch == "allgather":
+        def copies(num_ranks: int, num_nodes: int, kind: DispatchKind = dispatch) -> float:
+            if kind == "allgather":
                 return float(num_nodes - 1 if between else num_ranks - 1)
-            both = balanced_copies(dispatch, model.top_k, num_ranks, num_nodes)
+            both = balanced_copies(kind, model.top_k, num_ranks, num_nodes)
             return both[0] if between else both[1]
 
         # Tables were measured on the machine's own network: links given one by one are another.
@@ -272,6 +279,9 @@ def exchange_costs(
         found = _pair(profile, mode, model, nodes, ranks, activation_dtype) if profile and covered else None
         if found is not None:
             at = found[0]
+            if at.names["mode"] == FLAT:
+                same = (at.nodes, at.ranks) == (nodes, ranks)
+                return _table_path(found, copies(at.ranks, at.nodes, "per_expert"), same)
             same = at.nodes == nodes if mode != "nvlink" else at.ranks == ranks
             return _table_path(found, copies(at.ranks, at.nodes), same)
         tokens, here = np.geomspace(1, 2.0**17, 18), max(copies(ranks, nodes), 1e-9)

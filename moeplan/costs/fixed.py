@@ -14,6 +14,7 @@ from moeplan.costs.attention import attention_by_window
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.tables import Seconds
+from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import Workload
@@ -37,6 +38,17 @@ class FixedCosts:
     extrapolated: bool
 
 
+def _launch_s(profile: HardwareProfile | None) -> float:
+    latency_us = profile.meta.system.get("launch_latency_us") if profile else None
+    if latency_us is None:
+        name = profile.meta.name if profile else "none"
+        raise InputError(
+            f"launches_per_layer times the launch latency is asked for, but profile ({name}) has no launch_latency_us;"
+            " measure it (moeplan profile system --out DIR), or leave launches_per_layer out"
+        )
+    return float(latency_us) * 1e-6
+
+
 def fixed_costs(
     model: ModelSpec,
     cluster: ClusterSpec,
@@ -55,6 +67,9 @@ def fixed_costs(
 
     With tensor parallelism ``tp`` ranks work on their ``tp x batch`` tokens together, each on its share, and
     all-reduce the result twice per layer.
+
+    Raises:
+        InputError: ``launches_per_layer`` is given and the profile has no launch latency.
     """
     device, hidden = cluster.accelerator, model.hidden_size
     # Weights other than the experts' are held in 8 bits or more (see costs.memory).
@@ -86,7 +101,7 @@ def fixed_costs(
     if tp > 1:
         reduced = links.seconds("all_reduce", tp, tokens * hidden * 2)
         parts["links"].append(Seconds(2 * reduced.value, reduced.relative_error, reduced.source, reduced.extrapolated))
-    host = launches_per_layer * float((profile.meta.system.get("launch_latency_us", 0.0)) if profile else 0.0) * 1e-6
+    host = launches_per_layer * _launch_s(profile) if launches_per_layer else 0.0
     layer = sum(s.total for part in parts.values() for s in part) + host
     shared: list[Seconds] = []
     if model.shared_intermediate_size:

@@ -93,9 +93,13 @@ def kv_tokens_needed(workload: Workload) -> int:
 
 
 def memory_report(
-    model: ModelSpec, cluster: ClusterSpec, workload: Workload, slots_R: NDArray[np.integer], shards: int = 1
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    workload: Workload,
+    slots_R: NDArray[np.integer] | NDArray[np.floating],
+    shards: int = 1,
 ) -> list[RankMemory]:
-    """Memory of every rank that works, with ``slots_R`` expert slots per layer."""
+    """Memory of every rank that works, with ``slots_R`` expert slots per layer, parts of one where ranks share it."""
     other, workspace = (
         non_expert_bytes(model, workload.weight_dtype, shards),
         workspace_bytes(model, workload),

@@ -115,7 +115,7 @@ class MoeTable:
 class ServingCosts:
     """One model on one cluster under one technique; see the module.
 
-    ``technique.overlap`` and ``technique.pp`` concern whole steps: the cluster is that of one pipeline stage.
+    ``technique.overlap`` concerns whole steps. The cluster is that of one pipeline stage.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ServingCosts:
         self.model, self.cluster, self.profile = model, cluster, profile
         self.technique = technique
         self._workload = workload
-        self._plain = replace(technique, overlap="none", pp=1)
+        self._plain = replace(technique, overlap="none")
         self.live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
         self._num_live = int(self.live_R.sum())
         self.speed_R = np.array([cluster.rank(r).speed for r in range(cluster.num_ranks)])

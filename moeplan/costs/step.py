@@ -45,8 +45,9 @@ _REACH = 64.0
 
 @dataclass(frozen=True, slots=True)
 class Technique:
-    """How a step runs. ``tp`` splits attention and dense parts, ``expert_tp`` each expert, ``cp`` the sequence of a
-    prefill, ``pp`` the layers. ``launches_per_layer`` times the profile's launch latency is host overhead.
+    """How a step runs. ``tp`` splits attention and dense parts, ``cp`` the sequence of a prefill, ``expert_tp`` each
+    expert over so many consecutive ranks of a node: a placement gives them the same experts, tokens go to all of them
+    and their parts are added on return. ``launches_per_layer`` times the profile's launch latency is host overhead.
     ``backend``: the framework whose kernels run, None: the fastest of all measured. ``dense_dtype``: of attention and
     dense weights, where it is not the usual one beside experts of the workload's."""
 
@@ -55,7 +56,6 @@ class Technique:
     tp: int = 1
     expert_tp: int = 1
     cp: int = 1
-    pp: int = 1
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
     launches_per_layer: int = 0
     backend: str | None = None
@@ -152,13 +152,12 @@ class StepModel:
         self._link_R = np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)])
         self._link_N = self._link_R.reshape(cluster.num_nodes, -1).mean(1)
         self._tokens = tokens
-        for name in ("tp", "expert_tp", "cp", "pp"):
+        of = {"tp": cluster.num_ranks, "cp": cluster.num_ranks, "expert_tp": cluster.ranks_per_node}
+        for name, number in of.items():
             degree = getattr(self.technique, name)
-            if degree < 1 or cluster.num_ranks % degree:
-                raise InputError(
-                    f"technique.{name} ({degree}) does not divide the number of ranks ({cluster.num_ranks});"
-                    " choose a divisor"
-                )
+            if degree < 1 or number % degree:
+                whose = f"ranks of a node ({number})" if name == "expert_tp" else f"number of ranks ({number})"
+                raise InputError(f"technique.{name} ({degree}) does not divide the {whose}; choose a divisor")
         self._slots_R = np.zeros(0, np.int64)
         self._memory: tuple[RankMemory, ...] = ()
         self._whole = self._part(1.0)
@@ -170,7 +169,8 @@ class StepModel:
         batch = max(1, round(work.batch_per_rank * share))
         tokens = batch * ranks if self._tokens is None else self._tokens * share
         mean = tokens * model.top_k / model.num_experts
-        arriving = 1.0 if how.dispatch == "allgather" else touched(ranks, model.top_k) / ranks
+        groups = max(1, ranks // how.expert_tp)
+        arriving = 1.0 if how.dispatch == "allgather" else touched(groups, model.top_k) / groups
         experts = expert_costs(
             model,
             cluster.accelerator,
@@ -179,7 +179,7 @@ class StepModel:
             tp=how.expert_tp,
             backend=how.backend,
             mean_pairs=mean,
-            local_experts=model.num_experts / ranks,
+            local_experts=model.num_experts / groups,
             arriving=arriving,
         )
         exchange = exchange_costs(model, cluster, how.dispatch, work.phase, work.activation_dtype, profile=self.profile)
@@ -203,6 +203,7 @@ class StepModel:
         slots = placement.physical_to_logical_LP
         place = slots + np.arange(len(slots), dtype=np.int64)[:, None] * share.shape[1]
         used = slots != EMPTY
+        share = share * self.technique.expert_tp  # every rank of a group works on all pairs of its experts
         if placement.share_LP is not None:
             return np.where(used, share.ravel()[np.maximum(place, 0)] * placement.share_LP, 0.0)
         copies = np.bincount(place.ravel() if used.all() else place[used], minlength=share.size)
@@ -217,7 +218,7 @@ class StepModel:
         """
         tokens, top_k, how = part.tokens, self.model.top_k, self.technique.dispatch
         nodes = self.cluster.num_nodes
-        pairs_LN = pairs_LR.reshape(len(pairs_LR), nodes, -1).sum(2)
+        pairs_LN = pairs_LR.reshape(len(pairs_LR), nodes, -1).sum(2) / self.technique.expert_tp
         if how == "allgather":
             away = 1 - 1 / nodes
             return np.full(pairs_LN.shape, tokens * away), np.full(pairs_LR.shape, tokens * (1 - 1 / self.live.sum()))
@@ -269,6 +270,7 @@ class StepModel:
                 f"placement ({placement.num_layers} layers, {placement.num_experts} experts, {placement.num_ranks}"
                 f" ranks) and load {load_LE.shape} on cluster.num_ranks ({R}) are not of one model and cluster"
             )
+        self._require_groups(placement)
         whole = self._whole
         expert, exchange, node, rank = self._layers(placement, load_LE, whole, arrivals)
         fixed = whole.fixed
@@ -296,7 +298,8 @@ class StepModel:
         error = sum(seconds * errors[name] for name, (seconds, _) in parts.items()) / everything
         slots_R = np.bincount(placement.rank_of_slot_P, minlength=R)
         if not np.array_equal(slots_R, self._slots_R):
-            report = memory_report(self.model, self.cluster, self.workload, slots_R, self.technique.tp)
+            whole_R = slots_R / self.technique.expert_tp
+            report = memory_report(self.model, self.cluster, self.workload, whole_R, self.technique.tp)
             self._slots_R, self._memory = slots_R, tuple(report)
         source = {"experts": whole.experts.source, "exchange inside a node": whole.exchange.inside.source}
         if whole.exchange.between is not None:
@@ -317,6 +320,21 @@ class StepModel:
             source=source | dict(fixed.source),
             extrapolated=tuple(name for name, (_, beyond) in parts.items() if beyond),
         )
+
+    def _require_groups(self, placement: Placement) -> None:
+        """Ranks that share experts hold the same ones."""
+        degree = self.technique.expert_tp
+        if degree == 1:
+            return
+        slots_LP, ranks = placement.physical_to_logical_LP, range(placement.num_ranks)
+        held = [np.sort(slots_LP[:, placement.rank_of_slot_P == rank]) for rank in ranks]
+        for rank in ranks:
+            first = rank - rank % degree
+            if not np.array_equal(held[first], held[rank]):
+                raise InputError(
+                    f"ranks {first} and {rank} share experts (technique.expert_tp is {degree}) but hold different ones;"
+                    " place the same on both, or set expert_tp to 1"
+                )
 
     def batches(
         self, placement: Placement, load_LE: Floats, taken_LE: Floats | None = None

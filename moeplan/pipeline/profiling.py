@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,13 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
     models = [model for model in models if model.expert_intermediate_size > 1]
     if not models:
         notes.append("experts: not measured, they need --hidden, --inter, --experts and --top-k, or --model")
+        return []
+    dtypes = _able("experts", request.dtypes, device, notes)
     for model in models:
         if not model.gated_ffn:
             notes.append(f"experts of {model.name}: not gated (SwiGLU), the only form measured here")
             continue
-        for dtype in request.dtypes:
+        for dtype in dtypes:
             kernels = request.kernels or (("loop",) if dtype in ("int8", "int4") else ("grouped_mm",))
             for tp in request.tp:
                 for asked in request.ep:
@@ -107,6 +109,18 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
 def _directions(request: ProfileRequest, differentiable: bool) -> tuple[str, ...]:
     """Those asked for; forward alone where a type has no gradient, unless nothing but backward is asked for."""
     return request.directions if differentiable or "forward" not in request.directions else ("forward",)
+
+
+def _able(what: str, dtypes: Iterable[str], device: Any, notes: list[str]) -> list[str]:
+    """Those of ``dtypes`` that the device can; a note says why it cannot the others."""
+    able = []
+    for dtype in dtypes:
+        try:
+            device.dtype(dtype)
+            able.append(dtype)
+        except SpecError as error:
+            notes.append(f"{what} in {dtype}: not measured, {error}".replace("; ", ", "))  # notes are parted by "; "
+    return able
 
 
 def _plain(what: str, request: ProfileRequest, notes: list[str]) -> list[str]:
@@ -147,10 +161,9 @@ def _dense_benches(request: ProfileRequest, device: Any, models: list[ModelSpec]
         return []
     shapes = list(dict.fromkeys(shapes))
     benches = []
-    for dtype in request.dtypes:
-        if dtype in ("int8", "int4"):
-            notes.append(f"dense products in {dtype}: not measured")
-            continue
+    integer = [dtype for dtype in request.dtypes if dtype in ("int8", "int4")]
+    notes += [f"dense products in {dtype}: not measured" for dtype in integer]
+    for dtype in _able("dense products", (d for d in request.dtypes if d not in integer), device, notes):
         own = _directions(request, dtype != "fp8")
         for start in range(0, len(shapes), 8):  # weights of a few shapes at a time, so that they fit
             benches.append(gemm_bench(device, shapes[start : start + 8], dtype, own, request.max_tokens))

@@ -92,10 +92,16 @@ def _from_server(
     return replace(joined, origin={"recorded_from": "sglang", "prompts": len(prompts)}), overhead
 
 
-def _tokenizer(transformers: Any, path: Path) -> Any:
+def _token_ids(transformers: Any, path: Path, prompts: list[str]) -> list[Any]:
+    """The tokens of each prompt, a batch of one. Of missing files transformers 5 makes tokenizers that know none."""
     folder = path if path.is_dir() else path.parent
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        batches = [tokenizer(text, return_tensors="pt")["input_ids"] for text in prompts]
+        for text, ids in zip(prompts, batches, strict=True):
+            if not ids.numel():
+                raise ValueError(f"it makes no token of the prompt {text[:40]!r}")
+        return batches
     except Exception as error:  # whatever transformers meets in half a directory
         raise SpecError(
             f"hf ({folder}) has no tokenizer that can be loaded, and --prompts needs one; bring the model's tokenizer"
@@ -128,7 +134,7 @@ def _from_model(
         raise SpecError("--hf needs --prompts: routing of random tokens says nothing about real text")
     where = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu")).kind
     torch.manual_seed(seed)
-    tokenizer = _tokenizer(transformers, path) if prompts else None
+    batches = _token_ids(transformers, path, prompts)
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         if random_init:
@@ -138,12 +144,10 @@ def _from_model(
     except (OSError, ValueError, KeyError) as error:
         raise SpecError(f"hf ({path}) cannot be loaded: {str(error).splitlines()[0]}") from error
     model = model.to(where).eval()
-    if tokenizer is not None:
-        batches = [tokenizer(text, return_tensors="pt")["input_ids"].to(where) for text in prompts]
-    else:
+    if not batches:
         generator = torch.Generator().manual_seed(seed)
-        size = (1, 64)
-        batches = [torch.randint(0, model.config.vocab_size, size, generator=generator).to(where) for _ in range(4)]
+        batches = [torch.randint(0, model.config.vocab_size, (1, 64), generator=generator) for _ in range(4)]
+    batches = [ids.to(where) for ids in batches]
 
     def prefill() -> object:
         with torch.inference_mode():

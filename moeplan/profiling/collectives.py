@@ -18,7 +18,7 @@ from moeplan.errors import SpecError
 from moeplan.profiling.device import Device
 from moeplan.profiling.protocol import Bench, Call, CpuTimer, CudaTimer, Series
 
-__all__ = ["OPS", "CollectiveTimer", "Communicator", "Exchange", "collective_benches", "uneven_splits"]
+__all__ = ["OPS", "CollectiveTimer", "Communicator", "Exchange", "collective_benches", "most_elements", "uneven_splits"]
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "alltoall", "p2p")
 _TWO_LEVEL = ("all_reduce", "alltoall")
@@ -130,6 +130,12 @@ def uneven_splits(weight_RR: NDArray[np.float64], total: int) -> NDArray[np.int6
     return whole
 
 
+def most_elements(weight_RR: NDArray[np.float64], total: int) -> int:
+    """The most that a rank sends or receives under :func:`uneven_splits`; no smaller ``total`` needs more."""
+    split_RR = uneven_splits(weight_RR, total)
+    return int(max(split_RR.sum(0).max(), split_RR.sum(1).max()))
+
+
 @dataclass(frozen=True, slots=True)
 class _Case:
     """One series: its operation among ``ranks`` ranks in ``nodes`` nodes, through ``group``."""
@@ -231,8 +237,9 @@ def _open(comm: Communicator, what: Exchange, cases: Mapping[str, _Case]) -> Pre
     width = 4 if what.dtype == "fp32" else 2
     weight_RR = _weights(comm, what)
     # An uneven rank may receive several times the mean.
-    largest = int(uneven_splits(weight_RR, what.max_bytes // width).max(0).sum()) + what.max_bytes // width
-    room = comm.world * -(-max(largest, comm.world) // comm.world)
+    mean = what.max_bytes // width
+    largest = max(most_elements(weight_RR, mean), mean, comm.world)
+    room = comm.world * -(-largest // comm.world)
     turns = comm.device.copies(2 * room * width, most=4)
     sources = [comm.device.normal((room,), kind) for _ in range(turns)]
     targets = [comm.device.normal((room,), kind) for _ in range(turns)]
@@ -327,8 +334,7 @@ def _open_tokens(comm: Communicator, what: Exchange, names: Mapping[str, tuple[s
     kind = comm.device.dtype(what.dtype)
     even_RR = np.ones((comm.world, comm.world))
     forms = {"balanced": even_RR, "explicit": _weights(comm, what)}
-    most_RR = [uneven_splits(w, what.max_tokens * what.top_k) for w in forms.values()]
-    room = int(max(max(m.sum(0).max(), m.sum(1).max()) for m in most_RR)) + 1
+    room = 1 + max(most_elements(w, what.max_tokens * what.top_k) for w in forms.values())
     source, target = (comm.device.normal((room, what.hidden), kind) for _ in range(2))
 
     def prepare(series: Series, tokens: int) -> Call:

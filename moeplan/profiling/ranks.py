@@ -66,6 +66,12 @@ class _Relay(Journal):
         self._send(("point", table, dict(row), samples))
 
 
+def _kept(journal: Journal) -> str:
+    """What to say of the points of a run that failed; nothing where there is none, and so nothing to go on from."""
+    count = len(journal.points)
+    return f"; {count} points measured until then are kept: go on with --resume" if count else ""
+
+
 def _node_of_ranks(job: Job, dist: Any, world: int) -> tuple[int, ...]:
     """Ranks of one box share its name; ``ranks_per_node`` overrides it, as for network namespaces."""
     if job.ranks_per_node:
@@ -141,7 +147,7 @@ def run_torchrun_rank(job: Job, journal: Journal, report: Progress) -> list[str]
     except (_ExchangeError, RuntimeError, InterruptedError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is something to say first
         reason = str(error).splitlines()[0]
-        raise ProfileError(f"{_missing_rank(store, rank, world)} {reason}; points until then are kept") from error
+        raise ProfileError(f"{_missing_rank(store, rank, world)} {reason}{_kept(journal)}") from error
     signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
     return left_out
@@ -271,8 +277,7 @@ def _supervise(processes: list[Any], links: list[Connection], journal: Journal, 
             how = processes[dead[0]].exitcode
             cause = f"by signal {-how}" if how < 0 else f"with exit code {how}"
             raise ProfileError(
-                f"rank {dead[0]} died {cause} during {doing}; the other ranks were ended, {len(journal.points)}"
-                " points measured until then are kept: go on with --resume"
+                f"rank {dead[0]} died {cause} during {doing}; the other ranks were ended{_kept(journal)}"
             )
         if failures and first_failure is None:
             first_failure = time.monotonic()
@@ -283,7 +288,5 @@ def _supervise(processes: list[Any], links: list[Connection], journal: Journal, 
         rank, kind, text = failures[0]
         if kind in ("SpecError", "UnknownNameError"):
             raise SpecError(text)
-        raise ProfileError(
-            f"rank {rank} failed {text}; {len(journal.points)} points measured until then are kept: go on with --resume"
-        )
+        raise ProfileError(f"rank {rank} failed {text}{_kept(journal)}")
     return left_out

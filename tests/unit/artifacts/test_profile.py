@@ -79,6 +79,15 @@ def test_a_truncated_table_is_refused(tmp_path: Path) -> None:
         load_profile(tmp_path / "p").table("gemm")
 
 
+def test_a_table_that_is_gone_is_named_with_its_remedy(tmp_path: Path) -> None:
+    HardwareProfile(META, {"gemm": gemm()}).save(tmp_path / "p")
+    (tmp_path / "p" / "gemm.parquet").unlink()
+    with pytest.raises(
+        ProfileError, match=r"gemm.parquet: No such file .*; restore it or measure again: moeplan profile"
+    ):
+        load_profile(tmp_path / "p").table("gemm")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,6 +10,7 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs.exchange import balanced_copies, exchange_costs, mode_of
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import ModelSpec
+from moeplan.specs.workload import DispatchKind, Phase
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
 GPU = AcceleratorSpec.model_validate(
@@ -130,6 +131,21 @@ def test_other_node_counts_come_from_the_nearest() -> None:
     assert costs.between.extrapolated
     assert "16 ranks" in costs.between.source
     assert costs.between.relative_error > costs.inside.relative_error
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "phase"), [("per_node", "prefill"), ("per_expert", "decode"), ("per_rank", "decode")]
+)
+def test_an_own_measured_exchange_serves_every_dispatch(dispatch: DispatchKind, phase: Phase) -> None:
+    """Its copies go per (token, expert), in one type both ways: here bf16 out and back."""
+    rows = [row | {"dtype": "bf16", "ranks": 8} for row in profile([1], "flat").select("alltoall").to_pylist()]
+    skewed = [row | {"distribution": "explicit", "latency_us": 9e9} for row in rows]
+    fewer = [row | {"ranks": 2, "latency_us": 1.0} for row in rows]
+    own = HardwareProfile(META, {"alltoall": pa.Table.from_pylist([*rows, *skewed, *fewer])})
+    costs = exchange_costs(MODEL, cluster(1), dispatch, phase, "bf16", profile=own)
+    assert costs.inside.source.startswith("measured: s (k)")
+    assert costs.inside.balanced_s(256) == pytest.approx((30 + 0.3 * 256) * 1e-6)
+    assert costs.inside.copies_per_token == balanced_copies("per_expert", 4, 8, 1)[1]
 
 
 def test_without_a_table_bytes_go_over_the_links() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.profile import load_profile, shipped_profiles
-from moeplan.costs.step import StepModel, Technique, combine, step
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile, shipped_profiles
+from moeplan.costs.step import StepCost, StepModel, Technique, combine, step
 from moeplan.errors import InputError
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.models import find_model
@@ -111,6 +111,35 @@ def test_slow_and_failed_ranks() -> None:
     plan, load = placement(16, 256), np.ones((L, E))
     cost = StepModel(MODEL, slow, WORK).step(plan, load)
     np.testing.assert_allclose(cost.expert_s_LR[:, 3], 2 * cost.expert_s_LR[:, 2])
+
+
+def test_ranks_that_share_experts_do_all_their_pairs_and_hold_their_weights() -> None:
+    model, cluster = find_model("mixtral-8x7b"), cluster_for("h100", 1, 8)
+    load, work = np.ones((32, 8)), Workload(batch_per_rank=4096)
+
+    def cost(experts: list[int], expert_tp: int) -> StepCost:
+        where = np.repeat(np.arange(8), len(experts) // 8).astype(np.int32)
+        plan = Placement(np.tile(np.array(experts, np.int32), (32, 1)), where, 8, 8, 8)
+        return step(model, cluster, None, plan, load, work, Technique(expert_tp=expert_tp))
+
+    alone = cost(list(range(8)), 1)
+    shared = cost([e for pair in (0, 2, 4, 6) for e in (pair, pair + 1) * 2], 2)
+    np.testing.assert_allclose(shared.expert_s_LR, alone.expert_s_LR, rtol=0.02)  # two halves of twice the pairs
+    assert shared.memory[0].expert_bytes == alone.memory[0].expert_bytes
+    assert shared.exchange_s_L[0] > 1.3 * alone.exchange_s_L[0]  # a token goes to both ranks of an expert
+    with pytest.raises(InputError, match="ranks 0 and 1 share experts"):
+        cost(list(range(8)), 2)
+
+
+def test_launches_need_a_measured_latency() -> None:
+    how, cluster = Technique(launches_per_layer=10), cluster_for("h100", 2, 8)
+    with pytest.raises(InputError, match="profile \\(none\\) has no launch_latency_us"):
+        StepModel(MODEL, cluster, WORK, how)
+    meta = ProfileMeta(
+        name="p", accelerator="H100-SXM-80GB", date="2026-11-29", command="none", system={"launch_latency_us": 7.0}
+    )
+    layers = [StepModel(MODEL, cluster, WORK, h, HardwareProfile(meta)).fixed.layer_s for h in (None, how)]
+    assert layers[1] - layers[0] == pytest.approx(70e-6)
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,16 +23,51 @@ torch = pytest.importorskip("torch", reason="profilers need torch")
 
 from moeplan.cli.profile_measure import _show  # noqa: E402
 from moeplan.pipeline.profiling import ProfileRequest, Sizes, measure_profile  # noqa: E402
-from moeplan.profiling.collectives import Communicator, Exchange, collective_benches, uneven_splits  # noqa: E402
+from moeplan.profiling.collectives import (  # noqa: E402
+    Communicator,
+    Exchange,
+    collective_benches,
+    most_elements,
+    uneven_splits,
+)
 from moeplan.profiling.device import Device  # noqa: E402
 from moeplan.profiling.journal import Journal  # noqa: E402
-from moeplan.profiling.ranks import Job, run_local_ranks  # noqa: E402
+from moeplan.profiling.ranks import Job, _supervise, run_local_ranks  # noqa: E402
 
 
 def test_uneven_splits_follow_the_matrix():
     weight_RR = np.array([[1.0, 3.0], [0.0, 4.0]])
     assert uneven_splits(weight_RR, 100).tolist() == [[25, 75], [0, 100]]
     assert uneven_splits(np.ones((4, 4)), 8).tolist() == [[2] * 4] * 4
+
+
+@pytest.mark.parametrize("world", range(2, 65))
+def test_every_rank_has_room_for_what_it_sends_and_receives(world: int):
+    for weight_R in (np.random.default_rng(world).dirichlet(np.full(world, 2.0)), np.eye(world)[0]):
+        weight_RR = np.tile(weight_R, (world, 1))
+        room = most_elements(weight_RR, 1024)
+        for total in range(1, 1025, 31):
+            split_RR = uneven_splits(weight_RR, total)
+            assert max(split_RR.sum(0).max(), split_RR.sum(1).max()) <= room
+
+
+@pytest.mark.parametrize("traffic", [None, ((1.0, *[0.0] * 7),) * 8])
+def test_buffers_of_eight_ranks_hold_the_uneven_exchange(traffic):
+    def exchange(into, out, receives, sends):
+        assert (len(into), len(out)) == (sum(receives), sum(sends))
+        done.append(len(into))
+
+    done: list[int] = []
+    dist = SimpleNamespace(all_gather_single=None, all_gather_into_tensor=None, reduce_scatter_tensor=None)
+    dist.all_to_all_single = exchange
+    for rank in range(8):
+        comm = Communicator(Device("cpu", torch, 1 << 12), rank, (0,) * 8, dist)
+        bench = collective_benches(comm, Exchange(ops=("alltoall",), max_bytes=16384, weight_RR=traffic))[0]
+        series = next(s for s in bench.series if "uneven" in s.label)
+        prepare = bench.open()
+        for size in (256, 16384):
+            prepare(series, size)(0)
+    assert max(done) > 16384 / 4, "the busiest receives more than the mean"
 
 
 def test_every_scope_and_form_on_two_nodes_of_two(tmp_path: Path):
@@ -171,6 +207,19 @@ def test_one_rank_cannot_exchange(tmp_path: Path):
     job = Job(Exchange(), "cpu", 1.0, ranks_per_node=2)
     with pytest.raises(SpecError, match=r"ranks \(3\) must divide by ranks_per_node \(2\)"):
         run_local_ranks(job, 3, Journal(None, {}), lambda _w, _d: None)
+
+
+def test_a_rank_that_fails_before_the_first_point_leaves_nothing_to_go_on_from():
+    for exitcode, sent, message in (
+        (3, ("failed", 0, "ProfileError", "while measuring alltoall: gone"), "rank 0 failed while measuring .*: gone"),
+        (1, ("progress", "a thing", 0.0), "rank 0 died with exit code 1 during a thing; the other ranks were ended"),
+    ):
+        here, there = torch.multiprocessing.Pipe(duplex=False)
+        there.send(sent)
+        there.close()
+        process = SimpleNamespace(exitcode=exitcode, join=lambda: None)
+        with pytest.raises(ProfileError, match=f"^{message}$"):
+            _supervise([process], [here], Journal(None, {}), lambda _w, _d: None)
 
 
 def test_under_torchrun(tmp_path: Path, capsys):

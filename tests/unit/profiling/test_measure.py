@@ -160,6 +160,20 @@ def test_what_a_part_cannot_is_said_and_the_rest_is_measured(tmp_path: Path):
     assert "passes over tokens (router, norms, ...) in int8: not measured, bf16 in their place" in left
 
 
+@pytest.mark.parametrize("part", ["experts", "dense"])
+def test_types_that_the_device_cannot_are_said_and_the_others_measured(part: str, tmp_path: Path):
+    asked = {"sizes": Sizes(hidden=16, inter=16, experts=2, top_k=1, n=16, k=16), "budget_s": 0.3, "max_tokens": 2}
+    answer = measure_profile(ProfileRequest(parts=(part,), dtypes=("fp8", "fp32"), **asked), tmp_path / "p")
+    what = {"experts": "experts", "dense": "dense products"}[part]
+    assert f"{what} in fp8: not measured, dtype (fp8) needs a GPU" in answer["left_out"][0]
+    profile = HardwareProfile.open(tmp_path / "p")
+    assert {row["dtype"] for name in profile.table_names for row in profile.table(name).to_pylist()} == {"fp32"}
+    if part == "dense":
+        asked["sizes"] = Sizes(n=16, k=16)
+    with pytest.raises(SpecError, match=rf"{what} in fp8: not measured, .* choose another --dtype"):
+        measure_profile(ProfileRequest(parts=(part,), dtypes=("fp8",), **asked), tmp_path / "q")
+
+
 def test_one_progress_over_benches_and_exchanges(tmp_path: Path, monkeypatch):
     def exchanges(_job, _world, _journal, report):
         report("exchange", 0.5)

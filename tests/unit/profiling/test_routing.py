@@ -178,6 +178,9 @@ def test_recording_from_disk_asks_for_what_it_needs(tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("hello")
     with pytest.raises(SpecError, match=r"has no tokenizer that can be loaded, and --prompts needs one"):
         record_routing(tmp_path / "t.npz", hf=tmp_path, prompts=tmp_path / "prompts.txt", device="cpu")
+    _model("Olmoe").config.save_pretrained(tmp_path / "olmoe")  # of which transformers 5 makes an empty tokenizer
+    with pytest.raises(SpecError, match=r"has no tokenizer that can be loaded, and --prompts needs one"):
+        record_routing(tmp_path / "t.npz", tmp_path / "olmoe", True, prompts=tmp_path / "prompts.txt", device="cpu")
     if not torch.cuda.is_available():
         with pytest.raises(SpecError, match=r"device \(cuda\): torch .* sees no GPU"):
             record_routing(tmp_path / "t.npz", hf=tmp_path, random_init=True, device="cuda")
