@@ -120,7 +120,8 @@ def _show(answer: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    grid = Table("table", "rows", title=f"{answer['out']}: {answer['device']}")
+    console.print(f"{answer['out']}: {answer['device']}")
+    grid = Table("table", "rows")
     for table, rows in answer["rows"].items():
         grid.add_row(table, f"{rows:,}")
     console.print(grid)
