@@ -172,8 +172,9 @@ def _measured(
 ) -> _Curve | None:
     """The nearest measured exchange: on one node where there is one, over several where there are several."""
     for name in MODES[mode]:
-        even: dict[str, Any] = {"mode": name, "phase": phase, "distribution": "balanced"}
-        rows = profile.select("alltoall", dtype=[*DTYPE_BYTES, "nvfp4"], **even, **only)
+        rows = profile.select(
+            "alltoall", mode=name, phase=phase, dtype=[*DTYPE_BYTES, "nvfp4"], distribution="balanced", **only
+        )
         if name.startswith("nvlink"):
             place = {"ranks": ranks}
         else:
@@ -218,13 +219,14 @@ def _pair(
     if back is None:
         return None
     measured: Dtype = "fp4" if out.names["dtype"] == "nvfp4" else out.names["dtype"]  # type: ignore[assignment]
-    wire = roofline.token_bytes(model.hidden_size, activation) / roofline.token_bytes(model.hidden_size, measured)
+
+    def sent_in(curve: _Curve, dtype: Dtype) -> _Curve:
+        wire = roofline.token_bytes(model.hidden_size, dtype) / roofline.token_bytes(model.hidden_size, measured)
+        return replace(curve, bytes_factor=curve.bytes_factor * wire)
+
     if out.names["mode"] == FLAT:  # measured in one type both ways; tokens come back in bf16
-        returned = roofline.token_bytes(model.hidden_size, "bf16")
-        back = replace(
-            back, bytes_factor=back.bytes_factor * returned / roofline.token_bytes(model.hidden_size, measured)
-        )
-    return [replace(out, bytes_factor=out.bytes_factor * wire), back]
+        back = sent_in(back, "bf16")
+    return [sent_in(out, activation), back]
 
 
 def _table_path(found: list[_Curve], copies: float, exact: bool) -> PathCosts:

@@ -161,7 +161,8 @@ class GridInterpolator:
     @cached_property
     def _chosen(self) -> tuple[list[_Choice], float]:
         """A choice for queries whose size stands nearby, one for those whose size stands nowhere near; their error."""
-        names, x, y = self._trials()
+        picks = np.random.default_rng(self._seed).permutation(len(self._y))[: _TRIALS[-1][0]]
+        names, x, y = self._grid.series[picks], self._x[picks], self._y[picks]
         straight = np.abs(self._line(names, x) - y)
         choices, misses = [], []
         for alone in (False, True):
@@ -175,11 +176,6 @@ class GridInterpolator:
         miss = np.concatenate(misses)
         miss = miss[np.isfinite(miss)]
         return choices, float(np.expm1(np.quantile(miss, 0.9))) if len(miss) else 1.0
-
-    def _trials(self) -> tuple[Ints, Floats, Floats]:
-        """Series, coordinates and log latency of points to leave out."""
-        picks = np.random.default_rng(self._seed).permutation(len(self._y))[: _TRIALS[-1][0]]
-        return self._grid.series[picks], self._x[picks], self._y[picks]
 
     def _tried(self, names: Ints, x: Floats, y: Floats, alone: bool) -> tuple[_Setting, Floats]:
         """The setting that best predicts left-out points (``alone``: with all of their size), and its misses."""

@@ -70,9 +70,8 @@ def _held_out(table: str, where: str, answer: HeldOut) -> dict[str, Any]:
 # ---------------------------------------------------------------------- skewed rows from balanced ones
 
 
-def _skew_figures(profiles: list[HardwareProfile]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The figures by framework and of ``_eplb`` rows, and the same by framework and system."""
-    rows = [(profile.meta.name, row) for profile in profiles for row in skew_rows(profile)]
+def _skew_figures(rows: list[tuple[str, Row]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The figures by framework and of ``_eplb`` rows, and those by framework and system, of rows with their system."""
     by_backend: dict[str, list[Row]] = {}
     by_system: dict[tuple[str, str], list[Row]] = {}
     for system, row in rows:
@@ -204,7 +203,7 @@ def validate_kernels(
         command = f"moeplan validate kernels --systems {','.join(names)}"
     figures: list[dict[str, Any]] = []
     held_out: dict[str, list[HeldOut]] = {}
-    grouped: list[HardwareProfile] = []  # profiles with grouped products, with these alone
+    skew: list[tuple[str, Row]] = []
     inputs = []
     deepep: list[dict[str, Any]] = []
     for number, name in enumerate(names):
@@ -224,11 +223,11 @@ def validate_kernels(
                 figures.append(_held_out(table, one.meta.name, answer))
                 progress("validate", (number + done / (len(tables) + 1)) / len(names))
         if "experts" in tables:
-            grouped.append(HardwareProfile(one.meta, {"experts": one.table("experts")}))
+            skew += [(one.meta.name, row) for row in skew_rows(one)]
         multi_node = one.select("alltoall", usable=False, nodes=[2, 4, 8], kernel="deepep")
         if not deepep and multi_node.num_rows:
             deepep = _deepep(one)
-    skewed, detail = _skew_figures(grouped)
+    skewed, detail = _skew_figures(skew)
     detail += [_held_out(table, "all systems", pooled(parts)) for table, parts in held_out.items() if len(parts) > 1]
     figures += skewed + deepep
     if cpu or live_s is not None or profile is None:

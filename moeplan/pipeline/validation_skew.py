@@ -45,21 +45,19 @@ def _experts(profile: HardwareProfile) -> pa.Table:
     return table.filter(pc.and_(pc.equal(table["scope"], "experts"), pc.invert(bad)))
 
 
-def _router_logit_s(table: pa.Table) -> dict[str, float]:
+def _router_logit_s(rows: list[Row]) -> dict[str, float]:
     """Release of wide-EP rows -> seconds a logit that choosing experts takes longer there than in later releases.
 
     Read off balanced rows of both releases at the same points, of the kernel that stands for wide-EP rows, at the
     shapes and group sizes that these have: there the difference goes with the logits, whatever the experts.
     """
-    kernel = table["kernel"].cast("string")
-    wide = table.filter(pc.starts_with(kernel, _WIDE)).to_pylist()
+    wide = [row for row in rows if row["kernel"].startswith(_WIDE)]
     older = {_release(row) for row in wide}
     cases = {(*(row[c] for c in _SHAPE), row["ep"]) for row in wide}
-    even = pc.equal(table["distribution"].cast("string"), "balanced")
     times: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in table.filter(pc.and_(pc.equal(kernel, _BALANCED_OF_WIDE), even)).to_pylist():
+    for row in rows:
         case = (*(row[c] for c in _SHAPE), row["ep"])
-        if case in cases:
+        if case in cases and (row["kernel"], row["distribution"]) == (_BALANCED_OF_WIDE, "balanced"):
             point = (*case, row["tokens"], row["tokens"] * row["num_experts"])
             times.setdefault(point, {})[_release(row)] = row["latency_us"] * 1e-6
     found: dict[str, list[tuple[float, float, float]]] = {}
@@ -79,8 +77,8 @@ def _vectors(tokens: int, top_k: int, experts: int, alpha: float, ep: int, slots
 
 def skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[Row]:
     """Each skewed row at EP >= 8 and many tokens: measured ratio, ours, and the two baselines'."""
-    table = _experts(profile)
-    rows, logit_s = table.to_pylist(), _router_logit_s(table)
+    rows = _experts(profile).to_pylist()
+    logit_s = _router_logit_s(rows)
     balanced: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["distribution"] == "balanced":

@@ -158,10 +158,12 @@ def mark_host_bound(table: pa.Table) -> pa.Table:
     marks = np.array(table["mark"].to_pylist(), object)
     for kernel in np.unique(kernels):
         own = np.flatnonzero(kernels == kernel)
+        others = np.flatnonzero((kernels != kernel) & np.isin(alike, alike[own]))
+        their_sizes, their_latency, theirs = sizes[:, others], latency[others], alike[others]
         longer = []
         for row in own[np.argsort(latency[own], kind="stable")[: -(-len(own) // 100)]]:
-            no_smaller = (sizes >= sizes[:, [row]]).all(0) & (alike == alike[row]) & (kernels != kernel)
-            longer.append(latency[row] / latency[no_smaller].min(initial=np.inf))
+            no_smaller = (their_sizes >= sizes[:, [row]]).all(0) & (theirs == alike[row])
+            longer.append(latency[row] / their_latency[no_smaller].min(initial=np.inf))
         if np.median(longer) > HOST:
             marks[own] = "host_bound"
     return table.set_column(table.column_names.index("mark"), "mark", pa.array(marks, pa.string()))

@@ -131,8 +131,8 @@ def test_a_router_that_was_slower_is_charged_for_the_ranks_own_tokens() -> None:
     older = pa.Table.from_pylist([*rows("x/old/moe", 1), skewed])
     both = pa.concat_tables([older, pa.Table.from_pylist(rows("x/new/moe", 0))])
     alone, beside = (HardwareProfile(META, {"experts": table}) for table in (older, both))
-    assert _router_logit_s(alone.table("experts")) == {}
-    assert _router_logit_s(beside.table("experts")) == {"old": pytest.approx(5e-11)}
+    assert _router_logit_s(alone.table("experts").to_pylist()) == {}
+    assert _router_logit_s(beside.table("experts").to_pylist()) == {"old": pytest.approx(5e-11)}
     (untold,), (told,) = skew_rows(alone), skew_rows(beside)
     # Its own 512 tokens' logits in place of those of the 3,000 that arrive.
     law_us = 5e-5 * 64 * (512 - 3000) / (told["ours"] - untold["ours"])
