@@ -9,12 +9,11 @@ the same alignment share (the largest power of two in a size decides about paddi
 
 with distances in logs over a length, the size counted also in tiles where that helps, coordinates added that
 say where the kernel's time jumps (``steps``: products have the idle part of the last wave), a share of its own for
-equal alignment where that helps, and a linear trend
-(universal kriging: Cressie, Statistics for Spatial Data, 1993, section 3.4; the exponential covariance
-interpolates linearly along one axis). Scatter follows Student's t with 2 degrees of freedom, since a run that
-met a slow clock or a neighbour's traffic is off by far more than the others: points that their neighbours
-contradict lose weight (iteratively reweighted: Lange, Little and Taylor, JASA 84, 1989), slow ones more where slow
-runs are what scatters.
+equal alignment where that helps, and a linear trend along the axes and these counts of tiles (universal kriging:
+Cressie, Statistics for Spatial Data, 1993, section 3.4; the exponential covariance interpolates linearly along one
+axis). Scatter follows Student's t with 2 degrees of freedom, since a run that met a slow clock or a neighbour's
+traffic is off by far more than the others: points that their neighbours contradict lose weight (iteratively
+reweighted: Lange, Little and Taylor, JASA 84, 1989), slow ones more where slow runs are what scatters.
 
 Each query is solved on its nearest neighbours only, few or many. Which of a few settings, or the plain log-log
 line along the size, serves a table best is chosen by leaving out known points, once alone and once with all points
@@ -44,8 +43,10 @@ Ints = NDArray[np.int64]
 Steps = Callable[[Ints, Floats], Floats]
 """Series [q] and coordinates [q, A] to further coordinates [q, D] that say where a kernel's time jumps."""
 
-_TRIALS = ((80, 3), (320, 1))  # known points left out, settings kept thereby
+_TRIALS = (320, 1280)  # known points left out: one of twenty, within these bounds
+_ROUNDS = ((4, 3), (1, 1))  # tried on a quarter of them, the three best settings on all
 _TILES = (64, 128, 256)
+_TILE_TREND = 0.66  # weight of the counts of tiles in the trend, for one of 1 in the distance
 _MAX_ALIGNMENT = 16
 _NEIGHBOURS = (48, 80)  # few, many
 _CHANGES: tuple[dict[str, Any], ...] = ({"late": 1.5}, {"align": 0.1}, {"wide": True})  # tried on the best setting
@@ -122,7 +123,7 @@ class GridInterpolator:
         self._steps = steps
         self._x, self._y = np.log(coords_nA), np.log(latency_us_n)
         self._grid = Grid(series_n, self._x)
-        self._own_places: dict[float, tuple[Floats, Ints]] = {}
+        self._own_places: dict[float, tuple[Floats, Floats, Ints]] = {}
         self._seed = seed
 
     # ------------------------------------------------------------------ answers
@@ -158,10 +159,14 @@ class GridInterpolator:
 
     # ------------------------------------------------------------------ choice of a setting
 
+    @property
+    def _trials(self) -> int:
+        return int(np.clip(len(self._y) // 20, *_TRIALS))
+
     @cached_property
     def _chosen(self) -> tuple[list[_Choice], float]:
         """A choice for queries whose size stands nearby, one for those whose size stands nowhere near; their error."""
-        picks = np.random.default_rng(self._seed).permutation(len(self._y))[: _TRIALS[-1][0]]
+        picks = np.random.default_rng(self._seed).permutation(len(self._y))[: self._trials]
         names, x, y = self._grid.series[picks], self._x[picks], self._y[picks]
         straight = np.abs(self._line(names, x) - y)
         choices, misses = [], []
@@ -184,8 +189,8 @@ class GridInterpolator:
             return np.abs(self._krige(names[:trials], x[:trials], setting, alone) - y[:trials])
 
         settings = list(_SETTINGS)
-        for trials, keep in _TRIALS:
-            misses = [missed(setting, trials) for setting in settings]
+        for part, keep in _ROUNDS:
+            misses = [missed(setting, self._trials // part) for setting in settings]
             order = np.argsort([_cost(miss) for miss in misses], kind="stable")[:keep]
             settings, misses = [settings[i] for i in order], [misses[i] for i in order]
         best, own = settings[0], misses[0]
@@ -237,20 +242,22 @@ class GridInterpolator:
         most = _NEIGHBOURS[setting.wide]
         for part, rows, equal in self._grid.near(names, x, setting.wide):
             near = rows[:, ~equal] if alone else rows
-            places, alignment = (array[part] for array in queries)
-            answer[part] = krige(self._x, *points, self._y, x[part], places, alignment, near, most, setting.numbers)
+            asked = (array[part] for array in queries)
+            answer[part] = krige(x.shape[1], *points, self._y, *asked, near, most, setting.numbers)
         return answer
 
-    def _places(self, names: Ints, x_nA: Floats, tiles: float) -> tuple[Floats, Ints]:
-        """What tells points apart: coordinates with the size counted in tiles too, by this weight, and further
-        ones; the alignment of each size."""
+    def _places(self, names: Ints, x_nA: Floats, tiles: float) -> tuple[Floats, Floats, Ints]:
+        """What the trend runs along: coordinates, and the size counted in tiles where these have a weight. What tells
+        points apart: coordinates, with the counts added to the size, and further ones. The alignment of each size."""
         size = np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
-        place = x_nA.copy()
-        for tile in _TILES:
-            place[:, 0] += tiles * np.log(np.maximum(-(-size // tile), 1))
+        trend, place = x_nA, x_nA.copy()
+        if tiles:
+            counts = tiles * np.log(np.maximum(-(-size[:, None] // np.array(_TILES)), 1))
+            trend = np.hstack([x_nA, _TILE_TREND * counts])
+            place[:, 0] += counts.sum(1)
         if self._steps is not None:
             place = np.hstack([place, self._steps(self._grid.names[names], np.exp(x_nA))])
-        return place, np.minimum(size & -size, _MAX_ALIGNMENT)
+        return trend, place, np.minimum(size & -size, _MAX_ALIGNMENT)
 
 
 def _cost(miss: Floats) -> float:

@@ -1,6 +1,7 @@
 """Robust kriging of many queries, each from its own nearest points: the compiled part of ``interpolation``.
 
-Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``A`` axes, ``D`` coordinates that tell points apart.
+Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``A`` axes, ``D`` coordinates that tell points apart,
+``T`` those that the trend runs along.
 """
 
 from __future__ import annotations
@@ -58,11 +59,12 @@ def _solve(lower_bb: Floats, noise_b: Floats, y_b: Floats, factor_bb: Floats, du
 
 @njit(cache=True, nogil=True)
 def krige(
-    x_nA: Floats,
+    axes: int,
+    trend_nT: Floats,
     place_nD: Floats,
     align_n: Ints,
     y_n: Floats,
-    x_qA: Floats,
+    trend_qT: Floats,
     place_qD: Floats,
     align_q: Ints,
     rows_qb: Ints,
@@ -71,18 +73,18 @@ def krige(
 ) -> Floats:
     """Answers [q] in the logs of ``y``; nan for queries with fewer than two neighbours.
 
-    ``x`` are log coordinates, ``place`` the same with steps that lie apart stretched, and then what else tells
-    points apart, ``align`` alignment classes, ``rows`` neighbours, nearest first, -1 for none; the first ``most``
-    serve. ``setting``: length, share of an equal size, of another equal coordinate, of an equal alignment, noise, the
-    scale of the scatter, and how much farther off a point counts that lies above the others than one below.
+    ``place`` are log coordinates on the ``axes``, steps that lie apart stretched, and then what else tells points
+    apart, ``trend`` what latencies rise along, ``align`` alignment classes, ``rows`` neighbours, nearest first, -1 for
+    none; the first ``most`` serve. ``setting``: length, share of an equal size, of another equal coordinate, of an
+    equal alignment, noise, the scale of the scatter, and how much farther off a point counts that lies above the
+    others than one below.
     """
     length, size, other, align, noise, scatter, late = setting
-    answer = np.full(len(x_qA), np.nan)
-    axes = x_nA.shape[1]
+    answer = np.full(len(trend_qT), np.nan)
     rows = np.empty(most, np.int64)
     among, factor = np.empty((most, most)), np.empty((most, most))
     towards, y, dual, own = np.empty(most), np.empty(most), np.empty(most), np.empty(most)
-    for q in range(len(x_qA)):
+    for q in range(len(trend_qT)):
         count = 0
         for row in rows_qb[q]:
             if row >= 0 and count < most:
@@ -99,8 +101,8 @@ def krige(
             for j in range(i + 1):
                 to = rows[j]
                 slope = 0.0  # the trend, centred on the query
-                for axis in range(axes):
-                    slope += (x_nA[at, axis] - x_qA[q, axis]) * (x_nA[to, axis] - x_qA[q, axis])
+                for column in range(trend_nT.shape[1]):
+                    slope += (trend_nT[at, column] - trend_qT[q, column]) * (trend_nT[to, column] - trend_qT[q, column])
                 same = align if align_n[at] == align_n[to] else 0.0
                 smooth = _covariance(place_nD[at], place_nD[to], axes, same, length, size, other)
                 among[i, j] = smooth + _LEVEL + _SLOPE * slope

@@ -37,10 +37,11 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Phase, Workload
 
-__all__ = ["Batch", "MoeTable", "ServingCosts", "StepSeconds", "grid"]
+__all__ = ["Batch", "MoeTable", "ServingCosts", "StepSeconds", "grid", "stairs"]
 
 Floats = NDArray[np.float64]
 _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
+_TILE = 64  # rows of the smallest tile of a product
 
 
 def grid(highest: float, lowest: float = 1.0) -> Floats:
@@ -49,6 +50,11 @@ def grid(highest: float, lowest: float = 1.0) -> Floats:
     points = [factor * 2.0**power for power in range(first, last + 1) for factor in (1.0, 1.5)]
     top = next((i for i, x in enumerate(points) if x >= highest), len(points) - 1)
     return np.array([x for x in points[: top + 1] if x < 1 or x == int(x)])
+
+
+def stairs(points: Floats, tp: int = 1) -> Floats:
+    """With the tokens per rank that are one too many for the tiles of ``tp`` ranks: there times of products jump."""
+    return np.union1d(points, points[(points * tp >= _TILE) & (points < points[-1])] + 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +147,7 @@ class ServingCosts:
         links = np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)])
         self._link_D = links.reshape(self.groups, technique.tp).min(1)
         self._mean = _Curve(grid(max_tokens, 1.0 / self._num_live))
-        self._busy = _Curve(grid(max_tokens))
+        self._busy = _Curve(stairs(grid(max_tokens), technique.tp))
         self._models: dict[tuple[Phase, float], StepModel] = {}
         self._fixed: dict[Phase, Floats] = {}
         self._tables: dict[tuple[int, int, Phase], MoeTable] = {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeplan.costs import interpolation
 from moeplan.costs.interpolation import GridInterpolator, line
 from moeplan.costs.kriging import krige
 from moeplan.costs.waves import active_experts, idle_share
@@ -86,7 +88,7 @@ def test_where_runs_are_slow_but_never_fast_the_fast_ones_are_believed() -> None
 
     def answer(late: float) -> float:
         setting = (30.0, 0.0, 0.0, 0.0, 0.003, 0.02, late)
-        return float(np.exp(krige(x, x, one, y, at, at, one[:1], rows, 8, setting)[0]))
+        return float(np.exp(krige(1, x, x, one, y, at, at, one[:1], rows, 8, setting)[0]))
 
     assert 10 < answer(1.5) < answer(1.0) < 12
 
@@ -106,6 +108,24 @@ def test_a_size_measured_nowhere_is_told_by_its_alignment() -> None:
     plain = np.abs(model.plain(np.zeros(len(at), int), at) / seconds(at) - 1)
     assert np.median(off) < 0.04
     assert np.nanmedian(plain) > 0.1
+
+
+def test_a_size_measured_nowhere_is_told_by_the_tiles_it_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rows are taken 256 at a time: 257 take what 512 do, as 513 take what 768 do.
+    sizes = [float(size + more) for size in (16, 32, 64, *range(128, 2049, 128)) for more in (0, 1)]
+    x = grid(sizes, [256.0 * 2**power for power in range(8)], [256, 1024, 4096, 16384])
+    seconds = np.ceil(x[:, 0] / 256) * x[:, 1] * x[:, 2] * np.exp(np.random.default_rng(6).normal(0, 0.02, len(x)))
+    absent = np.isin(x[:, 0], [257, 769, 1537])
+    names = np.zeros(len(x), int)
+
+    def miss() -> float:
+        model = GridInterpolator(names[~absent], x[~absent], seconds[~absent])
+        answer = model.predict(names[absent], x[absent]).latency_us
+        return float(np.quantile(np.abs(answer / seconds[absent] - 1), 0.9))
+
+    with_trend = miss()
+    monkeypatch.setattr(interpolation, "_TILE_TREND", 0.0)
+    assert with_trend < 0.5 * miss()
 
 
 def test_outside_is_said() -> None:

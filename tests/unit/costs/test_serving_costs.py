@@ -11,7 +11,7 @@ from moeplan.costs.attention import AttentionCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.fixed import fixed_costs
 from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room, kv_transfer_s, ranks_that_hold
-from moeplan.costs.serving import Batch, ServingCosts, grid
+from moeplan.costs.serving import Batch, ServingCosts, grid, stairs
 from moeplan.costs.step import StepModel, Technique
 from moeplan.errors import InfeasibleError
 from moeplan.specs.cluster import ClusterSpec, RankSpec
@@ -139,6 +139,11 @@ def test_slow_ranks_and_slow_links_take_longer() -> None:
 def test_grid_has_one_and_a_half_steps() -> None:
     assert grid(100).tolist() == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
     assert grid(2, 1 / 3).tolist() == [0.25, 0.375, 0.5, 0.75, 1, 2]
+
+
+def test_one_token_more_than_tiles_hold_is_a_point_of_its_own() -> None:
+    assert stairs(grid(200)).tolist() == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 65, 96, 97, 128, 129, 192, 193, 256]
+    assert stairs(grid(32), tp=4).tolist() == [1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 25, 32]
 
 
 # ---------------------------------------------------------------------- KV cache
