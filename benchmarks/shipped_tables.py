@@ -27,19 +27,18 @@ SAMPLE = 1500
 
 
 def _rows(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Kernel, coordinates and log latency of each row."""
+    """Kernel, coordinates and latency of each row."""
     names = np.array([" ".join(row) for row in zip(*(table[column].to_pylist() for column in KERNEL), strict=True)])
     coords = np.stack([table[axis].to_numpy().astype(float) for axis in AXES["gemm"]], 1)
-    return names, coords, np.log(table["latency_us"].to_numpy())
+    return names, coords, table["latency_us"].to_numpy()
 
 
 def _errors(system: str) -> dict[str, Any]:
     full = full_profile(system)
-    shipped = load_profile(full.meta.name)
-    served = shipped.table("gemm").filter(pc.equal(shipped.table("gemm")["mark"].cast("string"), ""))
-    timed = pc.is_in(full.table("gemm")["mark"].cast("string"), value_set=pa.array(MISMEASURED))
-    names, coords, logs = _rows(served)
-    all_names, all_coords, all_logs = _rows(full.table("gemm").filter(pc.invert(timed)))
+    shipped, measured = load_profile(full.meta.name), full.table("gemm")
+    mismeasured = pc.is_in(measured["mark"].cast("string"), value_set=pa.array(MISMEASURED))
+    names, coords, latency = _rows(shipped.select("gemm"))
+    all_names, all_coords, all_latency = _rows(measured.filter(pc.invert(mismeasured)))
     ours, plain = [], []
     for name in np.unique(names):
         own = names == name
@@ -48,8 +47,8 @@ def _errors(system: str) -> dict[str, Any]:
         if not len(picks):
             continue
         series, at = np.zeros(own.sum(), np.int64), np.zeros(len(picks), np.int64)
-        model = GridInterpolator(series, coords[own], np.exp(logs[own]), steps=steps_of(shipped, "gemm"))
-        true = np.exp(all_logs[picks])
+        model = GridInterpolator(series, coords[own], latency[own], steps=steps_of(shipped, "gemm"))
+        true = all_latency[picks]
         ours.append(model.predict(at, all_coords[picks]).latency_us / true - 1)
         plain.append(model.plain(at, all_coords[picks]) / true - 1)
     return {"points": sum(map(len, ours)), "ours": _quantiles(ours), "plain": _quantiles(plain)}

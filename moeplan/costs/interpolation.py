@@ -36,16 +36,18 @@ from numpy.typing import NDArray
 from moeplan.costs.grid import SAME, Grid
 from moeplan.costs.kriging import krige
 
-__all__ = ["Estimates", "GridInterpolator", "Steps", "line"]
+__all__ = ["TILES", "Estimates", "GridInterpolator", "Steps", "line"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Steps = Callable[[Ints, Floats], Floats]
 """Series [q] and coordinates [q, A] to further coordinates [q, D] that say where a kernel's time jumps."""
 
+TILES = (64, 128, 256)
+"""Rows of common tiles of a product."""
+
 _TRIALS = (320, 1280)  # known points left out: one of twenty, within these bounds
 _ROUNDS = ((4, 3), (1, 1))  # tried on a quarter of them, the three best settings on all
-_TILES = (64, 128, 256)
 _TILE_TREND = 0.66  # weight of the counts of tiles in the trend, for one of 1 in the distance
 _MAX_ALIGNMENT = 16
 _NEIGHBOURS = (48, 80)  # few, many
@@ -252,7 +254,7 @@ class GridInterpolator:
         size = np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
         trend, place = x_nA, x_nA.copy()
         if tiles:
-            counts = tiles * np.log(np.maximum(-(-size[:, None] // np.array(_TILES)), 1))
+            counts = tiles * np.log(np.maximum(-(-size[:, None] // np.array(TILES)), 1))
             trend = np.hstack([x_nA, _TILE_TREND * counts])
             place[:, 0] += counts.sum(1)
         if self._steps is not None:

@@ -32,6 +32,7 @@ from moeplan.costs.attention import attention_by_window
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.exchange import balanced_copies
 from moeplan.costs.group_kernel import group_seconds, row_at
+from moeplan.costs.interpolation import TILES
 from moeplan.costs.step import BatchParts, StepModel, Technique, combine
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
@@ -41,7 +42,6 @@ __all__ = ["Batch", "MoeTable", "ServingCosts", "StepSeconds", "grid", "stairs"]
 
 Floats = NDArray[np.float64]
 _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
-_TILE = 64  # rows of the smallest tile of a product
 
 
 def grid(highest: float, lowest: float = 1.0) -> Floats:
@@ -54,7 +54,7 @@ def grid(highest: float, lowest: float = 1.0) -> Floats:
 
 def stairs(points: Floats, tp: int = 1) -> Floats:
     """With the tokens per rank that are one too many for the tiles of ``tp`` ranks: there times of products jump."""
-    return np.union1d(points, points[(points * tp >= _TILE) & (points < points[-1])] + 1)
+    return np.union1d(points, points[(points * tp >= min(TILES)) & (points < points[-1])] + 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,7 +27,7 @@ __all__ = ["MAIN_SYSTEMS", "full_profile", "import_aic", "read_system"]
 
 MAIN_SYSTEMS = ("a100_sxm", "b200_sxm", "gb200", "h100_sxm", "h200_sxm")
 # Rows of activations that the shipped GEMM tables keep, two fifths of all: powers of two, one and a half times them
-# where these were measured, and one row more, where another tile begins.
+# where all kernels were measured (not 384), and one row more, where another tile begins.
 _GEMM_M = tuple(
     sorted({2**i for i in range(16)} | {3 * 2**i for i in (4, 5, 6, 8, 9, 10)} | {2**i + 1 for i in range(5, 13)})
 )
