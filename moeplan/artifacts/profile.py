@@ -84,6 +84,7 @@ class ProfileMeta(_Paper):
     command: str = Field(description="what makes this profile again")
     licence: str = ""
     note: str = ""
+    left_out: list[str] = Field(default_factory=list, description="what was asked for and not measured, and why")
     sources: dict[str, Source] = Field(default_factory=dict)
     system: dict[str, float | str] = Field(
         default_factory=dict, description="machine facts, unit in the key: launch_latency_us, clock_mhz, ..."

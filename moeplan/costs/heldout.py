@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from moeplan.artifacts.profile import USABLE_MARKS
 from moeplan.artifacts.profile_tables import MISMEASURED
 from moeplan.costs.interpolation import GridInterpolator, Steps
 from moeplan.costs.waves import active_experts
@@ -45,8 +46,9 @@ _NO_NAMES = {"mark", "samples", "rank_pairs", "active_experts", "rank_tokens", "
 class HeldOut:
     """Relative errors of the held-out rows: ours, and the plain line's (nan where it has no two ends).
 
-    ``part`` is what :data:`PARTS` names: distribution, mode, operation, phase or type. ``mismeasured`` more rows
-    were held out and left out, since their kernel timed something else.
+    ``part`` is what :data:`PARTS` names: distribution, mode, operation, phase or type. ``marked`` rows are scored
+    here, but do not serve plans. ``mismeasured`` more rows were held out and left out, since their kernel timed
+    something else.
     """
 
     backend: NDArray[np.str_]
@@ -54,12 +56,16 @@ class HeldOut:
     ours: Floats
     plain: Floats
     inside: NDArray[np.bool_]
+    marked: NDArray[np.bool_]
     mismeasured: int = 0
 
-    def figures(self, backend: str | None = None, part: str | None = None) -> dict[str, float | int | None]:
+    def figures(
+        self, backend: str | None = None, part: str | None = None, serving: bool = False
+    ) -> dict[str, float | int | None]:
         """Count, coverage, median and 90th percentile of both; the comparison on points that both cover. None where
-        there are none."""
-        mine = np.ones(len(self.ours), bool) if backend is None else self.backend == backend
+        there are none. ``serving``: of rows without a mark, as plans use them."""
+        mine = ~self.marked if serving else np.ones(len(self.ours), bool)
+        mine &= True if backend is None else self.backend == backend
         mine &= True if part is None else self.part == part
         ours, plain = np.abs(self.ours[mine]), np.abs(self.plain[mine])
         both = np.isfinite(ours) & np.isfinite(plain)
@@ -79,7 +85,7 @@ class HeldOut:
 
 def pooled(parts: list[HeldOut]) -> HeldOut:
     """Rows of several systems as one."""
-    names = ("backend", "part", "ours", "plain", "inside")
+    names = ("backend", "part", "ours", "plain", "inside", "marked")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return HeldOut(**columns, mismeasured=sum(part.mismeasured for part in parts))
 
@@ -115,13 +121,13 @@ def _exponent(name: str) -> tuple[bool, float]:
     return parts[-1] == "eplb", numbers[0] if numbers else 0.0
 
 
-def hidden_rows(name: str, table: pa.Table) -> NDArray[np.bool_]:
-    """Each 4th row, in the order of all names and then of size."""
+def hidden_rows(name: str, table: pa.Table, first: int = 2) -> NDArray[np.bool_]:
+    """Each 4th row from number ``first`` on, in the order of all names and then of size."""
     numbers = {c for c in table.column_names if pa.types.is_floating(table[c].type)}
     size = AXES[name][0]
     lines = _codes(table, [c for c in table.column_names if c not in {size, *_NO_NAMES, *numbers}])
     hidden = np.zeros(table.num_rows, bool)
-    hidden[np.lexsort((table[size].to_numpy(), lines))[2::4]] = True
+    hidden[np.lexsort((table[size].to_numpy(), lines))[first::4]] = True
     return hidden
 
 
@@ -130,8 +136,9 @@ def families(name: str, table: pa.Table) -> NDArray[np.int64]:
     return _codes(table, ["backend", "kernel", *_FAMILY[name]])
 
 
-def hold_out(name: str, table: pa.Table, steps: Steps | None = None) -> HeldOut:
-    """Predict each 4th row of ``table`` from the others; ``steps`` as :class:`GridInterpolator` takes them."""
+def hold_out(name: str, table: pa.Table, steps: Steps | None = None, first: int = 2) -> HeldOut:
+    """Predict each 4th row of ``table`` from the others; ``steps`` as :class:`GridInterpolator` takes them, ``first``
+    as :func:`hidden_rows`."""
     axes = AXES[name]
     coords = [_skew(table) if a == "skew" else table[a].to_numpy().astype(float) for a in axes]
     coords_nA = np.maximum(np.stack(coords, 1), 0.5)
@@ -140,10 +147,11 @@ def hold_out(name: str, table: pa.Table, steps: Steps | None = None) -> HeldOut:
     skip |= {"ranks"} if name == "alltoall" else set()
     series = _codes(table, [c for c in table.column_names if c not in skip])
     if name == "experts":
-        first = np.unique(series, return_index=True)[1]
-        steps = active_experts(*(table[column].to_numpy()[first] for column in ("num_experts", "top_k")))
-    family, hidden = families(name, table), hidden_rows(name, table)
-    own = ~np.isin(np.array(table["mark"].to_pylist()), MISMEASURED)
+        rows = np.unique(series, return_index=True)[1]
+        steps = active_experts(*(table[column].to_numpy()[rows] for column in ("num_experts", "top_k")))
+    family, hidden = families(name, table), hidden_rows(name, table, first)
+    mark = np.array(table["mark"].to_pylist())
+    own = ~np.isin(mark, MISMEASURED)
     left_out = int((hidden & ~own).sum())
     known, hidden = ~hidden & own, hidden & own
     latency = table["latency_us"].to_numpy()
@@ -161,4 +169,7 @@ def hold_out(name: str, table: pa.Table, steps: Steps | None = None) -> HeldOut:
         plain[test] = model.plain(series[test], coords_nA[test]) / latency[test] - 1
     backend = np.array(table["backend"].to_pylist())
     part = np.array(table[PARTS[name]].to_pylist())
-    return HeldOut(backend[hidden], part[hidden], ours[hidden], plain[hidden], inside[hidden], left_out)
+    marked = ~np.isin(mark, USABLE_MARKS)
+    return HeldOut(
+        backend[hidden], part[hidden], ours[hidden], plain[hidden], inside[hidden], marked[hidden], left_out
+    )

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
+from moeplan.artifacts.profile import PROFILE_PLACE, HardwareProfile, ProfileMeta, Source
 from moeplan.errors import UnknownNameError
+from moeplan.files import require_place
 from moeplan.pipeline.profile_request import MAIN_MODELS
 from moeplan.profiling import aic
 from moeplan.profiling.sanity import group_ids, mark_host_bound, mark_rows
@@ -79,9 +80,7 @@ def _newest(files: Iterable[aic.AicFile]) -> list[aic.AicFile]:
             several.append(file)
             continue
         key = (file.framework, file.kind)
-        numbers = [int("".join(filter(str.isdigit, part)) or 0) for part in file.version.split(".")]
-        old = best.get(key)
-        if old is None or numbers > [int("".join(filter(str.isdigit, p)) or 0) for p in old.version.split(".")]:
+        if key not in best or _version_key(file.version) > _version_key(best[key].version):
             best[key] = file
     return [*best.values(), *several]
 
@@ -170,6 +169,10 @@ def _bare(name: str) -> ProfileMeta:
     return ProfileMeta(name=name, accelerator=name, date="", command="")
 
 
+def _profile_name(system: str) -> str:
+    return system.replace("_", "-")
+
+
 def _machine(root: Path, system: str) -> dict[str, float | str]:
     """Facts of the machine that the package states beside its tables."""
     document = yaml.safe_load((root / f"{system}.yaml").read_text(encoding="utf-8"))
@@ -192,7 +195,7 @@ def full_profile(system: str) -> HardwareProfile:
     root = aic.systems_root()
     name = aic.find_system(root, system)
     tables, sources, rejected = read_system(root, name, {})
-    meta = _bare(name.replace("_", "-")).model_copy(update={"sources": sources, "rejected": rejected})
+    meta = _bare(_profile_name(name)).model_copy(update={"sources": sources, "rejected": rejected})
     return HardwareProfile(meta, tables)
 
 
@@ -205,10 +208,13 @@ def import_aic(
     """Write one profile directory per system under ``out``; all systems where none is named.
 
     Raises:
-        MissingExtraError: the package is not installed; UnknownNameError: no such system.
+        MissingExtraError: the package is not installed; UnknownNameError: no such system; InputError: a directory
+            there holds something else.
     """
     root = aic.systems_root()
     names = [aic.find_system(root, name) for name in systems] or aic.systems(root)
+    for name in names:
+        require_place(out / _profile_name(name), *PROFILE_PLACE)
     progress("look for copied tables", 0.0)
     copies = _copies(root)
     models = [find_model(name) for name in MAIN_MODELS] if subset else []
@@ -216,7 +222,7 @@ def import_aic(
     for number, system in enumerate(names):
         progress("import", number / len(names))
         tables, sources, rejected = read_system(root, system, copies, models)
-        name = system.replace("_", "-")
+        name = _profile_name(system)
         options = f"--systems {system} --out DIR" + " --subset" * subset
         meta = ProfileMeta(
             name=name,

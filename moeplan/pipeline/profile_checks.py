@@ -257,7 +257,7 @@ def show_profile(directory: Path, out: Path, most: int = 8) -> dict[str, Any]:
     facts += [(f"version of {k}", v) for k, v in meta.libraries.items()]
     for key, value in meta.system.items():
         facts.append((key.replace("_", " "), value if isinstance(value, str) else f"{value:,.12g}"))
-    facts.append(("note", meta.note))
+    facts += [("note", meta.note), ("left out", "; ".join(meta.left_out))]
     write_text(out, page(f"Profile {meta.name}", [fact for fact in facts if fact[1]], sections))
     return {"out": str(out), "pictures": sum(len(pictures) for _, pictures in sections)}
 

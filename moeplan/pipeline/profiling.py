@@ -27,7 +27,6 @@ __all__ = ["PARTS", "PRESETS", "ProfileRequest", "Sizes", "measure_profile", "pr
 Progress = Callable[[str, float], None]
 
 _PLAIN = ("fp32", "bf16", "fp16")  # types that arithmetic other than products is done in
-_LEFT_OUT = "Left out: "
 _PROTOCOL = (
     "Warm-up, then shuffled passes over all cases of a group with rotating buffers of random data; median of"
     " all samples, none dropped; grid refined where interpolation errs. See docs/guides/profiling.md."
@@ -404,9 +403,6 @@ def _save(
     commands = [request.command]
     if old and old.meta.command not in commands:
         commands = [c for c in old.meta.command.split(" && ") if c != request.command] + commands
-    said = old.meta.note if old else ""
-    before = said.removeprefix(_LEFT_OUT).removesuffix(".").split("; ") if said.startswith(_LEFT_OUT) else []
-    left = list(dict.fromkeys([*before, *notes]))
     facts_before = old.meta.system if old else {}
     shares = [of["foreign_cpu_share"] for of in (facts_before, facts) if "foreign_cpu_share" in of]
     meta = ProfileMeta(
@@ -417,7 +413,8 @@ def _save(
         libraries=versions,
         date=date,
         command=" && ".join(commands),
-        note=f"{_LEFT_OUT}{'; '.join(left)}." if left else "",
+        note=old.meta.note if old else "",
+        left_out=list(dict.fromkeys([*(old.meta.left_out if old else ()), *notes])),
         sources={**(old.meta.sources if old else {}), key: source},
         system={**facts_before, **facts, **({"foreign_cpu_share": max(shares)} if shares else {})},
     )

@@ -53,13 +53,14 @@ def _at_most(found: float | None, limit: float | None) -> bool:
 
 
 def _held_out(table: str, where: str, answer: HeldOut) -> dict[str, Any]:
-    total = answer.figures()
+    total, serving = answer.figures(), answer.figures(serving=True)
     better = all(_at_most(total[f"{name}_on_plain"], total[f"plain_{name}"]) for name in ("median", "p90"))
     reached = _at_most(total["median"], _MEDIAN) and _at_most(total["p90"], _P90) and better
     return {
         "figure": f"held-out grid points, {_TABLES[table]}, {where}",
         **total,
         "left_out_mismeasured": answer.mismeasured,
+        "rows_that_serve": {key: serving[key] for key in ("held_out", "median", "p90")},
         "target": {"median": _MEDIAN, "p90": _P90, "not worse than the plain line": True},
         "reached": reached if total["median"] is not None else None,
         "backends": {str(b): answer.figures(str(b)) for b in np.unique(answer.backend)},

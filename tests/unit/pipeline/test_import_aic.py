@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
-from moeplan.errors import MissingExtraError
+from moeplan.errors import InputError, MissingExtraError
 from moeplan.pipeline.aic import _merge_repeats, _version_key, import_aic
 from moeplan.profiling import aic
 from moeplan.profiling.sanity import mark_host_bound, mark_rows
@@ -61,6 +61,20 @@ def test_a_system_becomes_a_profile_with_sources(tmp_path: Path) -> None:
     for name in profile.table_names:  # the shipped subset is what the command makes
         for column in ("kernel", "source", "mark", "latency_us"):
             assert shipped.table(name)[column].to_pylist() == profile.table(name)[column].to_pylist()
+
+
+def test_a_place_of_something_else_is_refused_before_any_table_is_read(tmp_path: Path, monkeypatch) -> None:
+    for name in ("a100_sxm", "h100_sxm"):
+        (tmp_path / "systems" / "data" / name).mkdir(parents=True)
+        (tmp_path / "systems" / "data" / name / "gemm_perf.parquet").touch()
+    monkeypatch.setattr(aic, "systems_root", lambda: tmp_path / "systems")
+    monkeypatch.setattr(aic, "read_rows", lambda _file: pytest.fail("a table was read"))
+    mine = tmp_path / "out" / "h100-sxm" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(InputError, match="h100-sxm"):
+        import_aic([], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["h100-sxm", "mine.txt"]
 
 
 @pytest.mark.parametrize("system", ["gb200", "h100-sxm"])

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.cli.validate import command
-from moeplan.costs.heldout import hold_out, pooled
+from moeplan.costs.heldout import hidden_rows, hold_out, pooled
 from moeplan.errors import MoeplanError, ProfileError
 from moeplan.pipeline import validation
 from moeplan.pipeline.validation_live import cpu_figures
@@ -55,6 +55,23 @@ def test_held_out_rows_do_not_serve() -> None:
     index = table.column_names.index("latency_us")
     answer = hold_out("gemm", table.set_column(index, "latency_us", pa.array(spoiled)))
     np.testing.assert_allclose(np.abs(answer.ours), 0.999, atol=1e-3)
+
+
+def test_each_row_is_held_out_from_one_of_the_first_four_on() -> None:
+    hidden = [hidden_rows("gemm", gemm(0), first) for first in range(4)]
+    np.testing.assert_array_equal(np.sum(hidden, 0), 1)
+    assert len(hold_out("gemm", gemm(0), first=0).ours) == 13  # rows 0, 4, ... of 50
+
+
+def test_marked_rows_are_scored_and_rows_that_serve_beside() -> None:
+    rows = gemm(0).to_pylist()
+    rows[2] |= {"latency_us": 1000 * rows[2]["latency_us"], "mark": "non_monotone"}
+    rows[6] |= {"mark": "copied"}
+    answer = hold_out("gemm", HardwareProfile(META, {"gemm": pa.Table.from_pylist(rows)}).table("gemm"))
+    assert answer.figures()["held_out"] == 12
+    assert answer.figures(serving=True)["held_out"] == 11
+    assert answer.figures()["p90"] == pytest.approx(answer.figures(serving=True)["p90"], abs=0.01)
+    assert np.abs(answer.ours).max() > 0.99 > 0.01 > answer.figures(serving=True)["p90"]
 
 
 def test_kernels_that_timed_the_host_are_left_out_and_counted() -> None:

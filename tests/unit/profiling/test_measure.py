@@ -104,13 +104,14 @@ def test_runs_of_other_threads_do_not_mix_and_what_earlier_runs_said_is_kept(tmp
     out = tmp_path / "p"
     memory = ProfileRequest(parts=("memory",), budget_s=0.2)
     measure_profile(memory, out)
-    _changed(out, note="Left out: one; two.", system={"threads": 999.0, "foreign_cpu_share": 1.0})
+    _changed(out, note="mine", left_out=["one", "two"], system={"threads": 999.0, "foreign_cpu_share": 1.0})
     with pytest.raises(ProfileError, match=r"threads \(999.0\) of the profile there is not this run's"):
         measure_profile(memory, out)
     measure_profile(ProfileRequest(parts=("system", "collectives")), out)  # no threads of torch in these
     meta = HardwareProfile.open(out).meta
     assert (meta.system["threads"], meta.system["foreign_cpu_share"]) == (999.0, 1.0)
-    assert meta.note == "Left out: one; two; collectives: not measured, they need --ranks N or torchrun."
+    assert meta.note == "mine"
+    assert meta.left_out == ["one", "two", "collectives: not measured, they need --ranks N or torchrun"]
 
 
 def test_an_unusable_place_is_refused_before_anything_is_measured(tmp_path: Path, monkeypatch):
