@@ -35,7 +35,9 @@ __all__ = ["ExpertCosts", "expert_costs", "fit_experts"]
 
 Floats = NDArray[np.float64]
 
-# Names under which a weight type appears in measured tables, most specific first.
+# Number formats under which a weight type appears in measured tables. A model's spec does not say which of them it is
+# published in, so the order does: fp8 scaled by blocks, as DeepSeek and Qwen publish it; 4 bits whose products the
+# device computes narrow, before those that it widens to 16 bits.
 TABLE_DTYPES: dict[str, tuple[str, ...]] = {
     "fp8": ("fp8_block", "fp8"),
     "fp4": ("nvfp4", "w4a8_mxfp4_mxfp8", "w4a16_mxfp4"),
@@ -158,7 +160,7 @@ def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: st
 
 
 def _families(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """(source and kernel, rows) of each kernel measured."""
+    """(source and kernel, rows) of each kernel measured; the rows are of one number format."""
     names = [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
     for name in sorted(set(names)):
         yield name, rows.filter(pa.array([n == name for n in names]))
@@ -205,7 +207,9 @@ def expert_costs(
     """Costs of ``model``'s experts: measured where the profile has the shape, else scaled from the nearest
     measured shape (weights and arithmetic both grow with ``H F``), else by the roofline.
 
-    Of several kernels the fastest serves, for a rank of ``local_experts`` with ``mean_pairs`` tokens each that
+    Of several number formats of ``dtype`` one serves alone: the first of :data:`TABLE_DTYPES` that was measured at the
+    shape, since tables hold a shape in the formats its models come in; the first at all where none was. Of several
+    kernels the fastest serves, for a rank of ``local_experts`` with ``mean_pairs`` tokens each that
     gets the part ``arriving`` of the group's tokens, among those of ``backend`` where it is named.
     """
     shape = (model.hidden_size, model.expert_intermediate_size)
@@ -226,10 +230,20 @@ def _measured(
 ) -> tuple[tuple[ExpertCosts, ExpertCosts], ...]:
     """Every kernel measured at this shape or the nearest: as fitted, and brought to the shape asked for."""
     where: dict[str, Any] = {"distribution": "balanced", "direction": "forward", "scope": "experts"}
-    where["dtype"] = TABLE_DTYPES.get(dtype, (dtype,))
-    if backend:
-        where["backend"] = backend
-    rows = profile.select("experts", **where)
+    where |= {"backend": backend} if backend else {}
+    kinds = TABLE_DTYPES.get(dtype, (dtype,))
+    for shape in ({"hidden": hidden, "inter": inter, "tp": tp}, {}):
+        for kind in kinds:
+            rows = profile.select("experts", **where, **shape, dtype=kind)
+            if fits := _fits(rows, hidden, inter, tp, "" if kind == dtype else f" in {kind}"):
+                return fits
+    return ()
+
+
+def _fits(
+    rows: pa.Table, hidden: int, inter: int, tp: int, kind: str
+) -> tuple[tuple[ExpertCosts, ExpertCosts], ...]:
+    """:func:`_measured` of rows in one number format, named ``kind`` in the source."""
     if not rows.num_rows:
         return ()
     shapes = np.stack([rows[c].to_numpy() for c in ("hidden", "inter", "tp")], 1)
@@ -245,8 +259,8 @@ def _measured(
 
     def scaled(fit: ExpertCosts) -> ExpertCosts:
         error = fit.relative_error if not note else max(fit.relative_error, roofline.RELATIVE_ERROR / 2)
-        kind = "measured" if not note else "modelled"
-        source = f"{kind}: {fit.source}{note}"
+        how = "measured" if not note else "modelled"
+        source = f"{how}: {fit.source}{kind}{note}"
         return ExpertCosts(
             fit.pairs_m, fit.weight_m * factor, fit.shared_m * factor, error, source, extrapolated=bool(note)
         )

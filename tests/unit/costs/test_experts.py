@@ -11,7 +11,7 @@ from moeplan.costs.experts import ExpertCosts, expert_costs, fit_experts
 from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, nearest_draws, skewed_over_balanced
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.clusters import find_accelerator
-from moeplan.specs.model import ModelSpec
+from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.models import find_model
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
@@ -121,6 +121,30 @@ def test_another_shape_is_scaled_and_says_so() -> None:
     assert "scaled from 64 x 64" in costs.source
     exact = expert_costs(MODEL, GPU, "bf16", profile())
     assert costs.one_expert_s(256) == pytest.approx(float(exact.one_expert_s(256)) / 2, rel=1e-6)
+
+
+def mixed(*parts: tuple[str, int, float]) -> HardwareProfile:
+    """Rows of one kernel in several number formats: name, expert size, and times what."""
+    table = [row | {"dtype": dtype} for dtype, inter, scale in parts for row in rows(inter, scale)]
+    return HardwareProfile(META, {"experts": pa.Table.from_pylist(table)})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parts", "serves"),
+    [
+        ("fp8", (("fp8", 32, 3.0), ("fp8_block", 32, 1.0)), "measured: s (k) in fp8_block"),
+        ("fp4", (("w4a16_mxfp4", 32, 3.0), ("w4a8_mxfp4_mxfp8", 32, 1.0)), "measured: s (k) in w4a8_mxfp4_mxfp8"),
+        # A format measured at the shape serves before one that comes first elsewhere.
+        ("fp8", (("fp8", 32, 1.0), ("fp8_block", 64, 3.0)), "measured: s (k)"),
+        ("fp8", (("fp8", 128, 9.0), ("fp8_block", 64, 2.0)), "modelled: s (k) in fp8_block, scaled from 64 x 64"),
+    ],
+)
+def test_number_formats_of_one_kernel_are_never_mixed(
+    dtype: Dtype, parts: tuple[tuple[str, int, float], ...], serves: str
+) -> None:
+    costs = expert_costs(MODEL, GPU, dtype, mixed(*parts))
+    assert costs.source.removesuffix(" (tp 1)") == serves
+    assert costs.one_expert_s(256) == pytest.approx(25.6e-6, rel=0.02)
 
 
 def test_without_rows_the_roofline_answers() -> None:
