@@ -40,7 +40,7 @@ def record_routing(
         raise SpecError("routing is recorded from either --hf or --sglang; give one of them")
     if out.suffix not in (".npz", ".parquet"):
         raise SpecError(f"out ({out}) must end in .npz or .parquet")
-    lines = _prompts(prompts) if prompts else []
+    lines = _prompts(prompts)
     if sglang is not None:
         trace, overhead = _from_server(sglang, dump_dir, lines, max_new_tokens)
     else:
@@ -134,7 +134,7 @@ def _from_model(
         raise SpecError("--hf needs --prompts: routing of random tokens says nothing about real text")
     where = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu")).kind
     torch.manual_seed(seed)
-    batches = _token_ids(transformers, path, prompts)
+    batches = _token_ids(transformers, path, prompts) if prompts else []
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         if random_init:
