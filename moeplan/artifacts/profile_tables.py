@@ -90,7 +90,11 @@ TABLES: dict[str, dict[str, Column]] = {
         "dtype": _s("of tokens on the wire"),
         "tokens_per_rank": _i("tokens that one rank sends (dispatch) or gets back (combine)"),
         "sms": _i("streaming multiprocessors given to the exchange; 0: the library's choice", 0),
-        "distribution": _s("of choices over experts", "balanced"),
+        "distribution": _s(
+            "of choices over experts: balanced, power_law_A, explicit (the profiler's own skewed matrix of what rank"
+            " sends to rank) or trace:HASH (a trace's matrix)",
+            "balanced",
+        ),
     },
     "collectives": {
         "op": _s("all_reduce, all_gather, reduce_scatter, alltoall or p2p"),
@@ -102,7 +106,11 @@ TABLES: dict[str, dict[str, Column]] = {
             " reduce_scatter: what it holds before; p2p: what is sent"
         ),
         "algorithm": _s("flat or two_level", "flat"),
-        "distribution": _s("of an alltoall's splits: even, or uneven", "even"),
+        "distribution": _s(
+            "of an alltoall's splits: even, uneven (the profiler's own skewed matrix of what rank sends to rank) or"
+            " trace:HASH (a trace's matrix)",
+            "even",
+        ),
     },
     "attention": {
         "kind": _s("gqa or mla"),

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.errors import SpecError
+from moeplan.files import canonical_json, sha256_bytes
 from moeplan.profiling.device import Device
 from moeplan.profiling.protocol import Bench, Call, CpuTimer, CudaTimer, Series
 
@@ -37,6 +38,12 @@ class Exchange:
     top_k: int = 0
     num_experts: int = 0
     max_tokens: int = 1024
+
+    def traffic(self, built_in: str) -> str:
+        """Name of the matrix in a table: times of different ones must not mix."""
+        if self.weight_RR is None:
+            return built_in
+        return f"trace:{sha256_bytes(canonical_json(self.weight_RR).encode())[:12]}"
 
 
 @dataclass(slots=True)
@@ -208,7 +215,7 @@ def _series(label: str, case: _Case, backend: str, what: Exchange) -> Series:
             "nodes": case.nodes,
             "message_size_bytes": size,
             "algorithm": case.algorithm,
-            "distribution": case.distribution,
+            "distribution": what.traffic("uneven") if case.distribution == "uneven" else case.distribution,
         }
 
     return Series("collectives", label, row, 256, what.max_bytes, 7)
@@ -321,7 +328,7 @@ def _token_bench(comm: Communicator, what: Exchange, backend: str) -> Bench:
                 "num_experts": what.num_experts,
                 "dtype": what.dtype,
                 "tokens_per_rank": tokens,
-                "distribution": form,
+                "distribution": what.traffic("explicit") if form == "explicit" else form,
             }
 
         series.append(Series("alltoall", f"{label} H{what.hidden} {comm.world} ranks", row, 1, what.max_tokens, 6))

@@ -70,6 +70,24 @@ def test_buffers_of_eight_ranks_hold_the_uneven_exchange(traffic):
     assert max(done) > 16384 / 4, "the busiest receives more than the mean"
 
 
+def test_rows_of_different_traffic_do_not_mix():
+    """The tables name the matrix: a trace's rows are neither the built-in one's nor another trace's."""
+    dist = SimpleNamespace()
+
+    def forms(traffic) -> list[set[str]]:
+        comm = Communicator(Device("cpu", torch, 1 << 12), 0, (0, 0), dist)
+        what = Exchange(ops=("alltoall",), weight_RR=traffic, hidden=8, top_k=2, num_experts=4)
+        return [{s.row(256)["distribution"] for s in bench.series} for bench in collective_benches(comm, what)]
+
+    assert forms(None) == [{"even", "uneven"}, {"balanced", "explicit"}]
+    one, same, other = forms(((1.0, 3.0), (0.0, 4.0))), forms(((1.0, 3.0), (0.0, 4.0))), forms(((1.0, 3.0), (4.0, 0.0)))
+    assert one == same
+    for own, others, even in zip(one, other, ("even", "balanced"), strict=True):
+        assert own & others == {even}
+        (name,) = own - {even}
+        assert name.startswith("trace:")
+
+
 def test_every_scope_and_form_on_two_nodes_of_two(tmp_path: Path):
     """Four ranks, told to be two nodes: scopes apart, two-level forms, uneven splits, tokens."""
     request = ProfileRequest(
