@@ -40,7 +40,7 @@ def record_routing(
         raise SpecError("routing is recorded from either --hf or --sglang; give one of them")
     if out.suffix not in (".npz", ".parquet"):
         raise SpecError(f"out ({out}) must end in .npz or .parquet")
-    lines = _prompts(prompts)
+    lines = _prompts(prompts) if prompts else []
     if sglang is not None:
         trace, overhead = _from_server(sglang, dump_dir, lines, max_new_tokens)
     else:
