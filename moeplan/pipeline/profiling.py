@@ -6,6 +6,7 @@ import datetime
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
             continue
         for dtype in dtypes:
             kernels = request.kernels or (("loop",) if dtype in ("int8", "int4") else ("grouped_mm",))
+            own = _directions(request, dtype in _PLAIN)
+            held = 1.25 * (2 if "backward" in own else 1)  # weights, their gradients, and room for tokens
             for tp in request.tp:
                 for asked in request.ep:
                     ep = asked
@@ -88,7 +91,7 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
                         continue
                     while (
                         model.num_experts % (2 * ep) == 0
-                        and weight_bytes(model.num_experts // ep, hidden, inter // tp, dtype) > 0.8 * device.free_bytes
+                        and held * weight_bytes(model.num_experts // ep, hidden, inter // tp, dtype) > device.free_bytes
                     ):
                         ep *= 2
                     if ep != asked:
@@ -98,10 +101,10 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
                     shape = ExpertShape(hidden, inter, model.num_experts, model.top_k, ep, tp)
                     if (shape, dtype) not in seen:
                         seen.add((shape, dtype))
-                        own = _directions(request, dtype in _PLAIN)
-                        benches.append(
-                            expert_bench(device, shape, dtype, kernels, own, request.max_tokens, request.seed)
+                        make = partial(
+                            expert_bench, device, shape, dtype, kernels, own, request.max_tokens, request.seed
                         )
+                        benches += _made(f"experts of {model.name} in {dtype}", make, notes)
     return benches
 
 
@@ -110,16 +113,19 @@ def _directions(request: ProfileRequest, differentiable: bool) -> tuple[str, ...
     return request.directions if differentiable or "forward" not in request.directions else ("forward",)
 
 
+def _made(what: str, make: Callable[[], Bench], notes: list[str]) -> list[Bench]:
+    """The bench, or none and a note why it cannot be."""
+    try:
+        return [make()]
+    except SpecError as error:
+        note = f"{what}: not measured, {error}".replace("; ", ", ")  # notes are parted by "; "
+        notes += [note] if note not in notes else []
+        return []
+
+
 def _able(what: str, dtypes: Iterable[str], device: Any, notes: list[str]) -> list[str]:
     """Those of ``dtypes`` that the device can; a note says why it cannot the others."""
-    able = []
-    for dtype in dtypes:
-        try:
-            device.dtype(dtype)
-            able.append(dtype)
-        except SpecError as error:
-            notes.append(f"{what} in {dtype}: not measured, {error}".replace("; ", ", "))  # notes are parted by "; "
-    return able
+    return [dtype for dtype in dtypes if _made(f"{what} in {dtype}", partial(device.dtype, dtype), notes)]
 
 
 def _plain(what: str, request: ProfileRequest, notes: list[str]) -> list[str]:
@@ -142,10 +148,15 @@ def _attention_benches(request: ProfileRequest, device: Any, models: list[ModelS
         return []
     plain = _plain("attention", request, notes)
     return [
-        attention_bench(device, form, dtype, tp, request.directions, request.max_tokens)
+        bench
         for form in forms
         for dtype in plain
         for tp in request.tp
+        for bench in _made(
+            f"attention of {form.num_heads} heads in {dtype}",
+            partial(attention_bench, device, form, dtype, tp, request.directions, request.max_tokens),
+            notes,
+        )
     ]
 
 
@@ -160,19 +171,23 @@ def _dense_benches(request: ProfileRequest, device: Any, models: list[ModelSpec]
         return []
     shapes = list(dict.fromkeys(shapes))
     benches = []
-    integer = [dtype for dtype in request.dtypes if dtype in ("int8", "int4")]
-    notes += [f"dense products in {dtype}: not measured" for dtype in integer]
-    for dtype in _able("dense products", (d for d in request.dtypes if d not in integer), device, notes):
+    for dtype in request.dtypes:
         own = _directions(request, dtype != "fp8")
         for start in range(0, len(shapes), 8):  # weights of a few shapes at a time, so that they fit
-            benches.append(gemm_bench(device, shapes[start : start + 8], dtype, own, request.max_tokens))
+            make = partial(gemm_bench, device, shapes[start : start + 8], dtype, own, request.max_tokens)
+            benches += _made(f"dense products in {dtype}", make, notes)
     keys = sorted({(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models})
     if keys:
         plain = _plain("passes over tokens (router, norms, ...)", request, notes)
         benches += [
-            elementwise_bench(device, *key, dtype, request.max_tokens, request.directions)
+            bench
             for key in keys
             for dtype in plain
+            for bench in _made(
+                f"passes over tokens in {dtype}",
+                partial(elementwise_bench, device, *key, dtype, request.max_tokens, request.directions),
+                notes,
+            )
         ]
     if "backward" in request.directions:
         benches += [optimizer_bench(device, hidden) for hidden in sorted({key[0] for key in keys})]
@@ -259,8 +274,9 @@ def measure_profile(
             _measure(request, device, journal, facts, notes, progress, cores)
         finally:
             journal.close()
-        if not under_torchrun():  # the other ranks are no children of this process
-            facts["foreign_cpu_share"] = round(clock.foreign_share(), 3)
+        # Under torchrun the other ranks are no children of this process.
+        if not under_torchrun() and (share := clock.foreign_share()) is not None:
+            facts["foreign_cpu_share"] = round(share, 3)
         facts["realtime"] = float(request.realtime)
     if not first:
         return {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from moeplan.errors import SpecError
 from moeplan.profiling.device import Device
-from moeplan.profiling.protocol import Bench, Call, Series
+from moeplan.profiling.protocol import Bench, Call, Series, shrunk
 from moeplan.specs.model import AttentionSpec
 
 __all__ = ["attention_bench"]
@@ -37,13 +37,13 @@ def attention_bench(
         raise SpecError(f"dtype ({dtype}): attention is measured in fp32, bf16 or fp16")
     device.dtype(dtype)
     if attention.num_heads % tp:
-        raise SpecError(f"heads ({attention.num_heads}) must divide by tp ({tp})")
+        raise SpecError(f"heads ({attention.num_heads}) must divide by tp ({tp}); give a --tp that divides them")
     heads = attention.num_heads // tp
     kv_heads = 1 if attention.is_mla else max(1, attention.num_kv_heads // tp)
     kind = "mla" if attention.is_mla else "gqa"
     size = 4 if dtype == "fp32" else 2
     key_size, value_size = _sizes(attention)
-    series, what = [], {}
+    series, what, left_out = [], {}, list[str]()
     name = f"attention {kind} {heads}/{kv_heads} heads of {attention.head_dim} {dtype}"
 
     def add(phase: str, batch: int, direction: str, high: int) -> None:
@@ -67,7 +67,9 @@ def attention_bench(
 
         label = f"{name} {phase} B{batch} {direction}"
         what[label] = phase, batch, direction
-        series.append(Series("attention", label, row, 16, max(16, high), 6))
+        high = max(1, min(max_tokens, high))
+        left_out.extend(shrunk(label, max_tokens, high))
+        series.append(Series("attention", label, row, min(16, high), high, 6))
 
     for direction in directions:
         add("prefill", 1, direction, max_tokens)
@@ -77,8 +79,10 @@ def attention_bench(
         else kv_heads * (key_size + value_size)
     )
     for batch in _DECODE_BATCHES:
-        add("decode", batch, "forward", min(max_tokens, int(device.free_bytes / 3 // (batch * per_token))))
-    return Bench(name, tuple(series), lambda: _open(device, attention, dtype, heads, kv_heads, what, size))
+        add("decode", batch, "forward", int(device.free_bytes / 3 // (batch * per_token)))
+    return Bench(
+        name, tuple(series), lambda: _open(device, attention, dtype, heads, kv_heads, what, size), tuple(left_out)
+    )
 
 
 def _sizes(attention: AttentionSpec) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moeplan.errors import SpecError
 from moeplan.profiling.device import Device
-from moeplan.profiling.protocol import Bench, Call, Series
+from moeplan.profiling.protocol import Bench, Call, Series, shrunk
 from moeplan.specs.model import ModelSpec
 
 __all__ = ["elementwise_bench", "gemm_bench", "gemm_shapes", "optimizer_bench"]
@@ -53,15 +53,22 @@ def gemm_bench(
     """One series over ``m`` per (n, k) and direction.
 
     Raises:
-        SpecError: the type is none for which this profiler has a dense kernel.
+        SpecError: the type is none for which this profiler has a dense kernel, or no size suits it.
     """
     if dtype not in ("fp32", "bf16", "fp16", "fp8"):
-        raise SpecError(f"dtype ({dtype}): dense products are measured in fp32, bf16, fp16 or fp8")
+        raise SpecError(
+            f"dtype ({dtype}): dense products are measured in fp32, bf16, fp16 or fp8; add one of these to --dtype"
+        )
     if dtype == "fp8" and "backward" in directions:
-        raise SpecError("direction (backward) is not measured for dtype (fp8)")
+        raise SpecError("direction (backward) is not measured for dtype (fp8), it has no gradient; use another --dtype")
     device.dtype(dtype)
+    left_out: list[str] = []
     if dtype == "fp8":
+        odd = [f"n {n} k {k}" for n, k in shapes if n % 16 or k % 16]
         shapes = [(n, k) for n, k in shapes if n % 16 == 0 and k % 16 == 0]
+        if not shapes:
+            raise SpecError(f"dtype (fp8): n and k ({', '.join(odd)}) must divide by 16; use another --dtype")
+        left_out += [f"gemm fp8 {size}: not measured, n and k must divide by 16" for size in odd]
     series, what = [], {}
 
     def add(n: int, k: int, direction: str) -> None:
@@ -73,12 +80,13 @@ def gemm_bench(
         label = f"gemm n{n} k{k} {dtype} {direction}"
         what[label] = n, k, direction
         high = max(1, min(max_tokens, int(device.free_bytes / 3 // (4 * (n + k)))))
+        left_out.extend(shrunk(label, max_tokens, high))
         series.append(Series("gemm", label, row, 1, high, 7))
 
     for n, k in shapes:
         for direction in directions:
             add(n, k, direction)
-    return Bench(f"gemm {dtype}", tuple(series), lambda: _open_gemm(device, dtype, what))
+    return Bench(f"gemm {dtype}", tuple(series), lambda: _open_gemm(device, dtype, what), tuple(left_out))
 
 
 def _open_gemm(device: Device, dtype: str, what: Mapping[str, tuple[int, int, str]]) -> Prepare:
@@ -171,7 +179,9 @@ def elementwise_bench(
         for op in _KERNEL if direction == "forward" else ("permute", "unpermute", "norm", "activation"):
             add(op, direction, op in ("router", "permute", "unpermute"))
     shape = (hidden, inter, num_experts, top_k)
-    return Bench(f"elementwise H{hidden} {dtype}", tuple(series), lambda: _open_elementwise(device, shape, dtype))
+    name = f"elementwise H{hidden} {dtype}"
+    left_out = shrunk(name, max_tokens, high)
+    return Bench(name, tuple(series), lambda: _open_elementwise(device, shape, dtype), left_out)
 
 
 _KERNEL = {

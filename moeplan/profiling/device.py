@@ -75,8 +75,8 @@ class Device:
                 f"dtype (fp8) needs a GPU of compute capability 8.9 or above, this device is {here};"
                 " choose another --dtype"
             )
-        if name == "bf16" and self.is_cuda and self.capability < (8, 0):
-            raise SpecError("dtype (bf16) needs a GPU of compute capability 8.0 or above; use --dtype fp16")
+        if name in ("bf16", "int8", "int4") and self.is_cuda and self.capability < (8, 0):
+            raise SpecError(f"dtype ({name}) needs a GPU of compute capability 8.0 or above; use --dtype fp16")
         plain = {"fp32": self.torch.float32, "fp16": self.torch.float16}
         return plain.get(name, self.torch.bfloat16)
 

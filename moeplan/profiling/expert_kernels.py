@@ -15,7 +15,16 @@ from typing import Any
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.profiling.device import Device
 
-__all__ = ["KERNELS", "Weights", "make_weights", "runner", "usable_kernels", "weight_bytes"]
+__all__ = [
+    "KERNELS",
+    "Weights",
+    "kernel_gap",
+    "make_weights",
+    "require_groups",
+    "runner",
+    "usable_kernels",
+    "weight_bytes",
+]
 
 KERNELS = ("grouped_mm", "bmm", "loop", "triton")
 _GROUP = 128  # numbers per scale of int4 weights
@@ -37,25 +46,49 @@ def weight_bytes(experts: int, hidden: int, inter: int, dtype: str) -> float:
     return 3 * experts * hidden * inter * size
 
 
-def usable_kernels(dtype: str, wanted: Sequence[str]) -> list[str]:
-    """The kernels among ``wanted`` that have code for ``dtype``.
+def kernel_gap(kernel: str, dtype: str) -> str:
+    """Why ``kernel`` cannot be timed in ``dtype`` here, and what can; empty where it can.
 
     Raises:
-        UnknownNameError: no such kernel; SpecError: none is left, or Triton is named and not installed.
+        UnknownNameError: no such kernel.
     """
-    if "triton" in wanted and find_spec("triton") is None:
-        raise SpecError(
-            "kernel (triton) needs Triton, which is not installed (torch brings it on Linux with CUDA); choose"
-            f" another of {', '.join(KERNELS)}"
-        )
-    for name in wanted:
-        if name not in KERNELS:
-            raise UnknownNameError("kernel", name, KERNELS)
-    able = {"fp8": ("grouped_mm",), "int8": ("loop",), "int4": ("loop",)}.get(dtype, KERNELS)
-    found = [name for name in wanted if name in able]
+    if kernel not in KERNELS:
+        raise UnknownNameError("kernel", kernel, KERNELS)
+    able: tuple[str, ...] = {"fp8": ("grouped_mm",), "int8": ("loop",), "int4": ("loop",)}.get(dtype) or KERNELS
+    if find_spec("triton") is None:
+        able = tuple(name for name in able if name != "triton")
+    if kernel in able:
+        return ""
+    if kernel == "triton":
+        why = "needs Triton, which is not installed (torch brings it on Linux with CUDA)"
+        return f"kernel (triton) {why}; choose another of {', '.join(able)}"
+    return f"kernel ({kernel}) has no code for dtype ({dtype}); use {', '.join(able)}"
+
+
+def usable_kernels(dtype: str, wanted: Sequence[str]) -> list[str]:
+    """The kernels among ``wanted`` that can be timed in ``dtype`` here.
+
+    Raises:
+        UnknownNameError: no such kernel; SpecError: none is left.
+    """
+    gaps = {name: kernel_gap(name, dtype) for name in wanted}
+    found = [name for name, gap in gaps.items() if not gap]
     if not found:
-        raise SpecError(f"kernel ({', '.join(wanted)}) has no code for dtype ({dtype}); use {', '.join(able)}")
+        raise SpecError("; ".join(gaps.values()))
     return found
+
+
+def require_groups(dtype: str, hidden: int, inter: int) -> None:
+    """Refuse sizes that the scales of ``dtype`` do not divide.
+
+    Raises:
+        SpecError: the type is int4 and a size does not divide by its group.
+    """
+    if dtype == "int4" and (hidden % _GROUP or inter % _GROUP):
+        raise SpecError(
+            f"dtype (int4): hidden ({hidden}) and inter ({inter}) must divide by {_GROUP}; leave int4 out of --dtype,"
+            " or choose sizes that do"
+        )
 
 
 def make_weights(device: Device, dtype: str, experts: int, hidden: int, inter: int) -> Weights:
@@ -66,8 +99,7 @@ def make_weights(device: Device, dtype: str, experts: int, hidden: int, inter: i
         made = [device.normal(s, device.dtype(dtype), 1 / math.sqrt(s[2])) for s in shapes]
         return Weights(made[0], made[1])
     quantise = {"fp8": _fp8, "int8": _int8, "int4": _int4}[dtype]
-    if dtype == "int4" and (hidden % _GROUP or inter % _GROUP):
-        raise SpecError(f"dtype (int4): hidden ({hidden}) and inter ({inter}) must divide by {_GROUP}")
+    require_groups(dtype, hidden, inter)
     parts = [[quantise(device, s[1:]) for _ in range(experts)] for s in shapes]
     (w13, s13), (w2, s2) = (([w for w, _ in part], [s for _, s in part]) for part in parts)
     if dtype == "fp8":

@@ -14,8 +14,16 @@ import numpy as np
 
 from moeplan.errors import SpecError
 from moeplan.profiling.device import Device
-from moeplan.profiling.expert_kernels import Weights, make_weights, runner, usable_kernels, weight_bytes
-from moeplan.profiling.protocol import Bench, Call, Series
+from moeplan.profiling.expert_kernels import (
+    Weights,
+    kernel_gap,
+    make_weights,
+    require_groups,
+    runner,
+    usable_kernels,
+    weight_bytes,
+)
+from moeplan.profiling.protocol import Bench, Call, Series, shrunk
 
 __all__ = ["ExpertShape", "balanced_vector", "expert_bench", "skewed_vector"]
 
@@ -88,18 +96,33 @@ def expert_bench(
     max_tokens: int = 16384,
     seed: int = 0,
 ) -> Bench:
-    """All series of one shape and dtype.
+    """All series of one shape and dtype; what of it cannot be timed stands in ``left_out``.
 
     Raises:
-        SpecError: the device or the kernels cannot; names what can.
+        SpecError: the device, the memory or the kernels cannot, or the sizes do not suit the type; names what can.
     """
     device.dtype(dtype)
     if "backward" in directions and dtype in ("fp8", "int8", "int4"):
         raise SpecError(f"direction (backward) is not measured for dtype ({dtype}): its kernels have no gradient")
     cut = shape.inter // shape.tp
+    require_groups(dtype, shape.hidden, cut)
+    able = usable_kernels(dtype, kernels)
+    if able == ["triton"] and "forward" not in directions:
+        raise SpecError("direction (backward) is not measured for kernel (triton), it has no gradient; use grouped_mm")
+    name = f"experts {shape.text} {dtype}"
+    gaps = [gap for kernel in kernels if (gap := kernel_gap(kernel, dtype))]
+    left_out = [f"{name}: {gap}".replace("; ", ", ") for gap in gaps]  # notes are parted by "; "
+    if "triton" in able and "backward" in directions:
+        left_out.append(f"{name}: kernel (triton) backward is not measured, it has no gradient")
     backward = "backward" in directions
     per_pair = (3 * shape.hidden + 4 * cut) * 4 * (3 if backward else 1)
-    room = device.free_bytes - (2 if backward else 1) * weight_bytes(shape.local_experts, shape.hidden, cut, dtype)
+    held = (2 if backward else 1) * weight_bytes(shape.local_experts, shape.hidden, cut, dtype)  # and their gradients
+    room = device.free_bytes - held
+    if room <= 0:
+        raise SpecError(
+            f"{shape.text}: weights{' and gradients' * backward} ({held / 2**30:.1f} GiB) do not fit into the memory"
+            f" that buffers may take ({device.free_bytes / 2**30:.1f} GiB); give a larger --ep or --tp"
+        )
     most_pairs = max(1, int(room / 2 // per_pair))
     high = max(1, min(max_tokens, int(most_pairs * shape.ep // shape.top_k)))
     series: list[Series] = []
@@ -109,15 +132,15 @@ def expert_bench(
         def row(size: int) -> Mapping[str, Any]:
             return _row(shape, dtype, kernel, direction, kind, size, vector(size))
 
-        label = f"experts {shape.text} {dtype} {kernel} {direction} {kind}"
+        label = f"{name} {kernel} {direction} {kind}"
         plan[label] = kernel, direction, vector
         few = 5 if kind.startswith("zipf") else 8
         series.append(Series("experts", label, row, 1, top, few, refine=kind == "balanced"))
 
-    for kernel in usable_kernels(dtype, kernels):
+    for kernel in able:
         for direction in directions:
             if kernel == "triton" and direction == "backward":
-                continue  # written for the forward pass only
+                continue
             add(kernel, direction, "balanced", lambda tokens: balanced_vector(shape, tokens), high)
             if direction == "forward" and shape.local_experts > 1:
                 add(kernel, direction, "one_token_each", lambda n: _one_each(shape, n), shape.local_experts)
@@ -130,9 +153,11 @@ def expert_bench(
 
                 add(kernel, direction, f"zipf{exponent}", vector, high)
     return Bench(
-        f"experts {shape.text} {dtype}",
+        name,
         tuple(series),
         lambda: _open(device, shape, dtype, plan, high),
+        (*left_out, *shrunk(name, max_tokens, high)),
+        "give a larger --ep or --tp, or a smaller --max-tokens",
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moeplan.profiling.device import Device
-from moeplan.profiling.protocol import Bench, Call, Series
+from moeplan.profiling.protocol import Bench, Call, Series, shrunk
 
 __all__ = ["largest_allocation_bytes", "memory_bench"]
 
@@ -38,7 +38,8 @@ def memory_bench(device: Device, max_bytes: int = 2**30) -> Bench:
         label = f"{op}{' ' * bool(host)}{host}{' beside compute' * overlapped}"
         what[label] = op, host, overlapped
         series.append(Series("memory", label, row, 4096, high, 7))
-    return Bench("memory", tuple(series), lambda: _open(device, what, high))
+    left_out = shrunk("memory", max_bytes, high, "bytes")
+    return Bench("memory", tuple(series), lambda: _open(device, what, high), left_out, "end other programs")
 
 
 def _open(device: Device, what: Mapping[str, tuple[str, str, int]], high: int) -> Callable[[Series, int], Call]:

@@ -27,7 +27,7 @@ import numpy as np
 from moeplan.profiling.grid import coarse_sizes, interval_errors, midpoint
 from moeplan.profiling.journal import Journal
 
-__all__ = ["Bench", "CpuTimer", "CudaTimer", "Rig", "Series", "Timer", "run_benches", "statistics"]
+__all__ = ["Bench", "CpuTimer", "CudaTimer", "Rig", "Series", "Timer", "run_benches", "shrunk", "statistics"]
 
 Call = Callable[[int], object]
 Progress = Callable[[str, float], None]
@@ -63,11 +63,21 @@ class Series:
 @dataclass(frozen=True, slots=True)
 class Bench:
     """Series over shared buffers. ``open()`` allocates and returns ``prepare(series, size) -> call(i)``,
-    where ``i`` picks the rotating buffer; dropping that function frees everything."""
+    where ``i`` picks the rotating buffer; dropping that function frees everything. ``left_out`` says what of the
+    sizes asked for is not among the series, and ``smaller`` which options make the buffers smaller."""
 
     name: str
     series: tuple[Series, ...]
     open: Callable[[], Callable[[Series, int], Call]]
+    left_out: tuple[str, ...] = ()
+    smaller: str = "give a smaller --max-tokens"
+
+
+def shrunk(what: str, asked: int, high: int, unit: str = "tokens") -> tuple[str, ...]:
+    """What to say where memory holds only ``high`` of the ``asked`` units; nothing where it holds all."""
+    if high >= asked:
+        return ()
+    return (f"{what}: {unit} from {high + 1:,} to {asked:,} do not fit into the memory, measured to {high:,}",)
 
 
 class Timer(Protocol):
@@ -159,8 +169,9 @@ def statistics(samples: Sequence[float]) -> dict[str, float]:
 def _out_of_memory(error: BaseException) -> bool:
     import torch
 
+    said = str(error).lower()  # of a RuntimeError: the CPU's allocator, and CUDA outside torch's own
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
     )
 
 
@@ -174,6 +185,7 @@ def run_benches(benches: Sequence[Bench], rig: Rig, budget_s: float, report: Pro
     total = sum(len(bench.series) for bench in benches)
     before = 0
     for bench in benches:
+        rig.left_out += bench.left_out
         report(bench.name, before / total)
         now = time.monotonic()
         own = len(bench.series)
@@ -199,7 +211,10 @@ def _run_bench(bench: Bench, rig: Rig, share_s: float, tell: Callable[[float], N
         prepare = bench.open()
     except (RuntimeError, MemoryError) as error:
         if _out_of_memory(error):
-            rig.left_out.append(f"{bench.name}: does not fit into the memory of the device")
+            rig.left_out.append(
+                f"{bench.name}: not measured, weights and buffers do not fit into the memory of the device: free some,"
+                f" or {bench.smaller}"
+            )
         elif rig.strict:
             raise
         else:
@@ -220,6 +235,7 @@ class _Run:
     ) -> None:
         self.bench, self.prepare, self.rig, self.left = bench, prepare, rig, left
         self.estimate_us: dict[tuple[int, int], float] = {}
+        self.failed: set[tuple[int, int]] = set()
 
     def run(self, share_s: float) -> None:
         todo: list[tuple[int, int]] = []
@@ -256,17 +272,23 @@ class _Run:
         try:
             self.estimate_us[case] = min(self.timed(case, 2))
         except (RuntimeError, MemoryError) as error:
-            series = self.bench.series[case[0]]
-            if _out_of_memory(error):
-                self.rig.left_out.append(f"{series.label}: out of memory from size {case[1]} on")
-            elif self.rig.strict:
-                raise
-            else:
-                reason = str(error).strip().split("\n")[0]
-                self.rig.left_out.append(f"{series.label}: fails here from size {case[1]} on: {reason}")
-            gc.collect()
+            self.drop(case, error, f"from size {case[1]} on")
             return False
         return True
+
+    def drop(self, case: tuple[int, int], error: Exception, where: str) -> None:
+        """Time a failing case no more, and say so; its samples are kept. Ends the run where a peer may be dead."""
+        if not _out_of_memory(error) and self.rig.strict:
+            raise error
+        label = self.bench.series[case[0]].label
+        if _out_of_memory(error):
+            self.rig.left_out.append(f"{label}: out of memory {where}")
+        else:
+            reason = str(error).strip().split("\n")[0]
+            self.rig.left_out.append(f"{label}: fails here {where}: {reason}")
+        self.failed.add(case)
+        self.estimate_us.pop(case, None)
+        gc.collect()
 
     def scout_series(self, index: int, sizes: list[int], allowance_s: float) -> list[tuple[int, int]]:
         kept: list[tuple[int, int]] = []
@@ -294,8 +316,15 @@ class _Run:
             if number and self.left() <= 0:
                 break
             for case in order:
+                if case in self.failed:
+                    continue
                 series, size = self.bench.series[case[0]], case[1]
-                self.rig.journal.add(series.table, series.row(size), self.timed(case, self.calls(case)))
+                try:
+                    samples = self.timed(case, self.calls(case))
+                except (RuntimeError, MemoryError) as error:  # other programs took what the scouting had
+                    self.drop(case, error, f"at size {size} in a later pass, its times until then are kept")
+                    continue
+                self.rig.journal.add(series.table, series.row(size), samples)
                 self.left()  # moves the progress bar
 
     def refine(self) -> None:
@@ -323,7 +352,8 @@ class _Run:
             if series.refine:
                 for (a, b), error in interval_errors(us).items():
                     middle = midpoint(a, b)
-                    if error > TOLERANCE and middle is not None and (index, middle) not in self.estimate_us:
+                    case = index, middle or 0
+                    if error > TOLERANCE and middle and case not in self.estimate_us and case not in self.failed:
                         found.append((error, [(index, a), (index, middle), (index, b)]))
         chosen = sorted(found or noisy, reverse=True)[:most]
         return list(dict.fromkeys(case for _, cases in chosen for case in cases))

@@ -195,6 +195,9 @@ def measure_launch(device: Device, journal: Journal, launches: int = 200) -> dic
     return {"launch_enqueue_us": round(middle[0], 3), "launch_latency_us": round(middle[1], 3)}
 
 
+_LEAST_TICKS = 100
+
+
 class CpuClock:
     """How busy the machine was with others while we measured."""
 
@@ -208,7 +211,10 @@ class CpuClock:
         own = times.user + times.system + times.children_user + times.children_system
         return sum(fields) - fields[3] - fields[4], sum(fields), own * os.sysconf("SC_CLK_TCK")
 
-    def foreign_share(self) -> float:
-        """Share of all cores' time that went to other programs since the start, 0..1."""
+    def foreign_share(self) -> float | None:
+        """Share of all cores' time that went to other programs since the start, 0..1.
+
+        None where fewer than 100 ticks of all cores passed: they do not resolve a share.
+        """
         busy, total, own = (b - a for a, b in zip(self._start, self._now(), strict=True))
-        return max(0.0, min(1.0, (busy - own) / total)) if total > 0 else 0.0
+        return max(0.0, min(1.0, (busy - own) / total)) if total >= _LEAST_TICKS else None

@@ -61,8 +61,43 @@ def test_triton_kernel_in_its_interpreter(cpu, monkeypatch):
 
 @pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed")
 def test_triton_is_refused_where_it_is_not_installed():
-    with pytest.raises(SpecError, match=r"kernel \(triton\) needs Triton, which is not installed"):
+    with pytest.raises(SpecError, match=r"kernel \(triton\) needs Triton, .* another of grouped_mm, bmm, loop$"):
         usable_kernels("bf16", ["triton"])
+    assert usable_kernels("bf16", ["triton", "loop"]) == ["loop"]
+
+
+def test_what_an_expert_bench_leaves_out_is_said(cpu, monkeypatch):
+    """Kernels without code, tokens beyond the memory; what nothing is left of is refused before a weight is made."""
+    shape = ExpertShape(128, 128, 4, 2)
+    bench = expert_bench(cpu, shape, "int8", ["bmm", "loop"], max_tokens=64)
+    assert {series.row(1)["kernel"] for series in bench.series} == {"loop"}
+    name = "experts H128 F128 E4 K2"
+    assert bench.left_out == (f"{name} int8: kernel (bmm) has no code for dtype (int8), use loop",)
+    with pytest.raises(SpecError, match=r"dtype \(int4\): hidden \(128\) and inter \(64\) must divide by 128; leave"):
+        expert_bench(cpu, ExpertShape(128, 128, 4, 2, tp=2), "int4", ["loop"])
+    monkeypatch.setattr(Device, "available_bytes", 10 * 2**20)
+    assert expert_bench(cpu, shape, "fp32", ["loop"], max_tokens=384).left_out == ()
+    (said,) = expert_bench(cpu, shape, "fp32", ["loop"], max_tokens=10000).left_out
+    assert said == f"{name} fp32: tokens from 385 to 10,000 do not fit into the memory, measured to 384"
+    with pytest.raises(SpecError, match=r"weights \(0.0 GiB\) do not fit .* give a larger --ep or --tp"):
+        expert_bench(cpu, ExpertShape(512, 512, 4, 2), "fp32", ["loop"])
+
+
+def test_what_other_benches_shrink_is_said(cpu, monkeypatch):
+    monkeypatch.setattr(Device, "available_bytes", 10 * 2**20)
+    gqa = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=64)
+    bench = attention_bench(cpu, gqa, "fp32", max_tokens=8192)
+    assert [said.rsplit(" ", 1)[1] for said in bench.left_out] == ["4,096", "512", "64"]  # decode of 1, 8, 64 sequences
+    assert attention_bench(cpu, gqa, "fp32", max_tokens=8).series[0].start[-1] == 8, "no more than was asked for"
+    for made, unit in (
+        (gemm_bench(cpu, [(128, 128)], "fp32", max_tokens=8192), "tokens"),
+        (elementwise_bench(cpu, 128, 128, 4, 2, "fp32", max_tokens=8192), "tokens"),
+        (memory_bench(cpu, 2**26), "bytes"),
+    ):
+        (said,) = made.left_out
+        high = made.series[0].high
+        assert said.endswith(f"do not fit into the memory, measured to {high:,}")
+        assert f": {unit} from {high + 1:,} to " in said
 
 
 def test_weight_only_int8_against_dequantised_weights(cpu):

@@ -157,7 +157,8 @@ def test_what_a_part_cannot_is_said_and_the_rest_is_measured(tmp_path: Path):
     request = ProfileRequest(parts=("attention", "dense"), sizes=sizes, dtypes=("int8",), budget_s=0.3, max_tokens=2)
     left = measure_profile(request, tmp_path / "r")["left_out"]
     assert left[0] == "attention: not measured, it needs --heads, --kv-heads and --head-dim, or --model"
-    assert "dense products in int8: not measured" in left
+    assert left[1].startswith("dense products in int8: not measured, dtype (int8): dense products are measured in")
+    assert left[1].endswith("add one of these to --dtype")
     assert "passes over tokens (router, norms, ...) in int8: not measured, bf16 in their place" in left
 
 
@@ -173,6 +174,29 @@ def test_types_that_the_device_cannot_are_said_and_the_others_measured(part: str
         asked["sizes"] = Sizes(n=16, k=16)
     with pytest.raises(SpecError, match=rf"{what} in fp8: not measured, .* choose another --dtype"):
         measure_profile(ProfileRequest(parts=(part,), dtypes=("fp8",), **asked), tmp_path / "q")
+
+
+def test_a_type_that_the_sizes_do_not_suit_is_found_before_the_others_are_measured(tmp_path: Path, monkeypatch):
+    asked = {"parts": ("experts",), "budget_s": 0.3, "max_tokens": 2}
+    sizes = Sizes(hidden=64, inter=64, experts=4, top_k=1)
+    answer = measure_profile(ProfileRequest(sizes=sizes, dtypes=("fp32", "int4"), **asked), tmp_path / "p")
+    why = "dtype (int4): hidden (64) and inter (64) must divide by 128, leave int4 out of --dtype, or choose sizes"
+    assert f"experts of sizes in int4: not measured, {why} that do" in answer["left_out"]
+    assert {row["dtype"] for row in HardwareProfile.open(tmp_path / "p").table("experts").to_pylist()} == {"fp32"}
+    monkeypatch.setattr("moeplan.pipeline.profiling.run_benches", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SpecError, match=r"experts of sizes in int4: not measured, dtype \(int4\): hidden \(64\)"):
+        measure_profile(ProfileRequest(sizes=sizes, dtypes=("int4",), **asked), tmp_path / "q")
+    heads = Sizes(heads=3, head_dim=16)
+    with pytest.raises(SpecError, match=r"attention of 3 heads in fp32: .* must divide by tp \(2\), give a --tp"):
+        measure_profile(ProfileRequest(parts=("attention",), sizes=heads, dtypes=("fp32",), tp=(2,)), tmp_path / "q")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p"]
+
+
+def test_a_share_of_the_cpu_needs_ticks_enough(monkeypatch):
+    times = iter([(0, 0, 0.0), (1, 1, 0.0), (0, 0, 0.0), (150, 200, 50.0)])
+    monkeypatch.setattr(system.CpuClock, "_now", staticmethod(lambda: next(times)))
+    assert system.CpuClock().foreign_share() is None
+    assert system.CpuClock().foreign_share() == 0.5
 
 
 def test_one_progress_over_benches_and_exchanges(tmp_path: Path, monkeypatch):

@@ -110,12 +110,47 @@ def test_out_of_memory_keeps_smaller_sizes_and_says_so():
     assert {row["tokens"] for _, row, _ in rig.journal.points.values()} >= {1, 6, 32}
 
 
+@pytest.mark.parametrize("said", ["can't allocate memory", "CUDA error: out of memory"])
+def test_memory_that_ends_in_a_later_pass_drops_the_size_and_keeps_its_points(said: str):
+    """What scouting had others take: the run goes on, also refining, and says it once."""
+    asked: list[int] = []
+
+    def law(size):
+        asked.append(size)
+        if size == 64 and asked.count(64) > 3:
+            raise RuntimeError(said)
+        return 1e3 * (size > 30) + size
+
+    rig = _run([_series(64, points=4)], FakeTimer(law))
+    assert rig.left_out == ["s: out of memory at size 64 in a later pass, its times until then are kept"]
+    kept = {row["tokens"] for _, row, _ in rig.journal.points.values()}
+    assert {1, 4, 16, 64} <= kept
+    assert asked.count(64) == 4
+
+
+def test_a_size_that_fails_while_refining_is_tried_once():
+    failed: list[int] = []
+
+    def law(size):
+        if size not in (1, 4, 16, 64):
+            failed.append(size)
+            raise RuntimeError("no code for this size")
+        return 1e3 * (size > 8) + size
+
+    _run([_series(64, points=4)], FakeTimer(law))
+    assert failed
+    assert len(failed) == len(set(failed))
+
+
 def test_a_bench_that_does_not_fit_is_left_out():
     def opened():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     rig = _run([_series()], FakeTimer(lambda _s: 1.0), opened=opened)
-    assert rig.left_out == ["b: does not fit into the memory of the device"]
+    assert rig.left_out == [
+        "b: not measured, weights and buffers do not fit into the memory of the device: free some, or give a smaller"
+        " --max-tokens"
+    ]
     assert not rig.journal.points
 
 
