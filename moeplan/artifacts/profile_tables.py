@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeplan.specs.model import DTYPE_BYTES
+
 __all__ = ["COMMON", "MEASURED", "TABLES", "Column", "columns_of", "measure_command", "schema_document"]
 
 
@@ -185,11 +187,33 @@ _FLAGS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def measure_command(table: str, region: Mapping[str, Any]) -> str:
-    """The command that measures a region of a table on the machine at hand."""
+    """The command that measures a region of a table on the machine at hand; of a number format that no kernel here
+    has, the import of the public tables.
+
+    ``region`` holds columns, and besides them: ``model``, a name or file in place of sizes; ``ranks_per_node``;
+    ``system``, the name of the public tables. Words in capitals are for the reader to fill in.
+    """
     subcommand, flags = _FLAGS[table]
-    options = [f"{flag} {region[column]}" for column, flag in flags.items() if column in region]
-    prefix = "torchrun --nproc-per-node RANKS -m moeplan.cli" if subcommand == "collectives" else "moeplan"
-    return " ".join([prefix, "profile", subcommand, *options, "--out DIR"])
+    if "model" in region:
+        flags = {"model": "--model"}
+    given = {column: region[column] for column in flags if column in region}
+    if "dtype" in given:
+        formats = [given["dtype"]] if isinstance(given["dtype"], str) else list(given["dtype"])
+        able = [name for name in formats if name in DTYPE_BYTES and name != "fp4"]
+        if not able:
+            system = f" --systems {region['system']}" if "system" in region else ""
+            return (
+                f"no kernel of moeplan profile has {' or '.join(formats)}, import the public tables where they have:"
+                f" moeplan profile import-aic{system} --out DIR"
+            )
+        given["dtype"] = ",".join(able)
+    prefix = "moeplan"
+    if subcommand == "collectives":
+        nodes = region.get("nodes", 1)
+        prefix = f"torchrun --nproc-per-node {region.get('ranks_per_node', 'RANKS')} -m moeplan.cli"
+        if nodes > 1:  # run on every node; HOST is one of them
+            prefix = prefix.replace(" ", f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 ", 1)
+    return " ".join([prefix, "profile", subcommand, *(f"{flags[c]} {v}" for c, v in given.items()), "--out DIR"])
 
 
 def schema_document() -> dict[str, Any]:

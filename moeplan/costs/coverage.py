@@ -1,41 +1,66 @@
-"""Which measurements a prediction lacks: the missing regions of a profile, each with the command that measures it."""
+"""What measurements a prediction lacks: missing regions of a profile, each with the command that measures it, and
+frameworks that it has no rows of."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from moeplan.artifacts.profile import HardwareProfile
+from moeplan.artifacts.profile import HardwareProfile, shipped_profile_for
 from moeplan.costs.exchange import MODES, mode_of
 from moeplan.costs.experts import TABLE_DTYPES
+from moeplan.costs.frameworks import FRAMEWORK_TABLES
 from moeplan.errors import ProfileError
+from moeplan.specs.catalogue import slug
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import ModelSpec
+from moeplan.specs.model import Dtype, ModelSpec
+from moeplan.specs.models import find_model, model_names
 from moeplan.specs.workload import Objective, Workload
 
-__all__ = ["coverage_gaps"]
+__all__ = ["backend_gaps", "coverage_gaps"]
 
 
 def coverage_gaps(
     model: ModelSpec, cluster: ClusterSpec, workload: Workload, objective: Objective, profile: HardwareProfile
 ) -> tuple[str, ...]:
     """One message per region that predictions for this model would have to scale or take from the roofline."""
-    regions: list[tuple[str, dict[str, Any]]] = []
-    hidden = {"hidden": model.hidden_size}
-    for dtype in TABLE_DTYPES.get(workload.weight_dtype, (workload.weight_dtype,)):
-        shape = {"inter": model.expert_intermediate_size, "num_experts": model.num_experts, "top_k": model.top_k}
-        regions.append(("experts", hidden | shape | {"dtype": dtype, "distribution": "balanced"}))
+    hidden, experts = {"hidden": model.hidden_size}, {"num_experts": model.num_experts}
+    shape = hidden | {"inter": model.expert_intermediate_size} | experts | {"top_k": model.top_k}
+    kinds = {"dtype": TABLE_DTYPES.get(workload.weight_dtype, workload.weight_dtype), "distribution": "balanced"}
+    public = shipped_profile_for(profile.meta.accelerator)
+    regions: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("experts", shape | kinds, {"system": public.meta.name} if public else {})
+    ]
     if objective.dispatch != "allgather" and cluster.num_ranks > 1:
         mode = list(MODES[mode_of(objective.dispatch, workload.phase)])
-        regions.append(("alltoall", hidden | {"top_k": model.top_k, "nodes": cluster.num_nodes, "mode": mode}))
+        where = hidden | {"top_k": model.top_k, "nodes": cluster.num_nodes, "mode": mode}
+        regions.append(("alltoall", where, experts | {"ranks_per_node": cluster.ranks_per_node}))
     if (a := model.attention) is not None:
         heads = {"heads": a.num_heads, "kv_heads": 1 if a.is_mla else a.num_kv_heads, "head_dim": a.head_dim}
         phase = "decode" if workload.phase == "decode" else "prefill"
-        regions.append(("attention", {"kind": "mla" if a.is_mla else "gqa", "phase": phase, **heads}))
-    gaps: dict[str, str] = {}
-    for table, where in reversed(regions):
+        named = {"model": _name(model)} if a.is_mla else {}  # its ranks cannot be given as sizes
+        regions.append(("attention", {"kind": "mla" if a.is_mla else "gqa", "phase": phase, **heads}, named))
+    gaps: list[str] = []
+    for table, where, command in regions:
         try:
-            profile.require(table, {"num_experts": model.num_experts}, **where)
+            profile.require(table, command, **where)
         except ProfileError as error:
-            gaps[table] = str(error)
-    covered = {table for table, where in regions if profile.select(table, **where).num_rows}
-    return tuple(message for table, message in reversed(gaps.items()) if table not in covered)
+            gaps.append(str(error))
+    return tuple(gaps)
+
+
+def _name(model: ModelSpec) -> str:
+    """What ``--model`` takes: the built-in name, else a placeholder for the model's file."""
+    name = slug(model.name)
+    return name if name in model_names() and find_model(name) == model else "CONFIG.json"
+
+
+def backend_gaps(backend: str, dtype: Dtype, profile: HardwareProfile) -> tuple[str, ...]:
+    """One message per table whose rows are chosen by framework and that has none of ``backend``: what stands in."""
+    own: dict[str, dict[str, Any]] = {"experts": {"dtype": TABLE_DTYPES.get(dtype, dtype)}}
+    return tuple(
+        f"profile {profile.meta.name} has no {table} of it, "
+        + (f"in {dtype}; the roofline stands in" if table == "experts" else "another framework's stand in")
+        + "; leave backend out for the fastest measured"
+        for table in FRAMEWORK_TABLES
+        if not profile.select(table, backend=backend, **own.get(table, {})).num_rows
+    )
