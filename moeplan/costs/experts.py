@@ -27,6 +27,7 @@ from scipy.optimize import isotonic_regression
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
+from moeplan.costs.frameworks import require_backend
 from moeplan.costs.interpolation import line
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import Dtype, ModelSpec
@@ -211,7 +212,11 @@ def expert_costs(
     shape, since tables hold a shape in the formats its models come in; the first at all where none was. Of several
     kernels the fastest serves, for a rank of ``local_experts`` with ``mean_pairs`` tokens each that
     gets the part ``arriving`` of the group's tokens, among those of ``backend`` where it is named.
+
+    Raises:
+        UnknownNameError: no such ``backend``.
     """
+    require_backend("backend", backend, profile)
     shape = (model.hidden_size, model.expert_intermediate_size)
     fits = _measured(profile, *shape, dtype, tp, backend) if profile is not None else ()
     if not fits:
@@ -232,9 +237,9 @@ def _measured(
     where: dict[str, Any] = {"distribution": "balanced", "direction": "forward", "scope": "experts"}
     where |= {"backend": backend} if backend else {}
     kinds = TABLE_DTYPES.get(dtype, (dtype,))
-    for shape in ({"hidden": hidden, "inter": inter, "tp": tp}, {}):
+    for at in (where | {"hidden": hidden, "inter": inter, "tp": tp}, where):
         for kind in kinds:
-            rows = profile.select("experts", **where, **shape, dtype=kind)
+            rows = profile.select("experts", **at, dtype=kind)
             if fits := _fits(rows, hidden, inter, tp, "" if kind == dtype else f" in {kind}"):
                 return fits
     return ()

@@ -12,16 +12,20 @@ from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.profile import HardwareProfile, load_profile, shipped_profile_for
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.checks import layers_by_position
+from moeplan.costs.coverage import backend_gaps
+from moeplan.costs.frameworks import require_backend
 from moeplan.costs.memory import max_redundant_experts
 from moeplan.errors import TraceError
 from moeplan.routing.io import read_trace
 from moeplan.routing.loads import expert_load, pick_tokens
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
+from moeplan.specs.scenario import Scenario
 from moeplan.specs.workload import Phase, Workload
 
 __all__ = [
     "DECODE_BATCH",
+    "backend_notes",
     "in_phase",
     "of_another_machine",
     "on_model_layers",
@@ -102,6 +106,25 @@ def of_another_machine(profile: HardwareProfile | None, accelerator: str) -> lis
         f"costs are those of profile {profile.meta.name}, measured on {profile.meta.accelerator}, where the cluster has"
         f" {accelerator}: what it lacks comes from that one's roofline; choose the profile or the cluster that fits"
     ]
+
+
+def backend_notes(scenario: Scenario, profile: HardwareProfile | None) -> list[str]:
+    """Notes of what stands in where the profile lacks rows of a backend that the scenario names.
+
+    Raises:
+        UnknownNameError: no such backend.
+    """
+    notes: list[str] = []
+    if (serving := scenario.serving) is not None:
+        engines = {"serving.engine": serving.engine}
+        if serving.prefill is not None:
+            engines["serving.prefill.engine"] = serving.prefill.engine
+        for where, engine in engines.items():
+            require_backend(f"{where}.backend", engine.backend, profile)
+            if engine.backend is not None and profile is not None:
+                gaps = backend_gaps(engine.backend, scenario.workload.weight_dtype, profile)
+                notes += [f"{where}.backend ({engine.backend}): {gap}" for gap in gaps]
+    return notes
 
 
 def slots_of_ranks(

@@ -111,7 +111,11 @@ class EngineSpec(Spec):
     tp: int = Field(1, gt=0, description="ranks that split attention and dense parts")
     pp: int = Field(1, gt=0, description="pipeline stages; each holds its layers' experts on ranks / pp")
     overlap: Literal["none", "shared_expert", "two_batch", "shortcut"] = "none"
-    backend: str | None = Field(None, description="kernels of this framework only, where tables name several")
+    backend: str | None = Field(
+        None,
+        description="kernels of this framework: sglang, trtllm, vllm, or one that the profile has rows of; left out:"
+        " the fastest measured",
+    )
     launches_per_layer: int = Field(0, ge=0, description="times the profile's launch latency: host overhead")
     step_overhead: Seconds = Field("0 s", description="of the host between steps: scheduling, sampling")  # type: ignore[assignment]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moeplan.errors import SpecError
+from moeplan.errors import SpecError, UnknownNameError
 from moeplan.files import sha256_file
 from moeplan.pipeline.optimize import optimize, write_plan
 from moeplan.specs.scenario import Scenario
@@ -90,6 +90,12 @@ def test_windows_of_counts_are_held_out_only_where_both_halves_have_tokens(tmp_p
     verdict = optimize(scenario(tmp_path / "c.npy")).plan.verdict
     assert verdict is not None
     assert (verdict.apply, "nothing could be held out" in verdict.held_out) == (False, True)
+
+
+def test_a_mistyped_backend_of_the_same_scenario_is_refused(tokens):
+    requests = {"arrivals": "constant", "rate": "1 /s", "count": 1, "input_tokens": 8, "output_tokens": 8}
+    with pytest.raises(UnknownNameError, match=r"serving.engine.backend 'vlm' is not known; did you mean 'vllm'\?"):
+        optimize(scenario(tokens, serving={"requests": requests, "engine": {"backend": "vlm"}}))
 
 
 def test_costs_of_another_machine_are_told(tokens):

@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
 from moeplan.artifacts.event_log import EventLog
+from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.artifacts.simulation_result import SimulationResult
 from moeplan.cli import cli
-from moeplan.errors import InfeasibleError, InputError, MoeplanError, ProfileError, SpecError, TraceError
+from moeplan.errors import (
+    InfeasibleError,
+    InputError,
+    MoeplanError,
+    ProfileError,
+    SpecError,
+    TraceError,
+    UnknownNameError,
+)
 from moeplan.pipeline.compare import compare
 from moeplan.pipeline.executor import InlineExecutor
 from moeplan.pipeline.simulate import cases_of, simulate, sweep, write_simulation
@@ -184,11 +194,32 @@ def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
         ({"requests": REQUESTS | {"input_tokens": 9_000_000}}, {}, InfeasibleError, r"more than a group holds"),
         ({"requests": REQUESTS | {"file": "none.csv"}}, {}, TraceError, r"none.csv does not exist"),
         ({}, {"trace": None}, SpecError, r"trace is missing"),
+        ({"engine": {"backend": "vlm"}}, {}, UnknownNameError,
+         r"serving.engine.backend 'vlm' is not known; did you mean 'vllm'\? choose one of: sglang, trtllm, vllm$"),
+        ({"prefill": {"ranks": 4, "engine": {"backend": "torch"}}}, {"profile": None}, UnknownNameError,
+         r"serving.prefill.engine.backend 'torch' is not known"),
     ],
 )  # fmt: skip
 def test_impossible_scenarios_say_why(serving: Any, fields: Any, kind: type[MoeplanError], message: str) -> None:
     with pytest.raises(kind, match=message):
         simulate(scenario(serving, **fields), seeds=1)
+
+
+def test_a_framework_without_rows_is_said(tmp_path: Path) -> None:
+    def notes(backend: str, dtype: str) -> list[str]:
+        few = {"requests": REQUESTS | {"count": 2}, "engine": {"backend": backend}}
+        found = simulate(scenario(few, profile=None, workload={"weight_dtype": dtype}), seeds=1).result
+        return [note for note in found.notes if "engine.backend" in note]
+
+    rows = load_profile("h100-sxm").select("gemm", backend="vllm", dtype="bf16", m=[1, 64])
+    own = rows.set_column(rows.column_names.index("backend"), "backend", pa.array(["own"] * rows.num_rows))
+    meta = load_profile("h100-sxm").meta.model_copy(update={"tables": {}})
+    HardwareProfile(meta, {"gemm": own}).save(tmp_path / "own")
+    with pytest.raises(ProfileError, match="does not cover"):  # the backend itself is known here
+        simulate(scenario({"engine": {"backend": "own"}}, profile=str(tmp_path / "own")), seeds=1)
+    assert notes("vllm", "bf16") == []
+    (said,) = notes("vllm", "int4")
+    assert "profile h100-sxm has no experts of it, in int4; the roofline stands in" in said
 
 
 # ---------------------------------------------------------------------- sweeps
