@@ -156,8 +156,13 @@ def routing(as_json: bool, quiet: bool, **options: Any) -> None:
     """
     from moeplan.pipeline.record import record_routing
 
-    with progress_bar(quiet) as report:
-        answer = record_routing(**options, progress=report)
+    try:
+        with progress_bar(quiet) as report:
+            answer = record_routing(**options, progress=report)
+    except KeyboardInterrupt as stop:
+        if str(stop):  # what is kept
+            click.echo(str(stop), err=True)
+        raise
     if as_json:
         print_json(answer)
     elif not quiet:

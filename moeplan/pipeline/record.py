@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import numpy as np
 
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
-from moeplan.errors import MissingExtraError, SpecError, TraceError
+from moeplan.errors import MissingExtraError, MoeplanError, RunError, SpecError, TraceError
 from moeplan.routing.io import read_trace, save_trace
 
 __all__ = ["record_routing"]
@@ -32,9 +34,12 @@ def record_routing(
 ) -> dict[str, Any]:
     """Record from a Hugging Face model (``hf``) or a running server (``sglang``); what was written.
 
+    ``overhead`` of the answer is the slowdown by recording, as a part of the time without.
+
     Raises:
-        SpecError: neither or both sources, or a missing option; TraceError: nothing was recorded.
-        MissingExtraError: torch or transformers is not installed.
+        SpecError: neither or both sources, a missing option, or a model that does not fit into memory.
+        TraceError: nothing was recorded. MissingExtraError: torch or transformers is not installed.
+        RunError, KeyboardInterrupt: a prompt failed or was interrupted; the message says what ``out`` keeps.
     """
     if (hf is None) == (sglang is None):
         raise SpecError("routing is recorded from either --hf or --sglang; give one of them")
@@ -42,11 +47,14 @@ def record_routing(
         raise SpecError(f"out ({out}) must end in .npz or .parquet")
     lines = _prompts(prompts) if prompts else []
     if sglang is not None:
-        trace, overhead = _from_server(sglang, dump_dir, lines, max_new_tokens)
+        trace, overhead, ended = _from_server(sglang, dump_dir, lines, max_new_tokens)
     else:
         assert hf is not None
-        trace, overhead = _from_model(hf, random_init, lines, max_new_tokens, device, seed, progress)
+        trace, overhead, ended = _from_model(hf, random_init, lines, max_new_tokens, device, seed, progress)
     save_trace(trace, out)
+    if ended is not None:
+        kept = f"what was recorded until then is kept: {out}, {trace.num_tokens:,} tokens"
+        raise type(ended)(f"{ended}; {kept}") from ended
     phases = {} if trace.phase_T is None else dict(enumerate(np.bincount(trace.phase_T, minlength=2).tolist()))
     return {
         "out": str(out),
@@ -69,9 +77,24 @@ def _prompts(path: Path) -> list[str]:
     return lines
 
 
-def _from_server(
-    url: str, dump_dir: Path | None, prompts: list[str], max_new_tokens: int
-) -> tuple[RoutingTrace, float | None]:
+def _ended(error: BaseException, done: int, count: int, prompts: Sequence[str]) -> RunError | KeyboardInterrupt:
+    """What to tell of a recording that ``error`` ended after ``done`` of ``count`` prompts."""
+    where = f"prompt {done + 1} of {count}" + (f" ({prompts[done][:40]!r})" if prompts else "")
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(f"{where} was interrupted")
+    said = str(error) if isinstance(error, MoeplanError) else repr(error).splitlines()[0]
+    if isinstance(answer := error.__cause__, HTTPError):
+        with answer:
+            body = " ".join(answer.read(300).decode(errors="replace").split())
+        said = f"{answer.url} answered {answer.code} {answer.reason}: {body or 'nothing more'}"
+    return RunError(f"{where} failed: {said}")
+
+
+_Recorded = tuple[RoutingTrace, float | None, RunError | KeyboardInterrupt | None]
+"""The trace, the overhead, and what ended the recording early."""
+
+
+def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_tokens: int) -> _Recorded:
     from dataclasses import replace
 
     from moeplan.profiling.sglang_recorder import SglangServer
@@ -79,17 +102,43 @@ def _from_server(
 
     if dump_dir is None or not prompts:
         raise SpecError("--sglang needs --dump-dir, where the server writes, and --prompts to send")
-    files, overhead = SglangServer(url, dump_dir).record(prompts, max_new_tokens)
-    parts = []
-    for file in files:
-        trace = read_trace(file, format="sglang")
-        if not isinstance(trace, RoutingTrace):
-            raise TraceError(
-                f"{file} holds counts only; start the server with --expert-distribution-recorder-mode per_token"
-            )
-        parts.append(trace)
-    joined = parts[0] if len(parts) == 1 else join_traces(parts)
-    return replace(joined, origin={"recorded_from": "sglang", "prompts": len(prompts)}), overhead
+    server = SglangServer(url, dump_dir)
+
+    def send(times_s: list[float]) -> RunError | KeyboardInterrupt | None:
+        try:
+            for prompt in prompts:
+                times_s.append(server._uncached(prompt, max_new_tokens))
+        except (Exception, KeyboardInterrupt) as error:  # the server is to stop and dump whatever happens
+            return _ended(error, len(times_s), len(prompts), prompts)
+        return None
+
+    plain_s: list[float] = []
+    recorded_s: list[float] = []
+    if (ended := send(plain_s)) is not None:
+        raise type(ended)(f"{ended}; recording had not begun") from ended
+
+    def drive() -> None:
+        nonlocal ended
+        ended = send(recorded_s)
+
+    try:
+        files, _ = server.record((), drive=drive)
+        parts = []
+        for file in files:
+            trace = read_trace(file, format="sglang")
+            if not isinstance(trace, RoutingTrace):
+                raise TraceError(
+                    f"{file} holds counts only; start the server with --expert-distribution-recorder-mode per_token"
+                )
+            parts.append(trace)
+        joined = parts[0] if len(parts) == 1 else join_traces(parts)
+    except TraceError as error:
+        if ended is None:
+            raise
+        raise type(ended)(f"{ended}; nothing is kept: {error}") from error
+    done = len(recorded_s)
+    overhead = float(np.median(np.divide(recorded_s, plain_s[:done])) - 1) if done else None
+    return replace(joined, origin={"recorded_from": "sglang", "prompts": done}), overhead, ended
 
 
 def _token_ids(transformers: Any, path: Path, prompts: list[str]) -> list[Any]:
@@ -109,6 +158,22 @@ def _token_ids(transformers: Any, path: Path, prompts: list[str]) -> list[Any]:
         ) from error
 
 
+@contextmanager
+def _fitting(path: Path, device: str) -> Iterator[None]:
+    """Say what helps where the memory does not hold the block; the CPU's allocator raises a bare RuntimeError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        signs = ("out of memory", "allocate memory", "bad_alloc")
+        if not isinstance(error, MemoryError) and not any(sign in said.lower() for sign in signs):
+            raise
+        raise SpecError(
+            f"hf ({path}) does not fit into the memory of {device} ({said}); set a smaller dtype or fewer"
+            " num_hidden_layers in its config.json, give shorter prompts, or choose another --device"
+        ) from error
+
+
 def _from_model(
     path: Path,
     random_init: bool,
@@ -117,7 +182,7 @@ def _from_model(
     device: str | None,
     seed: int,
     progress: Progress,
-) -> tuple[RoutingTrace, float | None]:
+) -> _Recorded:
     from moeplan.profiling.device import find_device, torch_module
     from moeplan.profiling.routing import cache_name, hook_model, measure_overhead
 
@@ -136,14 +201,15 @@ def _from_model(
     torch.manual_seed(seed)
     batches = _token_ids(transformers, path, prompts) if prompts else []
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        if random_init:
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto")
+        with _fitting(path, where):
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+            if random_init:
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            else:
+                model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto")
+            model = model.to(where).eval()
     except (OSError, ValueError, KeyError) as error:
         raise SpecError(f"hf ({path}) cannot be loaded: {str(error).splitlines()[0]}") from error
-    model = model.to(where).eval()
     if not batches:
         generator = torch.Generator().manual_seed(seed)
         batches = [torch.randint(0, model.config.vocab_size, (1, 64), generator=generator) for _ in range(4)]
@@ -153,15 +219,26 @@ def _from_model(
         with torch.inference_mode():
             return model(input_ids=batches[0])
 
-    overhead = measure_overhead(prefill, model)
+    with _fitting(path, where):
+        overhead = measure_overhead(prefill, model)
     cache = cache_name(model)
+    done, ended = 0, None
     with hook_model(model) as recorder, torch.inference_mode():
-        for number, ids in enumerate(batches):
-            progress("recording", number / len(batches))
-            past, step = None, ids
-            for _ in range(new_tokens + 1):
-                answer = model(input_ids=step, use_cache=True, **{cache: past})
-                past, step = answer[cache], answer.logits[:, -1:].argmax(-1)
-    progress("recording", 1.0)
-    kind = type(model).__name__
-    return recorder.trace(recorded_from=kind, random_init=random_init, prompts=len(batches)), overhead
+        try:
+            for ids in batches:
+                progress("recording", done / len(batches))
+                past, step = None, ids
+                with _fitting(path, where):
+                    for _ in range(new_tokens + 1):
+                        answer = model(input_ids=step, use_cache=True, **{cache: past})
+                        past, step = answer[cache], answer.logits[:, -1:].argmax(-1)
+                done += 1
+        except (Exception, KeyboardInterrupt) as error:  # what is recorded outlives whatever the model does
+            ended = _ended(error, done, len(batches), prompts)
+            if not done:
+                raise type(ended)(f"{ended}; nothing was recorded before it") from error
+    progress("recording", done / len(batches))
+    trace = recorder.trace(recorded_from=type(model).__name__, random_init=random_init, prompts=done)
+    if ended is not None:  # no token of the prompt that was cut short
+        trace = trace.tokens(slice(sum(ids.numel() + new_tokens for ids in batches[:done])))
+    return trace, overhead, ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moeplan.errors import SpecError, TraceError
+from moeplan.cli import main
+from moeplan.errors import RunError, SpecError, TraceError
 
 torch = pytest.importorskip("torch", reason="recording needs torch")
 
@@ -169,6 +171,50 @@ def test_recording_from_a_config_writes_a_trace(tmp_path: Path, family):
     assert read_trace(tmp_path / "t.npz").num_tokens == answer["tokens"] == 264
 
 
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (IndexError("no such token"), 2, "error: prompt 2 of 4 failed: IndexError('no such token'); "),
+        (RuntimeError("CUDA out of memory"), 2, "set a smaller dtype or fewer num_hidden_layers in its config.json"),
+        (KeyboardInterrupt(), 130, "prompt 2 of 4 was interrupted; "),
+    ],
+)
+def test_whatever_stops_a_model_keeps_the_prompts_done(tmp_path: Path, monkeypatch, capsys, raised, code, said):
+    model = _model("Olmoe")
+    model.config.save_pretrained(tmp_path / "m")
+    words = ["moeplan", "profile", "routing", "--hf", tmp_path / "m", "--random-init", "--max-new-tokens", "2"]
+    record_routing(tmp_path / "all.npz", tmp_path / "m", True, max_new_tokens=2, device="cpu")
+    forward, recorded = type(model.model).forward, []
+
+    def failing(self, *args, **kwargs):
+        if kwargs.get("use_cache"):  # of the recording, not of the overhead
+            recorded.append(0)
+            if len(recorded) == 5:  # the second prompt's first decode
+                raise raised
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", failing)
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--device", "cpu", "--out", str(tmp_path / "t.npz")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
+    told = capsys.readouterr().err
+    assert said in told
+    assert f"what was recorded until then is kept: {tmp_path / 't.npz'}, 66 tokens\n" in told
+    kept = read_trace(tmp_path / "t.npz")
+    assert kept.experts_TLK.tolist() == read_trace(tmp_path / "all.npz").experts_TLK[:66].tolist()
+    assert kept.seq_lens_S.tolist() == [64, 1, 1]
+    assert kept.origin["prompts"] == 1
+
+
+def test_a_model_larger_than_the_memory_is_one_error(tmp_path: Path):
+    config = _model("Olmoe").config
+    config.intermediate_size = 2**40
+    config.save_pretrained(tmp_path / "m")
+    with pytest.raises(SpecError, match=r"m\) does not fit into the memory of cpu \(.*num_hidden_layers"):
+        record_routing(tmp_path / "t.npz", tmp_path / "m", True, device="cpu")
+
+
 def test_recording_from_disk_asks_for_what_it_needs(tmp_path: Path):
     pytest.importorskip("transformers", reason="the extra hf is not installed")
     (tmp_path / "config.json").write_text("{}")
@@ -228,10 +274,11 @@ def server(tmp_path: Path):
                     "last_physical_to_logical_map": torch.arange(16).repeat(2, 1),
                 }
                 torch.save(pack, dump_dir / "expert_distribution_recorder_1.pt")
+            refused = body.get("text") == "never" or (body.get("text") == "later" and log.count("/generate later") > 1)
             known = self.path in ("/generate", "/flush_cache") or "expert_distribution_record" in self.path
-            self.send_response(200 if known else 404)
+            self.send_response((400 if refused else 200) if known else 404)
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(b"the input\nis too long" if refused else b"{}")
 
         def log_message(self, *_args):
             pass
@@ -258,6 +305,52 @@ def test_recording_from_a_server(server, tmp_path: Path):
     assert log[start + 1] == "/flush_cache", "cached tokens would not be routed again"
     trace = read_trace(tmp_path / "t.npz")
     assert trace.experts_TLK[:, 0].tolist() == [[0, 1], [2, 3], [1, 0]]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_refused_request_keeps_what_the_server_recorded(server, tmp_path: Path, monkeypatch, dies):
+    url, dump_dir, log = server
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "t.npz"
+    prompts.write_text("one\nlater\nthree\n")
+    said = rf"prompt 2 of 3 \('later'\) failed: {url}/generate answered 400 Bad Request: the input is too long; "
+    if dies:  # the dump holds nothing that can be read
+        monkeypatch.setattr(torch, "save", lambda _pack, path: path.write_bytes(b""))
+        said += "nothing is kept: .*_1.pt"
+    else:
+        said += rf"what was recorded until then is kept: {out}, 3 tokens"
+    with pytest.raises(RunError, match=said):
+        record_routing(out, sglang=url, dump_dir=dump_dir, prompts=prompts)
+    assert log[-3:] == ["/generate later", "/stop_expert_distribution_record", "/dump_expert_distribution_record"]
+    if dies:
+        assert not out.exists()
+    else:
+        assert read_trace(out).origin["prompts"] == 1
+
+
+def test_a_request_refused_before_recording_starts_no_recorder(server, tmp_path: Path):
+    url, dump_dir, log = server
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("never\n")
+    with pytest.raises(RunError, match=r"prompt 1 of 1 \('never'\) failed: .* too long; recording had not begun"):
+        record_routing(tmp_path / "t.npz", sglang=url, dump_dir=dump_dir, prompts=prompts)
+    assert log == ["/flush_cache", "/generate never"]
+
+
+def test_an_interrupted_server_is_stopped_and_dumped(server, tmp_path: Path, monkeypatch):
+    url, dump_dir, log = server
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    generate = SglangServer.generate
+
+    def interrupted(self, prompt, max_new_tokens):
+        if log.count("/generate two"):
+            raise KeyboardInterrupt
+        return generate(self, prompt, max_new_tokens)
+
+    monkeypatch.setattr(SglangServer, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"prompt 1 of 2 \('one'\) was interrupted; .* is kept: .*, 3 tokens"):
+        record_routing(tmp_path / "t.npz", sglang=url, dump_dir=dump_dir, prompts=prompts)
+    assert log[-2:] == ["/stop_expert_distribution_record", "/dump_expert_distribution_record"]
 
 
 def test_a_server_without_the_endpoint_is_named(server, tmp_path: Path):
