@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from moeplan.cli.common import Seconds, output_options, print_json, progress_bar
+from moeplan.pipeline.profile_request import changes
 
 __all__ = ["commands", "routing"]
 
@@ -43,7 +44,7 @@ class _Words(click.ParamType[tuple[Any, ...]]):
 
 
 def _options(function: Any) -> Any:
-    """Options of every measuring command, in the order of --help."""
+    """Options of the measuring commands, in the order of --help."""
     given: list[Any] = [
         click.option("--models", "--model", type=_Words(), metavar="NAMES", help="Built-in models or config files."),
         *(
@@ -90,8 +91,13 @@ def _measure(part: str) -> click.Command:
         from moeplan.pipeline.profiling import measure_profile, profile_request
 
         request = profile_request(part, preset, {k: v for k, v in options.items() if v is not None})
-        with progress_bar(quiet, single=True) as report:
-            answer = measure_profile(request, out, resume, report)
+        try:
+            with progress_bar(quiet, single=True) as report:
+                answer = measure_profile(request, out, resume, report)
+        except KeyboardInterrupt as stop:
+            if str(stop):
+                click.echo(str(stop), err=True)
+            raise
         if not answer:
             return  # a rank other than the first
         if as_json:
@@ -112,7 +118,9 @@ def _measure(part: str) -> click.Command:
         }[part]
         + " --out profiles/mine"
     )
-    return click.command(part)(_options(run))
+    made = click.command(part)(_options(run))
+    made.params = [o for o in made.params if part == "all" or changes(o.name or "", part)]
+    return made
 
 
 def _show(answer: dict[str, Any]) -> None:

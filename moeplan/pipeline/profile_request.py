@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moeplan.artifacts.profile_tables import DIRECTIONS
-from moeplan.errors import UnknownNameError
+from moeplan.errors import SpecError, UnknownNameError
 from moeplan.specs.model import DTYPE_BYTES
 
-__all__ = ["MAIN_MODELS", "PARTS", "PRESETS", "ProfileRequest", "Sizes", "profile_request"]
+__all__ = ["MAIN_MODELS", "PARTS", "PRESETS", "ProfileRequest", "Sizes", "changes", "profile_request"]
 
 PARTS = ("system", "memory", "experts", "attention", "dense", "collectives")
+
+_LAYERS = ("experts", "attention", "dense")
+_CHANGES = {  # the parts that a field changes; one that is not here changes all
+    **dict.fromkeys(("models", "dtypes", "max_tokens"), (*_LAYERS, "collectives")),
+    **dict.fromkeys(("hidden", "experts", "top_k"), ("experts", "dense", "collectives")),
+    **dict.fromkeys(("heads", "kv_heads", "head_dim"), ("attention", "dense")),
+    **dict.fromkeys(("n", "k"), ("dense",)),
+    **dict.fromkeys(("tp", "directions"), _LAYERS),
+    **dict.fromkeys(("kernels", "ep"), ("experts",)),
+    **dict.fromkeys(("ops", "max_bytes", "ranks", "ranks_per_node", "trace"), ("collectives",)),
+    **dict.fromkeys(("budget_s", "seed"), PARTS[1:]),
+    "inter": ("experts", "dense"),
+    "threads": PARTS[:-1],  # a rank of an exchange has one
+}
+
+
+def changes(name: str, part: str) -> bool:
+    """Whether the field ``name`` of a request or of its sizes changes what ``part`` measures."""
+    return part in _CHANGES.get(name, PARTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +52,11 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class ProfileRequest:
-    """What to measure, as the command line says it."""
+    """What to measure, as the command line says it.
+
+    Raises:
+        UnknownNameError: no such part, type, kernel, direction or collective.
+    """
 
     parts: tuple[str, ...] = PARTS
     models: tuple[str, ...] = ()
@@ -54,6 +78,22 @@ class ProfileRequest:
     trace: str = ""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        known: list[tuple[str, tuple[str, ...], Iterable[str]]] = [
+            ("part", self.parts, PARTS),
+            ("dtype", self.dtypes, DTYPE_BYTES),
+            ("direction", self.directions, DIRECTIONS),
+        ]
+        if self.kernels or self.ops:
+            from moeplan.profiling.collectives import OPS
+            from moeplan.profiling.expert_kernels import KERNELS
+
+            known += [("kernel", self.kernels, KERNELS), ("op", self.ops, OPS)]
+        for kind, names, choice in known:
+            for name in names:
+                if name not in choice:
+                    raise UnknownNameError(kind, name, choice)
+
     @property
     def command(self) -> str:
         """The command that measures the same again."""
@@ -61,7 +101,7 @@ class ProfileRequest:
         words = [f"moeplan profile {name}"]
         for option, default in _DEFAULTS.items():
             value = getattr(self, option)
-            if value == default:
+            if value == default or not any(changes(option, part) for part in self.parts):
                 continue
             if option == "budget_s":
                 words.append(f"--budget {value:g}s")
@@ -75,11 +115,15 @@ class ProfileRequest:
                 words.append("--realtime")
             elif option != "parts":
                 text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                words.append(f"--{_FLAG.get(option, option.replace('_', '-'))} {text}")
+                words.append(f"{_flag(option)} {text}")
         return " ".join([*words, "--out DIR"])
 
 
-_FLAG = {"dtypes": "dtype", "kernels": "kernel", "ops": "op", "directions": "direction"}
+def _flag(name: str) -> str:
+    short = {"dtypes": "dtype", "kernels": "kernel", "ops": "op", "directions": "direction", "budget_s": "budget"}
+    return f"--{short.get(name, name.replace('_', '-'))}"
+
+
 _DEFAULTS: dict[str, Any] = {name: getattr(ProfileRequest(), name) for name in ProfileRequest.__slots__} | {
     "budget_s": None,
     "device": None,
@@ -121,26 +165,48 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def profile_request(part: str, preset: str | None, options: dict[str, Any]) -> ProfileRequest:
-    """What is asked: the options over the preset over what suits the device.
+    """What is asked: the options over the preset over what suits the device. Options that are 0 or empty do not count.
 
     Raises:
-        UnknownNameError: no such direction or type.
+        SpecError: an option changes nothing that is measured; UnknownNameError: no such name, as in
+            :class:`ProfileRequest`.
     """
-    chosen = {**(PRESETS[preset] if preset else {}), **options}
-    sizes = {name: chosen.pop(name) for name in Sizes.__slots__ if name in chosen}
-    if sizes:
-        chosen["sizes"] = replace(chosen.get("sizes", Sizes()), **sizes)
+    options = {name: value for name, value in options.items() if value}
+    sizes = {name: options.pop(name) for name in Sizes.__slots__ if name in options}
+    layer = [name for name in sizes if name not in ("n", "k")]
+    chosen: dict[str, Any] = {**(PRESETS[preset] if preset else {})}
+    if "models" in options:
+        if layer:
+            raise SpecError(
+                f"--models ({', '.join(options['models'])}) and {_flag(layer[0])} ({sizes[layer[0]]}) both give sizes;"
+                " leave one out"
+            )
+        chosen.pop("sizes", None)
+    elif layer:
+        chosen.pop("models", None)
+    chosen |= options
     if part != "all":
         chosen["parts"] = (part,)
+    elif "parts" not in chosen and not (sizes or chosen.get("models") or chosen.get("sizes")):
+        chosen["parts"] = ("system", "memory", "collectives")
+    parts = chosen.get("parts", PARTS)
+    for name, value in {**options, **sizes}.items():
+        if not any(changes(name, each) for each in parts):
+            more = ", or give --models or sizes" if part == "all" and not preset else ""
+            text = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise SpecError(
+                f"{_flag(name)} ({text}) changes nothing in what is measured ({', '.join(parts)}); leave it out{more}"
+            )
+    if bool(sizes.get("n")) != bool(sizes.get("k")):
+        one, other = ("n", "k") if "n" in sizes else ("k", "n")
+        raise SpecError(f"--{one} ({sizes[one]}) is one side of a dense product; give --{other} too")
+    # A preset is for all parts: what does not change these is no part of the command.
+    chosen = {name: value for name, value in chosen.items() if any(changes(name, each) for each in parts)}
+    whole = replace(chosen.get("sizes", Sizes()), **sizes)
+    names = [name for name in Sizes.__slots__ if any(changes(name, each) for each in parts)]
+    chosen["sizes"] = Sizes(**{name: getattr(whole, name) for name in names})
     if "device" not in chosen:
         from moeplan.profiling.device import torch_module
 
         chosen["device"] = "cuda" if torch_module().cuda.is_available() else "cpu"
-    for option, kind, known in (("directions", "direction", DIRECTIONS), ("dtypes", "dtype", DTYPE_BYTES)):
-        for name in chosen.get(option, ()):
-            if name not in known:
-                raise UnknownNameError(kind, name, known)
-    asked = {name: value for name, value in chosen.items() if name in ProfileRequest.__slots__}
-    if part == "all" and "parts" not in chosen and not (asked.get("models") or asked.get("sizes")):
-        asked["parts"] = ("system", "memory", "collectives")
-    return ProfileRequest(**asked)
+    return ProfileRequest(**chosen)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from moeplan.artifacts.profile import PROFILE_PLACE, HardwareProfile, ProfileMeta, Source
 from moeplan.artifacts.profile_tables import MEASURED, TABLES, columns_of
-from moeplan.errors import ProfileError, SpecError, UnknownNameError
+from moeplan.errors import ProfileError, SpecError
 from moeplan.files import require_place
 from moeplan.pipeline.profile_request import PARTS, PRESETS, ProfileRequest, Sizes, profile_request
 from moeplan.profiling.journal import Journal, point_key
@@ -28,6 +28,7 @@ __all__ = ["PARTS", "PRESETS", "ProfileRequest", "Sizes", "measure_profile", "pr
 Progress = Callable[[str, float], None]
 
 _PLAIN = ("fp32", "bf16", "fp16")  # types that arithmetic other than products is done in
+_MOST_SENT = 1024  # tokens per rank of an exchange
 _PROTOCOL = (
     "Warm-up, then shuffled passes over all cases of a group with rotating buffers of random data; median of"
     " all samples, none dropped; grid refined where interpolation errs. See docs/guides/profiling.md."
@@ -197,22 +198,28 @@ def _dense_benches(request: ProfileRequest, device: Any, models: list[ModelSpec]
 def _exchange(request: ProfileRequest, models: list[ModelSpec], world: int, notes: list[str]) -> Any:
     from moeplan.profiling.collectives import OPS, Exchange
 
-    for op in request.ops:
-        if op not in OPS:
-            raise UnknownNameError("op", op, OPS)
-    model = models[0] if models and models[0].num_experts > 1 else None
+    ops = request.ops or OPS
+    if request.trace and "alltoall" not in ops:
+        raise SpecError(f"trace ({request.trace}) shapes alltoall, which --op ({', '.join(ops)}) leaves out; add it")
     dtype, *others = _plain("collectives", request, notes)
     if others:
         notes.append(f"collectives in {', '.join(others)}: not measured, {dtype} in their place")
+    layers = {model.name: (model.hidden_size, model.top_k, model.num_experts) for model in models}
+    tokens = tuple(dict.fromkeys(layer for layer in layers.values() if layer[2] > 1)) if "alltoall" in ops else ()
+    what = "dispatch and combine of tokens"
+    if "alltoall" not in ops and layers:
+        notes.append(f"{what}: not measured, they need alltoall in --op")
+    elif layers and not tokens:
+        notes.append(f"{what}: not measured, they need --hidden, --experts and --top-k, or --model")
+    if tokens and request.max_tokens > _MOST_SENT:
+        notes.append(f"{what}: tokens per rank from {_MOST_SENT + 1:,} to {request.max_tokens:,} are not measured")
     return Exchange(
-        ops=request.ops or OPS,
+        ops=ops,
         dtype=dtype,
         max_bytes=request.max_bytes,
         weight_RR=_traffic(Path(request.trace), world) if request.trace else None,
-        hidden=model.hidden_size if model else 0,
-        top_k=model.top_k if model else 0,
-        num_experts=model.num_experts if model else 0,
-        max_tokens=min(request.max_tokens, 1024),
+        tokens=tokens,
+        max_tokens=min(request.max_tokens, _MOST_SENT),
     )
 
 
@@ -253,9 +260,6 @@ def measure_profile(
     from moeplan.profiling.device import find_device, pinned
     from moeplan.profiling.ranks import under_torchrun
 
-    for part in request.parts:
-        if part not in PARTS:
-            raise UnknownNameError("part", part, PARTS)
     place = require_place(out, *PROFILE_PLACE)
     device = find_device(request.device)
     first = not under_torchrun() or os.environ["RANK"] == "0"
@@ -272,6 +276,13 @@ def measure_profile(
         clock = system.CpuClock()
         try:
             _measure(request, device, journal, facts, notes, progress, cores)
+        except KeyboardInterrupt as stop:
+            if not journal.points or journal.path is None:
+                raise
+            raise KeyboardInterrupt(
+                f"{len(journal.points)} points measured until now are kept in {journal.path}; the same command with"
+                " --resume goes on"
+            ) from stop
         finally:
             journal.close()
         # Under torchrun the other ranks are no children of this process.
@@ -328,6 +339,7 @@ def _measure(
             benches += of_part(request, device, models, notes)
     if not benches and not {"system", "collectives"} & set(request.parts):
         raise SpecError("; ".join(notes))
+    what = _exchange(request, models, world, notes) if exchange else None
     split = 0.75 if exchange and benches else float(bool(benches))  # of the budget: benches, then exchanges
     if "system" in request.parts:
         facts.update(system.system_facts(device))
@@ -337,9 +349,8 @@ def _measure(
         rig = Rig(timer, journal, random.Random(request.seed))
         run_benches(benches, rig, split * request.budget_s, lambda what, done: progress(what, split * done))
         notes += rig.left_out
-    if exchange:
+    if what:
         os.sched_setaffinity(0, affinity)  # ranks take all cores in turn
-        what = _exchange(request, models, world, notes)
         rest_s = (1 - split) * request.budget_s
         job = ranks.Job(what, request.device, rest_s, request.seed, request.ranks_per_node)
 
@@ -392,7 +403,10 @@ def _save(
     from moeplan.profiling import system
 
     if not journal.points:
-        raise ProfileError(f"nothing was measured; {'; '.join(notes) or 'nothing of what was asked applies here'}")
+        raise ProfileError(
+            f"nothing was measured; {'; '.join(notes) or 'nothing of what was asked applies here'}; change what these"
+            " name, or give a larger --budget"
+        )
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     versions = system.libraries(device)
     name = system.device_name(device)

@@ -28,15 +28,16 @@ Prepare = Callable[[Series, int], Call]
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What to measure. ``weight_RR`` shapes uneven all-to-alls: what rank i sends to rank j, in any unit."""
+    """What to measure. ``weight_RR`` shapes uneven all-to-alls: what rank i sends to rank j, in any unit.
+
+    ``tokens`` lists (H, K, E) of layers whose dispatch and combine are measured, up to ``max_tokens`` per rank.
+    """
 
     ops: tuple[str, ...] = OPS
     dtype: str = "fp32"
     max_bytes: int = 2**24
     weight_RR: tuple[tuple[float, ...], ...] | None = None
-    hidden: int = 0
-    top_k: int = 0
-    num_experts: int = 0
+    tokens: tuple[tuple[int, int, int], ...] = ()
     max_tokens: int = 1024
 
     def traffic(self, built_in: str) -> str:
@@ -198,9 +199,10 @@ def collective_benches(comm: Communicator, what: Exchange) -> list[Bench]:
                 label = f"{op} {algorithm} {distribution} {scope} {ranks} ranks {nodes} nodes"
                 cases[label] = case
                 series.append(_series(label, case, backend, what))
-    benches = [Bench(f"collectives {backend}", tuple(series), lambda: _open(comm, what, cases))]
-    if what.hidden and "alltoall" in what.ops:
-        benches.append(_token_bench(comm, what, backend))
+    name, smaller = f"collectives {backend}", "give a smaller --max-bytes"
+    benches = [Bench(name, tuple(series), lambda: _open(comm, what, cases), smaller=smaller)]
+    if "alltoall" in what.ops:
+        benches += [_token_bench(comm, what, layer, backend) for layer in what.tokens]
     return benches
 
 
@@ -305,8 +307,9 @@ def _open(comm: Communicator, what: Exchange, cases: Mapping[str, _Case]) -> Pre
     return prepare
 
 
-def _token_bench(comm: Communicator, what: Exchange, backend: str) -> Bench:
+def _token_bench(comm: Communicator, what: Exchange, layer: tuple[int, int, int], backend: str) -> Bench:
     """Dispatch and combine of tokens by their choices, one copy per (token, expert) pair."""
+    hidden, top_k, num_experts = layer
     kinds = {
         f"tokens {phase} {form}": (phase, form)
         for phase in ("dispatch", "combine")
@@ -323,30 +326,34 @@ def _token_bench(comm: Communicator, what: Exchange, backend: str) -> Bench:
                 "phase": phase,
                 "nodes": comm.nodes,
                 "ranks": comm.world,
-                "hidden": what.hidden,
-                "top_k": what.top_k,
-                "num_experts": what.num_experts,
+                "hidden": hidden,
+                "top_k": top_k,
+                "num_experts": num_experts,
                 "dtype": what.dtype,
                 "tokens_per_rank": tokens,
                 "distribution": what.traffic("explicit") if form == "explicit" else form,
             }
 
-        series.append(Series("alltoall", f"{label} H{what.hidden} {comm.world} ranks", row, 1, what.max_tokens, 6))
+        series.append(Series("alltoall", f"{label} H{hidden} K{top_k} {comm.world} ranks", row, 1, what.max_tokens, 6))
     names = {s.label: kind for s, kind in zip(series, kinds.values(), strict=True)}
-    return Bench(f"tokens H{what.hidden} {backend}", tuple(series), lambda: _open_tokens(comm, what, names))
+    return Bench(
+        f"tokens H{hidden} K{top_k} {backend}", tuple(series), lambda: _open_tokens(comm, what, hidden, top_k, names)
+    )
 
 
-def _open_tokens(comm: Communicator, what: Exchange, names: Mapping[str, tuple[str, str]]) -> Prepare:
+def _open_tokens(
+    comm: Communicator, what: Exchange, hidden: int, top_k: int, names: Mapping[str, tuple[str, str]]
+) -> Prepare:
     dist = comm.dist
     kind = comm.device.dtype(what.dtype)
     even_RR = np.ones((comm.world, comm.world))
     forms = {"balanced": even_RR, "explicit": _weights(comm, what)}
-    room = 1 + max(most_elements(w, what.max_tokens * what.top_k) for w in forms.values())
-    source, target = (comm.device.normal((room, what.hidden), kind) for _ in range(2))
+    room = 1 + max(most_elements(w, what.max_tokens * top_k) for w in forms.values())
+    source, target = (comm.device.normal((room, hidden), kind) for _ in range(2))
 
     def prepare(series: Series, tokens: int) -> Call:
         phase, form = names[series.label]
-        pairs_RR = uneven_splits(forms[form], tokens * what.top_k)
+        pairs_RR = uneven_splits(forms[form], tokens * top_k)
         if phase == "combine":
             pairs_RR = pairs_RR.T
         out, into = pairs_RR[comm.rank].tolist(), pairs_RR[:, comm.rank].tolist()

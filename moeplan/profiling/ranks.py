@@ -178,6 +178,7 @@ def _missing_rank(store: Any, rank: int, world: int) -> str:
 
 def _local_rank(rank: int, world: int, port: int, job: Job, points: Points, link: Connection) -> None:
     """Body of a local process; rank 0 sends points and progress, every rank how it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent has the word, and ends the ranks
     torch = torch_module()
     import torch.distributed as dist
 

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from moeplan.artifacts.profile import HardwareProfile
-from moeplan.errors import ProfileError, SpecError
+from moeplan.errors import MoeplanError, ProfileError, SpecError
 
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
 from moeplan.cli.profile_measure import _show  # noqa: E402
-from moeplan.pipeline.profiling import ProfileRequest, Sizes, measure_profile  # noqa: E402
+from moeplan.pipeline.profiling import ProfileRequest, Sizes, _exchange, measure_profile  # noqa: E402
 from moeplan.profiling.collectives import (  # noqa: E402
     Communicator,
     Exchange,
@@ -33,6 +33,7 @@ from moeplan.profiling.collectives import (  # noqa: E402
 from moeplan.profiling.device import Device  # noqa: E402
 from moeplan.profiling.journal import Journal  # noqa: E402
 from moeplan.profiling.ranks import Job, _supervise, run_local_ranks  # noqa: E402
+from moeplan.specs.models import find_model  # noqa: E402
 
 
 def test_uneven_splits_follow_the_matrix():
@@ -76,7 +77,7 @@ def test_rows_of_different_traffic_do_not_mix():
 
     def forms(traffic) -> list[set[str]]:
         comm = Communicator(Device("cpu", torch, 1 << 12), 0, (0, 0), dist)
-        what = Exchange(ops=("alltoall",), weight_RR=traffic, hidden=8, top_k=2, num_experts=4)
+        what = Exchange(ops=("alltoall",), weight_RR=traffic, tokens=((8, 2, 4),))
         return [{s.row(256)["distribution"] for s in bench.series} for bench in collective_benches(comm, what)]
 
     assert forms(None) == [{"even", "uneven"}, {"balanced", "explicit"}]
@@ -219,6 +220,23 @@ def test_ranks_whose_parent_is_killed_end_without_a_word(tmp_path: Path):
     assert "Traceback" not in parent.communicate(timeout=60)[1]  # read until the last rank has ended
 
 
+def test_ctrl_c_ends_all_ranks_with_one_word(tmp_path: Path):
+    command = [sys.executable, "-m", "moeplan.cli", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
+    command += ["--device", "cpu", "--ranks", "2", "--budget", "60s", "--out", str(tmp_path / "p")]
+    parent = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    journal = tmp_path / "p.journal.jsonl"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (journal.exists() and journal.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    said = parent.communicate(timeout=60)[1]
+    assert parent.returncode == 130
+    assert "points measured until now are kept in" in said
+    assert "Traceback" not in said
+
+
 def test_one_rank_cannot_exchange(tmp_path: Path):
     with pytest.raises(SpecError, match="collectives need --ranks N of at least 2"):
         measure_profile(ProfileRequest(parts=("collectives",)), tmp_path / "p")
@@ -254,6 +272,26 @@ def test_under_torchrun(tmp_path: Path, capsys):
     answer = json.loads(done.stdout)
     _show(answer)
     assert "other programs" not in capsys.readouterr().out
+
+
+def test_every_model_and_what_is_cut_off_is_said(tmp_path: Path):
+    models = ("olmoe-1b-7b", "mixtral-8x7b")
+    asked = {"models": models, "dtypes": ("fp32",), "max_tokens": 4096}
+    notes: list[str] = []
+    what = _exchange(ProfileRequest(**asked), [find_model(name) for name in models], 2, notes)
+    assert what.tokens == ((2048, 8, 64), (4096, 2, 8))
+    assert notes == ["dispatch and combine of tokens: tokens per rank from 1,025 to 4,096 are not measured"]
+    comm = Communicator(Device("cpu", torch, 1 << 12), 0, (0, 0), SimpleNamespace())
+    rows = [series.row(1) for bench in collective_benches(comm, what)[1:] for series in bench.series]
+    assert {(row["hidden"], row["top_k"], row["num_experts"]) for row in rows} == set(what.tokens)
+    notes.clear()
+    _exchange(ProfileRequest(ops=("p2p",), **asked), [find_model(name) for name in models], 2, notes)
+    assert notes == ["dispatch and combine of tokens: not measured, they need alltoall in --op"]
+    with pytest.raises(SpecError, match=r"trace \(t.npz\) shapes alltoall, which --op \(p2p\) leaves out; add it"):
+        _exchange(ProfileRequest(ops=("p2p",), trace="t.npz"), [], 2, [])
+    request = ProfileRequest(parts=("collectives",), ranks=2, trace=str(tmp_path / "none.npz"))
+    with pytest.raises(MoeplanError, match=r"none\.npz"):
+        measure_profile(request, tmp_path / "p")
 
 
 def test_another_number_of_ranks_than_the_launcher_started(tmp_path: Path, monkeypatch):

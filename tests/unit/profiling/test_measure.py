@@ -141,7 +141,7 @@ def test_a_run_that_measured_nothing_leaves_the_profile_as_it_was(tmp_path: Path
     device = find_device("cpu")
     _changed(out, device=system.device_name(device), libraries=system.libraries(device))
     before = (out / "profile.json").read_bytes()
-    with pytest.raises(ProfileError, match="nothing was measured"):
+    with pytest.raises(ProfileError, match=r"nothing was measured; .*; change what these name, or give a larger"):
         measure_profile(request, out)
     assert (out / "profile.json").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p"]
@@ -371,6 +371,57 @@ def test_usage_errors(words, message):
     done = _cli(*words)
     assert done.exit_code == 2
     assert message in done.output
+
+
+@pytest.mark.parametrize(
+    ("part", "option"),
+    [("memory", "--trace"), ("memory", "--op"), ("memory", "--kernel"), ("memory", "--ep"), ("memory", "--dtype"),
+     ("memory", "--max-bytes"), ("system", "--budget"), ("attention", "--hidden"), ("collectives", "--threads"),
+     ("experts", "--ranks"), ("dense", "--ep")],
+)  # fmt: skip
+def test_a_subcommand_offers_only_what_changes_it(part: str, option: str, tmp_path: Path):
+    done = _cli(part, option, "1", "--out", str(tmp_path / "p"))
+    assert done.exit_code == 2
+    assert f"No such option '{option}'" in done.output.replace("No such option: --", "No such option '--")
+    assert option in _cli("all", "--help").output
+
+
+@pytest.mark.parametrize(
+    ("part", "preset", "options", "message"),
+    [
+        ("all", None, {"kernels": ("loop",)}, r"--kernel \(loop\) changes nothing in .*memory.*--models or sizes"),
+        ("all", "h200", {"ranks": 2}, r"--ranks \(2\) changes nothing in what is measured \(system, memory, experts"),
+        ("memory", None, {"dtypes": ("fp8",)}, r"--dtype \(fp8\) changes nothing in .* \(memory\); leave"),
+        ("dense", None, {"models": ("a", "b"), "hidden": 4}, r"--models \(a, b\) and --hidden \(4\) both give sizes"),
+        ("dense", None, {"n": 8}, r"--n \(8\) is one side of a dense product; give --k too"),
+        ("collectives", None, {"ops": ("bogus",)}, r"op 'bogus' is not known.*all_reduce"),
+        ("all", "cpu", {"kernels": ("bogus",)}, r"kernel 'bogus' is not known.*grouped_mm"),
+    ],
+)
+def test_options_that_do_nothing_are_refused_by_name(part, preset, options, message):
+    with pytest.raises(MoeplanError, match=message):
+        profile_request(part, preset, options)
+
+
+def test_of_a_preset_only_what_changes_the_part_is_asked_and_kept():
+    words = "--device cpu --budget 300s --threads 1 --out DIR"
+    assert profile_request("memory", "cpu", {}).command == f"moeplan profile memory {words}"
+    exchange = profile_request("collectives", "cpu", {})
+    assert (exchange.threads, exchange.ep, exchange.sizes.inter, exchange.ranks) == (0, (1,), 0, 2)
+    assert profile_request("dense", "cpu", {"models": ("olmoe-1b-7b",)}).sizes == Sizes()
+    assert profile_request("dense", "h200", {"hidden": 64}).models == ()
+
+
+def test_ctrl_c_says_that_points_are_kept(tmp_path: Path, monkeypatch):
+    def stop(_benches, rig, *_):
+        rig.journal.add("memory", {"op": "allocate"}, [1.0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moeplan.pipeline.profiling.run_benches", stop)
+    done = _cli("memory", "--device", "cpu", "--out", str(tmp_path / "p"))
+    journal = tmp_path / "p.journal.jsonl"
+    assert f"1 points measured until now are kept in {journal}; the same command with --resume goes on" in done.stderr
+    assert len(journal.read_text().splitlines()) == 2
 
 
 def test_unknown_names_are_errors_of_the_tree(tmp_path: Path):
