@@ -15,7 +15,6 @@ Shapes: ``e`` local experts, any leading axes before them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -32,7 +31,7 @@ from moeplan.costs.interpolation import line
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import Dtype, ModelSpec
 
-__all__ = ["ExpertCosts", "expert_costs", "fit_experts"]
+__all__ = ["ExpertCosts", "expert_costs", "fit_experts", "kernel_fits", "kernel_names"]
 
 Floats = NDArray[np.float64]
 
@@ -160,11 +159,16 @@ def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: st
     return ExpertCosts(sizes, weight, shared, error, source)
 
 
-def _families(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """(source and kernel, rows) of each kernel measured; the rows are of one number format."""
-    names = [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
-    for name in sorted(set(names)):
-        yield name, rows.filter(pa.array([n == name for n in names]))
+def kernel_names(rows: pa.Table) -> list[str]:
+    """Source and kernel of each row."""
+    return [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
+
+
+def kernel_fits(rows: pa.Table) -> dict[str, ExpertCosts]:
+    """The law of each kernel that balanced rows of one shape and number format tell, by :func:`kernel_names`."""
+    names = kernel_names(rows)
+    found = {name: _fit_rows(name, rows.filter(pa.array([n == name for n in names]))) for name in sorted(set(names))}
+    return {name: fit for name, fit in found.items() if fit is not None}
 
 
 def _fit_rows(name: str, rows: pa.Table) -> ExpertCosts | None:
@@ -270,5 +274,4 @@ def _fits(
             fit.pairs_m, fit.weight_m * factor, fit.shared_m * factor, error, source, extrapolated=bool(note)
         )
 
-    families = _families(rows.filter(pa.array(exact)))
-    return tuple((fit, scaled(fit)) for name, part in families if (fit := _fit_rows(name, part)))
+    return tuple((fit, scaled(fit)) for fit in kernel_fits(rows.filter(pa.array(exact))).values())
