@@ -117,7 +117,8 @@ def live(as_json: bool, quiet: bool, no_reference: bool, **options: Any) -> None
     if "text" in answer:
         console.print(answer["text"], markup=False)
     if (recorded := answer.get("recorded")) is not None:
-        click.echo(f"wrote {recorded['path']}: {recorded['tokens']:,} tokens", err=True)
+        click.echo(f"wrote {recorded['path']}: {recorded['tokens']:,} tokens, overhead of recording"
+                   f" {recorded['overhead']:+.1%} (spread {recorded['overhead_spread']:.1%})", err=True)
     if "out" in answer:
         click.echo(f"wrote {answer['out']}", err=True)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from moeplan.execution.router import Routing
 from moeplan.execution.train import StepMetrics, Trainer, gather_events
 from moeplan.files import write_text
 
-__all__ = ["RoutingSink", "live_rank", "record_held_out"]
+__all__ = ["RoutingSink", "live_rank", "record_held_out", "recording_overhead"]
 
 _WARM_STEPS = 2  # left out of rates: first touches of memory and connections
 
@@ -210,6 +210,56 @@ def _generate(trainer: Trainer, prompt: str, new_tokens: int) -> str:
     return bytes(out).decode("utf-8", errors="replace")
 
 
+@contextmanager
+def _recorded(trainer: Trainer, sink: RoutingSink) -> Iterator[None]:
+    def pass_on(layer: int, routing: Routing) -> None:
+        sink.record(layer, routing.experts_TK, routing.weights_TK)
+
+    for moe in trainer.moe_layers:
+        moe.on_routing = pass_on
+    try:
+        yield
+    finally:
+        for moe in trainer.moe_layers:
+            moe.on_routing = None
+
+
+@torch.no_grad()
+def recording_overhead(trainer: Trainer, sink: RoutingSink, pairs: int = 8) -> tuple[float, float]:
+    """Slowdown of a prefill pass by recording into ``sink``, a throwaway, and its spread, as parts of the time without.
+
+    Median, and 90th less 10th percentile, of pairs of passes with and without, which take turns in going first. Each
+    is the slowest rank's; every rank calls this.
+    """
+    mesh, length = trainer.mesh, trainer.options.length
+    rows_BT = trainer.rows(1_000_000, held_out=True)[0][:, :length]
+
+    def now() -> float:
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(record: bool) -> float:
+        mesh.world.all_of(None)  # all start together
+        begin = now()
+        if record:
+            with _recorded(trainer, sink), sink.step("prefill", [length] * len(rows_BT)):
+                trainer.model(rows_BT, trainer.model.new_cache())
+        else:
+            trainer.model(rows_BT, trainer.model.new_cache())
+        return float(max(mesh.world.all_of(now() - begin)))
+
+    enabled, trainer.clock.enabled = trainer.clock.enabled, False  # these passes are no events of the run
+    try:
+        seconds(True)  # warms both
+        both = ({r: seconds(r) for r in ((True, False) if i % 2 else (False, True))} for i in range(pairs))
+        slower = [pair[True] / pair[False] - 1 for pair in both]
+    finally:
+        trainer.clock.enabled = enabled
+    low, median, high = np.percentile(slower, [10, 50, 90])
+    return float(median), float(high - low)
+
+
 @torch.no_grad()
 def record_held_out(
     trainer: Trainer, sink: RoutingSink, tokens: int, decode_tokens: int = 16
@@ -219,24 +269,17 @@ def record_held_out(
     Returns the domain of each recorded token of this rank, in the order recorded.
     """
     length, domains = trainer.options.length, []
-
-    def pass_on(layer: int, routing: Routing) -> None:
-        sink.record(layer, routing.experts_TK, routing.weights_TK)
-
-    for moe in trainer.moe_layers:
-        moe.on_routing = pass_on
     batch = trainer.options.batch
-    for number in range(max(1, tokens // (batch * length))):
-        rows_BT, domain_B = trainer.rows(1_000_000 + number, held_out=True)
-        cache = trainer.model.new_cache()
-        with sink.step("prefill", [length] * len(rows_BT)):
-            logits = trainer.model(rows_BT[:, :length], cache)
-        domains.append(np.repeat(domain_B, length))
-        for _ in range(decode_tokens if number == 0 else 0):
-            step = logits[:, -1:].argmax(-1)
-            with sink.step("decode", [1] * len(rows_BT)):
-                logits = trainer.model(step, cache)
-            domains.append(np.asarray(domain_B))
-    for moe in trainer.moe_layers:
-        moe.on_routing = None
+    with _recorded(trainer, sink):
+        for number in range(max(1, tokens // (batch * length))):
+            rows_BT, domain_B = trainer.rows(1_000_000 + number, held_out=True)
+            cache = trainer.model.new_cache()
+            with sink.step("prefill", [length] * len(rows_BT)):
+                logits = trainer.model(rows_BT[:, :length], cache)
+            domains.append(np.repeat(domain_B, length))
+            for _ in range(decode_tokens if number == 0 else 0):
+                step = logits[:, -1:].argmax(-1)
+                with sink.step("decode", [1] * len(rows_BT)):
+                    logits = trainer.model(step, cache)
+                domains.append(np.asarray(domain_B))
     return np.concatenate(domains)

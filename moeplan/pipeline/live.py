@@ -172,28 +172,33 @@ def _rank(me: Rank, job: LiveJob) -> dict[str, Any] | None:
     return answer if me.rank == 0 else None
 
 
-def _record(trainer: Trainer, tokens: int) -> RoutingTrace | None:
-    """The held-out routing of all ranks as one trace, on rank 0."""
-    from moeplan.execution.run import record_held_out
+def _record(trainer: Trainer, tokens: int) -> tuple[RoutingTrace, dict[str, float]] | None:
+    """The held-out routing of all ranks as one trace, and what recording costs, on rank 0."""
+    from moeplan.execution.run import record_held_out, recording_overhead
     from moeplan.profiling.routing import RoutingRecorder
 
+    overhead, spread = recording_overhead(trainer, RoutingRecorder(trainer.options.model.num_experts))
     recorder = RoutingRecorder(trainer.options.model.num_experts)
     domain_T = record_held_out(trainer, recorder, tokens).astype(np.int32)
     mine = replace(recorder.trace(), domain_T=domain_T, domains=trainer.corpus.domains)
     parts = trainer.mesh.world.all_of(mine if trainer.mesh.tp.rank == 0 else None)
-    return join_traces([part for part in parts if part is not None]) if trainer.mesh.world.rank == 0 else None
+    if trainer.mesh.world.rank:
+        return None
+    joined = join_traces([part for part in parts if part is not None])
+    return joined, {"overhead": overhead, "overhead_spread": spread}
 
 
 def _finish(request: LiveRequest, job: LiveJob, answer: dict[str, Any]) -> dict[str, Any]:
-    trace = answer.pop("recorded", None)
-    if request.record is not None and trace is not None:
+    recorded = answer.pop("recorded", None)
+    if request.record is not None and recorded is not None:
+        trace, overhead = recorded
         origin = {
             "recorded_from": f"moeplan live: {answer['model']} after {answer['steps']} steps, seed {request.seed}",
             "text": job.corpus.source,
             "text_sha256": job.corpus.sha256,
         }
         save_trace(replace(trace, origin=origin, scores_TLK=None), request.record)
-        answer["recorded"] = {"path": str(request.record), "tokens": trace.num_tokens}
+        answer["recorded"] = {"path": str(request.record), "tokens": trace.num_tokens, **overhead}
     answer["text_source"] = {"source": job.corpus.source, "sha256": job.corpus.sha256}
     if request.out is not None:
         write_text(request.out / "result.json", json.dumps(answer, indent=1) + "\n")

@@ -99,6 +99,9 @@ def test_a_plan_applied_in_mid_run(tmp_path: Path, model: Path, text: Path) -> N
     assert trace.layer_ids == SPEC.moe_layer_ids
     assert set(trace.domains) == {"code", "docs"}
     assert trace.origin["text_sha256"] == answer["text_source"]["sha256"]
+    assert trace.num_tokens == answer["recorded"]["tokens"] == 256 + 16 * 4
+    assert answer["recorded"]["overhead"] > -1
+    assert answer["recorded"]["overhead_spread"] >= 0
     resumed = _moeplan(
         "live", "--model", model, "--text", text, "--ranks", "1", "--steps", "1", "--batch", "4", "--length", "32",
         "--resume", tmp_path / "saved", "--json",

@@ -1,17 +1,24 @@
-"""The monitor's counts against a recount of everything the ranks chose; replayed choices against the trace."""
+"""The monitor's counts against a recount of everything the ranks chose; replayed choices against the trace;
+what a recorder of known slowness costs.
+"""
 
 from __future__ import annotations
+
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from tiny_run import SPEC, tiny_corpus, tiny_options
 
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import SpecError, TraceError
+from moeplan.execution import run
 from moeplan.execution.groups import build_mesh, single_mesh
 from moeplan.execution.launch import Launch, Rank, run_ranks
 from moeplan.execution.monitor import LoadMonitor
 from moeplan.execution.replay import ReplayRouter
+from moeplan.execution.train import Trainer
 
 E, L, K, STEPS = 6, 2, 2, 8
 
@@ -77,3 +84,41 @@ def test_replay_gives_the_recorded_choices_of_this_rank_again_and_again():
     np.testing.assert_array_equal(seen[0].load_E, np.bincount(experts[mine[:3], 1].ravel(), minlength=E))
     with pytest.raises(TraceError, match="no tokens of rank 2"):
         ReplayRouter(trace, 0, 2, hidden=4)
+
+
+class _Slow:
+    """A recorder on a clock of its own: a plain pass takes 1 s, with the n-th recorded (from 0) n/10 s more."""
+
+    def __init__(self) -> None:
+        self.now_s, self.steps, self.calls = 0.0, [], 0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    @contextmanager
+    def step(self, phase, seq_lens=None):
+        self.now_s += len(self.steps) / 10
+        self.steps.append((phase, list(seq_lens)))
+        self.calls = 0
+        yield
+        assert self.calls == SPEC.num_moe_layers
+
+    def record(self, layer_id, experts_TK, scores_TK=None):
+        self.calls += 1
+
+
+def test_the_overhead_of_recording_is_that_of_the_recorder(monkeypatch):
+    trainer = Trainer(tiny_options(), tiny_corpus(), mesh=single_mesh())
+    slow = _Slow()
+    monkeypatch.setattr(run, "time", slow)
+    passes = []
+    trainer.model.register_forward_hook(lambda *_: passes.append(trainer.moe_layers[0].on_routing is not None))
+    trainer.model.register_forward_hook(lambda *_: setattr(slow, "now_s", slow.now_s + 1))
+    median, spread = run.recording_overhead(trainer, slow)
+    assert median == pytest.approx(0.45)
+    assert spread == pytest.approx(0.56)
+    assert passes == [True, *([False, True, True, False] * 4)], "one to warm up, then pairs that swap who goes first"
+    assert slow.steps == [("prefill", [16] * 8)] * 9
+    assert all(moe.on_routing is None for moe in trainer.moe_layers)
+    assert trainer.clock.enabled
+    assert not trainer.clock.take_totals(), "these passes are not of the run"
