@@ -21,9 +21,11 @@ from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.artifacts.profile_tables import MEASURED, columns_of
 from moeplan.costs.experts import fit_experts
 from moeplan.costs.interpolation import GridInterpolator
-from moeplan.errors import ProfileError, SpecError
+from moeplan.costs.roofline import matmul_flops
+from moeplan.errors import ProfileError, SpecError, UnknownNameError
 from moeplan.files import write_text
 from moeplan.profiling.sanity import SIZE_AXIS, group_ids, mark_rows
+from moeplan.specs.clusters import find_accelerator
 
 __all__ = ["check_profile", "diff_profiles", "show_profile"]
 
@@ -199,35 +201,70 @@ def fresh_sample(profile: HardwareProfile, budget_s: float, progress: Progress =
 # ---------------------------------------------------------------------- pictures
 
 
-def _peaks(profile: HardwareProfile) -> tuple[float, dict[str, float]]:
-    """(bytes per second of the best copy, operations per second of the best product by type)."""
+def _peaks(profile: HardwareProfile) -> tuple[float, dict[str, float], str]:
+    """(bytes per second of the best copy, operations per second of the best product by type, where these are from).
+
+    Where the profile has no copy or no product of a type, the accelerator registry's figure stands in.
+    """
     copies = profile.select("memory", op="device_copy")
     moved = 2 * copies["message_size_bytes"].to_numpy() / copies["latency_us"].to_numpy() * 1e6
     products = profile.select("gemm", direction="forward")
     best: dict[str, float] = {}
     if products.num_rows:
-        m, n, k, us = (products[c].to_numpy().astype(float) for c in ("m", "n", "k", "latency_us"))
-        for dtype, rate in zip(products["dtype"].to_pylist(), 2 * m * n * k / us * 1e6, strict=True):
+        batch, m, n, k, us = (products[c].to_numpy().astype(float) for c in ("batch", "m", "n", "k", "latency_us"))
+        for dtype, rate in zip(products["dtype"].to_pylist(), 2 * batch * m * n * k / us * 1e6, strict=True):
             best[dtype] = max(best.get(dtype, 0.0), float(rate))
     # The largest copies do not fit into caches.
     large = moved[np.argsort(copies["message_size_bytes"].to_numpy())[-2:]]
-    return (float(large.max()) if len(large) else 0.0), best
+    bandwidth = float(large.max()) if len(large) else 0.0
+    own = [*(["copy"] if bandwidth else []), *(f"{dtype} product" for dtype in sorted(best))]
+    said = [f"best {', '.join(own)} of this profile"] if own else []
+    try:
+        sheet = find_accelerator(profile.meta.accelerator)
+    except UnknownNameError:
+        return bandwidth, best, "; ".join(said)
+    listed = {name: matmul_flops(sheet, _LIKE.get(name, name)) for name in _BYTES}
+    if not bandwidth or listed.keys() - best.keys():
+        said.append(f"otherwise the accelerator registry's {sheet.name}")
+    return bandwidth or sheet.memory_bandwidth, listed | best, "; ".join(said)
 
 
-_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0, "int4": 0.5}
+_LIKE: dict[str, Any] = {"fp8_block": "fp8"}
+
+
+_MOVED: dict[str, Callable[[dict[str, Any]], int]] = {  # numbers read and written for a token
+    "router": lambda row: int(row["num_experts"]),
+    **dict.fromkeys(("permute", "unpermute"), lambda row: int(row["hidden"] * (1 + row["top_k"]))),
+    **dict.fromkeys(("norm", "embedding"), lambda row: int(2 * row["hidden"])),
+    "activation": lambda row: int(3 * row["hidden"]),
+    "optimizer": lambda row: int(7 * row["hidden"]),
+}
 
 
 def _roofline_us(name: str, row: dict[str, Any], bandwidth: float, peak: dict[str, float]) -> float:
     """max(bytes / bandwidth, operations / peak) of a row; nan where the profile does not tell."""
     rate = peak.get(row.get("dtype", ""), 0.0)
-    if not (bandwidth and rate and row["dtype"] in _BYTES and row.get("direction") == "forward"):
+    if not (bandwidth and row.get("dtype") in _BYTES and row.get("direction") == "forward"):
+        return float("nan")
+    each = _BYTES[row["dtype"]]
+    if name == "elementwise" and row["op"] in _MOVED:
+        return float(row["tokens"] * _MOVED[row["op"]](row) * each / bandwidth * 1e6)
+    if not rate:
         return float("nan")
     if name == "experts" and row["active_experts"] > 0:
         weights = 3 * row["hidden"] * row["inter"] / row["tp"]
-        moved, work = row["active_experts"] * weights * _BYTES[row["dtype"]], 2 * row["rank_pairs"] * weights
+        moved, work = row["active_experts"] * weights * each, 2 * row["rank_pairs"] * weights
     elif name == "gemm":
         m, n, k = row["m"], row["n"], row["k"]
-        moved, work = (m * k + k * n + m * n) * _BYTES[row["dtype"]], 2 * m * n * k
+        moved, work = row["batch"] * (m * k + k * n + m * n) * each, 2 * row["batch"] * m * n * k
+    elif name == "attention" and (row["kind"], row["scope"]) == ("gqa", "kernel") and row["kv_dtype"] in _BYTES:
+        queries, context = row["query_tokens"], row["context_tokens"]
+        window = row["window"] or context
+        seen = min(context - (queries - 1) / 2, window)  # keys of a query, on average: it sees none after its own
+        read = 2 * row["kv_heads"] * min(context, window + queries - 1) * _BYTES[row["kv_dtype"]]
+        moved = row["batch"] * row["head_dim"] * (read + 2 * row["heads"] * queries * each)
+        work = 4 * row["batch"] * row["head_dim"] * row["heads"] * queries * seen
     else:
         return float("nan")
     return float(max(moved / bandwidth, work / rate) * 1e6)
@@ -257,7 +294,7 @@ def show_profile(directory: Path, out: Path, most: int = 8) -> dict[str, Any]:
     facts += [(f"version of {k}", v) for k, v in meta.libraries.items()]
     for key, value in meta.system.items():
         facts.append((key.replace("_", " "), value if isinstance(value, str) else f"{value:,.12g}"))
-    facts += [("note", meta.note), ("left out", "; ".join(meta.left_out))]
+    facts += [("roofline", _peaks(profile)[2]), ("note", meta.note), ("left out", "; ".join(meta.left_out))]
     write_text(out, page(f"Profile {meta.name}", [fact for fact in facts if fact[1]], sections))
     return {"out": str(out), "pictures": sum(len(pictures) for _, pictures in sections)}
 
@@ -272,7 +309,7 @@ def _pictures(profile: HardwareProfile, name: str, most: int) -> list[tuple[str,
     residual = _residuals(name, table, 2)[0]
     series, size = _series(name, table), table[SIZE_AXIS[name]].to_numpy().astype(float)
     rows = table.to_pylist()
-    bandwidth, peak = _peaks(profile)
+    bandwidth, peak, _ = _peaks(profile)
     skip = _NOT_KEY | {SIZE_AXIS[name]} | _FOLLOWS.get(name, set())
 
     def told(among: list[dict[str, Any]]) -> list[str]:

@@ -86,7 +86,7 @@ def page(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[tuple[
     )
     note = (
         "Points are medians, bars the 10th to 90th percentile, lines the interpolation, dotted lines the roofline"
-        " from this profile's own best copy and product. Errors are those of points held out, predicted over measured"
+        " where there is one, from what is named above. Errors are those of points held out, predicted over measured"
         " less 1."
     )
     return (

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from moeplan.artifacts.profile import HardwareProfile
+from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.cli.profile import command
 from moeplan.errors import MoeplanError, ProfileError, SpecError
 from moeplan.pipeline.profile_checks import check_profile, diff_profiles, show_profile
 from moeplan.pipeline.profiling import PRESETS, ProfileRequest, Sizes, measure_profile, profile_request
 from moeplan.profiling import system
 from moeplan.profiling.device import find_device
+from moeplan.specs.clusters import find_accelerator
 
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
@@ -271,6 +272,27 @@ def test_show_and_diff(measured: Path, tmp_path: Path):
     assert (tables["shared"], tables["only_first"], tables["median"]) == (18, 0, 1.0)
     assert diff_profiles(Path("h100-sxm"), Path("h100-sxm"))["tables"]["alltoall"]["median"] == 1.0  # shipped: by name
     assert tables["p90"] == pytest.approx(1.09)  # 2 of 18 ratios are 1.3; numpy interpolates at position 15.3
+
+
+def test_rooflines_of_what_a_profile_lacks_are_the_registrys_and_said():
+    from moeplan.pipeline.profile_checks import _peaks, _pictures, _roofline_us
+
+    shipped = load_profile("h100-sxm")
+    bandwidth, _, said = _peaks(shipped)
+    assert bandwidth == find_accelerator("h100-sxm").memory_bandwidth
+    assert said.startswith("best bf16 product, ")
+    assert said.endswith("otherwise the accelerator registry's H100-SXM-80GB")
+    drawn = [len(curve.roofline_us_n) for _, curves in _pictures(shipped, "attention", 2) for curve in curves]
+    assert any(drawn)
+    row = {"kind": "gqa", "scope": "kernel", "direction": "forward", "dtype": "bf16", "kv_dtype": "fp8", "batch": 2}
+    row |= {"heads": 8, "kv_heads": 2, "head_dim": 64, "query_tokens": 1, "context_tokens": 1000, "window": 0}
+    read, own = 2 * 2 * 1000 * 64 * 2 * 1.0, 2 * 8 * 64 * 2 * 2.0  # keys and values; query and answer
+    assert _roofline_us("attention", row, 1e9, {"bf16": 1e15}) == pytest.approx((read + own) / 1e9 * 1e6)
+    row |= {"query_tokens": 1000}  # each sees half on average
+    work = 4 * 2 * 8 * 64 * 1000 * 500.5
+    assert _roofline_us("attention", row, 1e15, {"bf16": 1e9}) == pytest.approx(work / 1e9 * 1e6)
+    norm = {"op": "norm", "tokens": 10, "hidden": 8, "dtype": "fp32", "direction": "forward"}
+    assert _roofline_us("elementwise", norm, 1e9, {}) == pytest.approx(10 * 2 * 8 * 4 / 1e9 * 1e6)
 
 
 def test_fresh_sample_and_its_refusal(measured: Path, tmp_path: Path):
