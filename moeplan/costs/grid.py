@@ -7,7 +7,7 @@ Shapes: ``n`` points, ``q`` queries, ``b`` neighbours of a query, ``S`` series, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 
 import numpy as np
@@ -22,6 +22,7 @@ Bools = NDArray[np.bool_]
 SAME = 1e-9
 """Log coordinates that differ by no more are one value."""
 _CHUNK = 4096  # queries looked up together
+_FEW = 256  # queries tried at every value of an axis together
 
 
 @cache
@@ -83,11 +84,68 @@ class Grid:
 
     def at(self, names: Ints, index: Ints) -> Ints:
         """Rows of points at grid places ``index`` [..., A]; -1 where there is none."""
-        shape = np.array(self._row.shape[1:])
+        return self._look(self._row, names, index, -1)
+
+    @staticmethod
+    def _look(array: Ints, names: Ints, index: Ints, nothing: int) -> Ints:
+        shape = np.array(array.shape[1:])
         there = ((index >= 0) & (index < shape)).all(-1)
         safe = np.clip(index, 0, shape - 1)
-        rows: Ints = self._row[(names.reshape(-1, *[1] * (index.ndim - 2)), *np.moveaxis(safe, -1, 0))]
-        return np.where(there, rows, -1)
+        found: Ints = array[(names.reshape(-1, *[1] * (index.ndim - 2)), *np.moveaxis(safe, -1, 0))]
+        return np.where(there, found, nothing)
+
+    @property
+    def _directions(self) -> Ints:
+        """(2^A, A) up (1) or down (0) on each axis."""
+        return np.array(list(product((0, 1), repeat=self._row.ndim - 1)))
+
+    @cached_property
+    def _sides(self) -> Ints:
+        """One bit per direction at each place: whether a point lies there or further in this direction, on all axes."""
+        bits = np.zeros(self._row.shape, np.int64)
+        for number, upward in enumerate(self._directions):
+            there = self._row >= 0
+            for axis, up in enumerate(upward, 1):
+                turned = np.flip(there, axis) if up else there
+                there = np.logical_or.accumulate(turned, axis)
+                there = np.flip(there, axis) if up else there
+            bits += there.astype(np.int64) << number
+        return bits
+
+    def covered(self, names: Ints, x: Floats) -> Bools:
+        """Whether points lie on all sides of a query: one at or beyond it on all axes, in each direction."""
+        left, on = self.place(names, x)
+        answer = np.ones(len(x), bool)
+        for number, upward in enumerate(self._directions):
+            answer &= self._look(self._sides, names, left + upward * ~on, 0) >> number & 1 == 1
+        return answer
+
+    def clip(self, names: Ints, x: Floats) -> Floats:
+        """Queries [q, A] moved into the values of their series on each axis."""
+        return np.clip(x, self.lowest[names], self.highest[names])
+
+    def nearest_covered(self, names: Ints, x: Floats) -> Floats:
+        """[q, A, A] the nearest places to a query that are :meth:`covered`, one along each axis; infinity where there
+        is none. For queries of which there is none at all the nearest point stands in on all axes."""
+        near = np.empty((len(x), x.shape[1], x.shape[1]))
+        for start in range(0, len(x), _FEW):
+            part = slice(start, start + _FEW)
+            for axis in range(x.shape[1]):
+                near[part, axis] = self._along(axis, names[part], x[part])
+        for query in np.flatnonzero(np.isinf(near).all((1, 2))):
+            places = np.argwhere(self._row[names[query]] >= 0)
+            points = np.stack([self._values[names[query], axis][place] for axis, place in enumerate(places.T)], 1)
+            near[query] = points[np.abs(points - x[query]).sum(1).argmin()]
+        return near
+
+    def _along(self, axis: int, names: Ints, x: Floats) -> Floats:
+        values = self._values[names, axis]
+        tried = np.repeat(x[:, None], values.shape[1], 1)
+        tried[:, :, axis] = np.where(np.isfinite(values), values, x[:, axis, None])
+        covered = self.covered(np.repeat(names, values.shape[1]), tried.reshape(-1, x.shape[1])).reshape(values.shape)
+        apart = np.where(covered, np.abs(values - x[:, axis, None]), np.inf)
+        nearest = tried[np.arange(len(x)), apart.argmin(1)]
+        return np.where(np.isfinite(apart.min(1))[:, None], nearest, np.inf)
 
     def ends(self, names: Ints, x: Floats) -> tuple[Ints, Ints]:
         """Rows of the nearest points below and above in size, all else equal, the very place left out; -1 for none."""

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.costs.grid import SAME, Grid
+from moeplan.costs.grid import Grid
 from moeplan.costs.kriging import krige
 
 __all__ = ["TILES", "Estimates", "GridInterpolator", "Steps", "line"]
@@ -95,7 +95,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """Answers: microseconds, and whether the query lies within the measured values on every axis."""
+    """Answers: microseconds, and whether measured points lie on all sides of the query."""
 
     latency_us: Floats
     inside: NDArray[np.bool_]
@@ -125,6 +125,8 @@ class GridInterpolator:
         self._steps = steps
         self._x, self._y = np.log(coords_nA), np.log(latency_us_n)
         self._grid = Grid(series_n, self._x)
+        classes, counts = np.unique(_alignment(np.unique(_sizes(self._x))), return_counts=True)
+        self._classes = classes[counts > 1]  # what one size alone shows may be the size's
         self._own_places: dict[float, tuple[Floats, Floats, Ints]] = {}
         self._seed = seed
 
@@ -133,8 +135,9 @@ class GridInterpolator:
     def predict(self, series_q: Ints, coords_qA: Floats) -> Estimates:
         """Latency at points of known series (``series_q`` as given when built).
 
-        Measured points are answered by their measurement. Outside the measured values ``inside`` is False and
-        the answer is the trend's: the caller must extend it by a law it trusts, or refuse.
+        Measured points are answered by their measurement. Where not all sides have measured points ``inside`` is
+        False and the answer is the trend's: the caller must extend the table from :meth:`nearest_covered` by a law it
+        trusts, or refuse.
         """
         names = np.searchsorted(self._grid.names, series_q)
         x = np.log(coords_qA)
@@ -146,9 +149,22 @@ class GridInterpolator:
         rest = np.flatnonzero(~measured)
         if len(rest):
             answer[rest] = self._best(names[rest], x[rest])
-        low, high = self._grid.lowest[names], self._grid.highest[names]
-        inside = ((x >= low - SAME) & (x <= high + SAME)).all(1) & np.isfinite(answer)
+        inside = self._grid.covered(names, x) & np.isfinite(answer)
         return Estimates(np.exp(answer), inside, measured, self.relative_error)
+
+    def nearest_covered(self, series_q: Ints, coords_qA: Floats, law: Callable[[Floats], Floats]) -> Floats:
+        """Coordinates [q, A] with measured points on all sides: those asked for, or those nearest by ``law`` (seconds
+        at coordinates): of a place with less context and one with fewer sequences the one with more of the work."""
+        names, x = np.searchsorted(self._grid.names, series_q), np.log(coords_qA)
+        near = coords_qA.copy()
+        beyond = np.flatnonzero(~self._grid.covered(names, x))
+        if len(beyond):
+            places = np.exp(self._grid.nearest_covered(names[beyond], self._grid.clip(names[beyond], x[beyond])))
+            asked = np.log(law(coords_qA[beyond]))
+            lawful = np.stack([np.log(law(places[:, axis])) for axis in range(places.shape[1])], 1)
+            apart = np.where(np.isfinite(places).all(2), np.abs(lawful - asked[:, None]), np.inf)
+            near[beyond] = places[np.arange(len(beyond)), apart.argmin(1)]
+        return near
 
     def plain(self, series_q: Ints, coords_qA: Floats) -> Floats:
         """The log-log line along the size alone; nan where it has no two ends."""
@@ -240,7 +256,7 @@ class GridInterpolator:
         answer = np.full(len(x), np.nan)
         if setting.tiles not in self._own_places:
             self._own_places[setting.tiles] = self._places(self._grid.series, self._x, setting.tiles)
-        points, queries = self._own_places[setting.tiles], self._places(names, x, setting.tiles)
+        points, queries = self._own_places[setting.tiles], self._places(names, x, setting.tiles, True)
         most = _NEIGHBOURS[setting.wide]
         for part, rows, equal in self._grid.near(names, x, setting.wide):
             near = rows[:, ~equal] if alone else rows
@@ -248,10 +264,11 @@ class GridInterpolator:
             answer[part] = krige(x.shape[1], *points, self._y, *asked, near, most, setting.numbers)
         return answer
 
-    def _places(self, names: Ints, x_nA: Floats, tiles: float) -> tuple[Floats, Floats, Ints]:
+    def _places(self, names: Ints, x_nA: Floats, tiles: float, asked: bool = False) -> tuple[Floats, Floats, Ints]:
         """What the trend runs along: coordinates, and the size counted in tiles where these have a weight. What tells
-        points apart: coordinates, with the counts added to the size, and further ones. The alignment of each size."""
-        size = np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
+        points apart: coordinates, with the counts added to the size, and further ones. The alignment of each size; one
+        that a single size shows is no query's (``asked``)."""
+        size = _sizes(x_nA)
         trend, place = x_nA, x_nA.copy()
         if tiles:
             counts = tiles * np.log(np.maximum(-(-size[:, None] // np.array(TILES)), 1))
@@ -259,7 +276,18 @@ class GridInterpolator:
             place[:, 0] += counts.sum(1)
         if self._steps is not None:
             place = np.hstack([place, self._steps(self._grid.names[names], np.exp(x_nA))])
-        return trend, place, np.minimum(size & -size, _MAX_ALIGNMENT)
+        align = _alignment(size)
+        if len(self._classes) < 2:
+            return trend, place, np.zeros_like(align)
+        return trend, place, np.where(np.isin(align, self._classes), align, 0 if asked else -align)
+
+
+def _sizes(x_nA: Floats) -> Ints:
+    return np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
+
+
+def _alignment(size: Ints) -> Ints:
+    return np.minimum(size & -size, _MAX_ALIGNMENT)
 
 
 def _cost(miss: Floats) -> float:

@@ -41,8 +41,8 @@ class Seconds:
 @lru_cache(maxsize=256)
 def _fitted(
     profile: HardwareProfile, table: str, axes: tuple[str, ...], names: tuple[tuple[str, Any], ...]
-) -> tuple[GridInterpolator, str, Floats, Floats] | None:
-    """Interpolator, source, lowest and highest coordinates; fitted once per profile and kernel."""
+) -> tuple[GridInterpolator, str] | None:
+    """Interpolator and source; fitted once per profile and kernel."""
     rows = profile.select(table, **dict(names))
     if not rows.num_rows:
         return None
@@ -53,14 +53,15 @@ def _fitted(
     coords = np.stack([rows[axis].to_numpy()[mine].astype(float) for axis in axes], 1)
     latency = rows["latency_us"].to_numpy()[mine]
     model = GridInterpolator(np.zeros(len(coords), np.int64), coords, latency, steps=steps_of(profile, table))
-    return model, source, coords.min(0), coords.max(0)
+    return model, source
 
 
 class TableCosts:
     """Rows of one table that equal ``names``, over numeric ``axes`` (the size first).
 
     Of several kernels the one with most rows serves. ``law`` gives roofline seconds at ``[q, A]`` coordinates:
-    it stands in where there are no rows, and extends the table beyond its measured values in proportion.
+    it stands in where there are no rows, and extends the table in proportion from the nearest place with measured
+    points on all sides (a table of batches and contexts, say, ends where both are large).
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class TableCosts:
         key = tuple(sorted((c, tuple(v) if isinstance(v, (list, tuple)) else v) for c, v in names.items()))
         fitted = _fitted(profile, table, axes, key) if profile is not None else None
         if fitted is not None:
-            self._model, self._source, self._low, self._high = fitted
+            self._model, self._source = fitted
 
     def seconds(self, *coords: Any) -> Seconds:
         """Seconds at coordinates (numbers or arrays of one shape), one argument per axis."""
@@ -86,10 +87,11 @@ class TableCosts:
         if self._model is None:
             value = self._law(flat)
             return Seconds(value.reshape(at.shape[:-1]), roofline.RELATIVE_ERROR, self._sheet, True)
-        near = np.clip(flat, self._low, self._high)
-        answer = self._model.predict(np.zeros(len(flat), np.int64), near)
+        series = np.zeros(len(flat), np.int64)
+        near = self._model.nearest_covered(series, flat, self._law)
+        answer = self._model.predict(series, near)
         stretch = self._law(flat) / self._law(near)
-        outside = bool((np.abs(flat - near) > 1e-9 * near).any() or not answer.inside.all())
+        outside = bool((near != flat).any() or not answer.inside.all())
         source = f"{'measured' if answer.measured.all() and not outside else 'interpolated'}: {self._source}"
         error = self._model.relative_error
         if outside:

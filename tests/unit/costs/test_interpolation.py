@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs import interpolation
 from moeplan.costs.interpolation import GridInterpolator, line
 from moeplan.costs.kriging import krige
+from moeplan.costs.tables import TableCosts
 from moeplan.costs.waves import active_experts, idle_share
 
 
@@ -228,3 +231,59 @@ def test_grouped_products_are_known_where_their_experts_run_out() -> None:
         for steps in (active_experts(experts, top_k), None)
     )
     assert np.nanmean(off) < 0.7 * np.nanmean(without)
+
+
+def triangle() -> tuple[np.ndarray, np.ndarray]:
+    """Batches and contexts measured as far as their product fits: seconds of attention, and a first size of 1."""
+    x = grid([1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384], [1, 2, 4, 8, 16, 32, 64])
+    x = x[x[:, 0] * x[:, 1] <= 65536]
+    return x, 2 + x[:, 1] * (0.01 * x[:, 0] + 1e-5 * x[:, 0] ** 2)
+
+
+def test_what_has_no_points_on_all_sides_is_not_inside() -> None:
+    x, y = triangle()
+    model = GridInterpolator(np.zeros(len(x), int), x, y)
+    at = np.array([[512.0, 37], [1024, 64], [1100, 64], [8192, 8], [8300, 8], [8300, 3], [8300, 37], [0.5, 1]])
+    answer = model.predict(np.zeros(len(at), int), at)
+    assert answer.inside.tolist() == [True, True, False, True, False, True, False, False]
+    near = model.nearest_covered(np.zeros(len(at), int), at, lambda c: c[:, 0] ** 2 * c[:, 1])
+    np.testing.assert_array_equal(near[answer.inside], at[answer.inside])
+    assert model.predict(np.zeros(len(at), int), near).inside.all()
+    np.testing.assert_allclose(near[6], [8300, 4])  # of 1,024 tokens and 37 sequences the law has a hundredth
+    np.testing.assert_allclose(near[7], [1, 1])
+
+
+def test_a_table_that_ends_askew_is_extended_by_its_law_without_a_fall() -> None:
+    x, y = triangle()
+    rows = [
+        {"context_tokens": int(c), "query_tokens": int(c), "batch": int(b)}
+        | {"heads": 8, "kv_heads": 8, "head_dim": 128, "window": 0}
+        | {"kind": "gqa", "phase": "prefill", "scope": "kernel", "dtype": "bf16", "kv_dtype": "bf16"}
+        | {"backend": "b", "kernel": "k", "source": "s", "latency_us": t}
+        for (c, b), t in zip(x, y, strict=True)
+    ]
+    meta = ProfileMeta(name="toy", accelerator="toy", date="2026-11-30", command="none")
+    profile = HardwareProfile(meta, {"attention": pa.Table.from_pylist(rows)})
+
+    def law(coords: np.ndarray) -> np.ndarray:
+        return 1e-11 * coords[:, 0] ** 2 * coords[:, 1]
+
+    costs = TableCosts(profile, "attention", ("context_tokens", "batch"), {"kind": "gqa"}, law, "toy")
+    context = np.unique(np.round(np.geomspace(16, 16384, 400)))
+    for batch in (3, 8, 37, 64):
+        found = costs.seconds(context, float(batch)).value
+        assert (found / np.maximum.accumulate(found)).min() > 0.85
+        true = 1e-6 * (2 + batch * (0.01 * context + 1e-5 * context**2))
+        assert np.abs(np.log(found / true)).max() < np.log(1.5)
+    assert costs.seconds(8300.0, 37.0).extrapolated
+    assert not costs.seconds(8300.0, 3.0).extrapolated
+
+
+def test_one_size_of_an_alignment_does_not_stand_for_others() -> None:
+    # Only the size 1 is odd: what it shows is how small it is, nothing about 31 or 47.
+    x = grid([1, 16, 32, 48, 64, 128, 256, 512], [1, 2, 4, 8, 16])
+    y = 5 + 0.2 * x[:, 0] * x[:, 1] ** 0.5 * np.where(x[:, 0] == 1, 20, 1)
+    model = GridInterpolator(np.zeros(len(x), int), x, y)
+    at = grid([31, 32, 47, 48, 63, 64], [3, 8])
+    found = model.predict(np.zeros(len(at), int), at).latency_us.reshape(-1, 2, 2)
+    assert (found[:, 0] < found[:, 1] * 1.02).all()
