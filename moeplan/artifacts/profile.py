@@ -44,6 +44,7 @@ PROFILE_PLACE = ("a profile", ("profile.json", *(f"{table}.{end}" for table in T
 """What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 USABLE_MARKS = ("", "copied")  # a copied row is a measurement, of another machine: its source says so
 
+_EXCHANGES = ("alltoall", "collectives")
 _ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 
 
@@ -156,6 +157,7 @@ class HardwareProfile:
         self.meta = meta
         self.directory = directory
         where = str(directory) if directory else f"profile {meta.name}"
+        self.lent: dict[str, str] = {}  # table -> profile of a like machine that it is from
         self._tables: dict[str, pa.Table] = {}
         for name, table in (tables or {}).items():
             if name not in TABLES:
@@ -255,6 +257,21 @@ class HardwareProfile:
         """This profile with further ``rows`` in its table ``name``, as of a like machine that was measured."""
         answer = HardwareProfile(self.meta, directory=self.directory)
         answer._tables = self._tables | {name: pa.concat_tables((self.table(name), rows))}
+        return answer
+
+    def with_exchanges_of(self, other: HardwareProfile) -> HardwareProfile:
+        """This profile with the exchanges between ranks of ``other``, of a like machine, where it has none of its own:
+        one device cannot measure them. Their rows keep their sources."""
+        names = [name for name in _EXCHANGES if name not in self.table_names and name in other.table_names]
+        if not names:
+            return self
+        added = {name: other.meta.tables[name] for name in names if name in other.meta.tables}
+        meta = self.meta.model_copy(
+            update={"tables": self.meta.tables | added, "sources": other.meta.sources | self.meta.sources}
+        )
+        answer = HardwareProfile(meta, directory=self.directory)
+        answer._tables = self._tables | {name: other.table(name) for name in names}
+        answer.lent = dict.fromkeys(names, other.meta.name)
         return answer
 
     def select(self, name: str, usable: bool = True, **where: Any) -> pa.Table:

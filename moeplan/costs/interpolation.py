@@ -283,11 +283,12 @@ class GridInterpolator:
 
 
 def _sizes(x_nA: Floats) -> Ints:
-    return np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
+    sizes: Ints = np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
+    return sizes
 
 
 def _alignment(size: Ints) -> Ints:
-    return np.minimum(size & -size, _MAX_ALIGNMENT)
+    return np.asarray(np.minimum(size & -size, _MAX_ALIGNMENT), np.int64)
 
 
 def _cost(miss: Floats) -> float:

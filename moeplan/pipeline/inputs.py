@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.profile import HardwareProfile, load_profile, shipped_profile_for
+from moeplan.artifacts.profile_tables import measure_command
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.checks import layers_by_position
 from moeplan.costs.coverage import backend_gaps
@@ -27,8 +28,8 @@ __all__ = [
     "DECODE_BATCH",
     "backend_notes",
     "in_phase",
-    "of_another_machine",
     "on_model_layers",
+    "profile_notes",
     "profile_of",
     "read_routing",
     "slots_of_ranks",
@@ -90,22 +91,36 @@ def windows_of(routing: RoutingTrace | ExpertLoad, windows: str) -> ExpertLoad:
 def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:
     """Measured costs: by name or directory; by default those shipped for the accelerator; ``none``: the roofline.
 
+    Exchanges that a profile has not measured are those shipped for its accelerator.
+
     Raises:
         ProfileError: no such profile, or it is damaged.
     """
     if name == "none":
         return None
-    return shipped_profile_for(accelerator) if name is None else load_profile(name)
+    if name is None:
+        return shipped_profile_for(accelerator)
+    profile = load_profile(name)
+    shipped = shipped_profile_for(profile.meta.accelerator)
+    return profile if shipped is None else profile.with_exchanges_of(shipped)
 
 
-def of_another_machine(profile: HardwareProfile | None, accelerator: str) -> list[str]:
-    """A note where the profile asked for is of another accelerator than the cluster's."""
-    if profile is None or profile.meta.accelerator == accelerator:
+def profile_notes(profile: HardwareProfile | None, accelerator: str) -> list[str]:
+    """Where the profile asked for is of another accelerator than the cluster's, and what another one stands in for."""
+    if profile is None:
         return []
-    return [
-        f"costs are those of profile {profile.meta.name}, measured on {profile.meta.accelerator}, where the cluster has"
-        f" {accelerator}: what it lacks comes from that one's roofline; choose the profile or the cluster that fits"
+    notes = [
+        f"profile {profile.meta.name} has no table {table}: that of {lender} stands in, measured by others on such a"
+        f" machine; measure your own: {measure_command(table, {})}"
+        for table, lender in profile.lent.items()
     ]
+    if profile.meta.accelerator != accelerator:
+        notes.append(
+            f"costs are those of profile {profile.meta.name}, measured on {profile.meta.accelerator}, where the"
+            f" cluster has {accelerator}: what it lacks comes from that one's roofline; choose the profile or the"
+            " cluster that fits"
+        )
+    return notes
 
 
 def backend_notes(scenario: Scenario, profile: HardwareProfile | None) -> list[str]:

@@ -32,7 +32,7 @@ from moeplan.pipeline.inputs import (
     DECODE_BATCH,
     backend_notes,
     in_phase,
-    of_another_machine,
+    profile_notes,
     profile_of,
     read_routing,
     slots_of_ranks,
@@ -206,7 +206,7 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
     messages += require(run_checks(bundle))
     profile = profile_of(scenario.profile, cluster.accelerator.name)
     backend_notes(scenario, profile)  # a plan is not costed by framework, but the scenario is wrong
-    notes = of_another_machine(profile, cluster.accelerator.name)
+    notes = profile_notes(profile, cluster.accelerator.name)
     if profile is not None and scenario.profile is not None:
         gaps = coverage_gaps(model, cluster, workload, objective, profile)
         notes += [f"scaled or modelled: {gap}" for gap in gaps]

@@ -28,7 +28,7 @@ from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import Technique
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import backend_notes, of_another_machine, profile_of, read_routing, slots_of_ranks, windows_of
+from moeplan.pipeline.inputs import backend_notes, profile_notes, profile_of, read_routing, slots_of_ranks, windows_of
 from moeplan.pipeline.optimize import speeds
 from moeplan.pipeline.serving_limits import coverage_notes, faults_fit, slo_possible
 from moeplan.planning.migration import align, migration_of
@@ -89,7 +89,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     profile = profile_of(scenario.profile, cluster.accelerator.name)
     backends = backend_notes(scenario, profile)
     loads, load, notes = _loads(scenario, spec, model, np.random.default_rng([seed, 12]))
-    notes += of_another_machine(profile, cluster.accelerator.name) + backends
+    notes += profile_notes(profile, cluster.accelerator.name) + backends
     longest = int((requests.input_tokens_Q + requests.output_tokens_Q).max())
     assumptions: list[tuple[str, str, str]] = []
     pools: list[Pool] = []

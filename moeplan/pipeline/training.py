@@ -19,7 +19,7 @@ from moeplan.costs.traffic import counted_reach, expected_reach
 from moeplan.costs.training import TrainingCosts, expert_group
 from moeplan.errors import InfeasibleError, MoeplanError, SpecError
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import of_another_machine, profile_of, read_routing, windows_of
+from moeplan.pipeline.inputs import profile_notes, profile_of, read_routing, windows_of
 from moeplan.simulation.training import TrainingResult
 from moeplan.simulation.training import simulate_training as play
 from moeplan.specs.cluster import ClusterSpec
@@ -87,7 +87,7 @@ def simulate_training(
     spec.micro_batches(cluster.num_ranks)  # degrees that do not divide are said before anything is read
     group = expert_group(cluster, spec.ep)
     profile = profile_of(scenario.profile, cluster.accelerator.name)
-    notes = of_another_machine(profile, cluster.accelerator.name)
+    notes = profile_notes(profile, cluster.accelerator.name)
     load = None
     if spec.experts == "balanced":
         load_WLE = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)[None]

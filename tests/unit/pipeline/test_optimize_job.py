@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.files import sha256_file
+from moeplan.pipeline.inputs import profile_of
 from moeplan.pipeline.optimize import optimize, write_plan
 from moeplan.specs.scenario import Scenario
 from moeplan.testing.exporters import tiny_model
@@ -103,6 +105,20 @@ def test_costs_of_another_machine_are_told(tokens):
     assert any("measured on H200-SXM-141GB, where the cluster has H100-SXM-80GB" in note for note in notes)
     assert any("does not cover experts at" in note and "moeplan profile experts" in note for note in notes)
     assert not any("measured on" in note or "cover" in note for note in optimize(scenario(tokens)).plan.notes)
+
+
+def test_exchanges_that_one_gpu_cannot_measure_are_the_public_ones_and_said(tokens, tmp_path):
+    public = load_profile("h100-sxm")
+    meta = public.meta.model_copy(update={"name": "own", "tables": {}})
+    own = HardwareProfile(meta, {table: public.table(table) for table in ("experts", "attention", "gemm")})
+    own.save(tmp_path / "own")
+    asked, found = optimize(scenario(tokens)).plan, optimize(scenario(tokens, profile=str(tmp_path / "own"))).plan
+    assert any("profile own has no table alltoall: that of h100-sxm stands in" in note for note in found.notes)
+    assert not any("stands in" in note for note in asked.notes)
+    assert found.prediction == asked.prediction
+    lent, none = profile_of(str(tmp_path / "own"), "H100-SXM-80GB"), own.with_exchanges_of(own)
+    assert lent.sha256 != own.sha256
+    assert none is own
 
 
 def test_a_plan_is_written_whole(tokens, tmp_path):
