@@ -9,6 +9,7 @@ import pytest
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile, shipped_profiles
 from moeplan.costs.experts import ExpertCosts, expert_costs, fit_experts
 from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, nearest_draws, skewed_over_balanced
+from moeplan.errors import UnknownNameError
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import Dtype, ModelSpec
@@ -145,6 +146,13 @@ def test_number_formats_of_one_kernel_are_never_mixed(
     costs = expert_costs(MODEL, GPU, dtype, mixed(*parts))
     assert costs.source.removesuffix(" (tp 1)") == serves
     assert costs.one_expert_s(256) == pytest.approx(25.6e-6, rel=0.02)
+
+
+def test_a_backend_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match=r"backend 'vlm' is not known; did you mean 'vllm'\? .*: b, sglang"):
+        expert_costs(MODEL, GPU, "bf16", profile(), backend="vlm")
+    assert expert_costs(MODEL, GPU, "bf16", profile(), backend="b").source == "measured: s (k)"
+    assert expert_costs(MODEL, GPU, "bf16", backend="vllm").extrapolated
 
 
 def test_without_rows_the_roofline_answers() -> None:
