@@ -137,7 +137,7 @@ def test_a_size_that_fails_while_refining_is_tried_once():
             raise RuntimeError("no code for this size")
         return 1e3 * (size > 8) + size
 
-    _run([_series(64, points=4)], FakeTimer(law))
+    _run([_series(64, points=4)], FakeTimer(law), budget=3.0)
     assert failed
     assert len(failed) == len(set(failed))
 
