@@ -108,8 +108,7 @@ def _parts_s(
         phase="prefill", batch_per_rank=trace.num_tokens // machine.ranks, weight_dtype="fp32", activation_dtype="fp32"
     )
     step = StepModel(model_of(shape), cluster, workload, Technique(dispatch=dispatch), profile)
-    node_LN, rank_LR = counted_traffic(load, placement, cluster, dispatch).arrivals(machine.per_node)
-    found = step.step(placement, load.load_LE, (node_LN * trace.num_tokens, rank_LR * trace.num_tokens))
+    found = step.step(placement, load.load_LE, counted_traffic(load, placement, cluster, dispatch))
     cores = np.array(machine.core_R)
     core_LC = np.stack([found.expert_s_LR[:, cores == core].mean(1) for core in np.unique(cores)], 1)
     return float(found.exchange_s_L.sum() + core_LC.max(1).sum())

@@ -126,8 +126,8 @@ class ExchangeCosts:
     def time_s(self, tokens_per_rank: float, node_copies: Any, rank_copies: Any) -> Any:
         """Seconds of dispatch and combine.
 
-        ``node_copies``: copies into the busiest node from the others, times nodes over all tokens;
-        ``rank_copies``: into the busiest rank from other ranks, times ranks over all tokens. Evenly spread
+        ``node_copies``: copies into or out of the busiest node, times nodes over all tokens;
+        ``rank_copies``: into or out of the busiest rank, times ranks over all tokens. Evenly spread
         choices give :func:`balanced_copies`.
         """
         path = self.inside

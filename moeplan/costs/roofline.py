@@ -9,10 +9,12 @@ A roofline is a bound, not a measurement: answers made from it are marked ``roof
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
+from scipy.optimize import linprog
+from scipy.sparse import block_diag, coo_array, csr_array, hstack
+from scipy.sparse.csgraph import connected_components
 
 from moeplan.errors import SpecError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
@@ -31,7 +33,6 @@ __all__ = [
 
 # Streaming kernels reach about this share of the data sheet's memory bandwidth.
 MEMORY_EFFICIENCY = 0.8
-_FLOW_UNIT = 1e6  # link bandwidths are counted in MB/s to find a flow
 RELATIVE_ERROR = 0.5  # a bound that real kernels miss by up to about 2x
 
 
@@ -65,40 +66,61 @@ def token_bytes(hidden_size: int, dtype: Dtype) -> float:
 
 
 def internode_bandwidth(cluster: ClusterSpec) -> float:
-    """Bytes per second into the slowest node from the others, over all its links together.
+    """Bytes per second into a node from the others while all exchange evenly, over all its links together.
 
-    ``flat`` and ``nvl72`` join nodes by the scale-up network, ``explicit`` by the links given, the others
-    by one NIC per rank.
+    ``flat`` and ``nvl72`` join nodes by the scale-up network, ``explicit`` by the links given, which routes share,
+    the others by one NIC per rank.
 
     Raises:
-        SpecError: explicit links leave a node without a way to it.
+        SpecError: explicit links do not join all nodes both ways.
     """
     per_node = cluster.ranks_per_node
     if cluster.topology in ("flat", "nvl72"):
         return per_node * cluster.accelerator.scale_up_bandwidth
     if cluster.topology != "explicit":
         return per_node * cluster.accelerator.nic_bandwidth
-    return min(_into_node(cluster, node) for node in range(cluster.num_nodes))
+    links = tuple((link.source, link.target, link.bandwidth, link.duplex) for link in cluster.links)
+    return _shared_links(cluster.num_nodes, per_node, links)
 
 
-def _into_node(cluster: ClusterSpec, node: int) -> float:
-    """Most bytes per second that explicit links carry from all other nodes to ``node``: a maximum flow."""
-    per_node = cluster.ranks_per_node
-    inside = {f"rank{rank}" for rank in range(node * per_node, (node + 1) * per_node)} | {f"node{node}"}
-    others = {f"rank{rank}" for rank in range(cluster.num_ranks)} | {f"node{n}" for n in range(cluster.num_nodes)}
-    # All other nodes together are 0, this one is 1.
-    number = {end: 1 if end in inside else 0 for end in inside | others}
-    for link in cluster.links:
-        for end in (link.source, link.target):
-            number.setdefault(end, len(set(number.values())))
-    size = max(number.values()) + 1
-    capacity = np.zeros((size, size))
-    for link in cluster.links:
-        ends = (number[link.source], number[link.target])
-        for source, target in (ends, ends[::-1])[: 1 + link.duplex]:
-            capacity[source, target] += link.bandwidth / _FLOW_UNIT
-    np.fill_diagonal(capacity, 0.0)
-    flow = _FLOW_UNIT * float(maximum_flow(csr_array(np.rint(capacity).astype(np.int32)), 0, 1).flow_value)
-    if flow <= 0:
-        raise SpecError(f"links: none lead from other nodes to the ranks of node {node}; add those that join them")
-    return flow
+@lru_cache(maxsize=8)
+def _shared_links(nodes: int, per_node: int, links: tuple[tuple[str, str, float, bool], ...]) -> float:
+    """Bytes per second into each node when all exchange evenly over explicit links: a maximum concurrent flow.
+
+    Every node sends each other one the same; what they share, they divide (Shahrokhi and Matula, JACM 37(2), 1990).
+    One commodity per sending node, since only what a place takes in counts.
+    """
+    number = {f"node{node}": node for node in range(nodes)}
+    number |= {f"rank{rank}": rank // per_node for rank in range(nodes * per_node)}
+    for a, b, _, _ in links:
+        for end in (a, b):
+            number.setdefault(end, max(number.values()) + 1)
+    ways = [
+        (number[source], number[target], bandwidth)
+        for a, b, bandwidth, duplex in links
+        for source, target in ((a, b), (b, a))[: 1 + duplex]
+        if number[source] != number[target]
+    ]
+    places, edges = max(number.values()) + 1, len(ways)
+    tails, heads = np.array([way[:2] for way in ways], int).reshape(-1, 2).T
+    capacity = np.array([bandwidth for _, _, bandwidth in ways])
+    parts = connected_components(coo_array((np.ones(edges), (tails, heads)), (places, places)), connection="strong")[1]
+    apart = np.flatnonzero(parts[:nodes] != parts[0])
+    if len(apart):
+        raise SpecError(f"links: they do not lead from node 0 to node {apart[0]} and back; add those that join them")
+    out = coo_array((np.ones(edges), (tails, np.arange(edges))), (places, edges))
+    net = (coo_array((np.ones(edges), (heads, np.arange(edges))), (places, edges)) - out).tocsr()
+    # Taken in less sent on: 1 / (nodes - 1) of what a node gets at each other one, 0 at switches, -1 at the sender.
+    taken_NP = np.zeros((nodes, places))
+    taken_NP[:, :nodes] = 1 / (nodes - 1)
+    np.fill_diagonal(taken_NP, -1.0)
+    scale = capacity.max()
+    found = linprog(
+        np.append(np.zeros(nodes * edges), -1.0),
+        A_ub=hstack([csr_array(np.tile(np.eye(edges), nodes)), csr_array((edges, 1))]),
+        b_ub=capacity / scale,
+        A_eq=hstack([block_diag([net] * nodes), csr_array(-taken_NP.reshape(-1, 1))]),
+        b_eq=np.zeros(nodes * places),
+        method="highs-ipm",
+    )
+    return float(scale * found.x[-1])

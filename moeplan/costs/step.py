@@ -29,6 +29,7 @@ from moeplan.costs.experts import ExpertCosts, expert_costs
 from moeplan.costs.fixed import FixedCosts, fixed_costs
 from moeplan.costs.memory import RankMemory, memory_report
 from moeplan.costs.roofline import token_bytes
+from moeplan.costs.traffic import Traffic
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec
@@ -237,7 +238,7 @@ class StepModel:
         placement: Placement,
         load_LE: Floats,
         part: _Part,
-        arrivals: tuple[Floats, Floats] | None,
+        traffic: Traffic | None,
         taken_LE: Floats | None = None,
     ) -> tuple[Floats, Floats, Floats, Floats]:
         """(expert seconds LR, exchange seconds L, node copies LN, rank copies LR)."""
@@ -248,18 +249,23 @@ class StepModel:
         sums[0][:, used] = np.add.reduceat(part.slots_s(pairs_LP), starts[used], axis=1)
         sums[1][:, used] = np.add.reduceat(pairs_LP, starts[used], axis=1)
         expert = (sums[0] + part.shared_rows_s * used) / self.speed_R
-        node, rank = self._arrivals(sums[1], part) if arrivals is None else arrivals
+        if traffic is None:  # evenly spread homes send no more than the busiest end takes in
+            node, rank = most_node, most_rank = self._arrivals(sums[1], part)
+        else:
+            per_node = self.cluster.ranks_per_node
+            node, rank = (part.tokens * ends for ends in traffic.arrivals(per_node))
+            most_node, most_rank = (part.tokens * ends for ends in traffic.busiest(per_node))
         per_rank = part.tokens / self.live.sum()
         exchange = part.exchange.time_s(
             per_rank,
-            (node / self._link_N).max(1) * self.cluster.num_nodes / part.tokens,
-            (rank / self._link_R).max(1) * self.live.sum() / part.tokens,
+            (most_node / self._link_N).max(1) * self.cluster.num_nodes / part.tokens,
+            (most_rank / self._link_R).max(1) * self.live.sum() / part.tokens,
         )
         return expert, np.asarray(exchange, float), node, rank
 
-    def step(self, placement: Placement, load_LE: Floats, arrivals: tuple[Floats, Floats] | None = None) -> StepCost:
-        """Cost ``placement`` under ``load_LE`` (any scale). ``arrivals``: true copies ``[L, N]`` into nodes from
-        others and ``[L, R]`` into ranks of one step, where they were counted on a trace.
+    def step(self, placement: Placement, load_LE: Floats, traffic: Traffic | None = None) -> StepCost:
+        """Cost ``placement`` under ``load_LE`` (any scale). ``traffic``: copies from rank to rank where they were
+        counted on a trace; left out, choices are independent and homes even.
 
         Raises:
             InputError: placement, load and cluster do not fit each other.
@@ -272,11 +278,10 @@ class StepModel:
             )
         self._require_groups(placement)
         whole = self._whole
-        expert, exchange, node, rank = self._layers(placement, load_LE, whole, arrivals)
+        expert, exchange, node, rank = self._layers(placement, load_LE, whole, traffic)
         fixed = whole.fixed
         if self.technique.overlap == "two_batch":
-            shrunk = None if arrivals is None else (arrivals[0] / 2, arrivals[1] / 2)
-            half_expert, half_exchange, _, _ = self._layers(placement, load_LE, self._half, shrunk)
+            half_expert, half_exchange, _, _ = self._layers(placement, load_LE, self._half, traffic)
             half = self._half.fixed
             layer = combine("two_batch", half.layer_s, half.shared_s, half_exchange, half_expert.max(1))
         else:

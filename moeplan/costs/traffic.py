@@ -47,10 +47,17 @@ class Traffic:
     inside_LRR: Floats
 
     def arrivals(self, ranks_per_node: int) -> tuple[Floats, Floats]:
-        """Copies per token into nodes from others ``[L, N]`` and into ranks ``[L, R]``, as ``StepModel.step`` takes."""
-        into_LR = self.between_LRR.sum(1)
-        node_LN = into_LR.reshape(len(into_LR), -1, ranks_per_node).sum(2)
-        return node_LN, self.inside_LRR.sum(1)
+        """Copies per token into nodes from others ``[L, N]`` and into ranks from others of the node ``[L, R]``."""
+        return self._ends(1, ranks_per_node)
+
+    def busiest(self, ranks_per_node: int) -> tuple[Floats, Floats]:
+        """As :meth:`arrivals`, but the larger of what an end takes in and sends: links carry both at once."""
+        into, out = (self._ends(axis, ranks_per_node) for axis in (1, 2))
+        return np.maximum(into[0], out[0]), np.maximum(into[1], out[1])
+
+    def _ends(self, axis: int, ranks_per_node: int) -> tuple[Floats, Floats]:
+        between_LR = self.between_LRR.sum(axis)
+        return between_LR.reshape(len(between_LR), -1, ranks_per_node).sum(2), self.inside_LRR.sum(axis)
 
 
 def is_joined(cluster: ClusterSpec) -> bool:

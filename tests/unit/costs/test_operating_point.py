@@ -76,17 +76,40 @@ def test_nodes_are_joined_by_what_the_topology_says() -> None:
         {"source": "node0", "target": "switch", "bandwidth": "7 GB/s", "latency": "5 us"},
         {"source": "switch", "target": "node1", "bandwidth": "5 GB/s", "latency": "5 us", "duplex": True},
     ]
-    assert internode_bandwidth(cluster(topology="explicit", links=links)) == 5e9
+    assert internode_bandwidth(cluster(topology="explicit", links=links)) == pytest.approx(5e9)
     # Switches inside the nodes: what enters a node is what passes between the switches, not what leaves the ranks.
     figures = {"bandwidth": "400 GB/s", "latency": "3 us"}
     ranks = [{"source": f"rank{r}", "target": f"sw{r // 4}"} | figures for r in range(8)]
     joined = {"source": "sw0", "target": "sw1", "bandwidth": "10 GB/s", "latency": "8 us"}
-    assert internode_bandwidth(cluster(topology="explicit", links=[*ranks, joined])) == 10e9
-    assert internode_bandwidth(cluster(topology="explicit", links=[*ranks, joined, joined])) == 20e9
-    with pytest.raises(SpecError, match=r"links: none lead from other nodes to the ranks of node 0"):
+    assert internode_bandwidth(cluster(topology="explicit", links=[*ranks, joined])) == pytest.approx(10e9)
+    assert internode_bandwidth(cluster(topology="explicit", links=[*ranks, joined, joined])) == pytest.approx(20e9)
+    with pytest.raises(SpecError, match=r"links: they do not lead from node 0 to node 1 and back"):
         internode_bandwidth(cluster(topology="explicit", links=ranks))
-    with pytest.raises(SpecError, match=r"links: none lead from other nodes to the ranks of node 0"):
+    with pytest.raises(SpecError, match=r"links: they do not lead from node 0 to node 1 and back"):
         internode_bandwidth(cluster(topology="explicit", links=[*ranks, joined | {"duplex": False}]))
+
+
+def of_links(nodes: int, ends: list[tuple[str, str, str]]) -> float:
+    links = [{"source": a, "target": b, "bandwidth": bandwidth, "latency": "1 us"} for a, b, bandwidth in ends]
+    return internode_bandwidth(cluster(num_nodes=nodes, topology="explicit", links=links))
+
+
+def test_nodes_divide_the_links_they_share() -> None:
+    def joined(spine: str, leaves: int = 2, nodes: int = 4) -> float:
+        ends = [(f"node{n}", f"leaf{n % leaves}", "400 GB/s") for n in range(nodes)]
+        return of_links(nodes, ends + [(f"leaf{n}", "spine", spine) for n in range(leaves)])
+
+    assert joined("4000 GB/s") == pytest.approx(400e9)  # the nodes' own links decide
+    # Two of four nodes behind a spine link: two thirds of what each of them takes in crosses it.
+    assert joined("40 GB/s") == pytest.approx(40e9 / 2 * 3 / 2)
+    assert joined("1 MB/s") == pytest.approx(1e6 / 2 * 3 / 2)
+    assert joined("100 GB/s", leaves=4, nodes=16) == pytest.approx(100e9 / 4 * 15 / 12)
+
+
+def test_a_ring_carries_what_passes_through() -> None:
+    # Each way round: to the next node directly, to the opposite one over two links, half by either way.
+    found = of_links(4, [(f"node{n}", f"node{(n + 1) % 4}", "30 GB/s") for n in range(4)])
+    assert found == pytest.approx(3 * 30e9 / 2)
 
 
 def test_expected_active_counts_distinct_experts() -> None:

@@ -10,6 +10,7 @@ import pytest
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile, shipped_profiles
 from moeplan.costs.step import StepCost, StepModel, Technique, combine, step
+from moeplan.costs.traffic import Traffic
 from moeplan.errors import InputError
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.models import find_model
@@ -71,7 +72,7 @@ def test_even_load_is_never_slower_than_skewed(large: StepModel) -> None:
     plan = placement(144, 288)
     even = large.step(plan, np.ones((L, E)))
     assert even.total_s < large.step(plan, skewed()).total_s
-    counted = large.step(plan, np.ones((L, E)), (np.zeros((L, 18)), np.zeros((L, 144))))
+    counted = large.step(plan, np.ones((L, E)), Traffic(np.zeros((L, 144, 144)), np.zeros((L, 144, 144))))
     assert counted.exchange_s_L.max() < even.exchange_s_L.min()
 
 

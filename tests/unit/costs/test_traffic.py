@@ -76,6 +76,24 @@ def test_arrivals_are_those_of_the_counting_that_planners_use() -> None:
     np.testing.assert_allclose(rank_LR, counts.rank_arrivals_WLR[0] * 7 / 8, rtol=0.06)
 
 
+@pytest.mark.parametrize("dispatch", ["per_node", "per_expert"])
+def test_a_rank_that_sends_all_holds_the_exchange_up(dispatch: DispatchKind) -> None:
+    # Eight times the mean of what a rank sends, where no rank takes in more than before.
+    cluster, model = _cluster(2, 4), find_model("mixtral-8x7b")
+    layers = model.num_moe_layers
+    placement, load_LE = _placement(cluster, layers, 8), np.ones((layers, 8))
+    step = StepModel(model, cluster, Workload(batch_per_rank=4096), Technique(dispatch=dispatch))
+    even, one = (
+        expected_traffic(np.full((layers, 8), 1 / 8), cluster, dispatch, 2, home) for home in (None, np.eye(8)[0])
+    )
+    assert step.step(placement, load_LE, even).total_s == pytest.approx(step.step(placement, load_LE).total_s)
+    np.testing.assert_allclose(one.busiest(4)[0], one.arrivals(4)[0].max())
+    assert one.busiest(4)[1][0, 0] == pytest.approx(one.inside_LRR[0, 0].sum())
+    assert one.busiest(4)[1][0, 0] > one.arrivals(4)[1][0, 0]
+    longer = step.step(placement, load_LE, one).exchange_s_L / step.step(placement, load_LE, even).exchange_s_L
+    assert (longer > 1.9).all()
+
+
 @pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert", "allgather"])
 def test_expected_traffic_has_the_step_models_arrivals(dispatch: DispatchKind) -> None:
     cluster, model = _cluster(2, 4), find_model("mixtral-8x7b")

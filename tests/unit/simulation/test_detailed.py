@@ -109,9 +109,7 @@ def test_counted_traffic_agrees_with_the_step_mode_given_the_same_arrivals() -> 
     chosen = np.argpartition(rng.random((4000, 2, 256)) ** np.linspace(1, 3, 256), -8, axis=2)[:, :, -8:]
     load = expert_load(RoutingTrace(chosen.astype(np.int32), 256, (1, 2)))
     traffic = counted_traffic(load, placement, step.cluster, "per_node")
-    tokens = 4096 * 16
-    node_LN, rank_LR = traffic.arrivals(8)
-    whole = step.step(placement, load.load_LE, (node_LN * tokens, rank_LR * tokens))
+    whole = step.step(placement, load.load_LE, traffic)
     found = simulate_step(step, placement, load.load_LE, traffic)
     assert found.total_s == pytest.approx(whole.total_s, rel=0.02)
 
