@@ -168,9 +168,10 @@ def _nearest(rows: pa.Table, wanted: dict[str, int]) -> NDArray[np.int64]:
 
 
 def _measured(
-    profile: HardwareProfile, mode: str, phase: str, model: ModelSpec, nodes: int, ranks: int, **only: Any
+    profile: HardwareProfile, mode: str, phase: str, model: ModelSpec, nodes: int, ranks: int, dtype: str, **only: Any
 ) -> _Curve | None:
-    """The nearest measured exchange: on one node where there is one, over several where there are several."""
+    """The nearest measured exchange: on one node where there is one, over several where there are several; of a kernel
+    measured in several types the one in ``dtype``, or else in that of most nearly its bytes."""
     for name in MODES[mode]:
         rows = profile.select(
             "alltoall", mode=name, phase=phase, dtype=[*DTYPE_BYTES, "nvfp4"], distribution="balanced", **only
@@ -190,6 +191,9 @@ def _measured(
         best: _Curve | None = None
         for key in sorted(set(keys)):
             part = rows.filter(pa.array([k == key for k in keys])).sort_by("tokens_per_rank")
+            types = sorted(set(part["dtype"].to_pylist()))
+            nearest = min(types, key=lambda name: (name != dtype, abs(np.log(_width(name) / _width(dtype)))))
+            part = part.filter(pc.equal(part["dtype"], nearest))
             tokens = part["tokens_per_rank"].to_numpy().astype(float)
             first = np.unique(tokens, return_index=True)[1]
             seconds = part["latency_us"].to_numpy()[first] * 1e-6
@@ -206,19 +210,28 @@ def _measured(
     return None
 
 
+def _width(name: str) -> float:
+    return DTYPE_BYTES[_wire_type(name)]
+
+
+def _wire_type(name: str) -> Dtype:
+    """The type that a name of the tables sends in."""
+    return "fp4" if name == "nvfp4" else name  # type: ignore[return-value]
+
+
 @lru_cache(maxsize=64)
 def _pair(
     profile: HardwareProfile, mode: str, model: ModelSpec, nodes: int, ranks: int, activation: Dtype
 ) -> list[_Curve] | None:
     """Dispatch and combine of one library, the dispatch brought to the wire's type; None where one is missing."""
-    out = _measured(profile, mode, "dispatch", model, nodes, ranks)
+    out = _measured(profile, mode, "dispatch", model, nodes, ranks, "nvfp4" if activation == "fp4" else activation)
     if out is None:
         return None
     library = {name: out.names[name] for name in ("backend", "kernel")}
-    back = _measured(profile, mode, "combine", model, nodes, ranks, **library)
+    back = _measured(profile, mode, "combine", model, nodes, ranks, out.names["dtype"], **library)
     if back is None:
         return None
-    measured: Dtype = "fp4" if out.names["dtype"] == "nvfp4" else out.names["dtype"]  # type: ignore[assignment]
+    measured = _wire_type(out.names["dtype"])
 
     def sent_in(curve: _Curve, dtype: Dtype) -> _Curve:
         wire = roofline.token_bytes(model.hidden_size, dtype) / roofline.token_bytes(model.hidden_size, measured)

@@ -9,7 +9,7 @@ import pytest
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
 from moeplan.costs.exchange import balanced_copies, exchange_costs, mode_of
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
-from moeplan.specs.model import ModelSpec
+from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Phase
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
@@ -110,6 +110,17 @@ def test_a_wider_token_or_type_costs_its_bytes() -> None:
     assert costs.inside.extrapolated
     dispatch = 0.1 * 2 * 2 / (1 + 4 / 128)
     assert costs.inside.balanced_s(1024) == pytest.approx((30 + (dispatch + 0.4) * 1024) * 1e-6)
+
+
+@pytest.mark.parametrize(("wanted", "factor"), [("bf16", 3.0), ("fp8", 1.0), ("fp4", 1.0)])
+def test_types_of_one_kernel_are_not_mixed(wanted: Dtype, factor: float) -> None:
+    rows = profile([1]).select("alltoall").to_pylist()
+    rows = [row | {"dtype": "fp8"} for row in rows]
+    slow = [row | {"dtype": "bf16", "latency_us": 3 * row["latency_us"]} for row in rows]
+    for order in (rows + slow, slow + rows):
+        both = HardwareProfile(META, {"alltoall": pa.Table.from_pylist(order)})
+        inside = exchange_costs(MODEL, cluster(1), "per_node", "prefill", wanted, profile=both).inside
+        assert inside.fixed_s == pytest.approx(factor * 30e-6)  # fp4: the nearest that was measured
 
 
 def test_where_a_kernel_bends_time_follows_bytes() -> None:
