@@ -1,13 +1,13 @@
 """How far off is what a step uses at balanced rows that it has not seen? Prints one JSON object. Extra: aic.
 
 ``moeplan validate kernels`` scores the tables' interpolation. A step takes experts from the law that ``kernel_fits``
-reads off balanced rows, and exchanges from straight lines between measured sizes. Here each 4th row is hidden as there,
-in the order of all names and then of size; rows whose mark keeps them from serving are neither used nor scored.
+reads off balanced rows, times what an evenly loaded rank takes as measured over what the law says, and exchanges from
+straight lines between measured sizes. Here each 4th row is hidden as there, in the order of all names and then of size;
+rows whose mark keeps them from serving are neither used nor scored.
 
-Experts: ``law`` at the row's own counts; ``as_step`` what a step makes of the law for an even load (experts hit by
-chance, shared work by the tokens that reach the rank); ``table`` the tables' interpolation of the same rows.
-``no_law`` rows are of kernels whose other rows do not tell one. Exchanges: dispatch and combine apart, each on the rows
-of one library, machine size and model shape.
+Experts: ``law`` at the row's own counts alone; ``step`` that times the correction; ``table`` the tables' interpolation
+of the same rows, all shapes of a kernel together. ``no_law`` rows are of kernels whose other rows do not tell one.
+Exchanges: dispatch and combine apart, each on the rows of one library, machine size and model shape.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import pyarrow as pa
 
 from moeplan.artifacts.profile import USABLE_MARKS, HardwareProfile
 from moeplan.artifacts.profile_tables import MISMEASURED
-from moeplan.costs.exchange import touched
-from moeplan.costs.experts import kernel_fits, kernel_names
+from moeplan.costs.experts import _Kernel, _over_law, kernel_fits, kernel_names
 from moeplan.costs.heldout import hidden_rows, hold_out
 from moeplan.pipeline.aic import full_profile
 
 SYSTEMS = ("h100_sxm", "gb200")
+NAMES = ("hidden", "inter", "dtype", "source", "kernel", "distribution", "direction", "scope")
 LAW = ("hidden", "inter", "tp", "dtype")  # of one law, kernels apart
 CURVE = ("mode", "phase", "nodes", "ranks", "hidden", "top_k", "num_experts", "dtype", "sms", "kernel", "source")
 
@@ -53,30 +53,31 @@ def _experts(profile: HardwareProfile) -> dict[str, Any]:
     table = profile.select("experts", usable=False, scope="experts", direction="forward")
     known, asked, errors = _split("experts", table)
     names = np.array(kernel_names(table))
-    column = {c: table[c].to_numpy().astype(float) for c in ("ep", "tokens", "top_k", "num_experts")}
+    column = {c: table[c].to_pylist() for c in ("ep", "tokens", "top_k", "num_experts", "tp", *NAMES)}
+    others = HardwareProfile(profile.meta.model_copy(update={"tables": {}}), {"experts": table.filter(pa.array(known))})
     seconds = table["latency_us"].to_numpy() * 1e-6
     pairs, active = (table[c].to_numpy().astype(float) for c in ("rank_pairs", "active_experts"))
-    law, as_step = np.full(len(seconds), np.nan), np.full(len(seconds), np.nan)
+    law, step = np.full(len(seconds), np.nan), np.full(len(seconds), np.nan)
     for group in _groups(table, LAW):
         fits = kernel_fits(table.take(group[known[group]]))
+        kernels: dict[str, _Kernel] = {}
         for row in group[asked[group] & (active[group] > 0)]:
             if (fit := fits.get(names[row])) is None:
                 continue
             each = pairs[row] / active[row]
-            law[row] = (fit.shared_s(each) + active[row] * fit.one_expert_s(each)) / seconds[row] - 1
-            ep, top_k, experts = (column[c][row] for c in ("ep", "top_k", "num_experts"))
-            mean = column["tokens"][row] * top_k / experts
-            shared = fit.shared_s(mean * touched(ep, int(top_k)) / ep)
-            as_step[row] = (shared + experts / ep * fit.expected_s(mean)) / seconds[row] - 1
-    mean = column["tokens"] * column["top_k"] / column["num_experts"]
+            told = fit.shared_s(each) + active[row] * fit.one_expert_s(each)
+            kernel = kernels.setdefault(names[row], _Kernel(fit, fit, {c: column[c][row] for c in NAMES}))
+            at = (column[c][row] for c in ("num_experts", "top_k", "tp", "tokens", "ep"))
+            law[row], step[row] = told / seconds[row] - 1, told * _over_law(others, kernel, *at) / seconds[row] - 1
+    mean = np.array(column["tokens"]) * np.array(column["top_k"]) / np.array(column["num_experts"])
     parts = {
         "all": asked,
-        "expert parallel": asked & (column["ep"] > 1),
+        "expert parallel": asked & (np.array(column["ep"]) > 1),
         "below 1 token per expert": asked & (mean < 1),
         "1 to 64": asked & (mean >= 1) & (mean < 64),
         "64 and more": asked & (mean >= 64),
     }
-    return _figures(table, parts, {"law": law, "as_step": as_step, "table": errors})
+    return _figures(table, parts, {"law": law, "step": step, "table": errors})
 
 
 def _exchanges(profile: HardwareProfile) -> dict[str, Any]:

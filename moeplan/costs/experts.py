@@ -15,7 +15,7 @@ Shapes: ``e`` local experts, any leading axes before them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +28,7 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.frameworks import require_backend
 from moeplan.costs.interpolation import line
+from moeplan.costs.tables import TableCosts
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import Dtype, ModelSpec
 
@@ -84,6 +85,10 @@ class ExpertCosts:
         each = self.expected_s(pairs_e) if expected else self.one_expert_s(pairs_e)
         total: Floats = self.shared_s(mean_pairs) + each.sum(-1)
         return total
+
+    def times(self, factor: float) -> ExpertCosts:
+        """``factor`` times as slow."""
+        return replace(self, weight_m=self.weight_m * factor, shared_m=self.shared_m * factor)
 
     def linear(self, mean_pairs: float) -> tuple[float, float, float]:
         """(fixed, per active expert, per pair) seconds around ``mean_pairs`` tokens per expert.
@@ -223,21 +228,53 @@ def expert_costs(
     require_backend("backend", backend, profile)
     shape = (model.hidden_size, model.expert_intermediate_size)
     fits = _measured(profile, *shape, dtype, tp, backend) if profile is not None else ()
-    if not fits:
+    if profile is None or not fits:
         return _roofline(model, accelerator, dtype, tp)
 
-    def rank_s(fits: tuple[ExpertCosts, ExpertCosts]) -> float:
-        fit = fits[0]
-        return fit.shared_s(mean_pairs * arriving) + local_experts * float(fit.expected_s(mean_pairs))
+    def rank_s(found: _Kernel) -> float:
+        return found.fit.shared_s(mean_pairs * arriving) + local_experts * float(found.fit.expected_s(mean_pairs))
 
-    return min(fits, key=rank_s)[1]
+    best = min(fits, key=rank_s)
+    at = mean_pairs * model.num_experts / model.top_k, model.num_experts / local_experts
+    return best.costs.times(_over_law(profile, best, model.num_experts, model.top_k, tp, *at))
+
+
+@lru_cache(maxsize=1024)
+def _over_law(
+    profile: HardwareProfile, kernel: _Kernel, experts: int, top_k: int, tp: int, tokens: float, ep: float
+) -> float:
+    """What an evenly loaded rank of a group takes as measured, over what the law says; 1 where it was not measured.
+
+    One law stands for all group sizes and is smooth between sizes; measured rows tell more
+    (``benchmarks/step_laws.py``).
+    """
+    fit = kernel.fit
+
+    def law(coords: Floats) -> Floats:
+        pairs = coords[:, 0] * top_k
+        active = np.minimum(experts, np.maximum(pairs, coords[:, 1])) / coords[:, 1]
+        each = pairs / coords[:, 1] / active
+        return np.array([fit.shared_s(m) for m in each]) + active * fit.one_expert_s(each)
+
+    names = {**kernel.names, "num_experts": experts, "top_k": top_k, "tp": tp}
+    measured = TableCosts(profile, "experts", ("tokens", "ep"), names, law, "")
+    return measured.seconds(tokens, ep).total / float(law(np.array([[tokens, ep]]))[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kernel:
+    """A kernel measured at a shape: the law there, brought to the shape asked for, and the columns of its rows."""
+
+    fit: ExpertCosts
+    costs: ExpertCosts
+    names: dict[str, Any]
 
 
 @lru_cache(maxsize=64)
 def _measured(
     profile: HardwareProfile, hidden: int, inter: int, dtype: Dtype, tp: int, backend: str | None
-) -> tuple[tuple[ExpertCosts, ExpertCosts], ...]:
-    """Every kernel measured at this shape or the nearest: as fitted, and brought to the shape asked for."""
+) -> tuple[_Kernel, ...]:
+    """Every kernel measured at this shape or the nearest."""
     where: dict[str, Any] = {"distribution": "balanced", "direction": "forward", "scope": "experts"}
     where |= {"backend": backend} if backend else {}
     kinds = TABLE_DTYPES.get(dtype, (dtype,))
@@ -249,9 +286,7 @@ def _measured(
     return ()
 
 
-def _fits(
-    rows: pa.Table, hidden: int, inter: int, tp: int, kind: str
-) -> tuple[tuple[ExpertCosts, ExpertCosts], ...]:
+def _fits(rows: pa.Table, hidden: int, inter: int, tp: int, kind: str) -> tuple[_Kernel, ...]:
     """:func:`_measured` of rows in one number format, named ``kind`` in the source."""
     if not rows.num_rows:
         return ()
@@ -270,8 +305,9 @@ def _fits(
         error = fit.relative_error if not note else max(fit.relative_error, roofline.RELATIVE_ERROR / 2)
         how = "measured" if not note else "modelled"
         source = f"{how}: {fit.source}{kind}{note}"
-        return ExpertCosts(
-            fit.pairs_m, fit.weight_m * factor, fit.shared_m * factor, error, source, extrapolated=bool(note)
-        )
+        return replace(fit.times(factor), relative_error=error, source=source, extrapolated=bool(note))
 
-    return tuple((fit, scaled(fit)) for fit in kernel_fits(rows.filter(pa.array(exact))).values())
+    rows = rows.filter(pa.array(exact))
+    columns = ("hidden", "inter", "dtype", "source", "kernel", "distribution", "direction", "scope")
+    first = {name: {c: rows[c][n].as_py() for c in columns} for n, name in reversed([*enumerate(kernel_names(rows))])}
+    return tuple(_Kernel(fit, scaled(fit), first[name]) for name, fit in kernel_fits(rows).items())

@@ -160,9 +160,11 @@ class GridInterpolator:
         beyond = np.flatnonzero(~self._grid.covered(names, x))
         if len(beyond):
             places = np.exp(self._grid.nearest_covered(names[beyond], self._grid.clip(names[beyond], x[beyond])))
+            there = np.asarray(np.isfinite(places).all(axis=2))
+            tried = np.where(there[:, :, None], places, coords_qA[beyond][:, None])
             asked = np.log(law(coords_qA[beyond]))
-            lawful = np.stack([np.log(law(places[:, axis])) for axis in range(places.shape[1])], 1)
-            apart = np.where(np.isfinite(places).all(2), np.abs(lawful - asked[:, None]), np.inf)
+            lawful = np.stack([np.log(law(tried[:, axis])) for axis in range(places.shape[1])], 1)
+            apart = np.where(there, np.abs(lawful - asked[:, None]), np.inf)
             near[beyond] = places[np.arange(len(beyond)), apart.argmin(1)]
         return near
 

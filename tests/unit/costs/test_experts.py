@@ -106,6 +106,23 @@ def test_few_expected_tokens_cost_the_chance_of_a_weight_read() -> None:
     assert costs.expected_s(5000.0) == costs.one_expert_s(5000.0)
 
 
+def test_an_even_load_takes_what_was_measured_where_no_law_for_all_sizes_says_it() -> None:
+    # Groups of eight take half as long again at 4,096 tokens, as where a kernel picks another tile there.
+    bent = [
+        row | {"latency_us": row["latency_us"] * (1.5 if (row["ep"], row["tokens"]) == (8, 4096) else 1)}  # type: ignore[operator]
+        for row in rows()
+    ]
+    measured = HardwareProfile(META, {"experts": pa.Table.from_pylist(bent)})
+    for ep, factor in ((8, 1.5), (4, 1.0), (16, 1.0)):
+        local = EXPERTS // ep
+        costs = expert_costs(MODEL, GPU, "bf16", measured, mean_pairs=256.0, local_experts=local)
+        even = costs.rank_s(np.full(local, 256.0), 256.0)
+        assert even == pytest.approx(factor * float(truth_s(np.full(local, 256.0), 4096)), rel=0.01)
+    other = MODEL.model_copy(update={"num_experts": 32})  # not measured: the law alone
+    costs = expert_costs(other, GPU, "bf16", measured, mean_pairs=256.0, local_experts=8)
+    assert costs.rank_s(np.full(8, 256.0), 256.0) == pytest.approx(float(truth_s(np.full(8, 256.0), 4096)), rel=0.25)
+
+
 def test_linear_coefficients_meet_the_curve_at_the_point() -> None:
     costs = expert_costs(MODEL, GPU, "bf16", profile())
     fixed, active, pair = costs.linear(1024.0)
