@@ -175,8 +175,9 @@ def routing(as_json: bool, quiet: bool, **options: Any) -> None:
         print_json(answer)
     elif not quiet:
         phases = ", ".join(f"{n:,} {phase}" for phase, n in answer["phases"].items())
-        overhead = "not measured" if answer["overhead"] is None else f"{answer['overhead']:+.1%}"
-        click.echo(f"{answer['out']}: {answer['tokens']:,} tokens ({phases}), overhead of recording {overhead}")
+        spread = "of one prompt" if answer["overhead_spread"] is None else f"spread {answer['overhead_spread']:.1%}"
+        click.echo(f"{answer['out']}: {answer['tokens']:,} tokens ({phases}), overhead of recording"
+                   f" {answer['overhead']:+.1%} ({spread})")
 
 
 @click.command()

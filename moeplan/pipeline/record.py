@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
 import numpy as np
 
@@ -34,7 +33,8 @@ def record_routing(
 ) -> dict[str, Any]:
     """Record from a Hugging Face model (``hf``) or a running server (``sglang``); what was written.
 
-    ``overhead`` of the answer is the slowdown by recording, as a part of the time without.
+    ``overhead`` of the answer and of the trace's origin is the slowdown by recording as a part of the time without,
+    ``overhead_spread`` the 90th less the 10th percentile of its pairs of passes; None of a single pair.
 
     Raises:
         SpecError: neither or both sources, a missing option, or a model that does not fit into memory.
@@ -47,10 +47,10 @@ def record_routing(
         raise SpecError(f"out ({out}) must end in .npz or .parquet")
     lines = _prompts(prompts) if prompts else []
     if sglang is not None:
-        trace, overhead, ended = _from_server(sglang, dump_dir, lines, max_new_tokens)
+        trace, ended = _from_server(sglang, dump_dir, lines, max_new_tokens)
     else:
         assert hf is not None
-        trace, overhead, ended = _from_model(hf, random_init, lines, max_new_tokens, device, seed, progress)
+        trace, ended = _from_model(hf, random_init, lines, max_new_tokens, device, seed, progress)
     save_trace(trace, out)
     if ended is not None:
         kept = f"what was recorded until then is kept: {out}, {trace.num_tokens:,} tokens"
@@ -63,7 +63,7 @@ def record_routing(
         "top_k": trace.top_k,
         "num_experts": trace.num_experts,
         "phases": {PHASES[i]: int(n) for i, n in phases.items()},
-        "overhead": overhead,
+        **{name: trace.origin[name] for name in ("overhead", "overhead_spread")},
     }
 
 
@@ -83,20 +83,17 @@ def _ended(error: BaseException, done: int, count: int, prompts: Sequence[str]) 
     if isinstance(error, KeyboardInterrupt):
         return KeyboardInterrupt(f"{where} was interrupted")
     said = str(error) if isinstance(error, MoeplanError) else repr(error).splitlines()[0]
-    if isinstance(answer := error.__cause__, HTTPError):
-        with answer:
-            body = " ".join(answer.read(300).decode(errors="replace").split())
-        said = f"{answer.url} answered {answer.code} {answer.reason}: {body or 'nothing more'}"
     return RunError(f"{where} failed: {said}")
 
 
-_Recorded = tuple[RoutingTrace, float | None, RunError | KeyboardInterrupt | None]
-"""The trace, the overhead, and what ended the recording early."""
+_Recorded = tuple[RoutingTrace, RunError | KeyboardInterrupt | None]
+"""The trace, its overhead in the origin, and what ended the recording early."""
 
 
 def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_tokens: int) -> _Recorded:
     from dataclasses import replace
 
+    from moeplan.profiling.routing import slowdown
     from moeplan.profiling.sglang_recorder import SglangServer
     from moeplan.routing.joining import join_traces
 
@@ -107,7 +104,7 @@ def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_to
     def send(times_s: list[float]) -> RunError | KeyboardInterrupt | None:
         try:
             for prompt in prompts:
-                times_s.append(server._uncached(prompt, max_new_tokens))
+                times_s.append(server.generate(prompt, max_new_tokens))
         except (Exception, KeyboardInterrupt) as error:  # the server is to stop and dump whatever happens
             return _ended(error, len(times_s), len(prompts), prompts)
         return None
@@ -122,7 +119,7 @@ def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_to
         ended = send(recorded_s)
 
     try:
-        files, _ = server.record((), drive=drive)
+        files, refused = server.record(drive)
         parts = []
         for file in files:
             trace = read_trace(file, format="sglang")
@@ -136,9 +133,13 @@ def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_to
         if ended is None:
             raise
         raise type(ended)(f"{ended}; nothing is kept: {error}") from error
+    if refused is not None:
+        still = f"the server may still be recording, tell it again to stop: {refused}"
+        ended = RunError(still) if ended is None else type(ended)(f"{ended}; {still}")
     done = len(recorded_s)
-    overhead = float(np.median(np.divide(recorded_s, plain_s[:done])) - 1) if done else None
-    return replace(joined, origin={"recorded_from": "sglang", "prompts": done}), overhead, ended
+    overhead, spread = slowdown(plain_s[:done], recorded_s) if done else (None, None)
+    origin = {"recorded_from": "sglang", "prompts": done, "overhead": overhead, "overhead_spread": spread}
+    return replace(joined, origin=origin), ended
 
 
 def _token_ids(transformers: Any, path: Path, prompts: list[str]) -> list[Any]:
@@ -220,7 +221,7 @@ def _from_model(
             return model(input_ids=batches[0])
 
     with _fitting(path, where):
-        overhead = measure_overhead(prefill, model)
+        overhead, spread = measure_overhead(prefill, model)
     cache = cache_name(model)
     done, ended = 0, None
     with hook_model(model) as recorder, torch.inference_mode():
@@ -238,7 +239,13 @@ def _from_model(
             if not done:
                 raise type(ended)(f"{ended}; nothing was recorded before it") from error
     progress("recording", done / len(batches))
-    trace = recorder.trace(recorded_from=type(model).__name__, random_init=random_init, prompts=done)
+    trace = recorder.trace(
+        recorded_from=type(model).__name__,
+        random_init=random_init,
+        prompts=done,
+        overhead=overhead,
+        overhead_spread=spread,
+    )
     if ended is not None:  # no token of the prompt that was cut short
         trace = trace.tokens(slice(sum(ids.numel() + new_tokens for ids in batches[:done])))
-    return trace, overhead, ended
+    return trace, ended

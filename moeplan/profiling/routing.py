@@ -10,7 +10,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import TraceError
 from moeplan.profiling.device import torch_module
 
-__all__ = ["RoutingRecorder", "cache_name", "find_routers", "hook_model", "measure_overhead"]
+__all__ = ["RoutingRecorder", "cache_name", "find_routers", "hook_model", "measure_overhead", "slowdown"]
 
 _CACHE_NAMES = ("cache", "past_key_values")  # of the KV cache, since transformers 5.24 and before
 
@@ -248,23 +248,31 @@ def hook_model(model: Any, recorder: RoutingRecorder | None = None) -> Iterator[
             handle.remove()
 
 
-def measure_overhead(run: Callable[[], object], model: Any, passes: int = 6) -> float:
-    """Slowdown by recording: median time of ``run`` with hooks over without, minus 1; passes alternate."""
+def slowdown(plain_s: Sequence[float], recorded_s: Sequence[float]) -> tuple[float, float | None]:
+    """By how much recording slows passes down, and its spread, as parts of the time without.
+
+    Median, and 90th less 10th percentile, of pairs of passes; a single pair has no spread.
+    """
+    low, median, high = np.percentile(np.divide(recorded_s, plain_s) - 1, [10, 50, 90])
+    return float(median), float(high - low) if len(plain_s) > 1 else None
+
+
+def measure_overhead(run: Callable[[], object], model: Any, pairs: int = 8) -> tuple[float, float | None]:
+    """:func:`slowdown` of ``run`` by recording ``model``: pairs of passes with and without, which take turns in
+    going first, after one to warm up. Hooking is no part of a pass."""
     torch = torch_module()
 
-    def timed() -> float:
+    def now() -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter()
 
-    run()
-    plain, hooked = [], []
-    for _ in range(passes):
-        plain.append(timed())
-        with hook_model(model):
-            hooked.append(timed())
-    return float(np.median(hooked) / np.median(plain) - 1)
+    def seconds(record: bool) -> float:
+        with hook_model(model) if record else nullcontext():
+            begin = now()
+            run()
+            return now() - begin
+
+    seconds(True)  # warms both
+    both = [{r: seconds(r) for r in ((True, False) if i % 2 else (False, True))} for i in range(pairs)]
+    return slowdown([pair[False] for pair in both], [pair[True] for pair in both])

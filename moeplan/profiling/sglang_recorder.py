@@ -10,11 +10,9 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from moeplan.errors import SpecError, TraceError
 
@@ -47,47 +45,38 @@ class SglangServer:
                 content: bytes = answer.read()
                 return content
         except urllib.error.HTTPError as error:
-            raise TraceError(
-                f"{self.url}{path} answered {error.code} {error.reason}; start the server with"
-                " --expert-distribution-recorder-mode per_token"
-            ) from error
+            with error:
+                said = " ".join(error.read(300).decode(errors="replace").split()) or "nothing more"
+            if path.endswith("_expert_distribution_record"):
+                said += "; start the server with --expert-distribution-recorder-mode per_token"
+            raise TraceError(f"{self.url}{path} answered {error.code} {error.reason}: {said}") from error
         except (urllib.error.URLError, OSError) as error:
             raise TraceError(f"{self.url}{path} cannot be reached: {getattr(error, 'reason', error)}") from error
 
     def generate(self, prompt: str, max_new_tokens: int) -> float:
-        """Send one request; seconds until its answer."""
+        """Send one request to an empty cache: cached tokens are not routed again. Seconds until its answer."""
+        self._post("/flush_cache")
         start = time.perf_counter()
         sampling = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
         self._post("/generate", {"text": prompt, "sampling_params": sampling})
         return time.perf_counter() - start
 
-    def _uncached(self, prompt: str, max_new_tokens: int) -> float:
-        """Tokens whose keys are cached are not routed again: neither recorded nor timed."""
-        self._post("/flush_cache")
-        return self.generate(prompt, max_new_tokens)
-
-    def record(
-        self,
-        prompts: Sequence[str],
-        max_new_tokens: int = 16,
-        drive: Callable[[], object] | None = None,
-    ) -> tuple[list[Path], float | None]:
-        """Record while ``prompts`` (or ``drive``) run; the new dump files, and the overhead of recording.
-
-        The overhead compares each prompt's time with its time just before, unrecorded; None without prompts.
+    def record(self, drive: Callable[[], object]) -> tuple[list[Path], TraceError | None]:
+        """Record while ``drive`` runs; the new dump files, and the error if the recorder did not stop.
 
         Raises:
             TraceError: the server refuses or cannot be reached, or wrote no dump.
         """
         before = set(self.dump_dir.glob("*.pt"))
-        plain = [self._uncached(prompt, max_new_tokens) for prompt in prompts]
+        refused = None
         self._post("/start_expert_distribution_record")
         try:
-            recorded = [self._uncached(prompt, max_new_tokens) for prompt in prompts]
-            if drive is not None:
-                drive()
+            drive()
         finally:
-            self._post("/stop_expert_distribution_record")
+            try:
+                self._post("/stop_expert_distribution_record")
+            except TraceError as error:  # what it recorded can be dumped all the same
+                refused = error
         self._post("/dump_expert_distribution_record")
         until = time.monotonic() + 10.0  # ranks write on their own; the endpoint may answer earlier
         new: set[Path] = set()
@@ -101,5 +90,4 @@ class SglangServer:
             raise TraceError(
                 f"{self.dump_dir} got no dump; does it belong to this server, and is the recorder's mode per_token?"
             )
-        overhead = float(np.median(np.asarray(recorded) / np.asarray(plain)) - 1) if prompts else None
-        return sorted(new), overhead
+        return sorted(new), refused

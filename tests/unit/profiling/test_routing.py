@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from moeplan.cli import main
+from moeplan.cli.profile_measure import routing as routing_command
 from moeplan.errors import RunError, SpecError, TraceError
 
 torch = pytest.importorskip("torch", reason="recording needs torch")
 
 from moeplan.pipeline.record import record_routing  # noqa: E402
+from moeplan.profiling import routing  # noqa: E402
 from moeplan.profiling.routing import RoutingRecorder, cache_name, hook_model  # noqa: E402
 from moeplan.profiling.sglang_recorder import SglangServer  # noqa: E402
 from moeplan.routing.io import read_trace  # noqa: E402
@@ -25,6 +30,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_atten
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 48}
 MLA = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 DEEPSEEK = {**MOE, **MLA, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2}
+OVERHEAD = ("overhead", "overhead_spread")
 FAMILIES = {
     "Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 48, "num_key_value_heads": 2},
     "Olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 48},
@@ -134,7 +140,7 @@ def test_hooks_are_gone_and_a_failed_pass_leaves_no_tokens():
     assert recorder.trace().num_tokens == 3
 
 
-def test_bare_logits_beside_a_top_k():
+def _bare_logits():
     """The layout of transformers 4: the gate is a linear layer."""
 
     class Block(torch.nn.Module):
@@ -154,11 +160,46 @@ def test_bare_logits_beside_a_top_k():
         def forward(self, input_ids):
             return self.layers[0](torch.nn.functional.one_hot(input_ids, 4).float())
 
-    model, recorder = Model(), RoutingRecorder(6)
+    return Model()
+
+
+def test_bare_logits_beside_a_top_k():
+    model, recorder = _bare_logits(), RoutingRecorder(6)
     with hook_model(model, recorder), torch.inference_mode():
         model(input_ids=torch.tensor([[0, 1, 2]]))
     logits = model.layers[0].logits[0].numpy()
     assert recorder.trace().experts_TLK[:, 0].tolist() == np.argsort(-logits, 1)[:, :2].tolist()
+
+
+def test_the_overhead_of_recording_a_model_is_that_of_its_recorder(monkeypatch):
+    """On a clock of its own: a plain pass takes 1 s, with the n-th recorded (from 0) n/10 s more; hooking 5 s."""
+    model, now_s, passes = _bare_logits(), 0.0, []
+    model.config = SimpleNamespace(num_experts=6)
+    find = routing.find_routers
+
+    def slow_find(model):
+        nonlocal now_s
+        now_s += 5
+        return find(model)
+
+    def slow_record(*_args):
+        nonlocal now_s
+        passes[-1] = True
+        now_s += (passes.count(True) - 1) / 10
+
+    def run():
+        nonlocal now_s
+        passes.append(False)
+        model(input_ids=torch.tensor([[0, 1, 2]]))
+        now_s += 1
+
+    monkeypatch.setattr(routing, "find_routers", slow_find)
+    monkeypatch.setattr(RoutingRecorder, "record", slow_record)
+    monkeypatch.setattr(routing, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    median, spread = routing.measure_overhead(run, model)
+    assert median == pytest.approx(0.45)
+    assert spread == pytest.approx(0.56)
+    assert passes == [True, *([False, True, True, False] * 4)], "one to warm up, then pairs that swap who goes first"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +209,10 @@ def test_recording_from_a_config_writes_a_trace(tmp_path: Path, family):
     answer = record_routing(tmp_path / "t.npz", hf=tmp_path / "m", random_init=True, max_new_tokens=2, device="cpu")
     assert answer["phases"] == {"prefill": 4 * 64, "decode": 4 * 2}
     assert answer["overhead"] > -1
-    assert read_trace(tmp_path / "t.npz").num_tokens == answer["tokens"] == 264
+    assert answer["overhead_spread"] > 0
+    trace = read_trace(tmp_path / "t.npz")
+    assert trace.num_tokens == answer["tokens"] == 264
+    assert [trace.origin[name] for name in OVERHEAD] == [answer[name] for name in OVERHEAD]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +319,9 @@ def server(tmp_path: Path):
                 }
                 torch.save(pack, dump_dir / "expert_distribution_recorder_1.pt")
             refused = body.get("text") == "never" or (body.get("text") == "later" and log.count("/generate later") > 1)
-            known = self.path in ("/generate", "/flush_cache") or "expert_distribution_record" in self.path
+            refused = refused or (self.path.startswith("/stop") and "/generate stuck" in log)
+            recorder = [f"/{what}_expert_distribution_record" for what in ("start", "stop", "dump")]
+            known = self.path in ("/generate", "/flush_cache", *recorder)
             self.send_response((400 if refused else 200) if known else 404)
             self.end_headers()
             self.wfile.write(b"the input\nis too long" if refused else b"{}")
@@ -327,6 +373,32 @@ def test_a_refused_request_keeps_what_the_server_recorded(server, tmp_path: Path
         assert read_trace(out).origin["prompts"] == 1
 
 
+@pytest.mark.parametrize(("lines", "first"), [("stuck\n", "^"), ("stuck\nlater\n", r"^prompt 2 of 2 .* too long; ")])
+def test_a_server_that_does_not_stop_recording_is_dumped(server, tmp_path: Path, lines, first):
+    url, dump_dir, log = server
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "t.npz"
+    prompts.write_text(lines)
+    said = rf"the server may still be recording, tell it again to stop: {url}/stop_\w+ answered 400 "
+    with pytest.raises(RunError, match=rf"{first}{said}.* is kept: {out}, 3 tokens$"):
+        record_routing(out, sglang=url, dump_dir=dump_dir, prompts=prompts)
+    assert log[-2:] == ["/stop_expert_distribution_record", "/dump_expert_distribution_record"]
+    assert read_trace(out).origin["prompts"] == 1
+
+
+@pytest.mark.parametrize(("lines", "spread"), [("one\n", r"of one prompt"), ("one\ntwo\n", r"spread \d+\.\d%")])
+def test_the_overhead_of_a_server_is_told_with_its_spread(server, tmp_path: Path, lines, spread):
+    url, dump_dir, _ = server
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "t.npz"
+    prompts.write_text(lines)
+    words = [*map(str, ["--sglang", url, "--dump-dir", dump_dir, "--prompts", prompts, "--out", out])]
+    told = CliRunner().invoke(routing_command, words, catch_exceptions=False).stdout
+    assert re.search(rf", overhead of recording [+-]\d+\.\d% \({spread}\)\n$", told)
+    (dump_dir / "expert_distribution_recorder_1.pt").unlink()
+    answer = json.loads(CliRunner().invoke(routing_command, [*words, "--json"], catch_exceptions=False).stdout)
+    assert (answer["overhead_spread"] is None) == (lines == "one\n")
+    assert [read_trace(out).origin[name] for name in OVERHEAD] == [answer[name] for name in OVERHEAD]
+
+
 def test_a_request_refused_before_recording_starts_no_recorder(server, tmp_path: Path):
     url, dump_dir, log = server
     prompts = tmp_path / "prompts.txt"
@@ -355,5 +427,8 @@ def test_an_interrupted_server_is_stopped_and_dumped(server, tmp_path: Path, mon
 
 def test_a_server_without_the_endpoint_is_named(server, tmp_path: Path):
     url, dump_dir, _ = server
-    with pytest.raises(TraceError, match=r"answered 404.*expert-distribution-recorder-mode per_token"):
-        SglangServer(f"{url}/v0", dump_dir).generate("x", 1)
+    other = SglangServer(f"{url}/v0", dump_dir)
+    with pytest.raises(TraceError, match=r"/start_\w+ answered 404.*expert-distribution-recorder-mode per_token$"):
+        other.record(lambda: None)
+    with pytest.raises(TraceError, match=r"/flush_cache answered 404 Not Found: \{\}$"):
+        other.generate("x", 1)
