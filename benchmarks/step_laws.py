@@ -23,12 +23,12 @@ import pyarrow as pa
 
 from moeplan.artifacts.profile import USABLE_MARKS, HardwareProfile
 from moeplan.artifacts.profile_tables import MISMEASURED
-from moeplan.costs.experts import _Kernel, _over_law, kernel_fits, kernel_names
+from moeplan.costs.experts import _Kernel, kernel_fits, kernel_names
 from moeplan.costs.heldout import hidden_rows, hold_out
 from moeplan.pipeline.aic import full_profile
 
 SYSTEMS = ("h100_sxm", "gb200")
-NAMES = ("hidden", "inter", "dtype", "source", "kernel", "distribution", "direction", "scope")
+NAMES = ("hidden", "inter", "tp", "dtype", "source", "kernel", "distribution", "direction", "scope")
 LAW = ("hidden", "inter", "tp", "dtype")  # of one law, kernels apart
 CURVE = ("mode", "phase", "nodes", "ranks", "hidden", "top_k", "num_experts", "dtype", "sms", "kernel", "source")
 
@@ -53,7 +53,7 @@ def _experts(profile: HardwareProfile) -> dict[str, Any]:
     table = profile.select("experts", usable=False, scope="experts", direction="forward")
     known, asked, errors = _split("experts", table)
     names = np.array(kernel_names(table))
-    column = {c: table[c].to_pylist() for c in ("ep", "tokens", "top_k", "num_experts", "tp", *NAMES)}
+    column = {c: table[c].to_pylist() for c in ("ep", "tokens", "top_k", "num_experts", *NAMES)}
     others = HardwareProfile(profile.meta.model_copy(update={"tables": {}}), {"experts": table.filter(pa.array(known))})
     seconds = table["latency_us"].to_numpy() * 1e-6
     pairs, active = (table[c].to_numpy().astype(float) for c in ("rank_pairs", "active_experts"))
@@ -66,9 +66,9 @@ def _experts(profile: HardwareProfile) -> dict[str, Any]:
                 continue
             each = pairs[row] / active[row]
             told = fit.shared_s(each) + active[row] * fit.one_expert_s(each)
-            kernel = kernels.setdefault(names[row], _Kernel(fit, fit, {c: column[c][row] for c in NAMES}))
-            at = (column[c][row] for c in ("num_experts", "top_k", "tp", "tokens", "ep"))
-            law[row], step[row] = told / seconds[row] - 1, told * _over_law(others, kernel, *at) / seconds[row] - 1
+            kernel = kernels.setdefault(names[row], _Kernel(fit, fit, others, {c: column[c][row] for c in NAMES}))
+            at = (column[c][row] for c in ("num_experts", "top_k", "tokens", "ep"))
+            law[row], step[row] = told / seconds[row] - 1, told * kernel.over_law(*at) / seconds[row] - 1
     mean = np.array(column["tokens"]) * np.array(column["top_k"]) / np.array(column["num_experts"])
     parts = {
         "all": asked,

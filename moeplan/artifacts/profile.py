@@ -257,6 +257,7 @@ class HardwareProfile:
         """This profile with further ``rows`` in its table ``name``, as of a like machine that was measured."""
         answer = HardwareProfile(self.meta, directory=self.directory)
         answer._tables = self._tables | {name: pa.concat_tables((self.table(name), rows))}
+        answer.lent = self.lent
         return answer
 
     def with_exchanges_of(self, other: HardwareProfile) -> HardwareProfile:

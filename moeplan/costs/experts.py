@@ -15,7 +15,7 @@ Shapes: ``e`` local experts, any leading axes before them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -227,47 +227,49 @@ def expert_costs(
     """
     require_backend("backend", backend, profile)
     shape = (model.hidden_size, model.expert_intermediate_size)
-    fits = _measured(profile, *shape, dtype, tp, backend) if profile is not None else ()
-    if profile is None or not fits:
+    kernels = _measured(profile, *shape, dtype, tp, backend) if profile is not None else ()
+    if not kernels:
         return _roofline(model, accelerator, dtype, tp)
+    at = model.num_experts, model.top_k, mean_pairs * model.num_experts / model.top_k, model.num_experts / local_experts
 
-    def rank_s(found: _Kernel) -> float:
-        return found.fit.shared_s(mean_pairs * arriving) + local_experts * float(found.fit.expected_s(mean_pairs))
+    def rank_s(kernel: _Kernel) -> float:
+        fit = kernel.fit
+        law = fit.shared_s(mean_pairs * arriving) + local_experts * float(fit.expected_s(mean_pairs))
+        return law * kernel.over_law(*at)
 
-    best = min(fits, key=rank_s)
-    at = mean_pairs * model.num_experts / model.top_k, model.num_experts / local_experts
-    return best.costs.times(_over_law(profile, best, model.num_experts, model.top_k, tp, *at))
-
-
-@lru_cache(maxsize=1024)
-def _over_law(
-    profile: HardwareProfile, kernel: _Kernel, experts: int, top_k: int, tp: int, tokens: float, ep: float
-) -> float:
-    """What an evenly loaded rank of a group takes as measured, over what the law says; 1 where it was not measured.
-
-    One law stands for all group sizes and is smooth between sizes; measured rows tell more
-    (``benchmarks/step_laws.py``).
-    """
-    fit = kernel.fit
-
-    def law(coords: Floats) -> Floats:
-        pairs = coords[:, 0] * top_k
-        active = np.minimum(experts, np.maximum(pairs, coords[:, 1])) / coords[:, 1]
-        each = pairs / coords[:, 1] / active
-        return np.array([fit.shared_s(m) for m in each]) + active * fit.one_expert_s(each)
-
-    names = {**kernel.names, "num_experts": experts, "top_k": top_k, "tp": tp}
-    measured = TableCosts(profile, "experts", ("tokens", "ep"), names, law, "")
-    return measured.seconds(tokens, ep).total / float(law(np.array([[tokens, ep]]))[0])
+    best = min(kernels, key=rank_s)
+    return best.costs.times(best.over_law(*at))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kernel:
-    """A kernel measured at a shape: the law there, brought to the shape asked for, and the columns of its rows."""
+    """A kernel measured at a shape: the law there, and brought to the shape asked for; its rows."""
 
     fit: ExpertCosts
     costs: ExpertCosts
+    profile: HardwareProfile
     names: dict[str, Any]
+    known: dict[tuple[float, ...], float] = field(default_factory=dict)
+
+    def over_law(self, experts: int, top_k: int, tokens: float, ep: float) -> float:
+        """What an evenly loaded rank of a group takes as measured, over what the law says; 1 without such rows.
+
+        One law stands for all group sizes and is smooth between sizes; measured rows tell more
+        (``benchmarks/step_laws.py``).
+        """
+        asked = (experts, top_k, tokens, ep)
+        if asked not in self.known:
+            names = {**self.names, "num_experts": experts, "top_k": top_k}
+
+            def law(coords: Floats) -> Floats:
+                pairs = coords[:, 0] * top_k
+                active = np.minimum(experts, np.maximum(pairs, coords[:, 1])) / coords[:, 1]
+                each = pairs / coords[:, 1] / active
+                return np.array([self.fit.shared_s(m) for m in each]) + active * self.fit.one_expert_s(each)
+
+            measured = TableCosts(self.profile, "experts", ("tokens", "ep"), names, law, "")
+            self.known[asked] = measured.seconds(tokens, ep).total / float(law(np.array([[tokens, ep]]))[0])
+        return self.known[asked]
 
 
 @lru_cache(maxsize=64)
@@ -281,12 +283,14 @@ def _measured(
     for at in (where | {"hidden": hidden, "inter": inter, "tp": tp}, where):
         for kind in kinds:
             rows = profile.select("experts", **at, dtype=kind)
-            if fits := _fits(rows, hidden, inter, tp, "" if kind == dtype else f" in {kind}"):
-                return fits
+            if kernels := _kernels(profile, rows, hidden, inter, tp, "" if kind == dtype else f" in {kind}"):
+                return kernels
     return ()
 
 
-def _fits(rows: pa.Table, hidden: int, inter: int, tp: int, kind: str) -> tuple[_Kernel, ...]:
+def _kernels(
+    profile: HardwareProfile, rows: pa.Table, hidden: int, inter: int, tp: int, kind: str
+) -> tuple[_Kernel, ...]:
     """:func:`_measured` of rows in one number format, named ``kind`` in the source."""
     if not rows.num_rows:
         return ()
@@ -308,6 +312,6 @@ def _fits(rows: pa.Table, hidden: int, inter: int, tp: int, kind: str) -> tuple[
         return replace(fit.times(factor), relative_error=error, source=source, extrapolated=bool(note))
 
     rows = rows.filter(pa.array(exact))
-    columns = ("hidden", "inter", "dtype", "source", "kernel", "distribution", "direction", "scope")
+    columns = ("hidden", "inter", "tp", "dtype", "source", "kernel", "distribution", "direction", "scope")
     first = {name: {c: rows[c][n].as_py() for c in columns} for n, name in reversed([*enumerate(kernel_names(rows))])}
-    return tuple(_Kernel(fit, scaled(fit), first[name]) for name, fit in kernel_fits(rows).items())
+    return tuple(_Kernel(fit, scaled(fit), profile, first[name]) for name, fit in kernel_fits(rows).items())

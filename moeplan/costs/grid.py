@@ -84,17 +84,13 @@ class Grid:
 
     def at(self, names: Ints, index: Ints) -> Ints:
         """Rows of points at grid places ``index`` [..., A]; -1 where there is none."""
-        return self._look(self._row, names, index, -1)
-
-    @staticmethod
-    def _look(array: Ints, names: Ints, index: Ints, nothing: int) -> Ints:
-        shape = np.array(array.shape[1:])
+        shape = np.array(self._row.shape[1:])
         there = ((index >= 0) & (index < shape)).all(-1)
         safe = np.clip(index, 0, shape - 1)
-        found: Ints = array[(names.reshape(-1, *[1] * (index.ndim - 2)), *np.moveaxis(safe, -1, 0))]
-        return np.where(there, found, nothing)
+        rows: Ints = self._row[(names.reshape(-1, *[1] * (index.ndim - 2)), *np.moveaxis(safe, -1, 0))]
+        return np.where(there, rows, -1)
 
-    @property
+    @cached_property
     def _directions(self) -> Ints:
         """(2^A, A) up (1) or down (0) on each axis."""
         return np.array(list(product((0, 1), repeat=self._row.ndim - 1)))
@@ -114,22 +110,24 @@ class Grid:
 
     def covered(self, names: Ints, x: Floats) -> Bools:
         """Whether points lie on all sides of a query: one at or beyond it on all axes, in each direction."""
-        left, on = self.place(names, x)
-        answer = np.ones(len(x), bool)
-        for number, upward in enumerate(self._directions):
-            answer &= self._look(self._sides, names, left + upward * ~on, 0) >> number & 1 == 1
+        low, on = self.place(names, x)
+        high, shape = low + ~on, np.array(self._sides.shape[1:])
+        answer = np.asarray(((low >= 0) & (high < shape)).all(1))
+        steps = np.append(np.cumprod(shape[:0:-1])[::-1], 1)
+        low, high = low[answer], high[answer]
+        place = (low[:, None] + (high - low)[:, None] * self._directions) @ steps + names[answer, None] * shape.prod()
+        answer[answer] = (self._sides.ravel()[place] >> np.arange(len(self._directions)) & 1).all(1)
         return answer
 
-    def clip(self, names: Ints, x: Floats) -> Floats:
-        """Queries [q, A] moved into the values of their series on each axis."""
-        return np.clip(x, self.lowest[names], self.highest[names])
-
     def nearest_covered(self, names: Ints, x: Floats) -> Floats:
-        """[q, A, A] the nearest places to a query that are :meth:`covered`, one along each axis; infinity where there
-        is none. For queries of which there is none at all the nearest point stands in on all axes."""
-        near = np.empty((len(x), x.shape[1], x.shape[1]))
-        for start in range(0, len(x), _FEW):
-            part = slice(start, start + _FEW)
+        """[q, A, A] the nearest places to a query that are :meth:`covered`: its own, moved into the values of its
+        series, where that is; else one along each axis, infinity where there is none; else the nearest point, A times.
+        """
+        x = np.clip(x, self.lowest[names], self.highest[names])
+        near = np.repeat(x[:, None], x.shape[1], 1)
+        beyond = np.flatnonzero(~self.covered(names, x))
+        for start in range(0, len(beyond), _FEW):
+            part = beyond[start : start + _FEW]
             for axis in range(x.shape[1]):
                 near[part, axis] = self._along(axis, names[part], x[part])
         for query in np.flatnonzero(np.isinf(near).all((1, 2))):

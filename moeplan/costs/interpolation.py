@@ -132,12 +132,12 @@ class GridInterpolator:
 
     # ------------------------------------------------------------------ answers
 
-    def predict(self, series_q: Ints, coords_qA: Floats) -> Estimates:
+    def predict(self, series_q: Ints, coords_qA: Floats, inside: NDArray[np.bool_] | None = None) -> Estimates:
         """Latency at points of known series (``series_q`` as given when built).
 
         Measured points are answered by their measurement. Where not all sides have measured points ``inside`` is
         False and the answer is the trend's: the caller must extend the table from :meth:`nearest_covered` by a law it
-        trusts, or refuse.
+        trusts, or refuse. ``inside`` where that is known.
         """
         names = np.searchsorted(self._grid.names, series_q)
         x = np.log(coords_qA)
@@ -149,24 +149,15 @@ class GridInterpolator:
         rest = np.flatnonzero(~measured)
         if len(rest):
             answer[rest] = self._best(names[rest], x[rest])
-        inside = self._grid.covered(names, x) & np.isfinite(answer)
+        inside = (self._grid.covered(names, x) if inside is None else inside) & np.isfinite(answer)
         return Estimates(np.exp(answer), inside, measured, self.relative_error)
 
-    def nearest_covered(self, series_q: Ints, coords_qA: Floats, law: Callable[[Floats], Floats]) -> Floats:
-        """Coordinates [q, A] with measured points on all sides: those asked for, or those nearest by ``law`` (seconds
-        at coordinates): of a place with less context and one with fewer sequences the one with more of the work."""
+    def nearest_covered(self, series_q: Ints, coords_qA: Floats) -> tuple[NDArray[np.bool_], Floats]:
+        """Whether measured points lie on all sides of each query, and for those where they do not [o, A, A] near places
+        where they do, one moved along each axis; infinity where there is none."""
         names, x = np.searchsorted(self._grid.names, series_q), np.log(coords_qA)
-        near = coords_qA.copy()
-        beyond = np.flatnonzero(~self._grid.covered(names, x))
-        if len(beyond):
-            places = np.exp(self._grid.nearest_covered(names[beyond], self._grid.clip(names[beyond], x[beyond])))
-            there = np.asarray(np.isfinite(places).all(axis=2))
-            tried = np.where(there[:, :, None], places, coords_qA[beyond][:, None])
-            asked = np.log(law(coords_qA[beyond]))
-            lawful = np.stack([np.log(law(tried[:, axis])) for axis in range(places.shape[1])], 1)
-            apart = np.where(there, np.abs(lawful - asked[:, None]), np.inf)
-            near[beyond] = places[np.arange(len(beyond)), apart.argmin(1)]
-        return near
+        inside = self._grid.covered(names, x)
+        return inside, np.exp(self._grid.nearest_covered(names[~inside], x[~inside]))
 
     def plain(self, series_q: Ints, coords_qA: Floats) -> Floats:
         """The log-log line along the size alone; nan where it has no two ends."""

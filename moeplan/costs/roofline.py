@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import linprog
-from scipy.sparse import block_diag, coo_array, csr_array, hstack
+from scipy.sparse import block_diag, coo_array, csr_array, eye_array, hstack, kron
 from scipy.sparse.csgraph import connected_components
 
 from moeplan.errors import SpecError
@@ -95,15 +95,14 @@ def _shared_links(nodes: int, per_node: int, links: tuple[tuple[str, str, float,
     for a, b, _, _ in links:
         for end in (a, b):
             number.setdefault(end, max(number.values()) + 1)
-    ways = [
-        (number[source], number[target], bandwidth)
-        for a, b, bandwidth, duplex in links
-        for source, target in ((a, b), (b, a))[: 1 + duplex]
-        if number[source] != number[target]
-    ]
+    ways: dict[tuple[int, int], float] = {}
+    for a, b, bandwidth, duplex in links:
+        for way in ((number[a], number[b]), (number[b], number[a]))[: 1 + duplex]:
+            if way[0] != way[1]:
+                ways[way] = ways.get(way, 0.0) + bandwidth
     places, edges = max(number.values()) + 1, len(ways)
-    tails, heads = np.array([way[:2] for way in ways], int).reshape(-1, 2).T
-    capacity = np.array([bandwidth for _, _, bandwidth in ways])
+    tails, heads = np.array([*ways], int).reshape(-1, 2).T
+    capacity = np.array([*ways.values()])
     parts = connected_components(coo_array((np.ones(edges), (tails, heads)), (places, places)), connection="strong")[1]
     apart = np.flatnonzero(parts[:nodes] != parts[0])
     if len(apart):
@@ -117,10 +116,15 @@ def _shared_links(nodes: int, per_node: int, links: tuple[tuple[str, str, float,
     scale = capacity.max()
     found = linprog(
         np.append(np.zeros(nodes * edges), -1.0),
-        A_ub=hstack([csr_array(np.tile(np.eye(edges), nodes)), csr_array((edges, 1))]),
+        A_ub=hstack([kron(np.ones((1, nodes)), eye_array(edges)), csr_array((edges, 1))]),
         b_ub=capacity / scale,
         A_eq=hstack([block_diag([net] * nodes), csr_array(-taken_NP.reshape(-1, 1))]),
         b_eq=np.zeros(nodes * places),
         method="highs-ipm",
     )
+    if found.status != 0 or found.x[-1] <= 0:
+        raise SpecError(
+            f"links: no flow between nodes was found ({found.message}); bandwidths from {capacity.min():.3g} to"
+            f" {scale:.3g} bytes/s may lie too far apart: leave out links that carry next to nothing"
+        )
     return float(scale * found.x[-1])

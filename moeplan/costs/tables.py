@@ -60,8 +60,8 @@ class TableCosts:
     """Rows of one table that equal ``names``, over numeric ``axes`` (the size first).
 
     Of several kernels the one with most rows serves. ``law`` gives roofline seconds at ``[q, A]`` coordinates:
-    it stands in where there are no rows, and extends the table in proportion from the nearest place with measured
-    points on all sides (a table of batches and contexts, say, ends where both are large).
+    it stands in where there are no rows, and extends the table in proportion from near places with measured points on
+    all sides (a table of batches and contexts, say, ends where both are large).
     """
 
     def __init__(
@@ -87,14 +87,26 @@ class TableCosts:
         if self._model is None:
             value = self._law(flat)
             return Seconds(value.reshape(at.shape[:-1]), roofline.RELATIVE_ERROR, self._sheet, True)
-        series = np.zeros(len(flat), np.int64)
-        near = self._model.nearest_covered(series, flat, self._law)
-        answer = self._model.predict(series, near)
-        stretch = self._law(flat) / self._law(near)
-        outside = bool((near != flat).any() or not answer.inside.all())
+        inside, near = self._model.nearest_covered(np.zeros(len(flat), np.int64), flat)
+        places = np.concatenate([flat[inside], near[np.isfinite(near).all(2)]])
+        answer = self._model.predict(np.zeros(len(places), np.int64), places, np.ones(len(places), bool))
+        value, count = np.empty(len(flat)), int(inside.sum())
+        value[inside] = answer.latency_us[:count]
+        if outside := count < len(flat):
+            value[~inside] = self._extended(flat[~inside], near, answer.latency_us[count:])
         source = f"{'measured' if answer.measured.all() and not outside else 'interpolated'}: {self._source}"
         error = self._model.relative_error
         if outside:
             source, error = source.replace("interpolated", "extrapolated"), max(error, roofline.RELATIVE_ERROR)
-        value = np.where(np.isfinite(answer.latency_us), answer.latency_us * 1e-6 * stretch, self._law(flat))
+        value = np.where(np.isfinite(value), 1e-6 * value, self._law(flat))
         return Seconds(value.reshape(at.shape[:-1]), error, source, outside)
+
+    def _extended(self, coords_oA: Floats, near_oAA: Floats, latency_us: Floats) -> Floats:
+        """Latencies at ``coords`` from those at places near them, in proportion to the law; of several places by the
+        one that gives the least: from small work on, the law grows too fast, since part of the time was no work."""
+        there = np.isfinite(near_oAA).all(2)
+        value = np.full(there.shape, np.inf)
+        asked = np.repeat(coords_oA[:, None], there.shape[1], 1)[there]
+        value[there] = np.nan_to_num(latency_us, nan=np.inf) * self._law(asked) / self._law(near_oAA[there])
+        least: Floats = value.min(1)
+        return least

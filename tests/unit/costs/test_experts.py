@@ -123,6 +123,21 @@ def test_an_even_load_takes_what_was_measured_where_no_law_for_all_sizes_says_it
     assert costs.rank_s(np.full(8, 256.0), 256.0) == pytest.approx(float(truth_s(np.full(8, 256.0), 4096)), rel=0.25)
 
 
+def test_the_kernel_that_measured_fastest_serves_not_the_one_whose_law_is_fastest() -> None:
+    slow_here = [
+        row | {"latency_us": row["latency_us"] * (3 if (row["ep"], row["tokens"]) == (8, 4096) else 1)}  # type: ignore[operator]
+        for row in rows()
+    ]
+    both = HardwareProfile(
+        META, {"experts": pa.Table.from_pylist(slow_here + [row | {"kernel": "steady"} for row in rows(scale=1.5)])}
+    )
+    for ep, kernel, factor in ((8, "steady", 1.5), (4, "k", 1.0)):
+        costs = expert_costs(MODEL, GPU, "bf16", both, mean_pairs=256.0, local_experts=EXPERTS // ep)
+        assert f"({kernel})" in costs.source
+        vector = np.full(EXPERTS // ep, 256.0)
+        assert costs.rank_s(vector, 256.0) == pytest.approx(factor * float(truth_s(vector, 4096)), rel=0.01)
+
+
 def test_linear_coefficients_meet_the_curve_at_the_point() -> None:
     costs = expert_costs(MODEL, GPU, "bf16", profile())
     fixed, active, pair = costs.linear(1024.0)

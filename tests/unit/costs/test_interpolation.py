@@ -246,11 +246,14 @@ def test_what_has_no_points_on_all_sides_is_not_inside() -> None:
     at = np.array([[512.0, 37], [1024, 64], [1100, 64], [8192, 8], [8300, 8], [8300, 3], [8300, 37], [0.5, 1]])
     answer = model.predict(np.zeros(len(at), int), at)
     assert answer.inside.tolist() == [True, True, False, True, False, True, False, False]
-    near = model.nearest_covered(np.zeros(len(at), int), at, lambda c: c[:, 0] ** 2 * c[:, 1])
-    np.testing.assert_array_equal(near[answer.inside], at[answer.inside])
-    assert model.predict(np.zeros(len(at), int), near).inside.all()
-    np.testing.assert_allclose(near[6], [8300, 4])  # of 1,024 tokens and 37 sequences the law has a hundredth
-    np.testing.assert_allclose(near[7], [1, 1])
+    inside, near = model.nearest_covered(np.zeros(len(at), int), at)
+    np.testing.assert_array_equal(inside, answer.inside)
+    places = near[np.isfinite(near).all(2)]
+    assert model.predict(np.zeros(len(places), int), places).inside.all()
+    np.testing.assert_allclose(near[0], [[1024, 64], [1100, 32]])  # less context, or fewer sequences
+    np.testing.assert_allclose(near[-1], [[1, 1], [1, 1]])
+    beyond = model.nearest_covered(np.zeros(1, int), np.array([[20000.0, 3]]))[1]  # 3 is between measured numbers
+    np.testing.assert_allclose(beyond[0], [[16384, 3], [16384, 3]])
 
 
 def test_a_table_that_ends_askew_is_extended_by_its_law_without_a_fall() -> None:
