@@ -91,7 +91,7 @@ def windows_of(routing: RoutingTrace | ExpertLoad, windows: str) -> ExpertLoad:
 def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:
     """Measured costs: by name or directory; by default those shipped for the accelerator; ``none``: the roofline.
 
-    Exchanges that a profile has not measured are those shipped for its accelerator.
+    A table of exchanges that a profile lacks is the one shipped for its accelerator; one that it has serves alone.
 
     Raises:
         ProfileError: no such profile, or it is damaged.
