@@ -119,7 +119,7 @@ def _made(what: str, make: Callable[[], Bench], notes: list[str]) -> list[Bench]
     try:
         return [make()]
     except SpecError as error:
-        note = f"{what}: not measured, {error}".replace("; ", ", ")  # notes are parted by "; "
+        note = f"{what}: not measured, {error}"
         notes += [note] if note not in notes else []
         return []
 

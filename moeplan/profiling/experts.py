@@ -111,7 +111,7 @@ def expert_bench(
         raise SpecError("direction (backward) is not measured for kernel (triton), it has no gradient; use grouped_mm")
     name = f"experts {shape.text} {dtype}"
     gaps = [gap for kernel in kernels if (gap := kernel_gap(kernel, dtype))]
-    left_out = [f"{name}: {gap}".replace("; ", ", ") for gap in gaps]  # notes are parted by "; "
+    left_out = [f"{name}: {gap}" for gap in gaps]
     if "triton" in able and "backward" in directions:
         left_out.append(f"{name}: kernel (triton) backward is not measured, it has no gradient")
     backward = "backward" in directions

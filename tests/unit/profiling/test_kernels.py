@@ -72,7 +72,7 @@ def test_what_an_expert_bench_leaves_out_is_said(cpu, monkeypatch):
     bench = expert_bench(cpu, shape, "int8", ["bmm", "loop"], max_tokens=64)
     assert {series.row(1)["kernel"] for series in bench.series} == {"loop"}
     name = "experts H128 F128 E4 K2"
-    assert bench.left_out == (f"{name} int8: kernel (bmm) has no code for dtype (int8), use loop",)
+    assert bench.left_out == (f"{name} int8: kernel (bmm) has no code for dtype (int8); use loop",)
     with pytest.raises(SpecError, match=r"dtype \(int4\): hidden \(128\) and inter \(64\) must divide by 128; leave"):
         expert_bench(cpu, ExpertShape(128, 128, 4, 2, tp=2), "int4", ["loop"])
     monkeypatch.setattr(Device, "available_bytes", 10 * 2**20)

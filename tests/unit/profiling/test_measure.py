@@ -181,14 +181,14 @@ def test_a_type_that_the_sizes_do_not_suit_is_found_before_the_others_are_measur
     asked = {"parts": ("experts",), "budget_s": 0.3, "max_tokens": 2}
     sizes = Sizes(hidden=64, inter=64, experts=4, top_k=1)
     answer = measure_profile(ProfileRequest(sizes=sizes, dtypes=("fp32", "int4"), **asked), tmp_path / "p")
-    why = "dtype (int4): hidden (64) and inter (64) must divide by 128, leave int4 out of --dtype, or choose sizes"
+    why = "dtype (int4): hidden (64) and inter (64) must divide by 128; leave int4 out of --dtype, or choose sizes"
     assert f"experts of sizes in int4: not measured, {why} that do" in answer["left_out"]
     assert {row["dtype"] for row in HardwareProfile.open(tmp_path / "p").table("experts").to_pylist()} == {"fp32"}
     monkeypatch.setattr("moeplan.pipeline.profiling.run_benches", lambda *_: pytest.fail("measured"))
     with pytest.raises(SpecError, match=r"experts of sizes in int4: not measured, dtype \(int4\): hidden \(64\)"):
         measure_profile(ProfileRequest(sizes=sizes, dtypes=("int4",), **asked), tmp_path / "q")
     heads = Sizes(heads=3, head_dim=16)
-    with pytest.raises(SpecError, match=r"attention of 3 heads in fp32: .* must divide by tp \(2\), give a --tp"):
+    with pytest.raises(SpecError, match=r"attention of 3 heads in fp32: .* must divide by tp \(2\); give a --tp"):
         measure_profile(ProfileRequest(parts=("attention",), sizes=heads, dtypes=("fp32",), tp=(2,)), tmp_path / "q")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p"]
 
