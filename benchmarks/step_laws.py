@@ -23,8 +23,9 @@ import pyarrow as pa
 
 from moeplan.artifacts.profile import USABLE_MARKS, HardwareProfile
 from moeplan.artifacts.profile_tables import MISMEASURED
-from moeplan.costs.experts import _Kernel, kernel_fits, kernel_names
+from moeplan.costs.experts import _Kernel, kernel_fits
 from moeplan.costs.heldout import hidden_rows, hold_out
+from moeplan.costs.tables import kernel_names
 from moeplan.pipeline.aic import full_profile
 
 SYSTEMS = ("h100_sxm", "gb200")

@@ -28,11 +28,11 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.frameworks import require_backend
 from moeplan.costs.interpolation import line
-from moeplan.costs.tables import TableCosts
+from moeplan.costs.tables import TableCosts, kernel_names
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import Dtype, ModelSpec
 
-__all__ = ["ExpertCosts", "expert_costs", "fit_experts", "kernel_fits", "kernel_names"]
+__all__ = ["ExpertCosts", "expert_costs", "fit_experts", "kernel_fits"]
 
 Floats = NDArray[np.float64]
 
@@ -162,11 +162,6 @@ def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: st
     predicted = np.array([draft.shared_s(m) for m in mean]) + active_n * draft.one_expert_s(mean)
     error = float(np.quantile(np.abs(predicted / seconds_n - 1), 0.9))
     return ExpertCosts(sizes, weight, shared, error, source)
-
-
-def kernel_names(rows: pa.Table) -> list[str]:
-    """Source and kernel of each row."""
-    return [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
 
 
 def kernel_fits(rows: pa.Table) -> dict[str, ExpertCosts]:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
@@ -18,7 +19,7 @@ from moeplan.costs import roofline
 from moeplan.costs.interpolation import GridInterpolator
 from moeplan.costs.waves import steps_of
 
-__all__ = ["Seconds", "TableCosts"]
+__all__ = ["Seconds", "TableCosts", "kernel_names"]
 
 Floats = NDArray[np.float64]
 
@@ -38,6 +39,11 @@ class Seconds:
         return float(self.value.sum())
 
 
+def kernel_names(rows: pa.Table) -> list[str]:
+    """Source and kernel of each row."""
+    return [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
+
+
 @lru_cache(maxsize=256)
 def _fitted(
     profile: HardwareProfile, table: str, axes: tuple[str, ...], names: tuple[tuple[str, Any], ...]
@@ -46,10 +52,10 @@ def _fitted(
     rows = profile.select(table, **dict(names))
     if not rows.num_rows:
         return None
-    kernels = [f"{s} ({k})" for s, k in zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), strict=True)]
-    values, counts = np.unique(np.array(kernels), return_counts=True)
+    kernels = np.array(kernel_names(rows))
+    values, counts = np.unique(kernels, return_counts=True)
     source = str(values[counts.argmax()])
-    mine = np.array(kernels) == source
+    mine = kernels == source
     coords = np.stack([rows[axis].to_numpy()[mine].astype(float) for axis in axes], 1)
     latency = rows["latency_us"].to_numpy()[mine]
     model = GridInterpolator(np.zeros(len(coords), np.int64), coords, latency, steps=steps_of(profile, table))

@@ -29,6 +29,7 @@ from moeplan.execution.options import LiveJob
 from moeplan.execution.router import Routing
 from moeplan.execution.train import StepMetrics, Trainer, gather_events
 from moeplan.files import write_text
+from moeplan.routing.overhead import paired_slowdown
 
 __all__ = ["RoutingSink", "live_rank", "record_held_out", "recording_overhead"]
 
@@ -225,11 +226,10 @@ def _recorded(trainer: Trainer, sink: RoutingSink) -> Iterator[None]:
 
 
 @torch.no_grad()
-def recording_overhead(trainer: Trainer, sink: RoutingSink, pairs: int = 8) -> tuple[float, float]:
-    """Slowdown of a prefill pass by recording into ``sink``, a throwaway, and its spread, as parts of the time without.
+def recording_overhead(trainer: Trainer, sink: RoutingSink, pairs: int = 8) -> tuple[float, float | None]:
+    """:func:`~moeplan.routing.overhead.paired_slowdown` of a prefill pass by recording into ``sink``, a throwaway.
 
-    Median, and 90th less 10th percentile, of pairs of passes with and without, which take turns in going first. Each
-    is the slowest rank's; every rank calls this.
+    A pass is the slowest rank's; every rank calls this.
     """
     mesh, length = trainer.mesh, trainer.options.length
     rows_BT = trainer.rows(1_000_000, held_out=True)[0][:, :length]
@@ -251,13 +251,9 @@ def recording_overhead(trainer: Trainer, sink: RoutingSink, pairs: int = 8) -> t
 
     enabled, trainer.clock.enabled = trainer.clock.enabled, False  # these passes are no events of the run
     try:
-        seconds(True)  # warms both
-        both = ({r: seconds(r) for r in ((True, False) if i % 2 else (False, True))} for i in range(pairs))
-        slower = [pair[True] / pair[False] - 1 for pair in both]
+        return paired_slowdown(seconds, pairs)
     finally:
         trainer.clock.enabled = enabled
-    low, median, high = np.percentile(slower, [10, 50, 90])
-    return float(median), float(high - low)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import numpy as np
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import MissingExtraError, MoeplanError, RunError, SpecError, TraceError
 from moeplan.routing.io import read_trace, save_trace
+from moeplan.routing.overhead import slowdown
 
 __all__ = ["record_routing"]
 
@@ -93,7 +94,6 @@ _Recorded = tuple[RoutingTrace, RunError | KeyboardInterrupt | None]
 def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_tokens: int) -> _Recorded:
     from dataclasses import replace
 
-    from moeplan.profiling.routing import slowdown
     from moeplan.profiling.sglang_recorder import SglangServer
     from moeplan.routing.joining import join_traces
 

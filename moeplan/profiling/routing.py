@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import TraceError
 from moeplan.profiling.device import torch_module
+from moeplan.routing.overhead import paired_slowdown
 
-__all__ = ["RoutingRecorder", "cache_name", "find_routers", "hook_model", "measure_overhead", "slowdown"]
+__all__ = ["RoutingRecorder", "cache_name", "find_routers", "hook_model", "measure_overhead"]
 
 _CACHE_NAMES = ("cache", "past_key_values")  # of the KV cache, since transformers 5.24 and before
 
@@ -248,18 +249,9 @@ def hook_model(model: Any, recorder: RoutingRecorder | None = None) -> Iterator[
             handle.remove()
 
 
-def slowdown(plain_s: Sequence[float], recorded_s: Sequence[float]) -> tuple[float, float | None]:
-    """By how much recording slows passes down, and its spread, as parts of the time without.
-
-    Median, and 90th less 10th percentile, of pairs of passes; a single pair has no spread.
-    """
-    low, median, high = np.percentile(np.divide(recorded_s, plain_s) - 1, [10, 50, 90])
-    return float(median), float(high - low) if len(plain_s) > 1 else None
-
-
 def measure_overhead(run: Callable[[], object], model: Any, pairs: int = 8) -> tuple[float, float | None]:
-    """:func:`slowdown` of ``run`` by recording ``model``: pairs of passes with and without, which take turns in
-    going first, after one to warm up. Hooking is no part of a pass."""
+    """:func:`~moeplan.routing.overhead.paired_slowdown` of ``run`` by recording ``model``. Hooking is no part of a
+    pass."""
     torch = torch_module()
 
     def now() -> float:
@@ -273,6 +265,4 @@ def measure_overhead(run: Callable[[], object], model: Any, pairs: int = 8) -> t
             run()
             return now() - begin
 
-    seconds(True)  # warms both
-    both = [{r: seconds(r) for r in ((True, False) if i % 2 else (False, True))} for i in range(pairs)]
-    return slowdown([pair[False] for pair in both], [pair[True] for pair in both])
+    return paired_slowdown(seconds, pairs)
