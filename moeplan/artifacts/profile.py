@@ -305,7 +305,8 @@ class HardwareProfile:
         found = self.select(name, **where)
         if found.num_rows:
             return found
-        region = ", ".join(f"{column}={value}" for column, value in where.items())
+        said = {c: v if isinstance(v, (str, int, float)) else " or ".join(map(str, v)) for c, v in where.items()}
+        region = ", ".join(f"{column}={value}" for column, value in said.items())
         reason = f"it has no table {name}"
         kept: dict[str, Any] = {}
         if name in self.table_names:
@@ -315,7 +316,7 @@ class HardwareProfile:
                 if not self.select(name, **kept).num_rows:
                     there = sorted(pc.unique(before[column]).to_pylist())
                     shown = ", ".join(map(str, there[:12])) + (", ..." if len(there) > 12 else "")
-                    reason = f"{column}={value} is not there (there is: {shown or 'nothing'})"
+                    reason = f"{column}={said[column]} is not there (there is: {shown or 'nothing'})"
                     break
         raise ProfileError(
             f"profile {self.meta.name} does not cover {name} at {region}: {reason};"

@@ -206,7 +206,7 @@ def measure_command(table: str, region: Mapping[str, Any]) -> str:
                 f"no kernel of moeplan profile has {' or '.join(formats)}, import the public tables where they have:"
                 f" moeplan profile import-aic{system} --out DIR"
             )
-        given["dtype"] = ",".join(able)
+        given["dtype"] = able[0]
     prefix = "moeplan"
     if subcommand == "collectives":
         nodes = region.get("nodes", 1)

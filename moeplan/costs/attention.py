@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
-from moeplan.costs.dense import DenseCosts
+from moeplan.costs.dense import DenseCosts, Direction
 from moeplan.costs.frameworks import framework_that_serves
+from moeplan.costs.number_formats import table_dtypes
 from moeplan.costs.tables import Seconds, TableCosts
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.cluster import AcceleratorSpec
@@ -39,7 +40,8 @@ _POINT = ("context_tokens", "batch", "heads", "kv_heads", "head_dim", "window", 
 
 
 class AttentionCosts:
-    """Attention of one layer with ``1 / tp`` of its heads on a rank, in one phase.
+    """Attention of one layer with ``1 / tp`` of its heads on a rank, in one phase, or its backward; in the type of
+    ``dense``'s activations, as the cache unless ``kv_dtype`` is narrower than 16 bits.
 
     Rows are those of ``backend``; of the framework with the fastest kernels of long contexts where none is named, or
     where the named one has none of the shape, or takes over ``_SLOWER`` times as long: it has timed another product.
@@ -57,6 +59,7 @@ class AttentionCosts:
         tp: int = 1,
         backend: str | None = None,
         window: int = 0,
+        direction: Direction = "forward",
     ) -> None:
         self._spec, self._hidden, self._dense = attention, hidden, dense
         self._decode, self._tp = decode, tp
@@ -65,6 +68,9 @@ class AttentionCosts:
         query_dim = (attention.qk_nope_head_dim or attention.head_dim) + rotary
         bandwidth = roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
         stored = (rank + rotary) if attention.is_mla else 2 * kv_heads * attention.head_dim
+        arithmetic = dense.activations
+        wide, flops = DTYPE_BYTES[arithmetic], roofline.matmul_flops(accelerator, arithmetic)
+        cache = DTYPE_BYTES[kv_dtype] if DTYPE_BYTES[kv_dtype] < 2 else wide
 
         def law(coords: Floats, queries: float = 1.0) -> Floats:
             context, batch = coords.T
@@ -74,11 +80,11 @@ class AttentionCosts:
                 work = 2 * batch * heads * query * context * (2 * rank + rotary)
             else:
                 work = 2 * batch * heads * query * context * (query_dim + attention.head_dim) / (1 if decode else 2)
-            moved = batch * context * stored * DTYPE_BYTES[kv_dtype] + 4 * batch * query * heads * query_dim
-            seconds: Floats = np.maximum(moved / bandwidth, work / accelerator.bf16)
+            moved = batch * context * stored * cache + 2 * wide * batch * query * heads * query_dim
+            seconds: Floats = np.maximum(moved / bandwidth, work / flops)
             return seconds
 
-        names = {
+        names: dict[str, Any] = {
             "kind": "mla" if attention.is_mla else "gqa",
             "phase": "decode" if decode else "prefill",
             "scope": "kernel",
@@ -86,14 +92,19 @@ class AttentionCosts:
             "kv_heads": 1 if attention.is_mla else int(kv_heads),
             "head_dim": attention.head_dim,
             "window": window,
-            "dtype": "bf16",
-            "kv_dtype": kv_dtype,
-            "direction": "forward",
+            "direction": direction,
         }
+        # Of the kinds of 16 bits the first that is measured.
+        kinds: list[dict[str, Any]] = [
+            names | {"dtype": of, "kv_dtype": of if cache == wide else kv_dtype} for of in table_dtypes(arithmetic)
+        ]
+        there = (kind for kind in kinds if profile is not None and profile.select("attention", **kind).num_rows)
+        names = next(there, kinds[0])
         framework = _framework(profile, tuple(names.items()), backend) if profile is not None else None
         names |= {"backend": framework} if framework else {}
         self._law = law
         self._kernel = TableCosts(profile, "attention", ("context_tokens", "batch"), names, law, accelerator.name)
+        self.measured = self._kernel.measured
 
     def kernel(self, batch: Any, context: Any) -> Seconds:
         """Attention alone over ``batch`` sequences; in prefill all ``context`` tokens are new."""
@@ -143,6 +154,7 @@ def attention_by_window(
     profile: HardwareProfile | None = None,
     tp: int = 1,
     backend: str | None = None,
+    direction: Direction = "forward",
 ) -> tuple[tuple[float, AttentionCosts], ...]:
     """(share of the layers, their costs): layers alike but for how many of the last tokens they see.
 
@@ -155,4 +167,4 @@ def attention_by_window(
     layers = sum(count for _, count in alike)
     hidden = model.hidden_size
     common = (spec, hidden, accelerator, decode, dense, kv_dtype, profile, tp, backend)
-    return tuple((count / layers, AttentionCosts(*common, window)) for window, count in alike)
+    return tuple((count / layers, AttentionCosts(*common, window, direction)) for window, count in alike)

@@ -7,6 +7,8 @@ span nodes enter and leave a node over the NICs of all its members (NCCL's chann
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +22,8 @@ Floats = NDArray[np.float64]
 
 
 class CollectiveCosts:
-    """Collectives over groups of ranks of a cluster that lie ``stride`` apart."""
+    """Collectives over groups of ranks of a cluster that lie ``stride`` apart; those measured in 16 bits, else in fp32:
+    bytes count."""
 
     def __init__(self, cluster: ClusterSpec, profile: HardwareProfile | None = None) -> None:
         self._cluster, self._profile = cluster, profile
@@ -54,6 +57,12 @@ class CollectiveCosts:
             seconds: Floats = latency + part * size[:, 0] / bandwidth
             return seconds
 
-        names = {"op": op, "ranks": ranks, "nodes": 1 if inside else -(-span // cluster.ranks_per_node)}
-        names |= {"dtype": ["fp16", "bf16"], "algorithm": "flat", "distribution": "even"}
-        return TableCosts(self._profile, "collectives", ("message_size_bytes",), names, law, cluster.accelerator.name)
+        names: dict[str, Any] = {"op": op, "ranks": ranks, "nodes": 1 if inside else -(-span // cluster.ranks_per_node)}
+        names |= {"algorithm": "flat", "distribution": "even"}
+        axes, name = ("message_size_bytes",), cluster.accelerator.name
+        tables = (
+            TableCosts(self._profile, "collectives", axes, names | {"dtype": dtype}, law, name)
+            for dtype in (["fp16", "bf16"], "fp32")
+        )
+        half = next(tables)
+        return half if half.measured else next(tables)

@@ -7,8 +7,8 @@ from typing import Any
 
 from moeplan.artifacts.profile import HardwareProfile, shipped_profile_for
 from moeplan.costs.exchange import MODES, mode_of
-from moeplan.costs.experts import TABLE_DTYPES
 from moeplan.costs.frameworks import FRAMEWORK_TABLES
+from moeplan.costs.number_formats import table_dtypes
 from moeplan.errors import ProfileError
 from moeplan.specs.catalogue import slug
 from moeplan.specs.cluster import ClusterSpec
@@ -25,7 +25,7 @@ def coverage_gaps(
     """One message per region that predictions for this model would have to scale or take from the roofline."""
     hidden, experts = {"hidden": model.hidden_size}, {"num_experts": model.num_experts}
     shape = hidden | {"inter": model.expert_intermediate_size} | experts | {"top_k": model.top_k}
-    kinds = {"dtype": TABLE_DTYPES.get(workload.weight_dtype, workload.weight_dtype), "distribution": "balanced"}
+    kinds = {"dtype": table_dtypes(workload.weight_dtype), "distribution": "balanced"}
     public = shipped_profile_for(profile.meta.accelerator)
     regions: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("experts", shape | kinds, {"system": public.meta.name} if public else {})
@@ -56,7 +56,7 @@ def _name(model: ModelSpec) -> str:
 
 def backend_gaps(backend: str, dtype: Dtype, profile: HardwareProfile) -> tuple[str, ...]:
     """One message per table whose rows are chosen by framework and that has none of ``backend``: what stands in."""
-    own: dict[str, dict[str, Any]] = {"experts": {"dtype": TABLE_DTYPES.get(dtype, dtype)}}
+    own: dict[str, dict[str, Any]] = {"experts": {"dtype": table_dtypes(dtype)}}
     return tuple(
         f"profile {profile.meta.name} has no {table} of it, "
         + (f"in {dtype}; the roofline stands in" if table == "experts" else "another framework's stand in")

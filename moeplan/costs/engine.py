@@ -21,8 +21,8 @@ from moeplan.costs.attention import AttentionCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.engine_links import EngineLinks
 from moeplan.costs.engine_tables import EngineSetup, EngineTables, Exchange
-from moeplan.costs.experts import TABLE_DTYPES
 from moeplan.costs.fastest import FastestTable
+from moeplan.costs.number_formats import table_dtypes
 from moeplan.specs.attention_layers import AttentionLayers, attention_layers
 from moeplan.specs.model import DTYPE_BYTES, Dtype
 
@@ -250,9 +250,7 @@ class EngineCosts:
             "num_slots": [0, m.num_experts],
         }
         # Frameworks take these kernels from the same libraries: the one asked for, else the fastest of all measured.
-        choices: tuple[dict[str, Any], ...] = tuple(
-            {"dtype": dtype} for dtype in TABLE_DTYPES.get(s.expert_dtype, (s.expert_dtype,))
-        )
+        choices: tuple[dict[str, Any], ...] = tuple({"dtype": dtype} for dtype in table_dtypes(s.expert_dtype))
         # CUTLASS' 4-bit rows are left out: B200's take twice GB200's at the same points.
         parts = _LIBRARIES.get(s.expert_kernels)
         if parts and (s.expert_kernels, s.expert_dtype) != ("cutlass", "fp4"):

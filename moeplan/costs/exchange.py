@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 from moeplan.specs.workload import DispatchKind, Phase
 
 __all__ = [
@@ -237,8 +237,8 @@ def _pair(
         wire = roofline.token_bytes(model.hidden_size, dtype) / roofline.token_bytes(model.hidden_size, measured)
         return replace(curve, bytes_factor=curve.bytes_factor * wire)
 
-    if out.names["mode"] == FLAT:  # measured in one type both ways; tokens come back in bf16
-        back = sent_in(back, "bf16")
+    if out.names["mode"] == FLAT:  # measured in one type both ways; tokens come back in 16 bits or more
+        back = sent_in(back, activations_beside(activation))
     return [sent_in(out, activation), back]
 
 
@@ -276,7 +276,7 @@ def exchange_costs(
     every token to every rank, whatever is chosen.
     """
     out = roofline.token_bytes(model.hidden_size, activation_dtype)
-    wire = out if one_way else out + roofline.token_bytes(model.hidden_size, "bf16")
+    wire = out if one_way else out + roofline.returned_bytes(model.hidden_size, activation_dtype)
     mode, passes = mode_of(dispatch, phase), 1 if one_way else 2
     usable = profile is not None and not one_way and dispatch != "allgather"
     joined = cluster.topology in ("flat", "nvl72") or cluster.num_nodes == 1

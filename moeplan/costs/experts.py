@@ -26,8 +26,10 @@ from scipy.optimize import isotonic_regression
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
+from moeplan.costs.dense import Direction
 from moeplan.costs.frameworks import require_backend
 from moeplan.costs.interpolation import line
+from moeplan.costs.number_formats import table_dtypes
 from moeplan.costs.tables import TableCosts, kernel_names
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import Dtype, ModelSpec
@@ -36,14 +38,6 @@ __all__ = ["ExpertCosts", "expert_costs", "fit_experts", "kernel_fits"]
 
 Floats = NDArray[np.float64]
 
-# Number formats under which a weight type appears in measured tables. A model's spec does not say which of them it is
-# published in, so the order does: fp8 scaled by blocks, as DeepSeek and Qwen publish it; 4 bits whose products the
-# device computes narrow, before those that it widens to 16 bits.
-TABLE_DTYPES: dict[str, tuple[str, ...]] = {
-    "fp8": ("fp8_block", "fp8"),
-    "fp4": ("nvfp4", "w4a8_mxfp4_mxfp8", "w4a16_mxfp4"),
-    "int8": ("int8_wo", "int8"),
-}
 _POISSON_MAX = 64  # expected tokens from which the count's scatter no longer matters
 
 
@@ -114,49 +108,42 @@ def _poisson_table(costs: ExpertCosts) -> tuple[Floats, Floats]:
     return mean, np.exp(log_p) @ costs.one_expert_s(counts)
 
 
-def _line_through(active: Floats, seconds: Floats) -> tuple[float, float]:
-    """(intercept, slope), neither negative, least relative squares; intercept nan where one A cannot tell."""
+def _intercept(active: Floats, seconds: Floats) -> float:
+    """Where a straight line over ``active`` begins, by least relative squares; nan where one number cannot tell."""
     if np.ptp(active) == 0:
-        return float("nan"), float(np.median(seconds / active))
-    weight = 1 / seconds
-    design = np.stack([weight, active * weight], 1)
-    intercept, slope = np.linalg.lstsq(design, np.ones(len(active)), rcond=None)[0]
-    if slope <= 0:
-        return float(seconds.mean()), 0.0
-    if intercept < 0:
-        return 0.0, float((active * weight).sum() / ((active * weight) ** 2).sum())
-    return float(intercept), float(slope)
+        return float("nan")
+    design = np.stack([1 / seconds, active / seconds], 1)
+    return float(np.linalg.lstsq(design, np.ones(len(active)), rcond=None)[0][0])
 
 
 def _rising(values: Floats) -> Floats:
     """The nearest values that never fall, in logs (isotonic regression)."""
-    rising: Floats = np.exp(isotonic_regression(np.log(np.maximum(values, 1e-12))).x)
+    rising: Floats = np.exp(isotonic_regression(np.log(values)).x)
     return rising
 
 
 def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: str) -> ExpertCosts | None:
     """``g`` and ``w`` from balanced rows: pairs and active experts of the measured rank, and its seconds.
 
-    None where the rows do not tell: fewer than three sizes.
+    ``g`` first: the intercepts of all sizes brought into rising order, each counting by how short its times are; one
+    below zero balances one too high. Then ``w`` at every size, of what ``g`` leaves. None where the rows do not tell:
+    fewer than three sizes.
     """
-    per_expert = np.round(pairs_n / active_n, 6)
-    sizes = np.unique(per_expert)
-    fits = []
-    for size in sizes:
-        rows = per_expert == size
-        fits.append(_line_through(active_n[rows], seconds_n[rows]))
-    shared, weight = np.array([f[0] for f in fits]), np.array([f[1] for f in fits])
-    if np.isnan(shared).all():  # one number of experts only: no less than the fastest launch is shared
-        shared = np.full(len(sizes), seconds_n.min() / 2)
-        weight = np.array(
-            [(seconds_n[per_expert == s] - shared[0]).mean() / active_n[per_expert == s].mean() for s in sizes]
-        )
-    known = np.isfinite(shared)
-    shared = np.interp(sizes, sizes[known], shared[known])
+    sizes, size_n = np.unique(np.round(pairs_n / active_n, 6), return_inverse=True)
+    of_size = [size_n == i for i in range(len(sizes))]
+    intercepts = np.array([_intercept(active_n[rows], seconds_n[rows]) for rows in of_size])
+    told = np.isfinite(intercepts)
+    shared = np.full(len(sizes), seconds_n.min() / 2)  # one number of experts only: no less than the fastest launch
+    if told.any():
+        typical = np.array([np.median(seconds_n[rows]) for rows in of_size])
+        rising = isotonic_regression(intercepts[told], weights=typical[told] ** -2.0).x
+        shared = np.interp(sizes, sizes[told], np.maximum(rising, 0.0))
+    left, each = 1 - shared[size_n] / seconds_n, active_n / seconds_n
+    weight = np.array([(each[rows] * left[rows]).sum() / (each[rows] ** 2).sum() for rows in of_size])
     good = weight > 0
     if good.sum() < 3:
         return None
-    sizes, shared, weight = sizes[good], _rising(shared[good]), _rising(weight[good])
+    sizes, shared, weight = sizes[good], shared[good], _rising(weight[good])
     draft = ExpertCosts(sizes, weight, shared, 0.0, source)
     mean = pairs_n / active_n
     predicted = np.array([draft.shared_s(m) for m in mean]) + active_n * draft.one_expert_s(mean)
@@ -208,21 +195,23 @@ def expert_costs(
     mean_pairs: float = 64.0,
     local_experts: float = 8.0,
     arriving: float = 1.0,
+    direction: Direction = "forward",
 ) -> ExpertCosts:
     """Costs of ``model``'s experts: measured where the profile has the shape, else scaled from the nearest
     measured shape (weights and arithmetic both grow with ``H F``), else by the roofline.
 
-    Of several number formats of ``dtype`` one serves alone: the first of :data:`TABLE_DTYPES` that was measured at the
+    Of several number formats of ``dtype`` one serves alone: the first of :func:`table_dtypes` that was measured at the
     shape, since tables hold a shape in the formats its models come in; the first at all where none was. Of several
     kernels the fastest serves, for a rank of ``local_experts`` with ``mean_pairs`` tokens each that
-    gets the part ``arriving`` of the group's tokens, among those of ``backend`` where it is named.
+    gets the part ``arriving`` of the group's tokens, among those of ``backend`` where it is named. The roofline is of a
+    forward, whatever the ``direction``.
 
     Raises:
         UnknownNameError: no such ``backend``.
     """
     require_backend("backend", backend, profile)
     shape = (model.hidden_size, model.expert_intermediate_size)
-    kernels = _measured(profile, *shape, dtype, tp, backend) if profile is not None else ()
+    kernels = _measured(profile, *shape, dtype, tp, backend, direction) if profile is not None else ()
     if not kernels:
         return _roofline(model, accelerator, dtype, tp)
     at = model.num_experts, model.top_k, mean_pairs * model.num_experts / model.top_k, model.num_experts / local_experts
@@ -269,12 +258,18 @@ class _Kernel:
 
 @lru_cache(maxsize=64)
 def _measured(
-    profile: HardwareProfile, hidden: int, inter: int, dtype: Dtype, tp: int, backend: str | None
+    profile: HardwareProfile,
+    hidden: int,
+    inter: int,
+    dtype: Dtype,
+    tp: int,
+    backend: str | None,
+    direction: Direction,
 ) -> tuple[_Kernel, ...]:
     """Every kernel measured at this shape or the nearest."""
-    where: dict[str, Any] = {"distribution": "balanced", "direction": "forward", "scope": "experts"}
+    where: dict[str, Any] = {"distribution": "balanced", "direction": direction, "scope": "experts"}
     where |= {"backend": backend} if backend else {}
-    kinds = TABLE_DTYPES.get(dtype, (dtype,))
+    kinds = table_dtypes(dtype)
     for at in (where | {"hidden": hidden, "inter": inter, "tp": tp}, where):
         for kind in kinds:
             rows = profile.select("experts", **at, dtype=kind)

@@ -13,10 +13,11 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.attention import attention_by_window
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
+from moeplan.costs.elementwise import PassCosts
 from moeplan.costs.tables import Seconds
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import Dtype, ModelSpec
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, dense_beside
 from moeplan.specs.workload import Workload
 
 __all__ = ["FixedCosts", "fixed_costs"]
@@ -24,11 +25,13 @@ __all__ = ["FixedCosts", "fixed_costs"]
 
 @dataclass(frozen=True, slots=True)
 class FixedCosts:
-    """``layer_s``: attention, router, norms, permutation and host overhead of one MoE layer; ``shared_s``: its
-    shared experts; ``other_s``: dense layers, embedding and head of the whole step. ``kernel_s`` is the attention
-    kernel's part of ``layer_s``, which depends on the context; ``other_s`` holds it ``other_kernels`` times."""
+    """``layer_s``: attention, router, norms, permutation and host overhead of one MoE layer, ``routing_s``
+    the part of router and permutation, which dense layers lack; ``shared_s``: its shared experts; ``other_s``: dense
+    layers, embedding and head of the whole step. ``kernel_s`` is the attention kernel's part of ``layer_s``, which
+    depends on the context; ``other_s`` holds it ``other_kernels`` times."""
 
     layer_s: float
+    routing_s: float
     shared_s: float
     other_s: float
     kernel_s: float
@@ -72,14 +75,14 @@ def fixed_costs(
         InputError: ``launches_per_layer`` is given and the profile has no launch latency.
     """
     device, hidden = cluster.accelerator, model.hidden_size
-    # Weights other than the experts' are held in 8 bits or more (see costs.memory).
-    held: Dtype = workload.weight_dtype if workload.weight_dtype not in ("int4", "fp4") else "bf16"
-    dense = DenseCosts(device, dense_dtype or held, profile, backend)
+    dense = DenseCosts(device, dense_dtype or dense_beside(workload.weight_dtype), profile, backend)
+    passes = PassCosts(device, dense.activations, hidden, model.num_experts, model.top_k, profile)
+    wide = DTYPE_BYTES[dense.activations]
     links = CollectiveCosts(cluster, profile)
     tokens = batch * tp
     decode = workload.phase == "decode"
     kernel_s = 0.0
-    parts: dict[str, list[Seconds]] = {"attention": [], "router, norms, permutation": [], "links": []}
+    parts: dict[str, list[Seconds]] = {"attention": [], "norms": [], "router and permutation": [], "links": []}
     if model.attention is not None:
         sorts = attention_by_window(model, device, decode, dense, kv_dtype, profile, tp, backend)
         # Prefill: sequences of `context` tokens, cut among cp ranks whose keys and values are gathered.
@@ -90,25 +93,27 @@ def fixed_costs(
             value = kernel.value * share / (1 if decode else cp)
             parts["attention"].append(Seconds(value, kernel.relative_error, kernel.source, kernel.extrapolated))
         if not decode and cp > 1:
-            gathered = tokens * cp * model.attention.kv_elements_per_token * 2
+            gathered = tokens * cp * model.attention.kv_elements_per_token * wide
             parts["links"].append(links.seconds("all_gather", cp, gathered))
         kernel_s = sum(kernel.total for kernel in parts["attention"])
         parts["attention"].append(sorts[0][1].projections(tokens))
-    parts["router, norms, permutation"] += [
+    parts["norms"] += 2 * [passes.seconds("norm", tokens / tp)]
+    parts["router and permutation"] += [
         dense.product(tokens / tp, model.num_experts, hidden),
-        dense.passes(tokens / tp * hidden, 2 + 2 * model.top_k),
+        *(passes.seconds(op, tokens / tp) for op in ("router", "permute", "unpermute")),
     ]
     if tp > 1:
-        reduced = links.seconds("all_reduce", tp, tokens * hidden * 2)
+        reduced = links.seconds("all_reduce", tp, tokens * hidden * wide)
         parts["links"].append(Seconds(2 * reduced.value, reduced.relative_error, reduced.source, reduced.extrapolated))
     host = launches_per_layer * _launch_s(profile) if launches_per_layer else 0.0
     layer = sum(s.total for part in parts.values() for s in part) + host
+    routing = sum(s.total for s in parts["router and permutation"])
     shared: list[Seconds] = []
     if model.shared_intermediate_size:
         shared.append(dense.ffn(tokens, hidden, model.shared_intermediate_size / tp, model.gated_ffn))
     others = [
         dense.product(tokens if not decode else batch, model.vocab_size / tp, hidden),
-        dense.passes(batch * hidden),
+        passes.seconds("embedding", batch),
     ]
     if not decode:  # the head sees each sequence's last token
         others[0] = dense.product(max(1.0, tokens / workload.context), model.vocab_size / tp, hidden)
@@ -117,8 +122,7 @@ def fixed_costs(
     other_kernels = num_dense if model.dense_intermediate_size else 0
     if other_kernels:
         block = dense.ffn(tokens, hidden, model.dense_intermediate_size / tp, model.gated_ffn)
-        router = sum(s.total for s in parts["router, norms, permutation"])
-        other += num_dense * (block.total + layer - router)
+        other += num_dense * (block.total + layer - routing)
         others.append(block)
     every = [s for part in parts.values() for s in part] + shared + others
     total = sum(s.total for s in every)
@@ -127,6 +131,7 @@ def fixed_costs(
     source |= {"attention": "not predicted: the model's attention is not known"} if model.attention is None else {}
     return FixedCosts(
         layer_s=layer,
+        routing_s=routing,
         shared_s=sum(s.total for s in shared),
         other_s=other,
         kernel_s=kernel_s,

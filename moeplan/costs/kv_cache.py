@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moeplan.costs.memory import non_expert_bytes, slot_bytes, workspace_bytes
 from moeplan.errors import InfeasibleError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, ModelSpec
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 from moeplan.specs.serving import EngineSpec
 from moeplan.specs.workload import Workload
 
@@ -42,13 +42,14 @@ class KvRoom:
     tokens: int | None
 
 
-def kv_bytes_per_token(model: ModelSpec, engine: EngineSpec) -> float | None:
+def kv_bytes_per_token(model: ModelSpec, engine: EngineSpec, weights: Dtype = "bf16") -> float | None:
     """Bytes on one rank per token in the cache, over the layers of its stage; None where attention is not known."""
     a = model.attention
     if a is None:
         return None
+    cache: Dtype = "fp8" if engine.kv_dtype == "fp8" else activations_beside(weights)
     split = 1.0 if a.is_mla else min(engine.tp, a.num_kv_heads)
-    return model.num_layers * a.kv_elements_per_token * DTYPE_BYTES[engine.kv_dtype] / split / engine.pp
+    return model.num_layers * a.kv_elements_per_token * DTYPE_BYTES[cache] / split / engine.pp
 
 
 def kv_rooms(
@@ -58,7 +59,8 @@ def kv_rooms(
     batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
     other = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp
     workspace = workspace_bytes(model, batch)
-    per_slot, per_token = slot_bytes(model, workload.weight_dtype) / engine.pp, kv_bytes_per_token(model, engine)
+    per_slot = slot_bytes(model, workload.weight_dtype) / engine.pp
+    per_token = kv_bytes_per_token(model, engine, workload.weight_dtype)
     rooms = []
     for rank, slots in enumerate(slots_R):
         if cluster.rank(rank).failed:
@@ -98,7 +100,7 @@ def ranks_that_hold(model: ModelSpec, cluster: ClusterSpec, workload: Workload, 
     """Least ranks of a stage, a multiple of tp, on which weights and one block of KV cache fit; None if none do."""
     batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
     fixed = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp + workspace_bytes(model, batch)
-    fixed += (kv_bytes_per_token(model, engine) or 0.0) * engine.block_size
+    fixed += (kv_bytes_per_token(model, engine, workload.weight_dtype) or 0.0) * engine.block_size
     room = engine.memory_fraction * cluster.accelerator.memory - fixed
     slots = int(room // (slot_bytes(model, workload.weight_dtype) / engine.pp))
     if slots < 1:

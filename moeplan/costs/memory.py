@@ -8,8 +8,8 @@ With ``slots`` expert slots per MoE layer on the rank, ``L`` MoE layers and ``B`
   parallelism. ``B_other`` is that of the experts from 8 bits up and bf16 below: published 4-bit checkpoints
   (MXFP4, NVFP4) keep these weights in 16 bits;
 - workspace: the (token, expert) pairs that an evenly loaded rank works on, ``n = batch_per_rank * top_k``,
-  each with its token as it arrives, its result in bf16, and the expert's intermediate rows in bf16 (two where
-  the FFN is gated, one otherwise);
+  each with its token as it arrives, its result and the expert's intermediate rows (two where the FFN is gated, one
+  otherwise), these in bf16, in fp32 beside fp32;
 - what is left holds the KV cache, ``kv_bytes_per_token`` per token over all layers.
 
 Where the model's attention is not known, neither its weights (beyond ``extra_parameters``) nor its KV cache
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from moeplan.errors import InfeasibleError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside, dense_beside
 from moeplan.specs.workload import Workload
 
 __all__ = [
@@ -73,14 +73,15 @@ def slot_bytes(model: ModelSpec, dtype: Dtype) -> float:
 
 def non_expert_bytes(model: ModelSpec, dtype: Dtype, shards: int = 1) -> float:
     """Bytes of all other weights on one rank, when ``shards`` ranks split them."""
-    other: Dtype = dtype if DTYPE_BYTES[dtype] >= 1 else "bf16"
-    return model.non_expert_parameters * DTYPE_BYTES[other] / shards
+    return model.non_expert_parameters * DTYPE_BYTES[dense_beside(dtype)] / shards
 
 
 def workspace_bytes(model: ModelSpec, workload: Workload) -> float:
     """Bytes of the buffers of one MoE layer on an evenly loaded rank."""
-    arrives, leaves = DTYPE_BYTES[workload.activation_dtype], DTYPE_BYTES["bf16"]
-    rows = (2 if model.gated_ffn else 1) * model.expert_intermediate_size * DTYPE_BYTES["bf16"]
+    sent = workload.activation_dtype
+    arrives, leaves = DTYPE_BYTES[sent], DTYPE_BYTES[activations_beside(sent)]
+    wide = DTYPE_BYTES[activations_beside(workload.weight_dtype)]
+    rows = (2 if model.gated_ffn else 1) * model.expert_intermediate_size * wide
     return workload.batch_per_rank * model.top_k * (model.routed_hidden_size * (arrives + leaves) + rows)
 
 
@@ -104,7 +105,8 @@ def memory_report(
         non_expert_bytes(model, workload.weight_dtype, shards),
         workspace_bytes(model, workload),
     )
-    per_slot, per_token = slot_bytes(model, workload.weight_dtype), model.kv_bytes_per_token()
+    per_slot = slot_bytes(model, workload.weight_dtype)
+    per_token = model.kv_bytes_per_token(activations_beside(workload.weight_dtype))
     notes = (
         ()
         if per_token
@@ -139,7 +141,7 @@ def max_redundant_experts(
     Raises:
         InfeasibleError: the experts do not fit, or the KV cache is not known and no reserve is given.
     """
-    per_token = model.kv_bytes_per_token()
+    per_token = model.kv_bytes_per_token(activations_beside(workload.weight_dtype))
     if kv_reserve_bytes is None:
         if per_token is None:
             raise InfeasibleError(

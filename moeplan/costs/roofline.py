@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from moeplan.errors import SpecError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 
 __all__ = [
     "MEMORY_EFFICIENCY",
@@ -28,6 +28,7 @@ __all__ = [
     "expert_weight_s",
     "internode_bandwidth",
     "matmul_flops",
+    "returned_bytes",
     "token_bytes",
 ]
 
@@ -63,6 +64,11 @@ def token_bytes(hidden_size: int, dtype: Dtype) -> float:
     """Bytes of one token on the wire; fp8 adds one fp32 scale per 128 numbers, fp4 one fp8 scale per 16."""
     scales = {"fp8": 4 / 128, "fp4": 1 / 16}.get(dtype, 0.0)
     return hidden_size * (DTYPE_BYTES[dtype] + scales)
+
+
+def returned_bytes(hidden_size: int, dtype: Dtype) -> float:
+    """Bytes of one token on its way back, when it was sent out in ``dtype``: in 16 bits or more."""
+    return token_bytes(hidden_size, activations_beside(dtype))
 
 
 def internode_bandwidth(cluster: ClusterSpec) -> float:

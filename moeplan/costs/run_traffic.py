@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_loads
-from moeplan.costs.roofline import token_bytes
+from moeplan.costs.roofline import returned_bytes, token_bytes
 from moeplan.costs.traffic import Reach, counted_reach, expected_reach, spread
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec
@@ -34,7 +34,7 @@ class Wire:
     def __init__(self, model: ModelSpec, dispatch: DispatchKind, activation_dtype: Dtype) -> None:
         self.dispatch, self.top_k = dispatch, model.top_k
         self.out_bytes = token_bytes(model.hidden_size, activation_dtype)
-        self.back_bytes = token_bytes(model.hidden_size, "bf16")
+        self.back_bytes = returned_bytes(model.hidden_size, activation_dtype)
 
     def reach(
         self, placement: Placement, cluster: ClusterSpec, load_LE: Floats, trace: RoutingTrace | None

@@ -35,7 +35,7 @@ from moeplan.costs.group_kernel import group_seconds, row_at
 from moeplan.costs.interpolation import TILES
 from moeplan.costs.step import BatchParts, StepModel, Technique, combine
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import ModelSpec
+from moeplan.specs.model import ModelSpec, dense_beside
 from moeplan.specs.workload import Phase, Workload
 
 __all__ = ["Batch", "MoeTable", "ServingCosts", "StepSeconds", "grid", "stairs"]
@@ -166,12 +166,7 @@ class ServingCosts:
         work = self._workload
         if model.attention is None:
             return
-        dense = DenseCosts(
-            self.cluster.accelerator,
-            work.weight_dtype if work.weight_dtype not in ("int4", "fp4") else "bf16",
-            self.profile,
-            how.backend,
-        )
+        dense = DenseCosts(self.cluster.accelerator, dense_beside(work.weight_dtype), self.profile, how.backend)
 
         def kernels(decode: bool, seqs: Floats, context: Floats) -> Floats:
             device = self.cluster.accelerator

@@ -28,7 +28,7 @@ from moeplan.costs.exchange import ExchangeCosts, exchange_costs, touched, touch
 from moeplan.costs.experts import ExpertCosts, expert_costs
 from moeplan.costs.fixed import FixedCosts, fixed_costs
 from moeplan.costs.memory import RankMemory, memory_report
-from moeplan.costs.roofline import token_bytes
+from moeplan.costs.roofline import returned_bytes, token_bytes
 from moeplan.costs.traffic import Traffic
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
@@ -288,7 +288,7 @@ class StepModel:
             layer = combine(self.technique.overlap, fixed.layer_s, fixed.shared_s, exchange, expert.max(1))
         total = float(layer.sum()) + fixed.other_s
         wire = token_bytes(self.model.hidden_size, self.workload.activation_dtype)
-        wire += token_bytes(self.model.hidden_size, "bf16")
+        wire += returned_bytes(self.model.hidden_size, self.workload.activation_dtype)
         slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
         errors = self.part_errors
         parts = {

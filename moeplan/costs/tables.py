@@ -86,6 +86,11 @@ class TableCosts:
         if fitted is not None:
             self._model, self._source = fitted
 
+    @property
+    def measured(self) -> bool:
+        """Whether there are any rows."""
+        return self._model is not None
+
     def seconds(self, *coords: Any) -> Seconds:
         """Seconds at coordinates (numbers or arrays of one shape), one argument per axis."""
         at = np.stack(np.broadcast_arrays(*(np.atleast_1d(np.asarray(c, float)) for c in coords)), -1)

@@ -1,7 +1,6 @@
 """Seconds and bytes of training: layers forward and backward, gradients, optimizer, state, activations, operations.
 
-- Products cost twice their forward in backward (gradients of inputs and of weights); FlashAttention's kernel two
-  and a half times (five products for two: Dao 2023, arXiv 2307.08691). Exchanges cost the same both ways.
+- Backward takes longer than forward: :mod:`moeplan.costs.backward`. Exchanges cost the same both ways.
 - Elementwise work beyond a forward's: see :data:`PASSES`; at the bandwidth of measured norms, forward and backward,
   where a profile has them, as Adam at that of a measured step.
 - Every micro-batch adds its weights' gradients to those before: one read and one write of all of them (Megatron-LM's
@@ -30,6 +29,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.activations import activation_bytes, recomputed_s
+from moeplan.costs.backward import backward_over_forward
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import stream
@@ -37,7 +37,7 @@ from moeplan.costs.step import StepModel, Technique
 from moeplan.costs.tables import Seconds
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, dense_beside
 from moeplan.specs.training import TrainingSpec
 from moeplan.specs.workload import DispatchKind, Workload
 
@@ -53,7 +53,6 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-_BACKWARD, _BACKWARD_ATTENTION = 2.0, 2.5
 # Adam's master weights and two moments; those read and written, the master weights read again to write weights in bf16.
 _ADAM_STATE_BYTES, _ADAM_MOVED_BYTES = 12, 2 * 12 + 4 + 2
 
@@ -185,16 +184,22 @@ class TrainingCosts:
         whole, fixed = step.step(placement, load_WLE.mean(0)), step.fixed
         self.relative_error = whole.high_s / whole.total_s - 1
         accelerator = cluster.accelerator
+        pairs = self.tokens * spec.ep * model.top_k / model.num_experts
+        ratio = self.backward = backward_over_forward(
+            model, accelerator, weight_dtype, profile, self.tokens, spec.sequence, spec.tp, pairs,
+            model.num_experts / spec.ep,
+        )  # fmt: skip
         onward, back_stream = (stream(profile, accelerator, "norm", way) for way in ("forward", "backward"))
         self._adam = stream(profile, accelerator, "optimizer", "forward")
         self.source = {
             **whole.source,
-            "backward": "modelled from forward" + f"; its passes {back_stream.source}" * back_stream.measured,
+            "backward": ratio.source + f"; its passes {back_stream.source}" * back_stream.measured,
             "optimizer": self._adam.source if self._adam.measured else "modelled from bytes moved",
         }
-        self.extrapolated = (*whole.extrapolated, "backward", *(() if self._adam.measured else ("optimizer",)))
+        guessed = {"backward": len(ratio.measured) < 3, "optimizer": not self._adam.measured}
+        self.extrapolated = (*whole.extrapolated, *(name for name, guess in guessed.items() if guess))
 
-        dense = DenseCosts(cluster.accelerator, weight_dtype if DTYPE_BYTES[weight_dtype] >= 1 else "bf16", profile)
+        dense = DenseCosts(accelerator, dense_beside(weight_dtype), profile)
         hidden, rows = model.hidden_size, self.tokens * spec.tp
         moved = 2 * DTYPE_BYTES["bf16"] * PASSES * self.tokens * hidden  # a third of it in forward
         forward, backward = moved / 3 / onward.bytes_per_s, 2 * moved / 3 / back_stream.bytes_per_s
@@ -202,9 +207,8 @@ class TrainingCosts:
         again = {"none": 0.0, "attention": kernel, "full": fixed.layer_s + forward}[spec.recompute]
         parts_s = recomputed_s(spec.recompute_modules, model, self.tokens, spec.tp, dense, onward.bytes_per_s)
         again += parts_s.get("layernorm", 0.0) + parts_s.get("mla_up_proj", 0.0)
-        attention = (plain + kernel + forward, _BACKWARD * plain + _BACKWARD_ATTENTION * kernel + backward + again)
+        attention = plain + kernel + forward, ratio.products * plain + ratio.attention * kernel + backward + again
         full = spec.recompute == "full"
-        back = self.backward_factor = _BACKWARD + full
         shared = fixed.shared_s
         # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch,
         # where a forward's product reads the weights.
@@ -217,21 +221,31 @@ class TrainingCosts:
         attention = self.attention_s = (attention[0], attention[1] + sum(added))
         hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
         self._moe_forward_WL = attention[0] + shared + expert_s_WL
-        self._moe_backward_WL = attention[1] + back * (shared + expert_s_WL) + (exchange_s_WL if full else 0.0)
+        self._moe_backward_WL = attention[1] + self.products_back * shared + self.experts_back * expert_s_WL
+        self._moe_backward_WL += exchange_s_WL if full else 0.0
         self._moe_backward_WL += parts_s.get("moe_act", 0.0)
         self._exchange_WL = exchange_s_WL - hidden_s_WL
         inter = model.dense_intermediate_size
         block = dense.ffn(rows, hidden, inter / spec.tp, model.gated_ffn).total if inter else 0.0
         # A dense layer permutes nothing and has no router.
-        routing = dense.passes(self.tokens * hidden, 2 * model.top_k).total
-        routing += dense.product(self.tokens, model.num_experts, hidden).total
-        dense_backward = attention[1] - added[1] - 2 * routing + back * block + parts_s.get("mlp", 0.0)
-        self._dense = (attention[0] - routing + block, dense_backward)
+        more = block - fixed.routing_s
+        dense_backward = attention[1] - added[1] + self.products_back * more + parts_s.get("mlp", 0.0)
+        self._dense = attention[0] + more, dense_backward
         head = dense.product(rows, model.vocab_size / spec.tp, hidden).total
-        loss = dense.passes(rows * model.vocab_size / spec.tp, _HEAD_PASSES).total
-        self._head = (head + loss / 2, 2 * head + loss / 2)
+        loss = 2 * DTYPE_BYTES["bf16"] * _HEAD_PASSES * rows * model.vocab_size / spec.tp / self._bandwidth
+        self._head = (head + loss / 2, ratio.products * head + loss / 2)
         self.links = CollectiveCosts(cluster, profile)
         self._link_error = 0.0
+
+    @property
+    def experts_back(self) -> float:
+        """Backward of routed experts over their forward, which is computed again under full recomputation."""
+        return self.backward.experts + (self.spec.recompute == "full")
+
+    @property
+    def products_back(self) -> float:
+        """The same of shared experts and dense blocks."""
+        return self.backward.products + (self.spec.recompute == "full")
 
     # ------------------------------------------------------------------ layers and chunks
 

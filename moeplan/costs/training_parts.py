@@ -25,7 +25,7 @@ def scaled(costs: TrainingCosts, chunk: Chunk, factor: Mapping[str, float]) -> C
     exchange_s_WL = np.stack([batch.exchange_s_L[rows] for batch in costs.batches_W])
     again_s_W = exchange_s_WL.sum(1) * (spec.recompute == "full")
     hidden_s = costs.step.fixed.shared_s if spec.overlap == "shared_expert" else 0.0
-    back = costs.backward_factor
+    back = costs.experts_back
     links, shared_s = factor.get("gradients and weights", 1.0), rest * hidden_s
     return replace(
         chunk,
@@ -48,8 +48,8 @@ def chunk_parts(costs: TrainingCosts, chunk: Chunk, window: int, backward: bool)
     everything else.
     """
     rows = list(chunk.moe_rows[::-1] if backward else chunk.moe_rows)
-    whole, factor = costs.batches_W[window], costs.backward_factor if backward else 1.0
-    more_R = (factor - 1) * whole.shared_s_R
+    whole, factor = costs.batches_W[window], costs.experts_back if backward else 1.0
+    more_R = (costs.products_back - 1) * backward * whole.shared_s_R
     parts = replace(
         whole,
         attention_s_R=np.full_like(whole.attention_s_R, costs.attention_s[backward]) + more_R,

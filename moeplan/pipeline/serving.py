@@ -107,7 +107,8 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         capacity = room.tokens if room.tokens is not None else 2**40
         if room.tokens is None:
             notes.append(f"{model.name}: attention is not known; its time and KV cache are not counted")
-        factory, per_token = _costs(scenario, model, engine, profile, longest), kv_bytes_per_token(model, engine) or 0.0
+        factory = _costs(scenario, model, engine, profile, longest)
+        per_token = kv_bytes_per_token(model, engine, work.weight_dtype) or 0.0
         pools.append(
             Pool(
                 role, instances, engine, stage, place, loads, factory, capacity, per_token,

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventLog, EventRecorder
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.roofline import token_bytes
+from moeplan.costs.roofline import returned_bytes, token_bytes
 from moeplan.costs.step import BatchParts, Overlap, StepModel
 from moeplan.costs.traffic import Traffic, expected_traffic
 from moeplan.errors import InputError
@@ -209,7 +209,7 @@ class _Step:
         self.spans: list[tuple[float, float]] = []
         hidden, parts = model.model.hidden_size, batches[0]
         out = token_bytes(hidden, model.workload.activation_dtype)
-        self.wire = {"dispatch": out, "combine": token_bytes(hidden, "bf16")}
+        self.wire = {"dispatch": out, "combine": returned_bytes(hidden, model.workload.activation_dtype)}
         exchange = parts.exchange
         between = exchange.between
         self.latency_s = (exchange.inside.fixed_s / 2, 0.0 if between is None else between.fixed_s / 2)

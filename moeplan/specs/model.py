@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from moeplan.specs.base import Spec
 
-__all__ = ["DTYPE_BYTES", "AttentionSpec", "Dtype", "ModelSpec"]
+__all__ = ["DTYPE_BYTES", "AttentionSpec", "Dtype", "ModelSpec", "activations_beside", "dense_beside"]
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4", "fp4"]
 DTYPE_BYTES: dict[str, float] = {
@@ -21,6 +21,16 @@ DTYPE_BYTES: dict[str, float] = {
     "int4": 0.5,
     "fp4": 0.5,
 }
+
+
+def dense_beside(experts: Dtype) -> Dtype:
+    """Type that weights other than the experts' are held in beside experts of this one: 8 bits or more."""
+    return experts if DTYPE_BYTES[experts] >= 1 else "bf16"
+
+
+def activations_beside(weights: Dtype) -> Dtype:
+    """Type that activations, attention and an unquantised cache are in beside weights of this one: 16 bits or more."""
+    return weights if DTYPE_BYTES[weights] >= 2 else "bf16"
 
 
 class AttentionSpec(Spec):

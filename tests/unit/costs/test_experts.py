@@ -89,6 +89,22 @@ def test_balanced_rows_give_both_parts_back() -> None:
     assert costs.shared_s(64) == pytest.approx(20e-6 + 2e-9 * 1024, rel=0.02)
 
 
+def test_an_intercept_that_noise_drove_to_zero_takes_little_from_the_others() -> None:
+    """At one size of seven times stand on a line that begins below zero, at another only one group was measured."""
+    bent = [
+        row
+        | {"latency_us": row["latency_us"] * (1.25 if (row["ep"], row["tokens"]) == (2, 1024) else 1)}  # type: ignore[operator]
+        for row in rows()
+        if (row["tokens"], row["ep"]) not in {(512, 2), (512, 4), (512, 16)}
+    ]
+    columns = [np.array([float(row[c]) for row in bent]) for c in ("rank_pairs", "active_experts", "latency_us")]  # type: ignore[arg-type]
+    found = fit_experts(columns[0], columns[1], 1e-6 * columns[2], "s")
+    assert found is not None
+    assert min(found.shared_m) > 10e-6  # 20 us and more, in truth
+    vector = np.full(8, 32.0)  # 512 tokens: where one group alone was measured, nothing is counted twice
+    assert found.rank_s(vector, 32.0) == pytest.approx(float(truth_s(vector, 512)), rel=0.03)
+
+
 def test_a_skewed_vector_is_costed_by_its_entries_not_its_sum() -> None:
     costs = expert_costs(MODEL, GPU, "bf16", profile())
     vector = np.array([1000.0, 0, 0, 2, 300, 1, 0, 700])

@@ -1,0 +1,210 @@
+"""What one measured oneself is what costs use: every part, in the type it was measured in, both directions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
+from moeplan.costs.attention import AttentionCosts
+from moeplan.costs.backward import BackwardOverForward, backward_over_forward
+from moeplan.costs.collectives import CollectiveCosts
+from moeplan.costs.dense import DenseCosts
+from moeplan.costs.elementwise import PassCosts
+from moeplan.costs.experts import expert_costs
+from moeplan.costs.kv_cache import kv_bytes_per_token
+from moeplan.costs.memory import memory_report
+from moeplan.costs.step import StepCost, StepModel
+from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
+from moeplan.specs.model import AttentionSpec, Dtype, ModelSpec, activations_beside, dense_beside
+from moeplan.specs.serving import EngineSpec
+from moeplan.specs.workload import Phase, Workload
+
+META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-30", command="none")
+CPU = AcceleratorSpec.model_validate(
+    {
+        "name": "cpu",
+        "memory": "8 GB",
+        "memory_bandwidth": "20 GB/s",
+        "bf16": "0.1 TFLOPS",
+        "scale_up_bandwidth": "1 GB/s",
+        "scale_up_domain": 2,
+        "nic_bandwidth": "1 GB/s",
+    }
+)
+CLUSTER = ClusterSpec(name="cpus", accelerator=CPU, num_nodes=1, ranks_per_node=2)
+ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=64)
+MODEL = ModelSpec(
+    name="toy",
+    num_layers=4,
+    moe_layer_ids=(0, 1, 2, 3),
+    hidden_size=512,
+    num_experts=16,
+    top_k=2,
+    expert_intermediate_size=1024,
+    vocab_size=32768,
+    attention=ATTENTION,
+)
+PROFILE = Path(__file__).parents[3] / "profiles" / "cpu-amd-epyc"
+
+
+def cost(phase: Phase, dtype: Dtype, batch: int) -> StepCost:
+    work = Workload(phase=phase, batch_per_rank=batch, context=128, weight_dtype=dtype, activation_dtype=dtype)
+    place = Placement(
+        np.tile(np.arange(16, dtype=np.int32), (4, 1)), np.repeat(np.arange(2), 8).astype(np.int32), 16, 2, 2
+    )
+    return StepModel(MODEL, CLUSTER, work, profile=load_profile(PROFILE)).step(place, np.ones((4, 16)))
+
+
+def test_every_part_of_a_cpu_step_is_what_the_cpu_profile_measured() -> None:
+    """Of the very shape that the profile was measured at; its arithmetic, cache and wire are in fp32."""
+    found = cost("decode", "fp32", 64)
+    kernels = {
+        "experts": ["grouped_mm"],
+        "exchange inside a node": ["gloo_alltoall"],
+        "attention": ["linear", "sdpa"],
+        "norms": ["rms_norm"],
+        "router and permutation": ["argsort_gather", "index_add", "linear", "softmax_topk"],
+    }
+    assert found.source.keys() == kernels.keys()
+    for part, names in kernels.items():
+        assert "roofline" not in found.source[part], part
+        assert all(f"({name})" in found.source[part] for name in names), part
+    assert found.extrapolated == ()
+    # Rows in fp32 tell nothing of 16 bits: neither does the answer in them say that they did.
+    assert "roofline" in cost("decode", "bf16", 64).source["attention"]
+
+
+def rows(table: str, **columns: object) -> HardwareProfile:
+    return HardwareProfile(META, {table: pa.Table.from_pylist(_listed(columns))})
+
+
+def _listed(columns: dict[str, object]) -> list[dict[str, object]]:
+    """One row for each value of the columns that are lists, all of one length."""
+    count = max(len(v) for v in columns.values() if isinstance(v, list))
+    common = {"backend": "moeplan", "kernel": "k", "source": "s"}
+    return [common | {c: v[i] if isinstance(v, list) else v for c, v in columns.items()} for i in range(count)]
+
+
+def test_types_beside_weights() -> None:
+    assert [activations_beside(d) for d in ("fp32", "fp16", "bf16", "fp8", "int4")] == [
+        "fp32", "fp16", "bf16", "bf16", "bf16"
+    ]  # fmt: skip
+    assert [dense_beside(d) for d in ("fp32", "fp8", "int8", "int4", "fp4")] == ["fp32", "fp8", "int8", "bf16", "bf16"]
+
+
+@pytest.mark.parametrize(("weights", "measured"), [("fp16", "fp16"), ("bf16", "fp16"), ("fp8", "bf16")])
+def test_both_kinds_of_16_bits_serve_each_other(weights: Dtype, measured: str) -> None:
+    sizes = [16, 64, 256, 1024]
+    attention = rows(
+        "attention", kind="gqa", phase="decode", batch=8, query_tokens=1, context_tokens=sizes, heads=8, kv_heads=2,
+        head_dim=64, dtype=measured, kv_dtype=measured, latency_us=[float(x) for x in sizes],
+    )  # fmt: skip
+    costs = AttentionCosts(ATTENTION, 512, CPU, True, DenseCosts(CPU, weights), profile=attention)
+    assert costs.kernel(8, 256).value.item() == pytest.approx(256e-6)
+    alone = AttentionCosts(ATTENTION, 512, CPU, True, DenseCosts(CPU, "fp32"), profile=attention)
+    assert alone.kernel(8, 256).extrapolated
+
+
+def test_a_wider_cache_takes_its_bytes() -> None:
+    """The roofline of decode: keys and values of 8 x 1024 tokens, 2 heads of 64, in 4, 2 and 1 bytes."""
+    kept, queries, quick = 8 * 1024 * 2 * 2 * 64, 2 * 8 * 8 * 64, CPU.model_copy(update={"bf16": 1e15})
+    widths: tuple[tuple[Dtype, Dtype, int, int], ...] = (
+        ("fp32", "bf16", 4, 4), ("bf16", "bf16", 2, 2), ("fp32", "fp8", 1, 4)
+    )  # fmt: skip
+    for weights, kv, cache, wide in widths:
+        costs = AttentionCosts(ATTENTION, 512, quick, True, DenseCosts(CPU, weights), kv)
+        expected = (kept * cache + queries * wide) / (0.8 * 20e9)
+        assert costs.kernel(8, 1024).value.item() == pytest.approx(expected), (weights, kv)
+    assert kv_bytes_per_token(MODEL, EngineSpec(), "fp32") == 2 * kv_bytes_per_token(MODEL, EngineSpec(), "fp8")  # type: ignore[operator]
+    assert kv_bytes_per_token(MODEL, EngineSpec(kv_dtype="fp8"), "fp32") == 4 * 2 * 2 * 64
+    spare = {
+        dtype: memory_report(MODEL, CLUSTER, Workload(weight_dtype=dtype), np.array([8, 8]))[0]
+        for dtype in ("fp32", "bf16")
+    }
+    for dtype, width in (("fp32", 4), ("bf16", 2)):
+        report = spare[dtype]
+        assert report.kv_tokens == int(report.free_bytes // (4 * 2 * 2 * 64 * width))
+
+
+def test_passes_serve_at_the_shape_they_were_measured_at() -> None:
+    sizes = [1, 4, 16, 64, 256]
+    measured = rows(
+        "elementwise", op="permute", tokens=sizes, hidden=512, num_experts=16, top_k=2, dtype="fp32",
+        latency_us=[10.0 + x for x in sizes],
+    )  # fmt: skip
+    passes = PassCosts(CPU, "fp32", 512, 16, 2, measured)
+    assert passes.seconds("permute", 64).value.item() == pytest.approx(74e-6)
+    assert not passes.seconds("permute", 64).extrapolated
+    moved = {"unpermute": 2 * 2 * 512, "norm": 2 * 512, "embedding": 2 * 512, "router": 2 * 16}
+    for op, numbers in moved.items():
+        found = passes.seconds(op, 64)  # type: ignore[arg-type]
+        assert found.value.item() == pytest.approx(64 * 4 * numbers / (0.8 * 20e9)), op
+        assert found.extrapolated
+    assert PassCosts(CPU, "fp32", 512, 16, 4, measured).seconds("permute", 64).extrapolated
+    assert PassCosts(CPU, "bf16", 512, 16, 2, measured).seconds("permute", 64).extrapolated
+
+
+@pytest.mark.parametrize("dtypes", [("fp32",), ("fp32", "bf16")])
+def test_collectives_measured_in_fp32_serve_where_no_narrower_ones_are(dtypes: tuple[str, ...]) -> None:
+    sizes = [2**10, 2**14, 2**18]
+    tables = [
+        rows("collectives", op="all_reduce", dtype=dtype, ranks=2, message_size_bytes=sizes,
+             latency_us=[factor * x / 2**10 for x in sizes]).table("collectives")
+        for dtype, factor in zip(dtypes, (1.0, 7.0), strict=False)
+    ]  # fmt: skip
+    links = CollectiveCosts(CLUSTER, HardwareProfile(META, {"collectives": pa.concat_tables(tables)}))
+    assert links.seconds("all_reduce", 2, 2**14).total == pytest.approx(16e-6 * (7 if "bf16" in dtypes else 1))
+    assert links.seconds("all_gather", 2, 2**14).extrapolated
+
+
+def _both(experts: float = 3.0, products: float = 2.2, attention: float = 3.5) -> HardwareProfile:
+    """Rows of both directions, backward so many times as slow."""
+    tables: dict[str, list[dict[str, object]]] = {"experts": [], "gemm": [], "attention": []}
+    ways = (("forward", 1.0, 1.0, 1.0), ("backward", experts, products, attention))
+    for way, e, p, a in ways:
+        for ep in (2, 4, 8):
+            for tokens in (64, 256, 1024, 4096):
+                pairs = tokens * 2 // ep
+                tables["experts"] += _listed(
+                    {
+                        "hidden": 512, "inter": 1024, "num_experts": 16, "top_k": 2, "ep": ep, "tp": 1, "dtype": "bf16",
+                        "distribution": "balanced", "tokens": [tokens], "rank_pairs": pairs, "direction": way,
+                        "active_experts": 16 // ep, "latency_us": e * (20.0 + 16 / ep * 5 + 0.1 * pairs),
+                    }
+                )  # fmt: skip
+        for n, k in ((768, 512), (512, 512)):
+            sizes = [1, 64, 256, 1024, 4096]
+            tables["gemm"] += _listed(
+                {"m": sizes, "n": n, "k": k, "dtype": "bf16", "direction": way, "latency_us": [p * x for x in sizes]}
+            )
+        for batch in (1, 8, 64):
+            sizes = [16, 128, 1024]
+            tables["attention"] += _listed(
+                {
+                    "kind": "gqa", "phase": "prefill", "batch": batch, "query_tokens": sizes, "context_tokens": sizes,
+                    "heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "bf16", "kv_dtype": "bf16", "direction": way,
+                    "latency_us": [a * batch * x for x in sizes],
+                }
+            )  # fmt: skip
+    return HardwareProfile(META, {name: pa.Table.from_pylist(table) for name, table in tables.items()})
+
+
+def test_backward_takes_what_was_measured_over_its_forward() -> None:
+    def ratio(profile: HardwareProfile | None, weights: Dtype = "bf16") -> BackwardOverForward:
+        return backward_over_forward(MODEL, CPU, weights, profile, 1024, 128, 1, 256.0, 8.0)
+
+    assert ratio(None) == BackwardOverForward()
+    assert ratio(None).source == "modelled from forward"
+    both = ratio(_both())
+    assert (both.products, both.attention, both.experts) == pytest.approx((2.2, 3.5, 3.0), rel=1e-3)
+    assert both.source == "measured: products, attention, experts"
+    assert ratio(_both(), "fp32") == BackwardOverForward()  # measured in another type
+    forward_of_experts = HardwareProfile(META, {"experts": _both().select("experts", direction="forward")})
+    assert ratio(forward_of_experts) == BackwardOverForward()
+    costs = expert_costs(MODEL, CPU, "bf16", _both(), mean_pairs=256.0, direction="backward")
+    assert costs.rank_s(np.full(8, 256.0), 256.0) == pytest.approx(3 * (20 + 40 + 0.1 * 2048) * 1e-6, rel=0.06)
