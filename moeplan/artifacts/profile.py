@@ -44,7 +44,8 @@ PROFILE_PLACE = ("a profile", ("profile.json", *(f"{table}.{end}" for table in T
 """What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 USABLE_MARKS = ("", "copied")  # a copied row is a measurement, of another machine: its source says so
 
-_EXCHANGES = ("alltoall", "collectives")
+# Tables that one device cannot measure, and what tells places in them apart.
+_EXCHANGES = {"alltoall": ("nodes",), "collectives": ("op", "ranks", "nodes")}
 _ARROW = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 
 
@@ -150,6 +151,10 @@ def _require_sense(name: str, table: pa.Table, where: str) -> None:
             raise ProfileError(f"{where}: {column} of table {name} must be {what}; row {row + 1} {shown}")
 
 
+def _places(table: pa.Table, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    return list(zip(*(table[column].to_pylist() for column in columns), strict=True))
+
+
 class HardwareProfile:
     """Metadata and tables of one machine. Immutable; tables load when first used."""
 
@@ -157,7 +162,7 @@ class HardwareProfile:
         self.meta = meta
         self.directory = directory
         where = str(directory) if directory else f"profile {meta.name}"
-        self.lent: dict[str, str] = {}  # table -> profile of a like machine that it is from
+        self.lent: dict[str, tuple[str, frozenset[int]]] = {}  # table -> like machine, and nodes that it stands in for
         self._tables: dict[str, pa.Table] = {}
         for name, table in (tables or {}).items():
             if name not in TABLES:
@@ -261,18 +266,28 @@ class HardwareProfile:
         return answer
 
     def with_exchanges_of(self, other: HardwareProfile) -> HardwareProfile:
-        """This profile with the exchanges between ranks of ``other``, of a like machine, where it has none of its own:
-        one device cannot measure them. Their rows keep their sources."""
-        names = [name for name in _EXCHANGES if name not in self.table_names and name in other.table_names]
-        if not names:
+        """This profile with exchanges between ranks of ``other``, of a like machine, on numbers of nodes (collectives:
+        also of ranks) where it has none of its own: one device cannot measure them. Their rows keep their sources."""
+        tables, metas, lent = dict(self._tables), dict(self.meta.tables), {}
+        for name, place in _EXCHANGES.items():
+            if name not in other.table_names:
+                continue
+            rows, own = other.table(name), self.table(name) if name in self.table_names else None
+            if own is not None:
+                mine = set(_places(own, place))
+                rows = rows.filter(pa.array([each not in mine for each in _places(rows, place)], pa.bool_()))
+            if not rows.num_rows:
+                continue
+            lent[name] = other.meta.name, frozenset(rows["nodes"].to_pylist())
+            tables[name] = rows if own is None else pa.concat_tables((own, rows)).unify_dictionaries()
+            sums = [metas[name].sha256 for metas in (metas, other.meta.tables) if name in metas]
+            file = f"{name} of {self.meta.name} and {other.meta.name}"
+            metas[name] = TableMeta(file=file, rows=tables[name].num_rows, sha256=sha256_bytes("".join(sums).encode()))
+        if not lent:
             return self
-        added = {name: other.meta.tables[name] for name in names if name in other.meta.tables}
-        meta = self.meta.model_copy(
-            update={"tables": self.meta.tables | added, "sources": other.meta.sources | self.meta.sources}
-        )
+        meta = self.meta.model_copy(update={"tables": metas, "sources": other.meta.sources | self.meta.sources})
         answer = HardwareProfile(meta, directory=self.directory)
-        answer._tables = self._tables | {name: other.table(name) for name in names}
-        answer.lent = dict.fromkeys(names, other.meta.name)
+        answer._tables, answer.lent = tables, lent
         return answer
 
     def select(self, name: str, usable: bool = True, **where: Any) -> pa.Table:

@@ -15,7 +15,7 @@ __all__ = ["commands", "routing"]
 _PATH = click.Path(path_type=Path)
 _PARTS = {
     "experts": "the grouped expert FFN by shape, type and vector of tokens",
-    "attention": "attention: GQA and MLA, prefill and decode",
+    "attention": "attention: GQA and MLA, prefill and decode, sliding windows",
     "dense": "dense products, router, permutation, norms and embedding",
     "memory": "copies inside the device, to and from it, and allocations",
     "collectives": "all-to-all, all-gather, reduce-scatter, all-reduce and p2p between ranks",
@@ -66,6 +66,7 @@ def _options(function: Any) -> Any:
         click.option("--kernel", "kernels", type=_Words(), help="grouped_mm, bmm, loop, triton."),
         click.option("--ep", type=_Words(int, "NUMBERS"), help="Ranks the experts are spread over."),
         click.option("--tp", type=_Words(int, "NUMBERS"), help="Ranks that share one expert."),
+        click.option("--window", "windows", type=_Words(int, "TOKENS"), help="Sliding windows, besides the models'."),
         click.option("--direction", "directions", type=_Words(), help="forward, backward or both."),
         click.option("--max-tokens", type=_NUMBERS, help="Largest number of tokens."),
         click.option("--budget", "budget_s", type=Seconds(), help="Time to spend, as in 60s or 20min."),

@@ -75,12 +75,14 @@ class AttentionCosts:
         def law(coords: Floats, queries: float = 1.0) -> Floats:
             context, batch = coords.T
             query = np.full_like(context, queries) if decode else context
-            context = np.minimum(context, window) if window else context
+            seen = np.minimum(context, window) if window else context
+            pairs = query * seen - (0 if decode else seen**2 / 2)  # of a query and a key that it sees
             if attention.is_mla and decode:
-                work = 2 * batch * heads * query * context * (2 * rank + rotary)
+                work = 2 * batch * heads * pairs * (2 * rank + rotary)
             else:
-                work = 2 * batch * heads * query * context * (query_dim + attention.head_dim) / (1 if decode else 2)
-            moved = batch * context * stored * cache + 2 * wide * batch * query * heads * query_dim
+                work = 2 * batch * heads * pairs * (query_dim + attention.head_dim)
+            moved = batch * (seen if decode else context) * stored * cache
+            moved += 2 * wide * batch * query * heads * query_dim
             seconds: Floats = np.maximum(moved / bandwidth, work / flops)
             return seconds
 

@@ -13,19 +13,17 @@ copy means depends on the dispatch kind: per (token, expert), per (token, rank) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
+from moeplan.costs.exchange_tables import FLAT, Copies, curve_error, dispatch_and_combine
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
+from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Phase
 
 __all__ = [
@@ -42,11 +40,7 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-_TABLE_ERROR = 0.15  # two published measurements of one exchange differ by about this
-_NEAREST_ERROR = 0.3
-
 NVLINK_MODES = ("nvlink_one_sided", "nvlink_two_sided")
-FLAT = "flat"  # what `moeplan profile collectives` measures: one copy per (token, expert)
 MODES: dict[str, tuple[str, ...]] = {
     "low_latency": ("low_latency", FLAT),
     "normal": ("normal", FLAT),
@@ -138,127 +132,53 @@ class ExchangeCosts:
         return np.maximum(inner, path.time_s(tokens_per_rank, node_copies / path.copies_per_token))
 
 
-def _intercept(tokens: Floats, seconds: Floats) -> float:
-    """``t0``: least relative squares over the smaller half of the sizes, within 0 and the smallest time."""
-    half = max(3, len(tokens) // 2)
-    weight = 1 / seconds[:half]
-    design = np.stack([weight, tokens[:half] * weight], 1)
-    return float(np.clip(np.linalg.lstsq(design, np.ones(len(weight)), rcond=None)[0][0], 0, seconds.min()))
+def _sent(dispatch: DispatchKind, between: bool) -> Copies:
+    """Copies per token into other nodes, or into other ranks, at (top-k, ranks, nodes)."""
+
+    def copies(top_k: int, num_ranks: int, num_nodes: int) -> float:
+        if dispatch == "allgather":
+            return float(num_nodes - 1 if between else num_ranks - 1)
+        return balanced_copies(dispatch, top_k, num_ranks, num_nodes)[0 if between else 1]
+
+    return copies
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Curve:
-    """One measured phase: seconds by tokens per rank, at which nodes and ranks, and bytes wanted over measured."""
-
-    tokens: Floats
-    seconds: Floats
-    nodes: int
-    ranks: int
-    bytes_factor: float
-    source: str
-    names: dict[str, str]
-
-
-def _nearest(rows: pa.Table, wanted: dict[str, int]) -> NDArray[np.int64]:
-    """Rows nearest to the wanted column values, by the sum of log distances."""
-    apart = np.zeros(rows.num_rows)
-    for column, value in wanted.items():
-        apart += np.abs(np.log(rows[column].to_numpy() / value))
-    return np.flatnonzero(apart <= apart.min() + 1e-9)
-
-
-def _measured(
-    profile: HardwareProfile, mode: str, phase: str, model: ModelSpec, nodes: int, ranks: int, dtype: str, **only: Any
-) -> _Curve | None:
-    """The nearest measured exchange: on one node where there is one, over several where there are several; of a kernel
-    measured in several types the one in ``dtype``, or else in that of most nearly its bytes."""
-    for name in MODES[mode]:
-        rows = profile.select(
-            "alltoall", mode=name, phase=phase, dtype=[*DTYPE_BYTES, "nvfp4"], distribution="balanced", **only
-        )
-        if name.startswith("nvlink"):
-            place = {"ranks": ranks}
-        else:
-            place = {"nodes": nodes} | ({"ranks": ranks} if name == FLAT else {})
-            rows = rows.filter(pc.greater(rows["nodes"], 1) if nodes > 1 else pc.equal(rows["nodes"], 1))
-        if not rows.num_rows:
-            continue
-        rows = rows.take(_nearest(rows, place))
-        shape = {"hidden": model.hidden_size, "top_k": model.top_k, "num_experts": model.num_experts}
-        rows = rows.take(_nearest(rows, shape))
-        names = zip(rows["source"].to_pylist(), rows["kernel"].to_pylist(), rows["sms"].to_pylist(), strict=True)
-        keys = [f"{source} ({kernel}{f', {sms} SMs' if sms else ''})" for source, kernel, sms in names]
-        best: _Curve | None = None
-        for key in sorted(set(keys)):
-            part = rows.filter(pa.array([k == key for k in keys])).sort_by("tokens_per_rank")
-            types = sorted(set(part["dtype"].to_pylist()))
-            nearest = min(types, key=lambda name: (name != dtype, abs(np.log(_width(name) / _width(dtype)))))
-            part = part.filter(pc.equal(part["dtype"], nearest))
-            tokens = part["tokens_per_rank"].to_numpy().astype(float)
-            first = np.unique(tokens, return_index=True)[1]
-            seconds = part["latency_us"].to_numpy()[first] * 1e-6
-            size = part["hidden"][0].as_py() * part["top_k"][0].as_py()
-            factor = model.hidden_size * model.top_k / size
-            at = part["nodes"][0].as_py(), part["ranks"][0].as_py()
-            library = {c: part[c][0].as_py() for c in ("backend", "kernel", "dtype", "mode")}
-            curve = _Curve(tokens[first], seconds, *at, factor, key, library)
-            # Of several numbers of SMs and versions the one with most bandwidth at its largest size.
-            if len(first) >= 3 and (best is None or seconds[-1] / tokens[-1] < best.seconds[-1] / best.tokens[-1]):
-                best = curve
-        if best is not None:
-            return best
-    return None
-
-
-def _width(name: str) -> float:
-    return DTYPE_BYTES[_wire_type(name)]
-
-
-def _wire_type(name: str) -> Dtype:
-    """The type that a name of the tables sends in."""
-    return "fp4" if name == "nvfp4" else name  # type: ignore[return-value]
-
-
-@lru_cache(maxsize=64)
-def _pair(
-    profile: HardwareProfile, mode: str, model: ModelSpec, nodes: int, ranks: int, activation: Dtype
-) -> list[_Curve] | None:
-    """Dispatch and combine of one library, the dispatch brought to the wire's type; None where one is missing."""
-    out = _measured(profile, mode, "dispatch", model, nodes, ranks, "nvfp4" if activation == "fp4" else activation)
-    if out is None:
-        return None
-    library = {name: out.names[name] for name in ("backend", "kernel")}
-    back = _measured(profile, mode, "combine", model, nodes, ranks, out.names["dtype"], **library)
-    if back is None:
-        return None
-    measured = _wire_type(out.names["dtype"])
-
-    def sent_in(curve: _Curve, dtype: Dtype) -> _Curve:
-        wire = roofline.token_bytes(model.hidden_size, dtype) / roofline.token_bytes(model.hidden_size, measured)
-        return replace(curve, bytes_factor=curve.bytes_factor * wire)
-
-    if out.names["mode"] == FLAT:  # measured in one type both ways; tokens come back in 16 bits or more
-        back = sent_in(back, activations_beside(activation))
-    return [sent_in(out, activation), back]
-
-
-def _table_path(found: list[_Curve], copies: float, exact: bool) -> PathCosts:
+def _table_path(
+    profile: HardwareProfile,
+    mode: str,
+    dispatch: DispatchKind,
+    model: ModelSpec,
+    between: bool,
+    nodes: int,
+    ranks: int,
+    activation: Dtype,
+) -> PathCosts | None:
     """Dispatch and combine together on the sizes both cover; an exchange takes what the measured one of its bytes does.
+    None where none is measured.
 
     That is checked on TensorRT-LLM's two-sided kernels, measured in three types: from a narrower type this misses by
     less than scaling the time beyond the fixed part, from a wider one by as much (a little more below 64 tokens).
     """
+    found = dispatch_and_combine(profile, MODES[mode], model, nodes, ranks, activation)
+    if found is None:
+        return None
+    out = found[0]
+    sent = _sent("per_expert" if out.mode == FLAT else dispatch, between)
+    places = ((out.nodes, nodes), (out.ranks, ranks))
+    here = all(a == b for a, b in {FLAT: places, "nvlink": places[1:]}.get(out.mode.split("_")[0], places[:1]))
+    exact = here and all(abs(curve.bytes_factor - 1) < 1e-9 for curve in found)
+    phases = zip(found, ("dispatch", "combine"), strict=True)
+    error = max(curve_error(profile, curve, phase, here, sent) for curve, phase in phases)
+
     sizes = [curve.tokens / curve.bytes_factor for curve in found]
     tokens = np.unique(np.concatenate(sizes))
     tokens = tokens[(tokens >= max(size[0] for size in sizes)) & (tokens <= min(size[-1] for size in sizes))]
-    fixed = sum(_intercept(curve.tokens, curve.seconds) for curve in found)
+    fixed = sum(curve.fixed_s for curve in found)
     seconds = np.sum([np.interp(tokens, size, curve.seconds) for size, curve in zip(sizes, found, strict=True)], 0)
-    exact = exact and all(abs(curve.bytes_factor - 1) < 1e-9 for curve in found)
     kind = "measured" if exact else "modelled from the nearest"
-    source = f"{kind}: {found[0].source} dispatch, {found[1].source} combine, {found[0].ranks} ranks"
+    source = f"{kind}: {found[0].name} dispatch, {found[1].name} combine, {out.ranks} ranks"
     seconds = np.maximum.accumulate(np.maximum(seconds, fixed))
-    error = _TABLE_ERROR if exact else _NEAREST_ERROR
-    return PathCosts(tokens, seconds, fixed, copies, source, error, not exact)
+    return PathCosts(tokens, seconds, fixed, sent(model.top_k, *out.place[::-1]), source, error, not exact)
 
 
 def exchange_costs(
@@ -278,28 +198,17 @@ def exchange_costs(
     out = roofline.token_bytes(model.hidden_size, activation_dtype)
     wire = out if one_way else out + roofline.returned_bytes(model.hidden_size, activation_dtype)
     mode, passes = mode_of(dispatch, phase), 1 if one_way else 2
-    usable = profile is not None and not one_way and dispatch != "allgather"
+    usable = not one_way and dispatch != "allgather"
     joined = cluster.topology in ("flat", "nvl72") or cluster.num_nodes == 1
     sheet = f"roofline of {cluster.accelerator.name}"
 
     def path(between: bool, nodes: int, ranks: int, copy_s: float, latency_s: float) -> PathCosts:
-        def copies(num_ranks: int, num_nodes: int, kind: DispatchKind = dispatch) -> float:
-            if kind == "allgather":
-                return float(num_nodes - 1 if between else num_ranks - 1)
-            both = balanced_copies(kind, model.top_k, num_ranks, num_nodes)
-            return both[0] if between else both[1]
-
         # Tables were measured on the machine's own network: links given one by one are another.
-        covered = usable and not (between and cluster.topology == "explicit")
-        found = _pair(profile, mode, model, nodes, ranks, activation_dtype) if profile and covered else None
-        if found is not None:
-            at = found[0]
-            if at.names["mode"] == FLAT:
-                same = (at.nodes, at.ranks) == (nodes, ranks)
-                return _table_path(found, copies(at.ranks, at.nodes, "per_expert"), same)
-            same = at.nodes == nodes if mode != "nvlink" else at.ranks == ranks
-            return _table_path(found, copies(at.ranks, at.nodes), same)
-        tokens, here = np.geomspace(1, 2.0**17, 18), max(copies(ranks, nodes), 1e-9)
+        if profile is not None and usable and not (between and cluster.topology == "explicit"):
+            found = _table_path(profile, mode, dispatch, model, between, nodes, ranks, activation_dtype)
+            if found is not None:
+                return found
+        tokens, here = np.geomspace(1, 2.0**17, 18), max(_sent(dispatch, between)(model.top_k, ranks, nodes), 1e-9)
         seconds = latency_s + tokens * here * copy_s
         return PathCosts(tokens, seconds, latency_s, here, sheet, roofline.RELATIVE_ERROR, True)
 

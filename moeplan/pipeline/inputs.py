@@ -91,7 +91,7 @@ def windows_of(routing: RoutingTrace | ExpertLoad, windows: str) -> ExpertLoad:
 def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:
     """Measured costs: by name or directory; by default those shipped for the accelerator; ``none``: the roofline.
 
-    A table of exchanges that a profile lacks is the one shipped for its accelerator; one that it has serves alone.
+    Exchanges on numbers of nodes that a profile has none of are those shipped for its accelerator.
 
     Raises:
         ProfileError: no such profile, or it is damaged.
@@ -105,14 +105,16 @@ def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:
     return profile if shipped is None else profile.with_exchanges_of(shipped)
 
 
-def profile_notes(profile: HardwareProfile | None, accelerator: str) -> list[str]:
+def profile_notes(profile: HardwareProfile | None, cluster: ClusterSpec) -> list[str]:
     """Where the profile asked for is of another accelerator than the cluster's, and what another one stands in for."""
     if profile is None:
         return []
+    accelerator, several = cluster.accelerator.name, cluster.num_nodes > 1
     notes = [
-        f"profile {profile.meta.name} has no table {table}: that of {lender} stands in, measured by others on such a"
-        f" machine; measure your own: {measure_command(table, {})}"
-        for table, lender in profile.lent.items()
+        f"profile {profile.meta.name} has no {table} on {', '.join(map(str, sorted(of)))} nodes: those of {lender} stand"
+        f" in, measured by others on such machines; measure your own: {measure_command(table, {})}"
+        for table, (lender, nodes) in profile.lent.items()
+        if (of := nodes if several else nodes & {1})
     ]
     if profile.meta.accelerator != accelerator:
         notes.append(

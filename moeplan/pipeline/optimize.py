@@ -206,7 +206,7 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
     messages += require(run_checks(bundle))
     profile = profile_of(scenario.profile, cluster.accelerator.name)
     backend_notes(scenario, profile)  # a plan is not costed by framework, but the scenario is wrong
-    notes = profile_notes(profile, cluster.accelerator.name)
+    notes = profile_notes(profile, cluster)
     if profile is not None and scenario.profile is not None:
         gaps = coverage_gaps(model, cluster, workload, objective, profile)
         notes += [f"scaled or modelled: {gap}" for gap in gaps]

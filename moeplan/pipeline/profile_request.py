@@ -21,6 +21,7 @@ _CHANGES = {  # the parts that a field changes; one that is not here changes all
     **dict.fromkeys(("hidden", "experts", "top_k"), ("experts", "dense", "collectives")),
     **dict.fromkeys(("heads", "kv_heads", "head_dim"), ("attention", "dense")),
     **dict.fromkeys(("n", "k"), ("dense",)),
+    "windows": ("attention",),
     **dict.fromkeys(("tp", "directions"), _LAYERS),
     **dict.fromkeys(("kernels", "ep"), ("experts",)),
     **dict.fromkeys(("ops", "max_bytes", "ranks", "ranks_per_node", "trace"), ("collectives",)),
@@ -54,8 +55,10 @@ class Sizes:
 class ProfileRequest:
     """What to measure, as the command line says it.
 
+    ``windows`` in tokens, besides those of the models' layers.
+
     Raises:
-        UnknownNameError: no such part, type, kernel, direction or collective.
+        UnknownNameError: no such part, type, kernel, direction or collective; SpecError: a window that hides nothing.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -66,6 +69,7 @@ class ProfileRequest:
     kernels: tuple[str, ...] = ()
     ep: tuple[int, ...] = (1,)
     tp: tuple[int, ...] = (1,)
+    windows: tuple[int, ...] = ()
     directions: tuple[str, ...] = ("forward",)
     max_tokens: int = 16384
     budget_s: float = 60.0
@@ -93,6 +97,12 @@ class ProfileRequest:
             for name in names:
                 if name not in choice:
                     raise UnknownNameError(kind, name, choice)
+        for window in self.windows:
+            if not 0 < window < self.max_tokens:
+                raise SpecError(
+                    f"window ({window}) must be above 0 and below --max-tokens ({self.max_tokens}), or it hides no"
+                    " token; give another --window, or a larger --max-tokens"
+                )
 
     @property
     def command(self) -> str:
@@ -120,7 +130,7 @@ class ProfileRequest:
 
 
 def _flag(name: str) -> str:
-    short = {"dtypes": "dtype", "kernels": "kernel", "ops": "op", "directions": "direction", "budget_s": "budget"}
+    short = {name: name[:-1] for name in ("dtypes", "kernels", "ops", "directions", "windows")} | {"budget_s": "budget"}
     return f"--{short.get(name, name.replace('_', '-'))}"
 
 

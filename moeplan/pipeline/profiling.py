@@ -20,7 +20,8 @@ from moeplan.files import require_place
 from moeplan.pipeline.profile_request import PARTS, PRESETS, ProfileRequest, Sizes, profile_request
 from moeplan.profiling.journal import Journal, point_key
 from moeplan.profiling.protocol import Bench, CpuTimer, CudaTimer, Rig, run_benches, statistics
-from moeplan.specs.model import ModelSpec
+from moeplan.specs.attention_layers import attention_layers
+from moeplan.specs.model import AttentionSpec, ModelSpec
 from moeplan.specs.models import find_model
 
 __all__ = ["PARTS", "PRESETS", "ProfileRequest", "Sizes", "measure_profile", "profile_request"]
@@ -142,20 +143,24 @@ def _attention_benches(request: ProfileRequest, device: Any, models: list[ModelS
 
     if request.models:
         notes += [f"attention of {m.name}: this form is not measured" for m in models if m.attention is None]
-    forms = list(dict.fromkeys(m.attention for m in models if m.attention is not None))
-    if not forms:
+    windows: dict[AttentionSpec, set[int]] = {}  # of the layers of a form; 0: none
+    for model in models:
+        if form := model.attention:
+            own = {part.window for part in attention_layers(model) if part.spec == form}
+            windows.setdefault(form, {0, *request.windows}).update(own)
+    if not windows:
         if not request.models:
             notes.append("attention: not measured, it needs --heads, --kv-heads and --head-dim, or --model")
         return []
     plain = _plain("attention", request, notes)
     return [
         bench
-        for form in forms
+        for form, own in windows.items()
         for dtype in plain
         for tp in request.tp
         for bench in _made(
             f"attention of {form.num_heads} heads in {dtype}",
-            partial(attention_bench, device, form, dtype, tp, request.directions, request.max_tokens),
+            partial(attention_bench, device, form, dtype, tp, request.directions, request.max_tokens, sorted(own)),
             notes,
         )
     ]

@@ -89,7 +89,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     profile = profile_of(scenario.profile, cluster.accelerator.name)
     backends = backend_notes(scenario, profile)
     loads, load, notes = _loads(scenario, spec, model, np.random.default_rng([seed, 12]))
-    notes += profile_notes(profile, cluster.accelerator.name) + backends
+    notes += profile_notes(profile, cluster) + backends
     longest = int((requests.input_tokens_Q + requests.output_tokens_Q).max())
     assumptions: list[tuple[str, str, str]] = []
     pools: list[Pool] = []

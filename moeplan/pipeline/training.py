@@ -87,7 +87,7 @@ def simulate_training(
     spec.micro_batches(cluster.num_ranks)  # degrees that do not divide are said before anything is read
     group = expert_group(cluster, spec.ep)
     profile = profile_of(scenario.profile, cluster.accelerator.name)
-    notes = profile_notes(profile, cluster.accelerator.name)
+    notes = profile_notes(profile, cluster)
     load = None
     if spec.experts == "balanced":
         load_WLE = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)[None]

@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
+from moeplan.profiling.attention import banded_attention  # noqa: E402
 from moeplan.profiling.device import find_device  # noqa: E402
 from moeplan.profiling.expert_kernels import Weights, make_weights, runner  # noqa: E402
 from moeplan.profiling.journal import Journal  # noqa: E402
@@ -75,6 +76,18 @@ def test_fp8_agrees_with_its_dequantised_weights():
     y = runner(device, "grouped_mm", "fp8", (40, 16, 8, 0))(x, weights).float()
     want = _reference(x, plain, (40, 16, 8, 0))
     assert (y - want).norm() / want.norm() < 0.1
+
+
+def test_a_band_agrees_with_a_masked_square():
+    device, window, tokens, group = find_device("cuda"), 128, 1000, 8
+    q, k, v = (device.normal((2, 4, tokens, *more, 64), torch.bfloat16) for more in ((group,), (), ()))
+    got = torch.cat(banded_attention(device, window, group, torch.bfloat16)(q, k, v), 2).transpose(2, 3).flatten(1, 2)
+    back = torch.arange(tokens, device="cuda")[:, None] - torch.arange(tokens, device="cuda")
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(2, 3).flatten(1, 2).float(), *(part.float().repeat_interleave(group, 1) for part in (k, v)),
+        attn_mask=(back >= 0) & (back < window),
+    )  # fmt: skip
+    assert (got.float() - want).norm() / want.norm() < 0.02
 
 
 def test_events_time_the_kernel_and_not_the_launch():

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
-from moeplan.costs.exchange import balanced_copies, exchange_costs, mode_of
+from moeplan.costs.exchange import PathCosts, balanced_copies, exchange_costs, mode_of
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Phase
@@ -142,6 +142,57 @@ def test_other_node_counts_come_from_the_nearest() -> None:
     assert costs.between.extrapolated
     assert "16 ranks" in costs.between.source
     assert costs.between.relative_error > costs.inside.relative_error
+
+
+def between(profile: HardwareProfile, nodes: int, model: ModelSpec = MODEL) -> PathCosts:
+    found = exchange_costs(model, cluster(nodes), "per_node", "prefill", "fp8", profile=profile).between
+    assert found is not None
+    return found
+
+
+def test_errors_are_what_curves_of_the_kernel_miss() -> None:
+    """Straight lines are told exactly; where points scatter by 20 %, so is the error. Of other machine sizes, what
+    these miss of each other: times here go with the nodes, more than copies do."""
+    alike = 0.135
+    assert between(profile([2, 4]), 2).relative_error == pytest.approx(alike)
+    rng = np.random.default_rng(0)
+    noisy = [
+        row | {"latency_us": row["latency_us"] * float(np.exp(0.2 * rng.standard_normal()))}
+        for row in profile([2, 4]).select("alltoall").to_pylist()
+    ]
+    scattered = between(HardwareProfile(META, {"alltoall": pa.Table.from_pylist(noisy)}), 2).relative_error
+    assert 0.2 < scattered < 0.6
+    farther = between(profile([2, 4]), 8).relative_error
+    copies = {n: balanced_copies("per_node", 4, 8 * n, n)[0] for n in (2, 4)}
+    tokens = np.array([1, 4, 16, 64, 256, 1024, 4096])
+    missed = [
+        np.abs(known * (10 + 0.1 * tokens * copies[asked] / copies[known]) / (asked * (10 + 0.1 * tokens)) - 1)
+        for known, asked in ((2, 4), (4, 2))
+    ]
+    assert farther == pytest.approx(np.hypot(np.quantile(np.concatenate(missed), 0.9), alike))
+    # One other size alone tells nothing of how far off another is.
+    assert between(profile([2]), 4).relative_error == pytest.approx(np.hypot(0.3, alike))
+
+
+def test_errors_of_another_shape_are_what_shapes_miss_of_each_other() -> None:
+    narrow, wide = (profile([2], hidden=hidden).select("alltoall").to_pylist() for hidden in (1024, 2048))
+    slow = [row | {"latency_us": 1.5 * row["latency_us"]} for row in wide]
+    both = HardwareProfile(META, {"alltoall": pa.Table.from_pylist(narrow + slow)})
+    widest = MODEL.model_copy(update={"hidden_size": 4096})
+    assert between(both, 2).relative_error == pytest.approx(0.135)
+    assert 0.2 < between(both, 2, widest).relative_error < 0.7
+    assert between(both, 2, widest).extrapolated
+
+
+def test_of_kernels_in_several_types_the_wanted_width_is_compared() -> None:
+    """In bf16 one kernel takes 1.5 times as long as the other in fp4: per byte it is the quicker one."""
+    rows = profile([1]).select("alltoall").to_pylist()
+    narrow = [row | {"dtype": "nvfp4", "kernel": "narrow"} for row in rows]
+    wide = [row | {"dtype": "bf16", "kernel": "wide", "latency_us": 1.5 * row["latency_us"]} for row in rows]
+    for wanted, serves in (("bf16", "wide"), ("fp4", "wide")):
+        table = HardwareProfile(META, {"alltoall": pa.Table.from_pylist(narrow + wide)})
+        inside = exchange_costs(MODEL, cluster(1), "per_node", "prefill", wanted, profile=table).inside  # type: ignore[arg-type]
+        assert f"({serves})" in inside.source
 
 
 @pytest.mark.parametrize(

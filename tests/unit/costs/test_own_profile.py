@@ -131,6 +131,14 @@ def test_a_wider_cache_takes_its_bytes() -> None:
         assert report.kv_tokens == int(report.free_bytes // (4 * 2 * 2 * 64 * width))
 
 
+@pytest.mark.parametrize("context", [100, 128, 1000])
+def test_a_window_is_work_of_the_pairs_that_see_each_other(context: int) -> None:
+    slow, window = CPU.model_copy(update={"bf16": 1e9}), 128
+    pairs = np.tril(np.triu(np.ones((context, context)), 1 - window)).sum()
+    costs = AttentionCosts(ATTENTION, 512, slow, False, DenseCosts(slow, "bf16"), window=window)
+    assert costs.kernel(3, context).value.item() == pytest.approx(3 * pairs * 8 * 4 * 64 / 1e9, rel=0.02)
+
+
 def test_passes_serve_at_the_shape_they_were_measured_at() -> None:
     sizes = [1, 4, 16, 64, 256]
     measured = rows(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from moeplan.artifacts.profile import HardwareProfile, load_profile
@@ -113,12 +114,39 @@ def test_exchanges_that_one_gpu_cannot_measure_are_the_public_ones_and_said(toke
     own = HardwareProfile(meta, {table: public.table(table) for table in ("experts", "attention", "gemm")})
     own.save(tmp_path / "own")
     asked, found = optimize(scenario(tokens)).plan, optimize(scenario(tokens, profile=str(tmp_path / "own"))).plan
-    assert any("profile own has no table alltoall: that of h100-sxm stands in" in note for note in found.notes)
-    assert not any("stands in" in note for note in asked.notes)
+    assert any(
+        "profile own has no alltoall on 1, 2, 4, 8 nodes: those of h100-sxm stand in" in note for note in found.notes
+    )
+    assert not any("stand in" in note for note in asked.notes)
     assert found.prediction == asked.prediction
     lent, none = profile_of(str(tmp_path / "own"), "H100-SXM-80GB"), own.with_exchanges_of(own)
     assert lent.sha256 != own.sha256
     assert none is own
+
+
+def test_exchanges_measured_on_one_node_are_joined_by_the_public_ones_between_nodes(tokens, tmp_path):
+    public = load_profile("h100-sxm")
+    exchange = {"mode": "flat", "hidden": 4096, "top_k": 2, "num_experts": 8, "dtype": "bf16", "nodes": 1, "ranks": 8}
+    rows = [
+        exchange | {"phase": phase, "tokens_per_rank": tokens_per_rank, "latency_us": 1e4 + tokens_per_rank,
+                    "backend": "nccl", "kernel": "own", "source": "mine"}
+        for phase in ("dispatch", "combine") for tokens_per_rank in (1, 64, 4096)
+    ]  # fmt: skip
+    meta = public.meta.model_copy(update={"name": "own", "tables": {}})
+    tables = {table: public.table(table) for table in ("experts", "attention", "gemm")}
+    HardwareProfile(meta, tables | {"alltoall": pa.Table.from_pylist(rows)}).save(tmp_path / "own")
+    plans = {  # an expert on every rank
+        nodes: optimize(
+            scenario(tokens, profile=str(tmp_path / "own"), ranks=8 * nodes, nodes=nodes, redundant=redundant)
+        ).plan
+        for nodes, redundant in ((1, 0), (2, 8))
+    }
+    for plan in plans.values():
+        assert "(own)" in plan.prediction.source["exchange inside a node"]
+    assert "h100_sxm" in plans[2].prediction.source["exchange between nodes"]
+    said = {nodes: [note for note in plan.notes if "stand in" in note] for nodes, plan in plans.items()}
+    assert any("no alltoall on 2, 4, 8 nodes" in note for note in said[2])
+    assert not any("alltoall" in note for note in said[1])
 
 
 def test_a_plan_is_written_whole(tokens, tmp_path):

@@ -11,7 +11,7 @@ from moeplan.errors import SpecError, UnknownNameError
 
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
-from moeplan.profiling.attention import attention_bench  # noqa: E402
+from moeplan.profiling.attention import attention_bench, banded_attention  # noqa: E402
 from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes, optimizer_bench  # noqa: E402
 from moeplan.profiling.device import Device, find_device  # noqa: E402
 from moeplan.profiling.expert_kernels import make_weights, runner, usable_kernels  # noqa: E402
@@ -206,17 +206,21 @@ def test_attention_of_both_kinds(cpu, model):
     given = find_model(model).attention
     assert given is not None
     small = given.model_copy(update={"num_heads": 4, "num_kv_heads": 4 if given.is_mla else 2})
-    bench = attention_bench(cpu, small, "fp32", directions=("forward", "backward"), max_tokens=64)
+    bench = attention_bench(cpu, small, "fp32", directions=("forward", "backward"), max_tokens=128, windows=(0, 6))
+    seen = set()
     for series, results in _calls(bench, 16):
         row = series.row(16)
-        first = results[0][0] if row["direction"] == "backward" else results[0]
+        seen.add((row["phase"], row.get("window", 0), row["batch"], row["direction"]))
+        parts = list(results[0]) if isinstance(results[0], (list, tuple)) else [results[0]]
         queries = 16 if row["phase"] == "prefill" else 1
         assert row["query_tokens"] == queries
         if row["direction"] == "forward":
-            assert first.numel() == row["batch"] * 4 * queries * (
+            assert sum(part.numel() for part in parts) == row["batch"] * 4 * queries * (
                 512 if given.is_mla and row["phase"] == "decode" else given.head_dim
             )
-        assert bool(torch.isfinite(first).all())
+        assert all(bool(torch.isfinite(part).all()) for part in parts)
+    prefill = {("prefill", w, b, d) for w in (0, 6) for b in (1, 8) for d in ("forward", "backward")}
+    assert seen == prefill | {("decode", w, b, "forward") for w in (0, 6) for b in (1, 8, 64)}
 
 
 def test_gqa_against_written_out_attention(cpu):
@@ -229,7 +233,52 @@ def test_gqa_against_written_out_attention(cpu):
     q, k, v = (cpu.normal(s, torch.float32) for s in ((8, 4, 1, 8), (8, 2, 16, 8), (8, 2, 16, 8)))
     k, v = (part.repeat_interleave(2, 1) for part in (k, v))
     want = ((q @ k.transpose(2, 3)) / 8**0.5).softmax(-1) @ v
-    assert torch.allclose(call(0), want, atol=1e-5)
+    assert torch.allclose(call(0)[0], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 5, 200])
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_band_against_a_masked_square(cpu, window, group):
+    """One token out of sight, whole blocks, a rest; blocks narrower than the window too. Gradients as well."""
+    for tokens in (window + 1, 2 * window, 3 * window + 2, window + 256):
+        leaves = [
+            cpu.normal(shape, torch.float64).requires_grad_()
+            for shape in ((2, 2, tokens, group, 8), (2, 2, tokens, 8), (2, 2, tokens, 4))
+        ]
+        got = torch.cat(banded_attention(cpu, window, group, torch.float64)(*leaves), 2)
+        q_BGTJD, k_BGTD, v_BGTD = leaves
+        back_TC = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        score = torch.einsum("bgtjd,bgcd->bgjtc", q_BGTJD, k_BGTD) / 8**0.5
+        score = score.masked_fill((back_TC < 0) | (back_TC >= window), float("-inf"))
+        want = torch.einsum("bgjtc,bgcd->bgtjd", score.softmax(-1), v_BGTD)
+        assert torch.allclose(got, want, atol=1e-10)
+        gradient = cpu.normal(want.shape, torch.float64)
+        pairs = zip(*(torch.autograd.grad(out, leaves, gradient) for out in (got, want)), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-10) for a, b in pairs)
+
+
+def test_series_of_windows_and_batches(cpu):
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8)
+    bench = attention_bench(cpu, spec, "fp32", max_tokens=1024, windows=(0, 100))
+    series = {s.label: s for s in bench.series}
+    name = "attention gqa 4/2 heads of 8 fp32"
+    old = [series[f"{name} {kind} forward"] for kind in ("prefill B1", "decode B1", "decode B8", "decode B64")]
+    assert all("window" not in s.row(16) for s in old), "points of journals of before are found"
+    banded = series[f"{name} prefill window 100 B8 forward"]
+    assert (banded.row(50)["kernel"], banded.row(50)["window"]) == ("sdpa_banded", 100)
+    assert banded.start[-1] == 128, "1,024 tokens in eight sequences"
+    assert 100 in banded.start
+    decode = series[f"{name} decode window 100 B64 forward"]
+    assert (decode.start[-1], decode.row(1024)["context_tokens"]) == (1024, 1024)
+    prepare = bench.open()
+    for phase, size, same in (("decode", 1024, 100), ("decode", 64, 64), ("prefill", 100, 100)):
+        outs = []
+        for window, context in ((" window 100", size), ("", same)):
+            torch.manual_seed(5)
+            outs.append(prepare(series[f"{name} {phase}{window} B8 forward"], context)(0)[0])
+        assert torch.equal(*outs)
+    few = attention_bench(cpu, spec, "fp32", max_tokens=4)
+    assert not any("prefill B8" in s.label for s in few.series), "eight tokens are more than four"
 
 
 def test_gemm_shapes_of_mixtral():

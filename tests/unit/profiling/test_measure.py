@@ -163,6 +163,18 @@ def test_what_a_part_cannot_is_said_and_the_rest_is_measured(tmp_path: Path):
     assert "passes over tokens (router, norms, ...) in int8: not measured, bf16 in their place" in left
 
 
+def test_windows_are_those_of_the_layers_and_those_asked_for(tmp_path: Path):
+    asked = {"parts": ("attention",), "dtypes": ("fp32",), "tp": (8,), "max_tokens": 160, "budget_s": 0.5}
+    for more, windows in (({"models": ("gpt-oss-120b",)}, {0, 32, 128}), ({"sizes": Sizes(heads=8)}, {0, 32})):
+        request = ProfileRequest(windows=(32,), **more, **asked)
+        assert "--window 32" in request.command
+        measure_profile(request, tmp_path / "p")
+        rows = HardwareProfile.open(tmp_path / "p").table("attention").to_pylist()
+        assert {row["window"] for row in rows} == windows
+        assert {row["kernel"] for row in rows if row["window"]} == {"sdpa", "sdpa_banded"}
+        shutil.rmtree(tmp_path / "p")
+
+
 @pytest.mark.parametrize("part", ["experts", "dense"])
 def test_types_that_the_device_cannot_are_said_and_the_others_measured(part: str, tmp_path: Path):
     asked = {"sizes": Sizes(hidden=16, inter=16, experts=2, top_k=1, n=16, k=16), "budget_s": 0.3, "max_tokens": 2}
@@ -384,6 +396,7 @@ def test_command_line(tmp_path: Path):
         (["experts", "--budget", "0s", "--out", "x"], "'--budget': '0s' must be above 0"),
         (["check", "x", "--fresh", "0ms"], "'--fresh': '0ms' must be above 0"),
         (["experts", "--ep", "1,zero", "--out", "x"], "must be numbers from 1"),
+        (["attention", "--window", "128,0", "--out", "x"], "'--window': '128,0' must be numbers from 1"),
         (["experts", "--seed", "-1", "--out", "x"], "'--seed': -1 is not in the range"),
         (["routing", "--seed", "-1", "--out", "x"], "'--seed': -1 is not in the range"),
         (["collectives", "--max-bytes", "255", "--out", "x"], "'--max-bytes': 255 is not in the range"),
@@ -399,7 +412,7 @@ def test_usage_errors(words, message):
     ("part", "option"),
     [("memory", "--trace"), ("memory", "--op"), ("memory", "--kernel"), ("memory", "--ep"), ("memory", "--dtype"),
      ("memory", "--max-bytes"), ("system", "--budget"), ("attention", "--hidden"), ("collectives", "--threads"),
-     ("experts", "--ranks"), ("dense", "--ep")],
+     ("experts", "--ranks"), ("dense", "--ep"), ("dense", "--window")],
 )  # fmt: skip
 def test_a_subcommand_offers_only_what_changes_it(part: str, option: str, tmp_path: Path):
     done = _cli(part, option, "1", "--out", str(tmp_path / "p"))
@@ -415,6 +428,8 @@ def test_a_subcommand_offers_only_what_changes_it(part: str, option: str, tmp_pa
         ("all", "h200", {"ranks": 2}, r"--ranks \(2\) changes nothing in what is measured \(system, memory, experts"),
         ("memory", None, {"dtypes": ("fp8",)}, r"--dtype \(fp8\) changes nothing in .* \(memory\); leave"),
         ("dense", None, {"models": ("a", "b"), "hidden": 4}, r"--models \(a, b\) and --hidden \(4\) both give sizes"),
+        ("all", None, {"windows": (8,)}, r"--window \(8\) changes nothing in .*memory.*--models or sizes"),
+        ("attention", "cpu", {"windows": (8, 4096)}, r"window \(4096\) must .* below --max-tokens \(2048\).*larger"),
         ("dense", None, {"n": 8}, r"--n \(8\) is one side of a dense product; give --k too"),
         ("collectives", None, {"ops": ("bogus",)}, r"op 'bogus' is not known.*all_reduce"),
         ("all", "cpu", {"kernels": ("bogus",)}, r"kernel 'bogus' is not known.*grouped_mm"),
