@@ -111,8 +111,8 @@ def profile_notes(profile: HardwareProfile | None, cluster: ClusterSpec) -> list
         return []
     accelerator, several = cluster.accelerator.name, cluster.num_nodes > 1
     notes = [
-        f"profile {profile.meta.name} has no {table} on {', '.join(map(str, sorted(of)))} nodes: those of {lender} stand"
-        f" in, measured by others on such machines; measure your own: {measure_command(table, {})}"
+        f"profile {profile.meta.name} has no {table} on {', '.join(map(str, sorted(of)))} nodes: those of {lender}"
+        f" stand in, measured by others on such machines; measure your own: {measure_command(table, {})}"
         for table, (lender, nodes) in profile.lent.items()
         if (of := nodes if several else nodes & {1})
     ]

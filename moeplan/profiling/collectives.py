@@ -7,7 +7,7 @@ inside nodes, then between ranks of the same place in their nodes. A sample is t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moeplan.errors import SpecError
 from moeplan.files import canonical_json, sha256_bytes
 from moeplan.profiling.device import Device
-from moeplan.profiling.protocol import Bench, Call, CpuTimer, CudaTimer, Series
+from moeplan.profiling.protocol import Bench, Call, CpuTimer, CudaTimer, Series, shrunk
 
 __all__ = ["OPS", "CollectiveTimer", "Communicator", "Exchange", "collective_benches", "most_elements", "uneven_splits"]
 
@@ -104,6 +104,19 @@ class Communicator:
         return box[0]
 
 
+    def most(self, value: float) -> float:
+        """The largest value of all ranks."""
+        torch = self.device.torch
+        box = torch.tensor([value], dtype=torch.float64, device=self.device.kind)
+        self.dist.all_reduce(box, op=self.dist.ReduceOp.MAX)
+        return float(box.cpu())
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that the buffers of every rank may take now; ranks of a machine without GPUs share its memory."""
+        return int(-self.most(-self.device.free_bytes // (1 if self.device.is_cuda else self.per_node)))
+
+
 def _turned(call: Call, turn: int, _i: int) -> object:
     return call(turn)
 
@@ -172,6 +185,9 @@ def collective_benches(comm: Communicator, what: Exchange) -> list[Bench]:
     if what.dtype not in ("fp32", "bf16", "fp16"):
         raise SpecError(f"dtype ({what.dtype}): exchanges are measured in fp32, bf16 or fp16")
     backend = "nccl" if comm.device.is_cuda else "gloo"
+    asked, room = what, comm.room_bytes
+    what = replace(what, max_bytes=_fitting(what.max_bytes, room, lambda size: _buffer_bytes(comm, what, size)))
+    left_out = shrunk(f"collectives {backend}", asked.max_bytes, what.max_bytes, "bytes")
     cases: dict[str, _Case] = {}
     series = []
     scopes = [("all", comm.world, comm.nodes, None, True)]
@@ -200,10 +216,32 @@ def collective_benches(comm: Communicator, what: Exchange) -> list[Bench]:
                 cases[label] = case
                 series.append(_series(label, case, backend, what))
     name, smaller = f"collectives {backend}", "give a smaller --max-bytes"
-    benches = [Bench(name, tuple(series), lambda: _open(comm, what, cases), smaller=smaller)]
+    benches = [Bench(name, tuple(series), lambda: _open(comm, what, cases), left_out, smaller)]
     if "alltoall" in what.ops:
-        benches += [_token_bench(comm, what, layer, backend) for layer in what.tokens]
+        benches += [_token_bench(comm, what, layer, backend, room) for layer in what.tokens]
     return benches
+
+
+def _fitting(asked: int, room_bytes: int, needed: Callable[[int], int]) -> int:
+    """The largest of ``asked``, its half, its quarter ... whose buffers fit; 1 at least."""
+    while asked > 1 and needed(asked) > room_bytes:
+        asked //= 2
+    return asked
+
+
+def _buffer_elements(comm: Communicator, what: Exchange, max_bytes: int) -> int:
+    """Of the largest buffer: an uneven rank may receive several times the mean."""
+    mean = max_bytes // _width(what)
+    largest = max(most_elements(_weights(comm, what), mean), mean, comm.world)
+    return comm.world * -(-largest // comm.world)
+
+
+def _buffer_bytes(comm: Communicator, what: Exchange, max_bytes: int) -> int:
+    return 2 * _width(what) * _buffer_elements(comm, what, max_bytes)
+
+
+def _width(what: Exchange) -> int:
+    return 4 if what.dtype == "fp32" else 2
 
 
 def _series(label: str, case: _Case, backend: str, what: Exchange) -> Series:
@@ -243,12 +281,8 @@ def _open(comm: Communicator, what: Exchange, cases: Mapping[str, _Case]) -> Pre
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     kind = comm.device.dtype(what.dtype)
-    width = 4 if what.dtype == "fp32" else 2
-    weight_RR = _weights(comm, what)
-    # An uneven rank may receive several times the mean.
-    mean = what.max_bytes // width
-    largest = max(most_elements(weight_RR, mean), mean, comm.world)
-    room = comm.world * -(-largest // comm.world)
+    width, weight_RR = _width(what), _weights(comm, what)
+    room = _buffer_elements(comm, what, what.max_bytes)
     turns = comm.device.copies(2 * room * width, most=4)
     sources = [comm.device.normal((room,), kind) for _ in range(turns)]
     targets = [comm.device.normal((room,), kind) for _ in range(turns)]
@@ -307,9 +341,16 @@ def _open(comm: Communicator, what: Exchange, cases: Mapping[str, _Case]) -> Pre
     return prepare
 
 
-def _token_bench(comm: Communicator, what: Exchange, layer: tuple[int, int, int], backend: str) -> Bench:
+def _token_bench(
+    comm: Communicator, what: Exchange, layer: tuple[int, int, int], backend: str, room_bytes: int
+) -> Bench:
     """Dispatch and combine of tokens by their choices, one copy per (token, expert) pair."""
     hidden, top_k, num_experts = layer
+    name = f"tokens H{hidden} K{top_k} {backend}"
+    forms = _forms(comm, what)
+    asked = what.max_tokens
+    high = _fitting(asked, room_bytes, lambda tokens: 2 * _width(what) * hidden * _rows(forms, tokens * top_k))
+    what = replace(what, max_tokens=high)
     kinds = {
         f"tokens {phase} {form}": (phase, form)
         for phase in ("dispatch", "combine")
@@ -337,8 +378,16 @@ def _token_bench(comm: Communicator, what: Exchange, layer: tuple[int, int, int]
         series.append(Series("alltoall", f"{label} H{hidden} K{top_k} {comm.world} ranks", row, 1, what.max_tokens, 6))
     names = {s.label: kind for s, kind in zip(series, kinds.values(), strict=True)}
     return Bench(
-        f"tokens H{hidden} K{top_k} {backend}", tuple(series), lambda: _open_tokens(comm, what, hidden, top_k, names)
+        name, tuple(series), lambda: _open_tokens(comm, what, hidden, top_k, names), shrunk(name, asked, high)
     )
+
+
+def _forms(comm: Communicator, what: Exchange) -> dict[str, NDArray[np.float64]]:
+    return {"balanced": np.ones((comm.world, comm.world)), "explicit": _weights(comm, what)}
+
+
+def _rows(forms: Mapping[str, NDArray[np.float64]], pairs: int) -> int:
+    return 1 + max(most_elements(weight_RR, pairs) for weight_RR in forms.values())
 
 
 def _open_tokens(
@@ -346,9 +395,8 @@ def _open_tokens(
 ) -> Prepare:
     dist = comm.dist
     kind = comm.device.dtype(what.dtype)
-    even_RR = np.ones((comm.world, comm.world))
-    forms = {"balanced": even_RR, "explicit": _weights(comm, what)}
-    room = 1 + max(most_elements(w, what.max_tokens * top_k) for w in forms.values())
+    forms = _forms(comm, what)
+    room = _rows(forms, what.max_tokens * top_k)
     source, target = (comm.device.normal((room, hidden), kind) for _ in range(2))
 
     def prepare(series: Series, tokens: int) -> Call:

@@ -20,7 +20,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -78,6 +78,9 @@ def shrunk(what: str, asked: int, high: int, unit: str = "tokens") -> tuple[str,
     if high >= asked:
         return ()
     return (f"{what}: {unit} from {high + 1:,} to {asked:,} do not fit into the memory, measured to {high:,}",)
+
+
+T = TypeVar("T")
 
 
 class Timer(Protocol):
@@ -140,13 +143,15 @@ class CudaTimer:
 
 @dataclass(slots=True)
 class Rig:
-    """What runs a bench. ``agree`` turns a value of the clock into one that all ranks share; samples of a
-    timer must already be the same on all of them, so that all take the same decisions."""
+    """What runs a bench. ``agree`` turns a value of the clock into one that all ranks share, ``anywhere`` tells whether
+    something is so on any of them; samples of a timer must already be the same on all, so that all take the same
+    decisions."""
 
     timer: Timer
     journal: Journal
     rng: random.Random
     agree: Callable[[Any], Any] = lambda value: value
+    anywhere: Callable[[bool], bool] = lambda so: so
     left_out: list[str] = field(default_factory=list)
     strict: bool = False  # where a failing call means a dead peer, not a kernel that this device lacks
     doing: str = ""
@@ -208,7 +213,7 @@ def _run_bench(bench: Bench, rig: Rig, share_s: float, tell: Callable[[float], N
         return float(value)
 
     try:
-        prepare = bench.open()
+        prepare = _together(bench.open, rig)
     except (RuntimeError, MemoryError) as error:
         if _out_of_memory(error):
             rig.left_out.append(
@@ -225,6 +230,22 @@ def _run_bench(bench: Bench, rig: Rig, share_s: float, tell: Callable[[float], N
     finally:
         del prepare
         gc.collect()
+
+
+def _together(make: Callable[[], T], rig: Rig) -> T:
+    """What ``make`` makes, unless the memory of any rank does not hold it: then all are out of memory, none waits."""
+    made: T | None = None
+    short: Exception | None = None
+    try:
+        made = make()
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        short = error
+    if rig.anywhere(short is not None):
+        raise short or MemoryError("another rank is out of memory")
+    assert made is not None
+    return made
 
 
 class _Run:
@@ -259,7 +280,7 @@ class _Run:
     def timed(self, case: tuple[int, int], count: int) -> list[float]:
         series, size = self.bench.series[case[0]], case[1]
         self.rig.doing = f"{series.label} at {size}"
-        call = self.prepare(series, size)
+        call = _together(lambda: self.prepare(series, size), self.rig)
         call(-1)
         return self.rig.timer.time(call, count)
 

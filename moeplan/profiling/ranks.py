@@ -97,6 +97,7 @@ def _measure(job: Job, rank: int, world: int, journal: Journal, report: Progress
     comm = Communicator(device, rank, _node_of_ranks(job, dist, world), dist)
     journal.points = comm.agree(journal.points if rank == 0 else None)
     rig = Rig(CollectiveTimer(comm), journal, random.Random(job.seed), agree=comm.agree, strict=True)
+    rig.anywhere = lambda so: comm.most(so) > 0
     try:
         run_benches(collective_benches(comm, job.what), rig, job.budget_s, report)
     except (RuntimeError, OSError) as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ torch = pytest.importorskip("torch", reason="profilers need torch")
 from moeplan.cli.profile_measure import _show  # noqa: E402
 from moeplan.pipeline.profiling import ProfileRequest, Sizes, _exchange, measure_profile  # noqa: E402
 from moeplan.profiling.collectives import (  # noqa: E402
+    CollectiveTimer,
     Communicator,
     Exchange,
     collective_benches,
@@ -32,6 +35,7 @@ from moeplan.profiling.collectives import (  # noqa: E402
 )
 from moeplan.profiling.device import Device  # noqa: E402
 from moeplan.profiling.journal import Journal  # noqa: E402
+from moeplan.profiling.protocol import Bench, Rig, Series, run_benches  # noqa: E402
 from moeplan.profiling.ranks import Job, _supervise, run_local_ranks  # noqa: E402
 from moeplan.specs.models import find_model  # noqa: E402
 
@@ -40,6 +44,64 @@ def test_uneven_splits_follow_the_matrix():
     weight_RR = np.array([[1.0, 3.0], [0.0, 4.0]])
     assert uneven_splits(weight_RR, 100).tolist() == [[25, 75], [0, 100]]
     assert uneven_splits(np.ones((4, 4)), 8).tolist() == [[2] * 4] * 4
+
+
+def _run_short_of_memory(rank: int, port: int) -> None:
+    """Body of a rank: rank 1 has no memory for the first bench, and none for large sizes of the second; 100 kB for its
+    buffers."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port, 2, rank == 0), rank=rank, world_size=2)
+    comm = Communicator(Device("cpu", torch, 1 << 12), rank, (0, 0), dist)
+    rig = Rig(CollectiveTimer(comm), Journal(None, {}), random.Random(0), agree=comm.agree, strict=True)
+    rig.anywhere = lambda so: comm.most(so) > 0
+
+    def prepare(series, size):
+        if rank == 1 and size > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lambda _i: dist.barrier()
+
+    def opened(name):
+        if rank == 1 and name == "a":
+            raise MemoryError
+        return prepare
+
+    def series(name):
+        return Series("experts", name, lambda size: {"tokens": size, "label": name}, 1, 1024, 5)
+
+    run_benches([Bench(name, (series(name),), partial(opened, name)) for name in "ab"], rig, 0.5)
+    assert len(rig.left_out) == 2
+    assert rig.left_out[0].startswith("a: not measured, weights and buffers do not fit")
+    assert rig.left_out[1].startswith("b: out of memory from size ")
+    assert {row["label"] for _, row, _ in rig.journal.points.values()} == {"b"}
+
+    class Small(Device):
+        @property
+        def free_bytes(self):
+            return 200_000 if rank == 1 else 10**9
+
+    comm.device = Small("cpu", torch, 1 << 12)
+    even = ((1.0, 1.0),) * 2
+    large, tokens = collective_benches(comm, Exchange(max_bytes=2**20, weight_RR=even, tokens=((256, 2, 4),)))
+    assert {s.high for s in large.series} == {2**15}  # two buffers of 32 KiB in 100 kB
+    assert large.left_out[0].endswith("bytes from 32,769 to 1,048,576 do not fit into the memory, measured to 32,768")
+    assert {s.high for s in tokens.series} == {16}  # 33 rows of 1 KiB, twice
+    assert "tokens from 17 to 1,024 do not fit" in tokens.left_out[0]
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_memory_that_one_rank_lacks_ends_a_size_on_all():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_run_short_of_memory, args=(rank, port)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+    assert [process.exitcode for process in ranks] == [0] * 2
 
 
 @pytest.mark.parametrize("world", range(2, 65))
@@ -52,6 +114,11 @@ def test_every_rank_has_room_for_what_it_sends_and_receives(world: int):
             assert max(split_RR.sum(0).max(), split_RR.sum(1).max()) <= room
 
 
+def _alone(**calls) -> SimpleNamespace:
+    """What stands for torch.distributed where one rank answers for all."""
+    return SimpleNamespace(all_reduce=lambda _box, op: None, ReduceOp=SimpleNamespace(MAX="max"), **calls)
+
+
 @pytest.mark.parametrize("traffic", [None, ((1.0, *[0.0] * 7),) * 8])
 def test_buffers_of_eight_ranks_hold_the_uneven_exchange(traffic):
     def exchange(into, out, receives, sends):
@@ -59,8 +126,8 @@ def test_buffers_of_eight_ranks_hold_the_uneven_exchange(traffic):
         done.append(len(into))
 
     done: list[int] = []
-    dist = SimpleNamespace(all_gather_single=None, all_gather_into_tensor=None, reduce_scatter_tensor=None)
-    dist.all_to_all_single = exchange
+    gathers = {"all_gather_single": None, "all_gather_into_tensor": None, "reduce_scatter_tensor": None}
+    dist = _alone(all_to_all_single=exchange, **gathers)
     for rank in range(8):
         comm = Communicator(Device("cpu", torch, 1 << 12), rank, (0,) * 8, dist)
         bench = collective_benches(comm, Exchange(ops=("alltoall",), max_bytes=16384, weight_RR=traffic))[0]
@@ -73,7 +140,7 @@ def test_buffers_of_eight_ranks_hold_the_uneven_exchange(traffic):
 
 def test_rows_of_different_traffic_do_not_mix():
     """The tables name the matrix: a trace's rows are neither the built-in one's nor another trace's."""
-    dist = SimpleNamespace()
+    dist = _alone()
 
     def forms(traffic) -> list[set[str]]:
         comm = Communicator(Device("cpu", torch, 1 << 12), 0, (0, 0), dist)
@@ -281,7 +348,7 @@ def test_every_model_and_what_is_cut_off_is_said(tmp_path: Path):
     what = _exchange(ProfileRequest(**asked), [find_model(name) for name in models], 2, notes)
     assert what.tokens == ((2048, 8, 64), (4096, 2, 8))
     assert notes == ["dispatch and combine of tokens: tokens per rank from 1,025 to 4,096 are not measured"]
-    comm = Communicator(Device("cpu", torch, 1 << 12), 0, (0, 0), SimpleNamespace())
+    comm = Communicator(Device("cpu", torch, 1 << 12), 0, (0, 0), _alone())
     rows = [series.row(1) for bench in collective_benches(comm, what)[1:] for series in bench.series]
     assert {(row["hidden"], row["top_k"], row["num_experts"]) for row in rows} == set(what.tokens)
     notes.clear()
