@@ -10,18 +10,18 @@ Tables are read when they are first asked for and checked against their hash.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache, cached_property
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from moeplan.artifacts.profile_tables import DIRECTIONS, TABLES, columns_of, measure_command
+from moeplan.artifacts.profile_tables import TABLES, columns_of, measure_command
 from moeplan.errors import InputError, ProfileError, UnknownNameError
 from moeplan.files import atomic_directory, read_json, sha256_bytes, sha256_file
 from moeplan.specs.base import validation_message
@@ -73,6 +73,23 @@ class TableMeta(_Paper):
     sha256: str
 
 
+class _Numbers(BaseModel):
+    """All of ``system`` that something reads as a number; its other facts are shown as they stand."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    multiprocessors: float | None = Field(None, ge=1)
+    launch_latency_us: float | None = Field(None, gt=0)
+    threads: float | None = Field(None, ge=1)
+    realtime: float | None = Field(None, ge=0, le=1)
+    foreign_cpu_share: float | None = Field(None, ge=0, le=1)
+
+
+def _readable(facts: dict[str, float | str]) -> dict[str, float | str]:
+    _Numbers.model_validate(facts)
+    return facts
+
+
 class ProfileMeta(_Paper):
     """``profile.json``."""
 
@@ -88,7 +105,7 @@ class ProfileMeta(_Paper):
     note: str = ""
     left_out: list[str] = Field(default_factory=list, description="what was asked for and not measured, and why")
     sources: dict[str, Source] = Field(default_factory=dict)
-    system: dict[str, float | str] = Field(
+    system: Annotated[dict[str, float | str], AfterValidator(_readable)] = Field(
         default_factory=dict, description="machine facts, unit in the key: launch_latency_us, clock_mhz, ..."
     )
     rejected: dict[str, dict[str, int]] = Field(
@@ -97,8 +114,8 @@ class ProfileMeta(_Paper):
     tables: dict[str, TableMeta] = Field(default_factory=dict)
 
 
-def _conform(name: str, table: pa.Table, where: str) -> pa.Table:
-    """The table in its schema's columns and types; defaults filled in."""
+def _conform(name: str, table: pa.Table, where: str, sources: Collection[str] | None = None) -> pa.Table:
+    """The table in its schema's columns and types; defaults filled in, strings but vectors dictionary-encoded."""
     schema = columns_of(name)
     unknown = sorted(set(table.column_names) - set(schema))
     missing = sorted(c for c, column in schema.items() if column.default is None and c not in table.column_names)
@@ -114,33 +131,35 @@ def _conform(name: str, table: pa.Table, where: str) -> pa.Table:
     arrays = []
     for column, spec in schema.items():
         if column not in table.column_names:
-            arrays.append(pa.repeat(pa.scalar(spec.default, _ARROW[spec.kind]), table.num_rows))
-            continue
-        try:
-            values = table[column].combine_chunks().cast(_ARROW[spec.kind])
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ProfileError(f"{where}: column {column} of table {name} is not {spec.kind}: {error}") from error
+            values = pa.repeat(pa.scalar(spec.default, _ARROW[spec.kind]), table.num_rows)
+        else:
+            try:
+                values = table[column].combine_chunks().cast(_ARROW[spec.kind])
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise ProfileError(f"{where}: column {column} of table {name} is not {spec.kind}: {error}") from error
         if values.null_count:
             raise ProfileError(f"{where}: column {column} of table {name} has {values.null_count} empty cells")
-        arrays.append(values)
+        arrays.append(values.dictionary_encode() if spec.kind == "str" and column != "vector" else values)
     result = pa.table(dict(zip(schema, arrays, strict=True)))
-    _require_sense(name, result, where)
-    strings = [c for c, spec in schema.items() if spec.kind == "str" and c != "vector"]
-    for column in strings:
-        index = result.column_names.index(column)
-        result = result.set_column(index, column, result[column].combine_chunks().dictionary_encode())
+    _require_sense(name, result, where, sources)
     return result
 
 
-def _require_sense(name: str, table: pa.Table, where: str) -> None:
-    """Times above 0, sizes that can be, known directions, vectors of counts; or the first row that is not so."""
+def _require_sense(name: str, table: pa.Table, where: str, sources: Collection[str] | None) -> None:
+    """Times above 0, sizes that can be, known words, ``sources`` that are listed, vectors of counts; or the first row
+    that is not so."""
     latency = table["latency_us"]
     good = {"latency_us": (pc.and_(pc.is_finite(latency), pc.greater(latency, 0.0)), "finite and above 0")}
     for column, spec in columns_of(name).items():
         if spec.least is not None:
             good[column] = pc.greater_equal(table[column], spec.least), f"{spec.least} or above"
-        elif column == "direction":
-            good[column] = pc.is_in(table[column], value_set=pa.array(DIRECTIONS)), " or ".join(DIRECTIONS)
+        elif spec.words:
+            *others, last = (word or "empty" for word in spec.words)
+            fits = partial(pc.match_substring_regex, pattern=spec.pattern)
+            good[column] = _by_word(table[column], fits), f"{', '.join(others)} or {last}"
+        elif column == "source" and sources is not None:
+            listed = partial(pc.is_in, value_set=pa.array(list(sources), pa.string()))
+            good[column] = _by_word(table[column], listed), "a key of sources in profile.json"
         elif column == "vector":
             good[column] = pc.match_substring_regex(table[column], "^[0-9 ]*$"), "whole numbers with spaces between"
     for column, (rows, what) in good.items():
@@ -149,6 +168,12 @@ def _require_sense(name: str, table: pa.Table, where: str) -> None:
             value = table[column][row].as_py()
             shown = "is not a number" if value != value else f"holds {value!r}"
             raise ProfileError(f"{where}: {column} of table {name} must be {what}; row {row + 1} {shown}")
+
+
+def _by_word(column: pa.ChunkedArray, good: Callable[[pa.Array], pa.Array]) -> pa.Array:
+    """Which rows are ``good``: each word of the column's dictionary is looked at once."""
+    coded = column.combine_chunks()
+    return good(coded.dictionary).take(coded.indices)
 
 
 def _places(table: pa.Table, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
@@ -200,7 +225,7 @@ class HardwareProfile:
         try:
             meta = ProfileMeta.model_validate(document)
         except ValidationError as error:
-            raise ProfileError(validation_message(str(path), error)) from error
+            raise ProfileError(f"{validation_message(str(path), error)}; correct or restore the file") from error
         unknown = sorted(set(meta.tables) - set(TABLES))
         if unknown:
             raise ProfileError(f"{path}: tables ({', '.join(unknown)}) are not known; known: {', '.join(TABLES)}")
@@ -248,7 +273,7 @@ class HardwareProfile:
                 f"{path} has {raw.num_rows} rows, profile.json says tables.{name}.rows ({meta.rows}); restore both or"
                 f" measure again: {self.meta.command}"
             )
-        self._tables[name] = _conform(name, raw, str(path))
+        self._tables[name] = _conform(name, raw, str(path), self.meta.sources)
         return self._tables[name]
 
     @cached_property
@@ -344,13 +369,15 @@ class HardwareProfile:
         """Write the profile as a directory, whole or not at all, and return it as read back.
 
         Raises:
-            InputError: the directory holds something else, or cannot be written.
+            ProfileError: rows name a source that the profile does not; InputError: the directory holds something
+                else, or cannot be written.
         """
         with atomic_directory(directory, *PROFILE_PLACE) as target:
             metas = {}
             for name in self.table_names:
                 path = target / f"{name}.{file_format}"
                 table = self.table(name)
+                _require_sense(name, table, f"profile {self.meta.name}", self.meta.sources)
                 if file_format == "csv":
                     plain = {c: table[c].cast(_ARROW[spec.kind]) for c, spec in columns_of(name).items()}
                     pa_csv.write_csv(pa.table(plain), path)

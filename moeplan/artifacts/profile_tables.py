@@ -17,20 +17,29 @@ __all__ = ["COMMON", "MEASURED", "TABLES", "Column", "columns_of", "measure_comm
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column. ``kind`` is ``str``, ``int`` or ``float``; ``default`` None: the column must be there."""
+    """One column. ``kind`` is ``str``, ``int`` or ``float``; ``default`` None: the column must be there.
+
+    ``words`` are all that a ``str`` may hold, where not any; ``A`` in them stands for a number, ``HASH`` for a digest.
+    """
 
     kind: str
     meaning: str
     default: str | int | float | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def least(self) -> int | None:
         """Smallest value of an ``int``: of a size 1, of others the default, which says that there is none."""
         return None if self.kind != "int" else int(self.default) if self.default is not None else 1
 
+    @property
+    def pattern(self) -> str:
+        """Regular expression of the words."""
+        return f"^({'|'.join(self.words)})$".replace("HASH", "[0-9a-f]+").replace("A", r"\d+(\.\d+)?")
 
-def _s(meaning: str, default: str | None = None) -> Column:
-    return Column("str", meaning, default)
+
+def _s(meaning: str, default: str | None = None, words: tuple[str, ...] = ()) -> Column:
+    return Column("str", meaning, default, words)
 
 
 def _i(meaning: str, default: int | None = None) -> Column:
@@ -39,6 +48,15 @@ def _i(meaning: str, default: int | None = None) -> Column:
 
 _NAN = float("nan")
 _DTYPE = "fp32, bf16, fp16, fp8, fp8_block, int8, int4, fp4, or a format's own name such as w4a8_mxfp4_mxfp8"
+
+MISMEASURED = ("not_sharded", "host_bound")
+"""Marks of rows that timed something else than they say: not the rank's own work, or the host's."""
+
+DIRECTIONS = ("forward", "backward")
+MEASURED = ("latency_us", "spread", "min_us", "p20_us", "samples")  # all other columns say what was measured
+
+_MARKS = ("non_monotone", "skew_faster", "outlier", *MISMEASURED, "copied")
+_CHOICES = ("balanced", "power_law_A", "power_law_A_eplb", "power_law_sampled_A", "explicit")
 
 COMMON: dict[str, Column] = {
     "backend": _s("framework whose code ran: moeplan, sglang, trtllm, vllm, nccl, gloo, deepep"),
@@ -50,17 +68,11 @@ COMMON: dict[str, Column] = {
     "samples": Column("int", "measured times; 0: not published", 0),
     "source": _s("key into sources of profile.json: where this number is from"),
     "mark": _s(
-        "empty: usable; else why the sanity pass set it aside: "
-        "non_monotone, skew_faster, outlier, not_sharded, host_bound, copied",
+        f"empty: usable; else why the sanity pass set it aside: {', '.join(_MARKS)}",
         "",
+        ("", *_MARKS),
     ),
 }
-
-MISMEASURED = ("not_sharded", "host_bound")
-"""Marks of rows that timed something else than they say: not the rank's own work, or the host's."""
-
-DIRECTIONS = ("forward", "backward")
-MEASURED = ("latency_us", "spread", "min_us", "p20_us", "samples")  # all other columns say what was measured
 
 TABLES: dict[str, dict[str, Column]] = {
     "experts": {
@@ -72,13 +84,13 @@ TABLES: dict[str, dict[str, Column]] = {
         "ep": _i("ranks the experts are spread over"),
         "tp": _i("ranks that share one expert"),
         "dtype": _s(f"of the weights: {_DTYPE}"),
-        "distribution": _s("of choices: balanced, power_law_A, power_law_A_eplb, sampled_A, explicit (see vector)"),
+        "distribution": _s(f"of choices: {', '.join(_CHOICES)} (see vector)", None, _CHOICES),
         "tokens": _i("entering the layer over all ranks of the ep group"),
         "rank_pairs": _i("(token, expert) pairs on the measured rank; -1: not published", -1),
         "active_experts": _i("distinct experts hit on the measured rank; -1: not published", -1),
         "rank_tokens": _i("distinct tokens on the measured rank; -1: not published", -1),
         "vector": _s("tokens per local expert of the measured rank, separated by spaces; empty: not published", ""),
-        "direction": _s("forward or backward", "forward"),
+        "direction": _s("forward or backward", "forward", DIRECTIONS),
         "scope": _s("experts (grouped FFN of one rank) or fused (dispatch and combine inside the kernel)", "experts"),
     },
     "alltoall": {
@@ -96,6 +108,7 @@ TABLES: dict[str, dict[str, Column]] = {
             "of choices over experts: balanced, power_law_A, explicit (the profiler's own skewed matrix of what rank"
             " sends to rank) or trace:HASH (a trace's matrix)",
             "balanced",
+            ("balanced", "power_law_A", "explicit", "trace:HASH"),
         ),
     },
     "collectives": {
@@ -112,6 +125,7 @@ TABLES: dict[str, dict[str, Column]] = {
             "of an alltoall's splits: even, uneven (the profiler's own skewed matrix of what rank sends to rank) or"
             " trace:HASH (a trace's matrix)",
             "even",
+            ("even", "uneven", "trace:HASH"),
         ),
     },
     "attention": {
@@ -128,7 +142,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "dtype": _s("of the arithmetic"),
         "kv_dtype": _s("of the KV cache"),
         "gemm_dtype": _s("module: of the projections' weights", ""),
-        "direction": _s("forward or backward", "forward"),
+        "direction": _s("forward or backward", "forward", DIRECTIONS),
     },
     "gemm": {
         "m": _i("rows of the activations: tokens"),
@@ -136,7 +150,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "k": _i("inner size"),
         "batch": _i("independent products in one call", 1),
         "dtype": _s(_DTYPE),
-        "direction": _s("forward or backward", "forward"),
+        "direction": _s("forward or backward", "forward", DIRECTIONS),
     },
     "elementwise": {
         "op": _s("router, permute, unpermute, norm, embedding, head, activation, optimizer or empty_launch"),
@@ -145,7 +159,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "num_experts": _i("E; 0: does not apply", 0),
         "top_k": _i("K; 0: does not apply", 0),
         "dtype": _s(_DTYPE),
-        "direction": _s("forward or backward", "forward"),
+        "direction": _s("forward or backward", "forward", DIRECTIONS),
     },
     "memory": {
         "op": _s("device_copy, host_to_device, device_to_host or allocate"),

@@ -123,6 +123,7 @@ class AttentionCosts:
     def projections(self, tokens: Any) -> Seconds:
         """Products before and after the kernel for ``tokens`` new tokens, each on the last axis."""
         a, tp, hidden = self._spec, self._tp, self._hidden
+        halves: list[Seconds] | None = None
         if a.kv_lora_rank is None:
             shapes: list[tuple[float, float]] = [((a.num_heads + 2 * a.num_kv_heads) * a.head_dim / tp, hidden)]
         else:
@@ -130,11 +131,30 @@ class AttentionCosts:
             query = a.num_heads * (nope + rope) / tp
             shapes = [(a.q_lora_rank, hidden), (query, a.q_lora_rank)] if a.q_lora_rank else [(query, hidden)]
             shapes += [(a.kv_lora_rank + rope, hidden)]
-            # Up-projection of the latent in prefill, its absorbed halves around the kernel in decode: one size.
-            shapes += [(a.num_heads * (nope + a.head_dim) / tp, a.kv_lora_rank)]
+            halves = self._absorbed(tokens) if self._decode else None
+            # Up-projection of the latent in prefill; in decode of its halves' size, where these are not measured.
+            shapes += [] if halves else [(a.num_heads * (nope + a.head_dim) / tp, a.kv_lora_rank)]
         shapes += [(hidden, a.num_heads * a.head_dim / tp)]
         widths, inner = np.array(shapes, float).T
-        return self._dense.product(np.asarray(tokens, float)[..., None], widths, inner)
+        found = self._dense.product(np.asarray(tokens, float)[..., None], widths, inner)
+        return _beside(found, *halves) if halves else found
+
+    def _absorbed(self, tokens: Any) -> list[Seconds] | None:
+        """The halves of the up-projection around the kernel of latent attention, one product for each head
+        (DeepSeek-V2, section 2.1); None where they are not measured."""
+        a, heads = self._spec, self._spec.num_heads / self._tp
+        rank, nope = a.kv_lora_rank or 0, a.qk_nope_head_dim or 0
+        halves = [self._dense.batched(tokens, heads, *size) for size in ((rank, nope), (a.head_dim, rank))]
+        return [half for half in halves if half is not None] if None not in halves else None
+
+
+def _beside(*parts: Seconds) -> Seconds:
+    """Parts on the last axis of the first."""
+    first, *others = parts
+    value = np.concatenate([first.value, *(part.value.reshape(*first.value.shape[:-1], 1) for part in others)], -1)
+    source = "; ".join(dict.fromkeys(part.source for part in parts))
+    error = sum(part.total * part.relative_error for part in parts) / sum(part.total for part in parts)
+    return Seconds(value, error, source, any(part.extrapolated for part in parts))
 
 
 @lru_cache(maxsize=256)

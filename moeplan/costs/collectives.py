@@ -13,21 +13,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
-from moeplan.costs.tables import Seconds, TableCosts
+from moeplan.costs.fastest import FastestTable
+from moeplan.costs.roofline import scale_up_bandwidth
+from moeplan.costs.tables import Seconds
 from moeplan.specs.cluster import ClusterSpec
 
 __all__ = ["CollectiveCosts"]
 
 Floats = NDArray[np.float64]
 
+LIBRARIES = ("nccl", "gloo")  # that every framework can call
+
 
 class CollectiveCosts:
     """Collectives over groups of ranks of a cluster that lie ``stride`` apart; those measured in 16 bits, else in fp32:
-    bytes count."""
+    bytes count. Of ``backend``'s own kernels and the communication library's, or of all, the fastest at the size
+    serves."""
 
-    def __init__(self, cluster: ClusterSpec, profile: HardwareProfile | None = None) -> None:
-        self._cluster, self._profile = cluster, profile
-        self._tables: dict[tuple[str, int, int], TableCosts] = {}
+    def __init__(
+        self, cluster: ClusterSpec, profile: HardwareProfile | None = None, backend: str | None = None
+    ) -> None:
+        self._cluster, self._profile, self._backend = cluster, profile, backend
+        self._tables: dict[tuple[str, int, int], FastestTable] = {}
 
     def seconds(self, op: str, ranks: int, message_size_bytes: float, stride: int = 1) -> Seconds:
         """``op``: all_reduce, all_gather, reduce_scatter, alltoall or p2p (between ranks ``stride`` apart); sizes as
@@ -37,9 +44,9 @@ class CollectiveCosts:
         key = (op, ranks, stride)
         if key not in self._tables:
             self._tables[key] = self._table(op, ranks, stride)
-        return self._tables[key].seconds(message_size_bytes)
+        return self._tables[key].told(message_size_bytes)
 
-    def _table(self, op: str, ranks: int, stride: int) -> TableCosts:
+    def _table(self, op: str, ranks: int, stride: int) -> FastestTable:
         cluster = self._cluster
         chip, span = cluster.accelerator, (stride + 1 if op == "p2p" else ranks * stride)
         domain = {"flat": cluster.num_ranks, "nvl72": chip.scale_up_domain}.get(
@@ -47,7 +54,7 @@ class CollectiveCosts:
         )
         inside = span <= domain
         members = 1 if op == "p2p" else max(1, min(ranks, domain // stride))
-        bandwidth = chip.scale_up_bandwidth
+        bandwidth = scale_up_bandwidth(cluster, min(span, domain))
         if not inside:
             bandwidth = min(bandwidth, members * chip.nic_bandwidth)
         latency = cluster.scale_up_latency if inside else cluster.nic_latency
@@ -59,10 +66,8 @@ class CollectiveCosts:
 
         names: dict[str, Any] = {"op": op, "ranks": ranks, "nodes": 1 if inside else -(-span // cluster.ranks_per_node)}
         names |= {"algorithm": "flat", "distribution": "even"}
-        axes, name = ("message_size_bytes",), cluster.accelerator.name
-        tables = (
-            TableCosts(self._profile, "collectives", axes, names | {"dtype": dtype}, law, name)
-            for dtype in (["fp16", "bf16"], "fp32")
-        )
-        half = next(tables)
-        return half if half.measured else next(tables)
+        owners = [{"backend": [self._backend, *LIBRARIES]}] if self._backend else []
+        types: tuple[dict[str, Any], ...] = ({"dtype": ["fp16", "bf16"]}, {"dtype": "fp32"})
+        choices = tuple(of | owner for of in types for owner in (*owners, {}))
+        axes, device = ("message_size_bytes",), cluster.accelerator.name
+        return FastestTable(self._profile, "collectives", axes, names, law, device, choices)

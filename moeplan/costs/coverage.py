@@ -23,7 +23,7 @@ def coverage_gaps(
     model: ModelSpec, cluster: ClusterSpec, workload: Workload, objective: Objective, profile: HardwareProfile
 ) -> tuple[str, ...]:
     """One message per region that predictions for this model would have to scale or take from the roofline."""
-    hidden, experts = {"hidden": model.hidden_size}, {"num_experts": model.num_experts}
+    hidden, experts = {"hidden": model.routed_hidden_size}, {"num_experts": model.num_experts}
     shape = hidden | {"inter": model.expert_intermediate_size} | experts | {"top_k": model.top_k}
     kinds = {"dtype": table_dtypes(workload.weight_dtype), "distribution": "balanced"}
     public = shipped_profile_for(profile.meta.accelerator)

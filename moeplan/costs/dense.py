@@ -11,10 +11,12 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
+from moeplan.costs.fastest import FastestTable
 from moeplan.costs.frameworks import framework_that_serves
 from moeplan.costs.number_formats import table_dtypes
 from moeplan.costs.tables import Seconds, TableCosts
@@ -62,12 +64,39 @@ class DenseCosts:
         kind, framework = none if profile is None else _kind_and_framework(profile, dtype, backend, direction)
         names: dict[str, Any] = {"dtype": kind, "batch": 1, "direction": direction}
         names |= {"backend": framework} if framework else {}
+        self._profile, self._backend, self._device, self._law = profile, backend, accelerator.name, law
+        self._types = {*table_dtypes(dtype), *table_dtypes(self.activations)}
+        self._batched: dict[tuple[int, int], FastestTable | None] = {}
         self._products = TableCosts(profile, "gemm", ("m", "n", "k"), names, law, accelerator.name)
         self.measured = self._products.measured
 
     def product(self, tokens: Any, columns: Any, inner: Any) -> Seconds:
         """``[m, k] x [k, n]``."""
         return self._products.seconds(tokens, columns, inner)
+
+    def batched(self, tokens: Any, count: float, columns: int, inner: int) -> Seconds | None:
+        """``count`` independent products ``[m, k] x [k, n]`` in one call, weights of the own type or of 16 bits,
+        whichever was measured to be quicker; None where none was."""
+        key = (columns, inner)
+        if key not in self._batched:
+            self._batched[key] = self._batch_table(columns, inner)
+        table = self._batched[key]
+        return None if table is None else table.told(tokens, count)
+
+    def _batch_table(self, columns: int, inner: int) -> FastestTable | None:
+        names: dict[str, Any] = {"n": columns, "k": inner, "dtype": sorted(self._types), "direction": "forward"}
+        rows = None if self._profile is None else self._profile.select("gemm", **names)
+        if rows is None or not (several := rows.filter(pc.greater(rows["batch"], 1))).num_rows:
+            return None
+
+        def law(coords: Floats) -> Floats:
+            m, batch = coords.T
+            seconds: Floats = batch * self._law(np.stack([m, np.full_like(m, columns), np.full_like(m, inner)], -1))
+            return seconds
+
+        names["kernel"] = pc.unique(several["kernel"]).to_pylist()
+        owners: list[dict[str, Any]] = [{"backend": self._backend}] if self._backend else []
+        return FastestTable(self._profile, "gemm", ("m", "batch"), names, law, self._device, (*owners, {}))
 
     def ffn(self, tokens: Any, hidden: int, inter: float, gated: bool) -> Seconds:
         """Up (and gate) and down products of a feed-forward block, on the last axis."""

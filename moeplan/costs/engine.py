@@ -239,7 +239,7 @@ class EngineCosts:
             return seconds
 
         names = {
-            "hidden": m.hidden_size,
+            "hidden": m.routed_hidden_size,
             "inter": m.expert_intermediate_size,
             "num_experts": m.num_experts,
             "top_k": m.top_k,
@@ -254,7 +254,7 @@ class EngineCosts:
         # CUTLASS' 4-bit rows are left out: B200's take twice GB200's at the same points.
         parts = _LIBRARIES.get(s.expert_kernels)
         if parts and (s.expert_kernels, s.expert_dtype) != ("cutlass", "fp4"):
-            kernels = self._tables.kernels("experts", hidden=m.hidden_size, num_experts=m.num_experts)
+            kernels = self._tables.kernels("experts", hidden=m.routed_hidden_size, num_experts=m.num_experts)
             asked = [kernel for kernel in kernels if any(part in kernel for part in parts)]
             choices = tuple(choice | {"kernel": asked} for choice in choices) + choices
         return self._tables.table("experts", ("tokens",), names, law, choices).seconds(tokens)

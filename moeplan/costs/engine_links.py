@@ -73,7 +73,7 @@ class EngineLinks:
             return self.all_reduce(every)
         if s.exchange in ("sent", "sent_normal"):
             return self._sent(every / s.ranks, decode and s.exchange == "sent")
-        hidden = s.model.hidden_size
+        hidden = s.model.routed_hidden_size
         there = self._collective("all_gather", s.ranks, every * roofline.token_bytes(hidden, s.gather_dtype))
         gathered = there + self._collective("reduce_scatter", s.ranks, every * roofline.token_bytes(hidden, "bf16"))
         return gathered if s.exchange == "gathered" else np.minimum(gathered, self._sent(every / s.ranks, decode))
@@ -100,10 +100,11 @@ class EngineLinks:
         bandwidth = a.scale_up_bandwidth if s.ranks <= a.scale_up_domain else a.nic_bandwidth
         total = np.zeros_like(per_rank)
         for phase, dtype in parts:
-            names: dict[str, Any] = {"mode": mode, "phase": phase, "hidden": m.hidden_size, "top_k": m.top_k}
+            names: dict[str, Any] = {"mode": mode, "phase": phase, "hidden": m.routed_hidden_size, "top_k": m.top_k}
             ranks = self._ranks(names)
             size = next((r for r in ranks if r >= s.ranks), ranks[-1] if ranks else s.ranks)
-            copies = min(s.ranks, m.top_k) * (0.0 if phase == "prepare" else roofline.token_bytes(m.hidden_size, dtype))
+            wire = 0.0 if phase == "prepare" else roofline.token_bytes(m.routed_hidden_size, dtype)
+            copies = min(s.ranks, m.top_k) * wire
 
             def law(coords: Floats, copies: float = copies) -> Floats:
                 seconds: Floats = 1e-5 + coords[:, 0] * copies / bandwidth

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
-from moeplan.costs.exchange_tables import FLAT, Copies, curve_error, dispatch_and_combine
+from moeplan.costs.collectives import CollectiveCosts
+from moeplan.costs.exchange_tables import FLAT, LIKE_MACHINES, UNKNOWN, Copies, curve_error, dispatch_and_combine
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Phase
@@ -32,6 +33,7 @@ __all__ = [
     "ExchangeCosts",
     "PathCosts",
     "balanced_copies",
+    "engine_dispatch",
     "exchange_costs",
     "mode_of",
     "touched",
@@ -41,18 +43,35 @@ __all__ = [
 Floats = NDArray[np.float64]
 
 NVLINK_MODES = ("nvlink_one_sided", "nvlink_two_sided")
+_SENDS: dict[str, DispatchKind] = {
+    "low_latency": "per_expert",
+    "normal": "per_node",
+    FLAT: "per_expert",
+    **dict.fromkeys(NVLINK_MODES, "per_rank"),
+}
+"""What the kernels of a mode send one copy per."""
 MODES: dict[str, tuple[str, ...]] = {
     "low_latency": ("low_latency", FLAT),
     "normal": ("normal", FLAT),
+    FLAT: (FLAT, "normal"),
     "nvlink": (*NVLINK_MODES, "normal", FLAT),
 }
 
 
 def mode_of(dispatch: DispatchKind, phase: Phase) -> str:
-    """Kernels of a dispatch kind: low latency sends per expert, normal per node, NVLink ones per rank."""
+    """Kernels of a dispatch kind: low latency and plain all-to-alls send per expert, normal per node, NVLink ones per
+    rank."""
     if dispatch == "per_rank":
         return "nvlink"
-    return "low_latency" if dispatch == "per_expert" and phase == "decode" else "normal"
+    if dispatch == "per_expert":
+        return "low_latency" if phase == "decode" else FLAT
+    return "normal"
+
+
+def engine_dispatch(dispatch: DispatchKind, phase: Phase) -> DispatchKind:
+    """What an engine sends a copy per: one whose decode sends per expert, in DeepEP's low-latency mode, prefills in the
+    normal mode, which merges copies per node (DeepEP's README, usage in model training or inference prefilling)."""
+    return "per_node" if (dispatch, phase) == ("per_expert", "prefill") else dispatch
 
 
 def touched(places: int, top_k: int) -> float:
@@ -104,6 +123,12 @@ class PathCosts:
             return 0.0
         return (self.balanced_s(tokens_per_rank) - self.fixed_s) / (tokens_per_rank * self.copies_per_token)
 
+    def told(self, tokens_per_rank: float) -> tuple[float, bool]:
+        """(relative error, whether extrapolated) at that many tokens: beyond the largest measured, by the law."""
+        if tokens_per_rank <= self.tokens_b[-1] * (1 + 1e-9):
+            return self.relative_error, self.extrapolated
+        return max(self.relative_error, roofline.RELATIVE_ERROR), True
+
     def time_s(self, tokens_per_rank: float, alpha: Any) -> Any:
         """``t0 + alpha (T_balanced - t0)``; ``alpha`` may be an array."""
         return self.fixed_s + alpha * (self.balanced_s(tokens_per_rank) - self.fixed_s)
@@ -134,13 +159,7 @@ class ExchangeCosts:
 
 def _sent(dispatch: DispatchKind, between: bool) -> Copies:
     """Copies per token into other nodes, or into other ranks, at (top-k, ranks, nodes)."""
-
-    def copies(top_k: int, num_ranks: int, num_nodes: int) -> float:
-        if dispatch == "allgather":
-            return float(num_nodes - 1 if between else num_ranks - 1)
-        return balanced_copies(dispatch, top_k, num_ranks, num_nodes)[0 if between else 1]
-
-    return copies
+    return lambda top_k, ranks, nodes: balanced_copies(dispatch, top_k, ranks, nodes)[0 if between else 1]
 
 
 def _table_path(
@@ -153,22 +172,26 @@ def _table_path(
     ranks: int,
     activation: Dtype,
 ) -> PathCosts | None:
-    """Dispatch and combine together on the sizes both cover; an exchange takes what the measured one of its bytes does.
-    None where none is measured.
+    """Dispatch and combine together on the sizes both cover; an exchange takes what the measured one of its bytes does,
+    in proportion to copies where its kernel merges others than ``dispatch``. None where none is measured.
 
-    That is checked on TensorRT-LLM's two-sided kernels, measured in three types: from a narrower type this misses by
+    Bytes are checked on TensorRT-LLM's two-sided kernels, measured in three types: from a narrower type this misses by
     less than scaling the time beyond the fixed part, from a wider one by as much (a little more below 64 tokens).
     """
-    found = dispatch_and_combine(profile, MODES[mode], model, nodes, ranks, activation)
+    # NVLink ends where nodes are joined by NICs.
+    modes = tuple(name for name in MODES[mode] if not (between and name in NVLINK_MODES))
+    found = dispatch_and_combine(profile, modes, model, nodes, ranks, activation)
     if found is None:
         return None
     out = found[0]
-    sent = _sent("per_expert" if out.mode == FLAT else dispatch, between)
-    places = ((out.nodes, nodes), (out.ranks, ranks))
-    here = all(a == b for a, b in {FLAT: places, "nvlink": places[1:]}.get(out.mode.split("_")[0], places[:1]))
-    exact = here and all(abs(curve.bytes_factor - 1) < 1e-9 for curve in found)
+    sends = _SENDS[out.mode]
+    here = out.ranks == ranks and (out.nodes == nodes or out.mode in NVLINK_MODES)
+    asked, sent = (_sent(kind, between)(model.top_k, ranks, nodes) for kind in (dispatch, sends))
+    alike = abs(asked - sent) < 1e-9
+    exact = here and alike and all(abs(curve.bytes_factor - 1) < 1e-9 for curve in found)
     phases = zip(found, ("dispatch", "combine"), strict=True)
-    error = max(curve_error(profile, curve, phase, here, sent) for curve, phase in phases)
+    error = max(curve_error(profile, curve, phase, here, _sent(sends, between)) for curve, phase in phases)
+    error = error if alike else float(np.hypot(error, UNKNOWN))
 
     sizes = [curve.tokens / curve.bytes_factor for curve in found]
     tokens = np.unique(np.concatenate(sizes))
@@ -177,8 +200,29 @@ def _table_path(
     seconds = np.sum([np.interp(tokens, size, curve.seconds) for size, curve in zip(sizes, found, strict=True)], 0)
     kind = "measured" if exact else "modelled from the nearest"
     source = f"{kind}: {found[0].name} dispatch, {found[1].name} combine, {out.ranks} ranks"
+    source += "" if alike else f", sent {sends.replace('_', ' ')}"
     seconds = np.maximum.accumulate(np.maximum(seconds, fixed))
-    return PathCosts(tokens, seconds, fixed, sent(model.top_k, *out.place[::-1]), source, error, not exact)
+    reference = _sent(sends, between)(model.top_k, out.ranks, out.nodes)
+    return PathCosts(tokens, seconds, fixed, reference, source, error, not exact)
+
+
+def _gathered(cluster: ClusterSpec, profile: HardwareProfile, ranks: int, out: float, back: float) -> PathCosts | None:
+    """Every token to each of ``ranks`` ranks and partial sums back, ``out`` and ``back`` bytes a token; None where the
+    collectives are not measured."""
+    links = CollectiveCosts(cluster, profile)
+    tokens = np.geomspace(1, 2.0**17, 35)
+    sizes = (("all_gather", ranks * out), ("reduce_scatter", ranks * back))
+    parts = [[links.seconds(op, ranks, n * size) for op, size in sizes] for n in tokens.tolist()]
+    measured = [n for n, part in enumerate(parts) if not any(each.extrapolated for each in part)]
+    if len(measured) < 2:
+        return None
+    seconds = np.array([sum(each.total for each in part) for part in parts])
+    rows = slice(measured[0], measured[-1] + 1)
+    every = [each for part in parts[rows] for each in part]
+    source = "; ".join(dict.fromkeys(each.source for each in every))
+    error = float(np.hypot(max(each.relative_error for each in every), LIKE_MACHINES))
+    seconds = np.maximum.accumulate(seconds[rows])
+    return PathCosts(tokens[rows], seconds, float(seconds[0]), float(ranks - 1), source, error, False)
 
 
 def exchange_costs(
@@ -193,27 +237,41 @@ def exchange_costs(
     """Costs of dispatch and combine on ``cluster``; ``one_way``: tokens stay where they are computed.
 
     Tables serve where they know the mode of this dispatch kind; the roofline elsewhere. An all-gather moves
-    every token to every rank, whatever is chosen.
+    every token to every rank, whatever is chosen; measured collectives serve it inside a node. One rank sends nothing.
+
+    Raises:
+        InputError: the nodes are parts of several racks.
     """
-    out = roofline.token_bytes(model.hidden_size, activation_dtype)
-    wire = out if one_way else out + roofline.returned_bytes(model.hidden_size, activation_dtype)
-    mode, passes = mode_of(dispatch, phase), 1 if one_way else 2
-    usable = not one_way and dispatch != "allgather"
-    joined = cluster.topology in ("flat", "nvl72") or cluster.num_nodes == 1
-    sheet = f"roofline of {cluster.accelerator.name}"
+    hidden, chip = model.routed_hidden_size, cluster.accelerator
+    out, back = roofline.token_bytes(hidden, activation_dtype), roofline.returned_bytes(hidden, activation_dtype)
+    wire, passes = (out, 1) if one_way else (out + back, 2)
+    mode, gathers = mode_of(dispatch, phase), dispatch == "allgather"
+
+    def measured(between: bool, nodes: int, ranks: int) -> PathCosts | None:
+        if profile is None or one_way:
+            return None
+        if gathers:
+            return None if between else _gathered(cluster, profile, ranks, out, back)
+        # Tables were measured on the machine's own network: links given one by one are another.
+        if between and cluster.topology == "explicit":
+            return None
+        return _table_path(profile, mode, dispatch, model, between, nodes, ranks, activation_dtype)
 
     def path(between: bool, nodes: int, ranks: int, copy_s: float, latency_s: float) -> PathCosts:
-        # Tables were measured on the machine's own network: links given one by one are another.
-        if profile is not None and usable and not (between and cluster.topology == "explicit"):
-            found = _table_path(profile, mode, dispatch, model, between, nodes, ranks, activation_dtype)
-            if found is not None:
-                return found
-        tokens, here = np.geomspace(1, 2.0**17, 18), max(_sent(dispatch, between)(model.top_k, ranks, nodes), 1e-9)
+        if (found := measured(between, nodes, ranks)) is not None:
+            return found
+        places = nodes if between else ranks
+        copies = float(places - 1) if gathers else _sent(dispatch, between)(model.top_k, ranks, nodes)
+        tokens, here = np.geomspace(1, 2.0**17, 18), max(copies, 1e-9)
         seconds = latency_s + tokens * here * copy_s
-        return PathCosts(tokens, seconds, latency_s, here, sheet, roofline.RELATIVE_ERROR, True)
+        return PathCosts(tokens, seconds, latency_s, here, f"roofline of {chip.name}", roofline.RELATIVE_ERROR, True)
 
-    up = wire / cluster.accelerator.scale_up_bandwidth
+    if cluster.num_ranks == 1:
+        nothing = PathCosts(np.array([1.0, np.inf]), np.zeros(2), 0.0, 1.0, "one rank", 0.0, False)
+        return ExchangeCosts(dispatch, None, nothing)
+    joined = roofline.is_joined(cluster)
     local = cluster.num_ranks if joined else cluster.ranks_per_node
+    up = wire / roofline.scale_up_bandwidth(cluster, local)
     inside = path(False, 1, local, up, passes * cluster.scale_up_latency)
     if joined:
         return ExchangeCosts(dispatch, None, inside)

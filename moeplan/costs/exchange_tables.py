@@ -18,15 +18,15 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 
-__all__ = ["FLAT", "Copies", "Curve", "curve_error", "dispatch_and_combine"]
+__all__ = ["FLAT", "LIKE_MACHINES", "UNKNOWN", "Copies", "Curve", "curve_error", "dispatch_and_combine"]
 
 Floats = NDArray[np.float64]
 Copies = Callable[[int, int, int], float]
 """Copies per token at (top-k, ranks, nodes), choices falling evenly."""
 
 FLAT = "flat"  # what `moeplan profile collectives` measures: one copy per (token, expert)
-_LIKE_MACHINES = 0.135  # what the tables miss of DeepEP's publication at most, EP16-64 (`moeplan validate kernels`)
-_UNKNOWN = 0.3  # too few curves to tell: where they are many, nine of ten points of another shape miss by 0.1 to 0.35
+LIKE_MACHINES = 0.135  # what the tables miss of DeepEP's publication at most, EP16-64 (`moeplan validate kernels`)
+UNKNOWN = 0.3  # too few curves to tell: where they are many, nine of ten points of another shape miss by 0.1 to 0.35
 _ENOUGH = 8
 
 
@@ -47,12 +47,14 @@ class Curve:
     hidden: int
     top_k: int
     num_experts: int
+    copied: bool = False
     bytes_factor: float = 1.0
 
     @property
     def name(self) -> str:
-        """Source and kernel."""
-        return f"{self.source} ({self.kernel}{f', {self.sms} SMs' if self.sms else ''})"
+        """Source and kernel, and whether the numbers are another system's too."""
+        number = f", {self.sms} SMs" if self.sms else ""
+        return f"{self.source} ({self.kernel}{number})" + " copied from another system" * self.copied
 
     @property
     def wire(self) -> Dtype:
@@ -87,13 +89,19 @@ def _apart(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 def _curves(profile: HardwareProfile, mode: str, phase: str) -> tuple[Curve, ...]:
     """Every curve of evenly falling choices with three sizes or more."""
     rows = profile.select("alltoall", mode=mode, phase=phase, dtype=[*DTYPE_BYTES, "nvfp4"], distribution="balanced")
-    names_of = [f.name for f in fields(Curve)][2:-1]
+    names_of = [f.name for f in fields(Curve)][2:-2]
     points: dict[tuple[Any, ...], dict[float, float]] = {}
-    each = (rows[c].to_pylist() for c in (*names_of, "tokens_per_rank", "latency_us"))
-    for *names, tokens, us in zip(*each, strict=True):
-        points.setdefault(tuple(names), {}).setdefault(float(tokens), 1e-6 * us)
+    copied: set[tuple[Any, ...]] = set()
+    each = (rows[c].to_pylist() for c in (*names_of, "mark", "tokens_per_rank", "latency_us"))
+    for *listed, mark, tokens, us in zip(*each, strict=True):
+        names = tuple(listed)
+        points.setdefault(names, {}).setdefault(float(tokens), 1e-6 * us)
+        if mark == "copied":
+            copied.add(names)
     return tuple(
-        Curve(*np.array(sorted(of.items())).T, *names) for names, of in sorted(points.items()) if len(of) >= 3
+        Curve(*np.array(sorted(of.items())).T, *(*names, names in copied))
+        for names, of in sorted(points.items())
+        if len(of) >= 3
     )
 
 
@@ -107,28 +115,27 @@ def _nearest(
         found = [c for c in found if (c.nodes > 1) == (nodes > 1)]
     if not found:
         return None
-    flat, nvlink = found[0].mode == FLAT, found[0].mode.startswith("nvlink")
+    nvlink = found[0].mode.startswith("nvlink")
 
     def far(curve: Curve) -> float:
-        place = (curve.ranks,) if nvlink else curve.place if flat else (curve.nodes,)
-        return _apart(place, (ranks,) if nvlink else (nodes, ranks) if flat else (nodes,))
+        return _apart((curve.ranks,), (ranks,)) if nvlink else _apart(curve.place, (nodes, ranks))
 
-    shape = model.hidden_size, model.top_k, model.num_experts
+    shape = model.routed_hidden_size, model.top_k, model.num_experts
     least = min(map(far, found))
     found = [c for c in found if far(c) == least]
     least = min(_apart(c.shape, shape) for c in found)
     found = [c for c in found if _apart(c.shape, shape) == least]
-    width = roofline.token_bytes(model.hidden_size, "fp4" if dtype == "nvfp4" else dtype)  # type: ignore[arg-type]
+    width = roofline.token_bytes(model.routed_hidden_size, "fp4" if dtype == "nvfp4" else dtype)  # type: ignore[arg-type]
 
     def wider(curve: Curve) -> float:
-        return width / roofline.token_bytes(model.hidden_size, curve.wire)
+        return width / roofline.token_bytes(model.routed_hidden_size, curve.wire)
 
     of_kernel: dict[str, Curve] = {}
     for c in sorted(found, key=lambda c: (c.name, c.dtype != dtype, abs(np.log(wider(c))))):
         of_kernel.setdefault(c.name, c)
     # Of several numbers of SMs and versions the one that brings most tokens of the wanted width at its largest size.
     best = min(of_kernel.values(), key=lambda c: c.seconds[-1] / c.tokens[-1] * wider(c))
-    return replace(best, bytes_factor=model.hidden_size * model.top_k / (best.hidden * best.top_k))
+    return replace(best, bytes_factor=model.routed_hidden_size * model.top_k / (best.hidden * best.top_k))
 
 
 @lru_cache(maxsize=64)
@@ -153,7 +160,7 @@ def dispatch_and_combine(
         return None
 
     def sent_in(curve: Curve, dtype: Dtype) -> Curve:
-        wide, measured = (roofline.token_bytes(model.hidden_size, of) for of in (dtype, out.wire))
+        wide, measured = (roofline.token_bytes(model.routed_hidden_size, of) for of in (dtype, out.wire))
         return replace(curve, bytes_factor=curve.bytes_factor * wide / measured)
 
     if out.mode == FLAT:  # measured in one type both ways; tokens come back in 16 bits or more
@@ -168,7 +175,8 @@ def curve_error(profile: HardwareProfile, curve: Curve, phase: str, here: bool, 
     """Relative error of nine of ten times that ``curve`` tells; ``here``: where it was measured. See the module."""
     missed = [_transfer_error(profile, curve, phase, "place", copies)] if not here else []
     missed += [_transfer_error(profile, curve, phase, "shape", copies)] if abs(curve.bytes_factor - 1) > 1e-9 else []
-    return float(np.hypot(max(missed) if missed else _line_error(curve), _LIKE_MACHINES))
+    missed += [UNKNOWN] if curve.copied else []
+    return float(np.hypot(max(missed) if missed else _line_error(curve), LIKE_MACHINES))
 
 
 def _line_error(curve: Curve) -> float:
@@ -204,4 +212,4 @@ def _transfer_error(
             told = near.fixed_s + (told - near.fixed_s) * sent / known
         off.append(np.abs(told[within] / c.seconds[within] - 1))
     missed = np.concatenate(off) if off else np.empty(0)
-    return float(np.quantile(missed, 0.9)) if len(missed) >= _ENOUGH else _UNKNOWN
+    return float(np.quantile(missed, 0.9)) if len(missed) >= _ENOUGH else UNKNOWN

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 
@@ -83,6 +84,12 @@ class ExpertCosts:
     def times(self, factor: float) -> ExpertCosts:
         """``factor`` times as slow."""
         return replace(self, weight_m=self.weight_m * factor, shared_m=self.shared_m * factor)
+
+    def of_shape(self, weights: float, hidden: float) -> ExpertCosts:
+        """Of experts with ``weights`` times the weights and ``hidden`` times as wide tokens: of what is shared, that of
+        the smallest group is launches and stays."""
+        shared_m = self.shared_m[0] + hidden * (self.shared_m - self.shared_m[0])
+        return replace(self, weight_m=self.weight_m * weights, shared_m=shared_m)
 
     def linear(self, mean_pairs: float) -> tuple[float, float, float]:
         """(fixed, per active expert, per pair) seconds around ``mean_pairs`` tokens per expert.
@@ -178,7 +185,7 @@ def _roofline(model: ModelSpec, accelerator: AcceleratorSpec, dtype: Dtype, tp: 
     rows = np.maximum(accelerator.tile_rows, n + accelerator.tile_rows / 2)
     read = roofline.expert_weight_s(model, accelerator, dtype) / tp
     pair = roofline.expert_pair_s(model, accelerator, dtype) / tp
-    moved = 2 * (2 * model.hidden_size + 3 * model.expert_intermediate_size / tp)
+    moved = 2 * (2 * model.routed_hidden_size + 3 * model.expert_intermediate_size / tp)
     stream = moved / (roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth)
     seconds = np.hypot(read, pair * rows) + stream * n
     source = f"roofline of {accelerator.name}"
@@ -210,30 +217,45 @@ def expert_costs(
         UnknownNameError: no such ``backend``.
     """
     require_backend("backend", backend, profile)
-    shape = (model.hidden_size, model.expert_intermediate_size)
+    shape = (model.routed_hidden_size, model.expert_intermediate_size, model.gated_ffn)
     kernels = _measured(profile, *shape, dtype, tp, backend, direction) if profile is not None else ()
     if not kernels:
         return _roofline(model, accelerator, dtype, tp)
-    at = model.num_experts, model.top_k, mean_pairs * model.num_experts / model.top_k, model.num_experts / local_experts
+    ep = model.num_experts / local_experts
+    at = model.num_experts, model.top_k, mean_pairs * model.num_experts / model.top_k, ep
+    # Without expert parallelism kernels take another path: what was timed so stands in where nothing else was.
+    fitting = [kernel for kernel in kernels if ep <= 1 or kernel.ep[1] > 1] or kernels
 
     def rank_s(kernel: _Kernel) -> float:
         fit = kernel.fit
         law = fit.shared_s(mean_pairs * arriving) + local_experts * float(fit.expected_s(mean_pairs))
         return law * kernel.over_law(*at)
 
-    best = min(kernels, key=rank_s)
-    return best.costs.times(best.over_law(*at))
+    best = min(fitting, key=rank_s)
+    costs = best.costs.times(best.over_law(*at))
+    if costs.extrapolated or best.covers(mean_pairs, ep):
+        return costs
+    how = f"{costs.source.replace('measured', 'extrapolated', 1)}, from EP {best.ep[0]:g} to {best.ep[1]:g}"
+    off = roofline.RELATIVE_ERROR / (1 if ep > 1 >= best.ep[1] else 2)
+    return replace(costs, relative_error=max(costs.relative_error, off), source=how, extrapolated=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kernel:
-    """A kernel measured at a shape: the law there, and brought to the shape asked for; its rows."""
+    """A kernel measured at a shape: the law there, and brought to the shape asked for; its rows, and the least and the
+    most ranks of a group that the law was read off."""
 
     fit: ExpertCosts
     costs: ExpertCosts
     profile: HardwareProfile
     names: dict[str, Any]
+    ep: tuple[float, float] = (1.0, np.inf)
     known: dict[tuple[float, ...], float] = field(default_factory=dict)
+
+    def covers(self, mean_pairs: float, ep: float) -> bool:
+        """Whether so many tokens per expert in a group of ``ep`` ranks lie among what was measured; an expert with less
+        than one token is one that is often not hit."""
+        return mean_pairs <= self.fit.pairs_m[-1] * (1 + 1e-6) and self.ep[0] <= ep <= self.ep[1]
 
     def over_law(self, experts: int, top_k: int, tokens: float, ep: float) -> float:
         """What an evenly loaded rank of a group takes as measured, over what the law says; 1 without such rows.
@@ -261,6 +283,7 @@ def _measured(
     profile: HardwareProfile,
     hidden: int,
     inter: int,
+    gated: bool,
     dtype: Dtype,
     tp: int,
     backend: str | None,
@@ -273,35 +296,50 @@ def _measured(
     for at in (where | {"hidden": hidden, "inter": inter, "tp": tp}, where):
         for kind in kinds:
             rows = profile.select("experts", **at, dtype=kind)
-            if kernels := _kernels(profile, rows, hidden, inter, tp, "" if kind == dtype else f" in {kind}"):
+            format_note = "" if kind == dtype else f" in {kind}"
+            if kernels := _kernels(profile, rows, hidden, inter, gated, tp, format_note):
                 return kernels
     return ()
 
 
 def _kernels(
-    profile: HardwareProfile, rows: pa.Table, hidden: int, inter: int, tp: int, kind: str
+    profile: HardwareProfile, rows: pa.Table, hidden: int, inter: int, gated: bool, tp: int, kind: str
 ) -> tuple[_Kernel, ...]:
     """:func:`_measured` of rows in one number format, named ``kind`` in the source."""
+    plain = pc.match_substring(rows["kernel"].cast("string"), "nongated")
+    own = rows.filter(pc.invert(plain) if gated else plain)
+    others = not gated and not own.num_rows
+    rows = rows if others else own
     if not rows.num_rows:
         return ()
     shapes = np.stack([rows[c].to_numpy() for c in ("hidden", "inter", "tp")], 1)
     exact = (shapes == (hidden, inter, tp)).all(1)
-    factor, note = 1.0, ""
+    # Two matrices of three where the measured experts are gated and these are not.
+    weights, wide, note = (2 / 3 if others else 1.0), 1.0, ""
     if not exact.any():
         cut = shapes[:, 1] / shapes[:, 2]
         distance = np.abs(np.log(shapes[:, 0] / hidden)) + np.abs(np.log(cut * tp / inter))
         exact = distance == distance.min()
         nearest = shapes[int(distance.argmin())]
-        factor = hidden * (inter / tp) / float(nearest[0] * nearest[1] / nearest[2])
+        wide = hidden / float(nearest[0])
+        weights *= wide * (inter / tp) / float(nearest[1] / nearest[2])
         note = f", scaled from {nearest[0]} x {nearest[1]} (tp {nearest[2]})"
+    note += ", from gated experts" if others else ""
 
     def scaled(fit: ExpertCosts) -> ExpertCosts:
         error = fit.relative_error if not note else max(fit.relative_error, roofline.RELATIVE_ERROR / 2)
         how = "measured" if not note else "modelled"
         source = f"{how}: {fit.source}{kind}{note}"
-        return replace(fit.times(factor), relative_error=error, source=source, extrapolated=bool(note))
+        return replace(fit.of_shape(weights, wide), relative_error=error, source=source, extrapolated=bool(note))
 
     rows = rows.filter(pa.array(exact))
     columns = ("hidden", "inter", "tp", "dtype", "source", "kernel", "distribution", "direction", "scope")
-    first = {name: {c: rows[c][n].as_py() for c in columns} for n, name in reversed([*enumerate(kernel_names(rows))])}
-    return tuple(_Kernel(fit, scaled(fit), profile, first[name]) for name, fit in kernel_fits(rows).items())
+    first: dict[str, dict[str, Any]] = {}
+    ranks: dict[str, list[int]] = {}
+    for n, name in enumerate(kernel_names(rows)):
+        first.setdefault(name, {c: rows[c][n].as_py() for c in columns})
+        ranks.setdefault(name, []).append(rows["ep"][n].as_py())
+    return tuple(
+        _Kernel(fit, scaled(fit), profile, first[name], ep=(min(ranks[name]), max(ranks[name])))
+        for name, fit in kernel_fits(rows).items()
+    )

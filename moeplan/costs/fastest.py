@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
-from moeplan.costs.tables import TableCosts
+from moeplan.costs.tables import Seconds, TableCosts
 
 __all__ = ["FastestTable"]
 
@@ -29,7 +30,7 @@ class FastestTable:
 
     def __init__(
         self,
-        profile: HardwareProfile,
+        profile: HardwareProfile | None,
         table: str,
         axes: tuple[str, ...],
         names: dict[str, Any],
@@ -41,7 +42,8 @@ class FastestTable:
         where = names
         for choice in choices:
             where = names | choice
-            kernels = sorted(pc.unique(profile.select(table, **where)["kernel"]).to_pylist())
+            rows = None if profile is None else profile.select(table, **where)
+            kernels = [] if rows is None else sorted(pc.unique(rows["kernel"]).to_pylist())
             if kernels:
                 break
         self.measured = bool(kernels)
@@ -51,5 +53,10 @@ class FastestTable:
 
     def seconds(self, *coords: Any) -> Floats:
         """Seconds at coordinates, one argument per axis, all of one shape."""
-        fastest: Floats = np.min([table.seconds(*coords).value for table in self._tables], axis=0)
-        return fastest
+        return self.told(*coords).value
+
+    def told(self, *coords: Any) -> Seconds:
+        """The same with the error and the source of the kernel that is fastest over all of them."""
+        each = [table.seconds(*coords) for table in self._tables]
+        fastest: Floats = np.min([seconds.value for seconds in each], axis=0)
+        return replace(min(each, key=lambda seconds: seconds.total), value=fastest)

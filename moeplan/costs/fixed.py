@@ -112,7 +112,7 @@ def fixed_costs(
     if model.shared_intermediate_size:
         shared.append(dense.ffn(tokens, hidden, model.shared_intermediate_size / tp, model.gated_ffn))
     others = [
-        dense.product(tokens if not decode else batch, model.vocab_size / tp, hidden),
+        dense.product(tokens, model.vocab_size / tp, hidden),
         passes.seconds("embedding", batch),
     ]
     if not decode:  # the head sees each sequence's last token

@@ -7,7 +7,8 @@ the same alignment share (the largest power of two in a size decides about paddi
 
     cov(p, q) = e^{-|p - q|} (1 + sum_a share_a [p_a = q_a] + share [align p = align q]) + noise [p = q]
 
-with distances in logs over a length, the size counted also in tiles where that helps, coordinates added that
+with distances in logs over a length, the size counted also in tiles where that helps (in whole ones where the known
+sizes tell steps from growth: powers of two alone do not), coordinates added that
 say where the kernel's time jumps (``steps``: products have the idle part of the last wave), a share of its own for
 equal alignment where that helps, and a linear trend along the axes and these counts of tiles (universal kriging:
 Cressie, Statistics for Spatial Data, 1993, section 3.4; the exponential covariance interpolates linearly along one
@@ -125,8 +126,10 @@ class GridInterpolator:
         self._steps = steps
         self._x, self._y = np.log(coords_nA), np.log(latency_us_n)
         self._grid = Grid(series_n, self._x)
-        classes, counts = np.unique(_alignment(np.unique(_sizes(self._x))), return_counts=True)
+        sizes = np.unique(_sizes(self._x))
+        classes, counts = np.unique(_alignment(sizes), return_counts=True)
         self._classes = classes[counts > 1]  # what one size alone shows may be the size's
+        self._whole_tiles = np.array([_tells_tiles(sizes[sizes > tile], tile) for tile in TILES])
         self._own_places: dict[float, tuple[Floats, Floats, Ints]] = {}
         self._seed = seed
 
@@ -264,7 +267,8 @@ class GridInterpolator:
         size = _sizes(x_nA)
         trend, place = x_nA, x_nA.copy()
         if tiles:
-            counts = tiles * np.log(np.maximum(-(-size[:, None] // np.array(TILES)), 1))
+            parts = size[:, None] / np.array(TILES)
+            counts = tiles * np.log(np.maximum(np.where(self._whole_tiles, np.ceil(parts), parts), 1))
             trend = np.hstack([x_nA, _TILE_TREND * counts])
             place[:, 0] += counts.sum(1)
         if self._steps is not None:
@@ -278,6 +282,11 @@ class GridInterpolator:
 def _sizes(x_nA: Floats) -> Ints:
     sizes: Ints = np.clip(np.rint(np.exp(x_nA[:, 0])), 1, 2.0**60).astype(np.int64)
     return sizes
+
+
+def _tells_tiles(sizes: Ints, tile: int) -> bool:
+    """Whether ``sizes``, all beyond one tile, tell its steps from their own growth: two of them fill as many."""
+    return len(np.unique(-(-sizes // tile))) < len(sizes)
 
 
 def _alignment(size: Ints) -> Ints:

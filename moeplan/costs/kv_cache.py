@@ -1,7 +1,7 @@
-"""Bytes and seconds of the KV cache of a serving engine.
+"""Bytes and seconds of the KV cache of a serving engine: what fits, and what moves.
 
-A group of ``tp`` ranks keeps one cache: grouped-query heads are split over its ranks down to one head each, the
-latent of multi-head latent attention is whole on every rank. ``pp`` stages keep their own layers' part.
+A group of ``tp`` ranks keeps one cache (:meth:`moeplan.specs.model.ModelSpec.kv_bytes_per_token`). ``pp`` stages keep
+their own layers' part.
 
 What is left for it on a rank, with ``f`` the part of memory that the engine may use,
 
@@ -13,20 +13,26 @@ the experts of :func:`moeplan.costs.memory.slot_bytes`, other weights split over
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.memory import non_expert_bytes, slot_bytes, workspace_bytes
+from moeplan.costs.tables import TableCosts
 from moeplan.errors import InfeasibleError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
+from moeplan.specs.model import Dtype, ModelSpec, cache_beside
 from moeplan.specs.serving import EngineSpec
 from moeplan.specs.workload import Workload
 
-__all__ = ["KvRoom", "kv_bytes_per_token", "kv_room", "kv_rooms", "kv_transfer_s", "ranks_that_hold", "swap_s"]
+__all__ = ["KvRoom", "SwapCosts", "kv_bytes_per_token", "kv_room", "kv_rooms", "kv_transfer_s", "ranks_that_hold"]
+
+Floats = NDArray[np.float64]
 
 _PCIE_BYTES_PER_S = 32e9  # PCIe 4.0 x16, one way, where the accelerator's is not known
+_POINTS = 64  # of the compiled curve, whose lines follow a start and a bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +50,8 @@ class KvRoom:
 
 def kv_bytes_per_token(model: ModelSpec, engine: EngineSpec, weights: Dtype = "bf16") -> float | None:
     """Bytes on one rank per token in the cache, over the layers of its stage; None where attention is not known."""
-    a = model.attention
-    if a is None:
-        return None
-    cache: Dtype = "fp8" if engine.kv_dtype == "fp8" else activations_beside(weights)
-    split = 1.0 if a.is_mla else min(engine.tp, a.num_kv_heads)
-    return model.num_layers * a.kv_elements_per_token * DTYPE_BYTES[cache] / split / engine.pp
+    whole = model.kv_bytes_per_token(cache_beside(weights, engine.kv_dtype), engine.tp)
+    return None if whole is None else whole / engine.pp
 
 
 def kv_rooms(
@@ -114,9 +116,35 @@ def kv_transfer_s(size_bytes: float, bandwidth_bytes_per_s: float, latency_s: fl
     return latency_s + size_bytes / bandwidth_bytes_per_s
 
 
-def swap_s(size_bytes: float, cluster: ClusterSpec) -> float:
-    """Seconds to bring a rank's part of a cache to host memory or back."""
-    return size_bytes / (cluster.accelerator.pcie_bandwidth or _PCIE_BYTES_PER_S)
+class SwapCosts:
+    """A rank's part of a cache to host memory, or back: one copy from or to pinned memory with nothing beside it, as
+    measured, else at the bandwidth of PCIe. Compiled: an engine that runs out of memory asks in every step.
+
+    ``measured_bytes``: the largest copy measured, 0 where there is none; larger ones take in proportion.
+    """
+
+    def __init__(self, cluster: ClusterSpec, to_host: bool, profile: HardwareProfile | None = None) -> None:
+        chip = cluster.accelerator
+        bandwidth = chip.pcie_bandwidth or _PCIE_BYTES_PER_S
+
+        def law(size: Floats) -> Floats:
+            seconds: Floats = size[:, 0] / bandwidth
+            return seconds
+
+        op = "device_to_host" if to_host else "host_to_device"
+        names: dict[str, Any] = {"op": op, "host_memory": "pinned", "overlapped": 0}
+        rows = profile.select("memory", **names) if profile is not None else None
+        self.measured_bytes, self._bytes = 0.0, np.ones(1)
+        if rows is not None and rows.num_rows:
+            sizes = rows["message_size_bytes"].to_numpy()
+            self.measured_bytes, self._bytes = float(sizes.max()), np.geomspace(sizes.min(), sizes.max(), _POINTS)
+        found = TableCosts(profile, "memory", ("message_size_bytes",), names, law, chip.name).seconds(self._bytes)
+        self._s, self.source = found.value, found.source
+
+    def seconds(self, size_bytes: float) -> float:
+        """Seconds of one copy."""
+        most = float(self._bytes[-1])
+        return float(np.interp(size_bytes, self._bytes, self._s)) * max(1.0, size_bytes / most)
 
 
 def _gib(size_bytes: float) -> str:

@@ -10,7 +10,8 @@ With ``slots`` expert slots per MoE layer on the rank, ``L`` MoE layers and ``B`
 - workspace: the (token, expert) pairs that an evenly loaded rank works on, ``n = batch_per_rank * top_k``,
   each with its token as it arrives, its result and the expert's intermediate rows (two where the FFN is gated, one
   otherwise), these in bf16, in fp32 beside fp32;
-- what is left holds the KV cache, ``kv_bytes_per_token`` per token over all layers.
+- what is left holds the KV cache of the ``shards`` ranks that share attention, on each
+  :meth:`moeplan.specs.model.ModelSpec.kv_bytes_per_token` of it.
 
 Where the model's attention is not known, neither its weights (beyond ``extra_parameters``) nor its KV cache
 are counted, and ``notes`` says so.
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from moeplan.errors import InfeasibleError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside, dense_beside
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside, cache_beside, dense_beside
 from moeplan.specs.workload import Workload
 
 __all__ = [
@@ -41,7 +42,8 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Where one rank's memory goes, in bytes; ``kv_tokens`` is None where the KV cache is not known."""
+    """Where one rank's memory goes, in bytes; ``kv_tokens`` that the ranks which share attention can keep together,
+    None where the KV cache is not known."""
 
     rank: int
     memory_bytes: float
@@ -99,14 +101,16 @@ def memory_report(
     workload: Workload,
     slots_R: NDArray[np.integer] | NDArray[np.floating],
     shards: int = 1,
+    kv_dtype: Dtype = "bf16",
 ) -> list[RankMemory]:
-    """Memory of every rank that works, with ``slots_R`` expert slots per layer, parts of one where ranks share it."""
+    """Memory of every rank that works, with ``slots_R`` expert slots per layer, parts of one where ranks share it.
+    ``shards`` ranks share attention and its KV cache in ``kv_dtype``."""
     other, workspace = (
         non_expert_bytes(model, workload.weight_dtype, shards),
         workspace_bytes(model, workload),
     )
     per_slot = slot_bytes(model, workload.weight_dtype)
-    per_token = model.kv_bytes_per_token(activations_beside(workload.weight_dtype))
+    per_token = model.kv_bytes_per_token(cache_beside(workload.weight_dtype, kv_dtype), shards)
     notes = (
         ()
         if per_token
@@ -141,13 +145,13 @@ def max_redundant_experts(
     Raises:
         InfeasibleError: the experts do not fit, or the KV cache is not known and no reserve is given.
     """
-    per_token = model.kv_bytes_per_token(activations_beside(workload.weight_dtype))
+    per_token = model.kv_bytes_per_token(activations_beside(workload.weight_dtype), shards)
     if kv_reserve_bytes is None:
         if per_token is None:
             raise InfeasibleError(
                 f"{model.name}: attention is not known, so its KV cache cannot be kept free; give kv_reserve"
             )
-        kv_reserve_bytes = kv_tokens_needed(workload) * per_token
+        kv_reserve_bytes = shards * kv_tokens_needed(workload) * per_token
     alive = [rank for rank in range(cluster.num_ranks) if not cluster.rank(rank).failed]
     free = [rank for rank in alive if cluster.rank(rank).slots is None]
     total = sum(cluster.rank(rank).slots or 0 for rank in alive)

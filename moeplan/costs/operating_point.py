@@ -74,7 +74,7 @@ def layer_costs(
     seconds = {"experts": fixed + per_active * model.num_experts / ranks + per_pair * mean * model.num_experts / ranks}
     seconds["exchange"] = slower.balanced_s(batch)
     total = sum(seconds.values())
-    error = seconds["experts"] * experts.relative_error + seconds["exchange"] * slower.relative_error
+    error = seconds["experts"] * experts.relative_error + seconds["exchange"] * slower.told(batch)[0]
     return LayerCosts(
         tokens_per_step=batch * ranks,
         expert_fixed_s=fixed,

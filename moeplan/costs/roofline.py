@@ -16,7 +16,7 @@ from scipy.optimize import linprog
 from scipy.sparse import block_diag, coo_array, csr_array, eye_array, hstack, kron
 from scipy.sparse.csgraph import connected_components
 
-from moeplan.errors import SpecError
+from moeplan.errors import InputError, SpecError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 
@@ -27,8 +27,10 @@ __all__ = [
     "expert_pair_s",
     "expert_weight_s",
     "internode_bandwidth",
+    "is_joined",
     "matmul_flops",
     "returned_bytes",
+    "scale_up_bandwidth",
     "token_bytes",
 ]
 
@@ -69,6 +71,30 @@ def token_bytes(hidden_size: int, dtype: Dtype) -> float:
 def returned_bytes(hidden_size: int, dtype: Dtype) -> float:
     """Bytes of one token on its way back, when it was sent out in ``dtype``: in 16 bits or more."""
     return token_bytes(hidden_size, activations_beside(dtype))
+
+
+def is_joined(cluster: ClusterSpec) -> bool:
+    """Whether one scale-up network joins all ranks.
+
+    Raises:
+        InputError: nodes are parts of several racks, which no cost tells apart.
+    """
+    domain = cluster.accelerator.scale_up_domain
+    if cluster.topology == "nvl72" and cluster.num_ranks > domain:
+        raise InputError(
+            f"cluster.topology (nvl72) joins scale_up_domain ({domain}) ranks, but num_nodes x ranks_per_node is"
+            f" {cluster.num_ranks}, several racks; make each a node: ranks_per_node {domain}, topology two-level"
+        )
+    return cluster.topology in ("flat", "nvl72") or cluster.num_nodes == 1
+
+
+def scale_up_bandwidth(cluster: ClusterSpec, ranks: int) -> float:
+    """Bytes per second of each of ``ranks`` neighbours among each other: over the host's links where they lie in
+    several scale-up domains of a node, as pairs of PCIe cards do."""
+    chip = cluster.accelerator
+    if cluster.topology == "flat" or ranks <= chip.scale_up_domain:
+        return chip.scale_up_bandwidth
+    return min(chip.scale_up_bandwidth, chip.pcie_bandwidth or chip.nic_bandwidth)
 
 
 def internode_bandwidth(cluster: ClusterSpec) -> float:

@@ -10,6 +10,7 @@ does, is no traffic. Tokens of a step choose as the recorded ones of its window 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_loads
+from moeplan.costs.exchange import engine_dispatch
 from moeplan.costs.roofline import returned_bytes, token_bytes
 from moeplan.costs.traffic import Reach, counted_reach, expected_reach, spread
 from moeplan.specs.cluster import ClusterSpec
@@ -33,8 +35,15 @@ class Wire:
 
     def __init__(self, model: ModelSpec, dispatch: DispatchKind, activation_dtype: Dtype) -> None:
         self.dispatch, self.top_k = dispatch, model.top_k
-        self.out_bytes = token_bytes(model.hidden_size, activation_dtype)
-        self.back_bytes = returned_bytes(model.hidden_size, activation_dtype)
+        self.out_bytes = token_bytes(model.routed_hidden_size, activation_dtype)
+        self.back_bytes = returned_bytes(model.routed_hidden_size, activation_dtype)
+
+    @property
+    def prefill(self) -> Wire:
+        """The same in steps with prefill (:func:`moeplan.costs.exchange.engine_dispatch`)."""
+        answer = copy(self)
+        answer.dispatch = engine_dispatch(self.dispatch, "prefill")
+        return answer
 
     def reach(
         self, placement: Placement, cluster: ClusterSpec, load_LE: Floats, trace: RoutingTrace | None
@@ -68,17 +77,20 @@ class RunTraffic:
     """
 
     def __init__(self, wire: Wire, recorded: Callable[[Floats], RoutingTrace | None]) -> None:
-        self._wire, self._recorded = wire, recorded
+        self._wires, self._recorded = {False: wire, True: wire.prefill}, recorded
         self._traces: dict[int, RoutingTrace | None] = {}
-        self._known: dict[int, tuple[Placement, Reach]] = {}
-        self._pending: dict[int, tuple[Floats, Floats]] = {}  # load -> itself, tokens of each group
-        self._whole: dict[int, tuple[Floats, Floats]] = {}
+        # By load, and whether a step has prefill.
+        self._known: dict[tuple[int, bool], tuple[Placement, Reach]] = {}
+        self._pending: dict[tuple[int, bool], tuple[Floats, Floats]] = {}  # load itself, tokens of each group
+        self._whole: dict[tuple[int, bool], tuple[Floats, Floats]] = {}
         self._used: list[tuple[Placement, ClusterSpec]] = []  # the first ones, and those in use
         self.steps = 0
         self._sent_RR: Floats = np.zeros((1, 1))
         self._moved = self.ranks_changed = False
 
-    def add(self, placement: Placement, cluster: ClusterSpec, load_LE: Floats, tokens_D: Floats) -> None:
+    def add(
+        self, placement: Placement, cluster: ClusterSpec, load_LE: Floats, tokens_D: Floats, has_prefill: bool = False
+    ) -> None:
         """One step with ``tokens_D`` of each attention group, spread evenly over its ranks."""
         if not self._used or placement is not self._used[-1][0] or cluster is not self._used[-1][1]:
             self._fold()
@@ -87,9 +99,9 @@ class RunTraffic:
             self._moved |= placement is not first
             self.ranks_changed |= _failed(cluster) != _failed(usual)
         self.steps += 1
-        found = self._pending.get(id(load_LE))
+        found = self._pending.get((id(load_LE), has_prefill))
         if found is None:
-            self._pending[id(load_LE)] = load_LE, tokens_D.copy()
+            self._pending[id(load_LE), has_prefill] = load_LE, tokens_D.copy()
         else:
             found[1][:] += tokens_D
 
@@ -117,34 +129,35 @@ class RunTraffic:
             return None
         placement, cluster = self._used[0]
         total_RR = np.zeros_like(self._sent_RR)
-        for each in self._whole.values():
-            total_RR += self._bytes(placement, cluster, *each)
+        for (_, has_prefill), each in self._whole.items():
+            total_RR += self._bytes(placement, cluster, *each, has_prefill)
         return total_RR / max(1, self.steps)
 
     def _fold(self) -> None:
         """The steps since the placement or the cluster changed last."""
         for key, (load_LE, tokens_D) in self._pending.items():
             placement, cluster = self._used[-1]
-            self._sent_RR = self._sent_RR + self._bytes(placement, cluster, load_LE, tokens_D)
+            self._sent_RR = self._sent_RR + self._bytes(placement, cluster, load_LE, tokens_D, key[1])
             whole = self._whole.setdefault(key, (load_LE, np.zeros_like(tokens_D)))
             whole[1][:] += tokens_D
         self._pending.clear()
 
-    def _bytes(self, placement: Placement, cluster: ClusterSpec, load_LE: Floats, tokens_D: Floats) -> Floats:
+    def _bytes(
+        self, placement: Placement, cluster: ClusterSpec, load_LE: Floats, tokens_D: Floats, has_prefill: bool
+    ) -> Floats:
         ranks = cluster.num_ranks // len(tokens_D)
         home_R = np.repeat(tokens_D / ranks, ranks)
-        return self._wire.bytes_RR(self._reach(placement, cluster, load_LE), cluster, home_R)
+        return self._wires[has_prefill].bytes_RR(self._reach(placement, cluster, load_LE, has_prefill), cluster, home_R)
 
-    def _reach(self, placement: Placement, cluster: ClusterSpec, load_LE: Floats) -> Reach:
+    def _reach(self, placement: Placement, cluster: ClusterSpec, load_LE: Floats, has_prefill: bool) -> Reach:
         """Where only some layers were moved since the load was last met, only those are counted."""
-        key = id(load_LE)
-        if key not in self._traces:
-            self._traces[key] = self._recorded(load_LE)
-        trace = self._traces[key]
+        if id(load_LE) not in self._traces:
+            self._traces[id(load_LE)] = self._recorded(load_LE)
+        trace, wire, key = self._traces[id(load_LE)], self._wires[has_prefill], (id(load_LE), has_prefill)
         known = self._known.get(key)
-        everywhere = self._wire.dispatch == "allgather"
+        everywhere = wire.dispatch == "allgather"
         if known is None or everywhere or not np.array_equal(known[0].rank_of_slot_P, placement.rank_of_slot_P):
-            reach = self._wire.reach(placement, cluster, load_LE, trace)
+            reach = wire.reach(placement, cluster, load_LE, trace)
         else:
             before, reach = known
             moved_L = (before.physical_to_logical_LP != placement.physical_to_logical_LP).any(1)
@@ -154,7 +167,7 @@ class RunTraffic:
             if len(rows):
                 part = _layers(placement, rows)
                 few = None if trace is None else _trace_layers(trace, rows)
-                moved = self._wire.reach(part, cluster, load_LE[rows], few)
+                moved = wire.reach(part, cluster, load_LE[rows], few)
                 reach = Reach(np.array(reach.rank_LR), np.array(reach.node_LN))
                 reach.rank_LR[rows], reach.node_LN[rows] = moved.rank_LR, moved.node_LN
         self._known[key] = placement, reach

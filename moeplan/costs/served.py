@@ -128,12 +128,8 @@ def kv_capacity_tokens(setup: EngineSetup, memory_share: float) -> float:
             f"weights of {m.name} ({(experts + others) / 1e9:.0f} GB per rank) exceed {memory_share:.0%} of the memory"
             f" of {setup.accelerator.name} ({setup.accelerator.memory / 1e9:.0f} GB); use more than {setup.ranks} ranks"
         )
-    per_token = m.kv_bytes_per_token(setup.kv_dtype)
-    if per_token is None:
-        return np.inf
-    if m.attention is not None and not m.attention.is_mla:
-        per_token /= min(setup.tp, m.attention.num_kv_heads)
-    return free / per_token
+    per_token = m.kv_bytes_per_token(setup.kv_dtype, setup.tp)
+    return np.inf if per_token is None else free / per_token
 
 
 def pass_times(decode: EngineCosts, prefill: EngineCosts, isl: int, osl: int) -> PassTimes:

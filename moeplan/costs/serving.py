@@ -30,9 +30,10 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.attention import attention_by_window
 from moeplan.costs.dense import DenseCosts
-from moeplan.costs.exchange import balanced_copies
+from moeplan.costs.exchange import balanced_copies, engine_dispatch
 from moeplan.costs.group_kernel import group_seconds, row_at
 from moeplan.costs.interpolation import TILES
+from moeplan.costs.kv_cache import SwapCosts
 from moeplan.costs.step import BatchParts, StepModel, Technique, combine
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec, dense_beside
@@ -121,7 +122,8 @@ class MoeTable:
 class ServingCosts:
     """One model on one cluster under one technique; see the module.
 
-    ``technique.overlap`` concerns whole steps. The cluster is that of one pipeline stage.
+    ``technique.overlap`` concerns whole steps, ``technique.dispatch`` decode (see
+    :func:`moeplan.costs.exchange.engine_dispatch`). The cluster is that of one pipeline stage.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class ServingCosts:
         self._models: dict[tuple[Phase, float], StepModel] = {}
         self._fixed: dict[Phase, Floats] = {}
         self._tables: dict[tuple[int, int, Phase], MoeTable] = {}
+        self._swaps: dict[bool, SwapCosts] = {}
         self.source: dict[str, str] = {}
         self.extrapolated: set[str] = set()
         self.part_errors: dict[str, float] = {}
@@ -193,7 +196,7 @@ class ServingCosts:
                 self.model,
                 self.cluster,
                 self._workload.model_copy(update=batch),
-                self._plain,
+                replace(self._plain, dispatch=engine_dispatch(self._plain.dispatch, phase)),
                 self.profile,
                 tokens_per_rank * self._num_live,
             )
@@ -205,7 +208,8 @@ class ServingCosts:
         if phase not in self._fixed:
             rows = []
             cluster = self.cluster
-            copies = balanced_copies(self._plain.dispatch, self.model.top_k, cluster.num_ranks, cluster.num_nodes)
+            dispatch = engine_dispatch(self._plain.dispatch, phase)
+            copies = balanced_copies(dispatch, self.model.top_k, cluster.num_ranks, cluster.num_nodes)
             for tokens in self._busy.points:
                 model = self.model_at(phase, tokens)
                 fixed, balanced_s = model.fixed, float(model.exchange.time_s(tokens, *copies))
@@ -233,8 +237,9 @@ class ServingCosts:
         self._tables = {key: table for key, table in self._tables.items() if table.placement is not placement}
 
     def clear(self) -> None:
-        """Drop all tables of placements; what does not depend on one stays."""
-        self._tables.clear()
+        """Drop all tables of placements, and what the answers so far rested on; what depends on neither stays."""
+        for kept in (self._tables, self.source, self.extrapolated, self.part_errors):
+            kept.clear()
 
     def _fill(self, table: MoeTable, b: int) -> None:
         tokens = float(self._mean.points[b])
@@ -266,6 +271,16 @@ class ServingCosts:
         j, v = context.place(before + new)
         start = seconds[i] + w * (seconds[i + 1] - seconds[i])
         return float(seconds[j] + v * (seconds[j + 1] - seconds[j]) - start)
+
+    def swap_s(self, size_bytes: float, to_host: bool) -> float:
+        """A rank's part of a cache to its host, or back."""
+        if to_host not in self._swaps:
+            self._swaps[to_host] = SwapCosts(self.cluster, to_host, self.profile)
+        swaps, name = self._swaps[to_host], "caches to the host" if to_host else "caches from the host"
+        self.source[name] = swaps.source
+        if size_bytes > swaps.measured_bytes:
+            self.extrapolated.add(name)
+        return swaps.seconds(size_bytes)
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
         """Seconds of one step in which at least one token is worked on."""

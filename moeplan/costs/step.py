@@ -287,13 +287,13 @@ class StepModel:
         else:
             layer = combine(self.technique.overlap, fixed.layer_s, fixed.shared_s, exchange, expert.max(1))
         total = float(layer.sum()) + fixed.other_s
-        wire = token_bytes(self.model.hidden_size, self.workload.activation_dtype)
-        wire += returned_bytes(self.model.hidden_size, self.workload.activation_dtype)
+        wire = token_bytes(self.model.routed_hidden_size, self.workload.activation_dtype)
+        wire += returned_bytes(self.model.routed_hidden_size, self.workload.activation_dtype)
         slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
         errors = self.part_errors
         parts = {
             "experts": (float(expert.max(1).sum()), whole.experts.extrapolated),
-            "exchange": (float(exchange.sum()), slower.extrapolated),
+            "exchange": (float(exchange.sum()), slower.told(whole.tokens / self.live.sum())[1]),
             "attention and dense parts": (
                 fixed.layer_s * L + fixed.shared_s * L + fixed.other_s,
                 fixed.extrapolated,
@@ -304,7 +304,8 @@ class StepModel:
         slots_R = np.bincount(placement.rank_of_slot_P, minlength=R)
         if not np.array_equal(slots_R, self._slots_R):
             whole_R = slots_R / self.technique.expert_tp
-            report = memory_report(self.model, self.cluster, self.workload, whole_R, self.technique.tp)
+            how = self.technique
+            report = memory_report(self.model, self.cluster, self.workload, whole_R, how.tp, how.kv_dtype)
             self._slots_R, self._memory = slots_R, tuple(report)
         source = {"experts": whole.experts.source, "exchange inside a node": whole.exchange.inside.source}
         if whole.exchange.between is not None:
@@ -367,7 +368,7 @@ class StepModel:
         slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
         return {
             "experts": whole.experts.relative_error,
-            "exchange": slower.relative_error,
+            "exchange": slower.told(whole.tokens / self.live.sum())[0],
             "attention and dense parts": whole.fixed.relative_error,
         }
 

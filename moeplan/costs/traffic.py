@@ -21,6 +21,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import choose_slots, count_trace, home_ranks
 from moeplan.costs.exchange import touched_share
+from moeplan.costs.roofline import is_joined
 from moeplan.errors import PlanError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.workload import DispatchKind, ReplicaSplit
@@ -32,7 +33,6 @@ __all__ = [
     "counted_traffic",
     "expected_reach",
     "expected_traffic",
-    "is_joined",
     "spread",
 ]
 
@@ -58,11 +58,6 @@ class Traffic:
     def _ends(self, axis: int, ranks_per_node: int) -> tuple[Floats, Floats]:
         between_LR = self.between_LRR.sum(axis)
         return between_LR.reshape(len(between_LR), -1, ranks_per_node).sum(2), self.inside_LRR.sum(axis)
-
-
-def is_joined(cluster: ClusterSpec) -> bool:
-    """Whether one scale-up network joins all ranks."""
-    return cluster.topology in ("flat", "nvl72") or cluster.num_nodes == 1
 
 
 @njit(cache=True, nogil=True)

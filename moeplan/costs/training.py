@@ -4,11 +4,19 @@
 - Elementwise work beyond a forward's: see :data:`PASSES`; at the bandwidth of measured norms, forward and backward,
   where a profile has them, as Adam at that of a measured step.
 - Every micro-batch adds its weights' gradients to those before: one read and one write of all of them (Megatron-LM's
-  ``gradient_accumulation_fusion`` does it in the product's kernel).
+  ``gradient_accumulation_fusion`` does it in the product's kernel). From ZeRO stage 2 on it copies them into the
+  buffer that is reduced instead: as many bytes.
 - 1F1B with ``p`` stages, ``m`` micro-batches and ``v`` chunks per stage idles ``(p - 1) / (v m)`` of the work
   (Narayanan et al. 2021, arXiv 2104.04473); the simulation plays the schedule, :func:`training_step` uses this.
 - Gradients are reduce-scattered and weights all-gathered over the ranks that hold copies: ``ranks / (pp tp)`` for
-  the dense parts, ``ranks / (pp ep)`` for experts.
+  the dense parts, ``ranks / (pp ep)`` for experts. Once a step up to ZeRO stage 1, which adds up gradients where
+  they are. From stage 2 on a rank keeps its part of them alone, so those of every micro-batch are reduce-scattered
+  (DeepSpeed's ``allreduce_gradients``: stage 2 and above communicate off the boundaries of accumulation as well).
+  Stage 3 gathers weights for every forward, frees them, gathers them again for every backward, which serves what
+  that computes again too, and gathers none after the update: what PyTorch's ``fully_shard`` and Megatron-FSDP
+  (``mfsdp_design.md``, "Flow") do unless told otherwise, in one micro-batch half as much again as stage 2 moves
+  (Rajbhandari et al., section 7). Weights that a framework keeps gathered in between (``reshard_after_forward=False``,
+  DeepSpeed's ``stage3_max_live_parameters``) are not modelled.
 - Adam reads and writes 4-byte master weights and two moments, reads gradients, writes weights (Rajbhandari et
   al. 2020, arXiv 1910.02054 count the same 16 bytes of state); ZeRO stage 1 shards that, 2 gradients too, 3
   weights too. Gradients are set to zero, checked, scaled and normed, too.
@@ -125,7 +133,7 @@ class Chunk:
 
     ``moe_rows``: rows of the load that its MoE layers have.
     ``exchange_s_W``: dispatch and combine of one direction. ``sync_s``: reduce-scatter of gradients, ``gather_s``:
-    all-gather of weights, ``optimizer_s``: the update. ``activation_bytes`` of one micro-batch.
+    all-gather of weights, each of them once; ``optimizer_s``: the update. ``activation_bytes`` of one micro-batch.
     """
 
     layers: tuple[int, ...]
@@ -364,6 +372,24 @@ class TrainingCosts:
         first, second = np.maximum(0.0, exchange - backward), np.maximum(0.0, exchange - forward)
         return forward + first, backward + second, first + second
 
+    def sharded(self, chunk: Chunk) -> tuple[Floats, Floats]:
+        """(forward, backward) seconds by window that every micro-batch waits for weights and gradients of a chunk; none
+        below ZeRO stage 2.
+
+        What overlaps hides behind the computation of the same micro-batch, no longer than dispatch and combine leave
+        the links free meanwhile; gathering and reducing take turns.
+        """
+        spec = self.spec
+        forward, backward, _ = self.overlapped(chunk)
+        gather, sync = chunk.gather_s * (spec.zero >= 3), chunk.sync_s * (spec.zero >= 2)
+
+        def left(operation_s_W: Floats, exchanges: int, sync_s: float) -> Floats:
+            room_W = np.maximum(0.0, operation_s_W - exchanges * chunk.exchange_s_W)
+            beside = gather * spec.overlap_parameters + sync_s * spec.overlap_gradients
+            return gather + sync_s - beside + np.maximum(0.0, beside - room_W)
+
+        return left(forward, 1, 0.0), left(backward, 2 if spec.recompute == "full" else 1, sync)
+
 
 def _cut(seconds: Floats, count: int) -> list[tuple[int, int]]:
     """Cut layers into ``count`` consecutive runs, none empty, so that the longest takes least."""
@@ -386,7 +412,8 @@ def _cut(seconds: Floats, count: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class TrainingCost:
-    """Seconds of a step and where they go; ``state_bytes`` of weights, gradients and optimizer on a rank."""
+    """Seconds of a step and where they go; ``gradient_sync_s`` that nothing hides, of weights too; ``state_bytes`` of
+    weights, gradients and optimizer on a rank."""
 
     total_s: float
     forward_s: float
@@ -405,21 +432,22 @@ def training_step(costs: TrainingCosts) -> TrainingCost:
     spec, chunks = costs.spec, costs.chunks()
     forward = sum(float(costs.overlapped(chunk)[0].mean()) for chunk in chunks) / spec.pp
     backward = sum(float(costs.overlapped(chunk)[1].mean()) for chunk in chunks) / spec.pp
-    bubble = (spec.pp - 1) / spec.virtual_stages * (forward + backward)
-    sync = sum(chunk.sync_s for chunk in chunks) / spec.pp
+    waits = sum(float(np.sum(costs.sharded(chunk), 0).mean()) for chunk in chunks) / spec.pp
+    bubble = (spec.pp - 1) / spec.virtual_stages * (forward + backward + waits)
+    sync = sum(chunk.sync_s for chunk in chunks) / spec.pp if spec.zero < 2 else 0.0
     if spec.overlap_gradients:
         sync = max(0.0, sync - backward)
-    gather = sum(chunk.gather_s for chunk in chunks) / spec.pp
+    gather = sum(chunk.gather_s for chunk in chunks) / spec.pp if spec.zero < 3 else 0.0
     if spec.overlap_parameters:
         gather = max(0.0, gather - forward)
     optimizer = sum(chunk.optimizer_s for chunk in chunks) / spec.pp
     count = costs.micro_batches
     return TrainingCost(
-        total_s=count * (forward + backward) + bubble + sync + gather + optimizer,
+        total_s=count * (forward + backward + waits) + bubble + sync + gather + optimizer,
         forward_s=count * forward,
         backward_s=count * backward,
         bubble_s=bubble,
-        gradient_sync_s=sync + gather,
+        gradient_sync_s=count * waits + sync + gather,
         optimizer_s=optimizer,
         state_bytes=max(sum(chunk.state_bytes for chunk in chunks[stage :: spec.pp]) for stage in range(spec.pp)),
         relative_error=costs.relative_error,

@@ -92,7 +92,7 @@ def _subset(name: str, table: pa.Table, models: list[ModelSpec]) -> pa.Table:
         return pc.is_in(table[column], value_set=pa.array(sorted(set(values)), type=table.schema.field(column).type))
 
     if name == "experts":
-        keys = {(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models}
+        keys = {(m.routed_hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models}
         shape = zip(*(table[c].to_pylist() for c in ("hidden", "inter", "num_experts", "top_k")), strict=True)
         return table.filter(pa.array([key in keys for key in shape], pa.bool_()))
     if name == "attention":

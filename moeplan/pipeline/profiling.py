@@ -209,7 +209,7 @@ def _exchange(request: ProfileRequest, models: list[ModelSpec], world: int, note
     dtype, *others = _plain("collectives", request, notes)
     if others:
         notes.append(f"collectives in {', '.join(others)}: not measured, {dtype} in their place")
-    layers = {model.name: (model.hidden_size, model.top_k, model.num_experts) for model in models}
+    layers = {model.name: (model.routed_hidden_size, model.top_k, model.num_experts) for model in models}
     tokens = tuple(dict.fromkeys(layer for layer in layers.values() if layer[2] > 1)) if "alltoall" in ops else ()
     what = "dispatch and combine of tokens"
     if "alltoall" not in ops and layers:

@@ -122,7 +122,8 @@ def system_facts(device: Device) -> dict[str, float | str]:
     facts: dict[str, float | str] = {"largest_allocation_bytes": float(largest_allocation_bytes(device))}
     facts.update(_links())
     if not device.is_cuda:
-        facts["cores"] = float(len(os.sched_getaffinity(0)))
+        if cores := os.cpu_count():  # the machine's: this process is pinned to some of them
+            facts["cores"] = float(cores)
         facts["cache_bytes"] = float(device.cache_bytes)
         facts["instruction_set"] = str(torch.backends.cpu.get_cpu_capability())
         if match := re.search(r"^cpu MHz\s*: ([\d.]+)$", _read(Path("/proc/cpuinfo")), re.M):

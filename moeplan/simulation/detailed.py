@@ -207,7 +207,7 @@ class _Step:
         self.recorder = EventRecorder()
         self.busy_s_R = np.zeros(self.num_ranks)
         self.spans: list[tuple[float, float]] = []
-        hidden, parts = model.model.hidden_size, batches[0]
+        hidden, parts = model.model.routed_hidden_size, batches[0]
         out = token_bytes(hidden, model.workload.activation_dtype)
         self.wire = {"dispatch": out, "combine": returned_bytes(hidden, model.workload.activation_dtype)}
         exchange = parts.exchange

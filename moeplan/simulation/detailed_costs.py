@@ -30,7 +30,8 @@ class DetailedCosts:
         self._costs, self._network = costs, Network(costs.cluster)
         self.groups, self.cluster = costs.groups, costs.cluster
         self.source, self.extrapolated, self.part_errors = costs.source, costs.extrapolated, costs.part_errors
-        self.chunk_s, self.forget, self.clear = costs.chunk_s, costs.forget, costs.clear
+        self.chunk_s, self.swap_s = costs.chunk_s, costs.swap_s
+        self.forget, self.clear = costs.forget, costs.clear
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
         """Play one step; the interval is the step mode's."""

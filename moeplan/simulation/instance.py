@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventRecorder
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.kv_cache import swap_s
 from moeplan.costs.run_traffic import RunTraffic
 from moeplan.costs.serving import Batch, StepSeconds
 from moeplan.simulation.clock import Clock, nanoseconds
@@ -45,6 +44,10 @@ class StepCosts(Protocol):
 
     def chunk_s(self, before: int, new: int) -> float:
         """Prefill attention over ``new`` tokens after ``before``."""
+        ...
+
+    def swap_s(self, size_bytes: float, to_host: bool) -> float:
+        """A rank's part of a cache to its host, or back."""
         ...
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
@@ -286,7 +289,7 @@ class Instance:
         self.release(request, request.context if prefilling else cached)
         if self.spec.preemption == "swap" and not prefilling and self.alive_D[d]:
             request.saved, request.swap_tokens = cached, cached
-            self._swap_s += self.swap_seconds(cached)
+            self._swap_s += self.swap_seconds(cached, to_host=True)
         else:  # what was in the cache, and with a decoding request the token that was about to go there
             self.stats.recomputed += request.context - (request.to_prefill if prefilling else 0)
         self.stats.preemptions += 1
@@ -295,10 +298,12 @@ class Instance:
         self.waiting[d].appendleft(request)
         self._note("preempt", request, cached)
 
-    def swap_seconds(self, tokens: int) -> float:
-        """Seconds of a cache between a rank and its host."""
+    def swap_seconds(self, tokens: int, to_host: bool) -> float:
+        """Seconds of a cache from a rank to its host, or back."""
+        if not tokens:  # it came over a link
+            return 0.0
         self.stats.swapped_bytes += tokens * self.kv_bytes * self.spec.tp * self.spec.pp
-        return swap_s(tokens * self.kv_bytes, self.costs.cluster)
+        return self.costs.swap_s(tokens * self.kv_bytes, to_host)
 
     def lose_group(self, d: int) -> list[Request]:
         """All requests of a group whose rank is lost, without their caches."""
@@ -346,7 +351,7 @@ class Instance:
         stats.waiting_at.append(self.num_waiting)
         stats.cache_at.append(1.0 - float(self.free_D.sum()) / (self.capacity * self.groups))
         if self.traffic is not None:
-            self.traffic.add(self.placement, self.costs.cluster, load_LE, batch.tokens_D)
+            self.traffic.add(self.placement, self.costs.cluster, load_LE, batch.tokens_D, batch.has_prefill)
         if self.recorder is not None:
             self.recorder.add(
                 "step", now_s, duration_ns * 1e-9, rank=self.first_rank, step=stats.steps, amount=tokens

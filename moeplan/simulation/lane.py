@@ -157,7 +157,7 @@ class Lane:
                 break
             waiting.popleft()
             if request.saved:
-                swap_s += inst.swap_seconds(request.swap_tokens)
+                swap_s += inst.swap_seconds(request.swap_tokens, to_host=False)
                 request.swap_tokens = 0
                 self._join(request, d)
                 budget -= 1

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.costs.exchange import ExchangeCosts
+from moeplan.costs.roofline import is_joined, scale_up_bandwidth
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.topology import build
@@ -59,7 +60,9 @@ class Network:
         if self.cluster.topology == "explicit":
             return self._built_X.copy()
         reached = []
-        for path, nominal in ((exchange.inside, device.scale_up_bandwidth), (exchange.between, device.nic_bandwidth)):
+        local = self.cluster.num_ranks if is_joined(self.cluster) else self.cluster.ranks_per_node
+        inner = scale_up_bandwidth(self.cluster, local)
+        for path, nominal in ((exchange.inside, inner), (exchange.between, device.nic_bandwidth)):
             seconds = 0.0 if path is None else path.per_copy_s(tokens_per_rank)
             reached.append(copy_bytes / seconds / nominal if seconds > 0 else 1.0)
         capacity_X: Floats = self._built_X * np.where(self._network_X, reached[1], reached[0])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import Placement
+from moeplan.costs.kv_cache import SwapCosts
 from moeplan.costs.serving import Batch, StepSeconds
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.serving import EngineSpec
@@ -21,7 +22,8 @@ Floats = NDArray[np.float64]
 
 
 class PlainCosts:
-    """Steps of ``base_s`` and ``per_token_s`` for each token of the fullest group, whatever the model."""
+    """Steps of ``base_s`` and ``per_token_s`` for each token of the fullest group, whatever the model; caches go to the
+    host and back over PCIe."""
 
     def __init__(self, cluster: ClusterSpec, base_s: float, per_token_s: float) -> None:
         self.cluster, self.groups = cluster, cluster.num_ranks
@@ -29,10 +31,15 @@ class PlainCosts:
         self.source: dict[str, str] = {}
         self.extrapolated: set[str] = set()
         self.part_errors: dict[str, float] = {}
+        self._swaps = {to_host: SwapCosts(cluster, to_host) for to_host in (True, False)}
 
     def chunk_s(self, before: int, new: int) -> float:
         """Nothing: prompts cost as their tokens do."""
         return 0.0
+
+    def swap_s(self, size_bytes: float, to_host: bool) -> float:
+        """At the bandwidth of PCIe."""
+        return self._swaps[to_host].seconds(size_bytes)
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
         """The same on every rank."""

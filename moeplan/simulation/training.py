@@ -2,8 +2,10 @@
 
 One rank stands for each pipeline stage (the others of its stage do the same): its operations follow the schedule,
 dispatch and combine open a part of them, gradients are reduced as the last backwards run, weights gathered as the
-first forwards do. Memory is followed from operation to operation. In the detailed mode each operation's MoE layers are
-played event by event on one expert-parallel group (:mod:`moeplan.simulation.detailed`).
+first forwards do; from ZeRO stage 2 on every operation is as much longer as its computation leaves of its own
+(:meth:`moeplan.costs.training.TrainingCosts.sharded`). Memory is followed from operation to operation. In the detailed
+mode each operation's MoE layers are played event by event on one expert-parallel group
+(:mod:`moeplan.simulation.detailed`).
 
 ``p`` stages, ``v`` chunks per stage, ``m`` micro-batches, ``W`` windows of load: micro-batch ``i`` has window
 ``i mod W``.
@@ -92,6 +94,7 @@ class _Play:
         self.transfer_s = costs.transfer_s * factor.get("transfers between stages", 1.0)
         p = self.p = self.spec.pp
         self.times = [costs.overlapped(chunk) for chunk in self.chunks]
+        self.waits = [costs.sharded(chunk) for chunk in self.chunks]  # for weights and gradients
         self.windows = len(self.times[0][0])
         self.inside: dict[tuple[int, bool, int], DetailedStep] = {}
         if detailed:
@@ -127,11 +130,11 @@ class _Play:
         first = number * costs.micro_batches
 
         def seconds(stage: int, op: Op) -> float:
-            window = (first + op.micro_batch) % self.windows
-            return float(self.times[self.chunk(stage, op)][op.kind == "backward"][window])
+            window, way, chunk = (first + op.micro_batch) % self.windows, op.kind == "backward", self.chunk(stage, op)
+            return float(self.times[chunk][way][window] + self.waits[chunk][way][window])
 
         timed = run_schedule(self.orders, seconds, lambda _s, _op: self.transfer_s, spec.virtual_stages)
-        spent = {"work": sum(t.end_s - t.start_s for t in timed), "exchange": 0.0, "sync": 0.0, "optimizer": 0.0}
+        spent = dict.fromkeys(("work", "exchange", "sync", "optimizer"), 0.0)
         ends = []
         tokens = costs.tokens
         for t in timed:
@@ -147,6 +150,14 @@ class _Play:
                 self.recorder.extend(
                     inner.part_of_run(begin, rank=rank, step=number, request=t.op.micro_batch, layers=layers)
                 )
+            waits_s, sync_s = float(self.waits[chunk][backward][window]), self.chunks[chunk].sync_s
+            if backward and spec.zero >= 2 and sync_s:  # its last gradients are there, and reduced, when it ends
+                self.recorder.add(
+                    "gradient_sync", begin + length - sync_s, sync_s, rank=rank, step=number,
+                    request=t.op.micro_batch, amount=self.chunks[chunk].sync_bytes,
+                )  # fmt: skip
+            spent["work"] += length - waits_s
+            spent["sync"] += waits_s
             spent["exchange"] += float(self.times[chunk][2][window]) / 2
             onward = chunk > 0 if backward else chunk < len(self.chunks) - 1
             if onward:
@@ -164,10 +175,10 @@ class _Play:
         return total, timed, spent
 
     def _close(self, number: int, start_s: float, stage: int, mine: list[Timed], spent: dict[str, float]) -> float:
-        """Gradients, optimizer and weights of one stage; when it is done."""
+        """Gradients, optimizer and weights of one stage, those that no micro-batch has dealt with; when it is done."""
         spec, rank = self.spec, stage * self.per_stage
         done, link_free = mine[-1].end_s, 0.0
-        for place in range(spec.virtual_stages - 1, -1, -1):
+        for place in range(spec.virtual_stages - 1, -1, -1) if spec.zero < 2 else ():
             chunk = self.chunks[place * self.p + stage]
             last = [t for t in mine if t.op.chunk == place and t.op.kind == "backward"][-1]
             # Buckets are full from the first layer of the last backward on; reduction ends after that.
@@ -182,7 +193,7 @@ class _Play:
         reduced = max(done, link_free)
         update = sum(chunk.optimizer_s for chunk in mine_chunks)
         self.recorder.add("optimizer", start_s + reduced, update, rank=rank, step=number)
-        gather = sum(chunk.gather_s for chunk in mine_chunks)
+        gather = sum(chunk.gather_s for chunk in mine_chunks) if spec.zero < 3 else 0.0
         if spec.overlap_parameters:  # beside the next step's first forwards, and the fill of the pipeline
             ahead = next(t for t in mine if t.op.kind == "forward").start_s
             gather = max(0.0, gather - ahead - sum(float(times[0].mean()) for times in self.times[stage :: self.p]))

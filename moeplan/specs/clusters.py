@@ -55,7 +55,7 @@ def cluster_for(
 
     What is left out follows the accelerator: nodes of ``ranks_per_node`` ranks, one node, or all nodes of one
     scale-up domain where that spans nodes (18 trays of 4 for an NVL72 rack); topology ``nvl72`` in that case,
-    ``two-level`` otherwise.
+    ``two-level`` otherwise, as where several racks are nodes of 72.
     """
     spec = find_accelerator(accelerator) if isinstance(accelerator, str) else accelerator
     spans_nodes = spec.scale_up_domain > spec.ranks_per_node
@@ -70,7 +70,7 @@ def cluster_for(
             "accelerator": spec,
             "num_nodes": nodes,
             "ranks_per_node": per_node,
-            "topology": topology or ("nvl72" if spans_nodes else "two-level"),
+            "topology": topology or ("nvl72" if spans_nodes and per_node < spec.scale_up_domain else "two-level"),
         },
         f"cluster {name}",
     )

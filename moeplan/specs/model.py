@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from moeplan.specs.base import Spec
 
-__all__ = ["DTYPE_BYTES", "AttentionSpec", "Dtype", "ModelSpec", "activations_beside", "dense_beside"]
+__all__ = ["DTYPE_BYTES", "AttentionSpec", "Dtype", "ModelSpec", "activations_beside", "cache_beside", "dense_beside"]
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4", "fp4"]
 DTYPE_BYTES: dict[str, float] = {
@@ -31,6 +31,11 @@ def dense_beside(experts: Dtype) -> Dtype:
 def activations_beside(weights: Dtype) -> Dtype:
     """Type that activations, attention and an unquantised cache are in beside weights of this one: 16 bits or more."""
     return weights if DTYPE_BYTES[weights] >= 2 else "bf16"
+
+
+def cache_beside(weights: Dtype, asked: Dtype) -> Dtype:
+    """Type of the KV cache beside weights of this one: the one asked for below 16 bits, else that of activations."""
+    return asked if DTYPE_BYTES[asked] < 2 else activations_beside(weights)
 
 
 class AttentionSpec(Spec):
@@ -173,8 +178,11 @@ class ModelSpec(Spec):
             + self.extra_parameters
         )
 
-    def kv_bytes_per_token(self, dtype: Dtype = "bf16") -> float | None:
-        """KV-cache bytes per token over all layers; None where the attention is not known."""
-        if self.attention is None:
+    def kv_bytes_per_token(self, dtype: Dtype = "bf16", tp: int = 1) -> float | None:
+        """KV-cache bytes per token over all layers on each of ``tp`` ranks that share attention; None where it is not
+        known. Grouped-query heads are split over the ranks down to one head each, a latent is whole on every one."""
+        a = self.attention
+        if a is None:
             return None
-        return self.num_layers * self.attention.kv_elements_per_token * DTYPE_BYTES[dtype]
+        split = 1 if a.is_mla else min(tp, a.num_kv_heads)
+        return self.num_layers * a.kv_elements_per_token * DTYPE_BYTES[dtype] / split

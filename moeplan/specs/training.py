@@ -33,7 +33,11 @@ class TrainingSpec(Spec):
     pp: int = Field(1, gt=0, description="pipeline stages")
     virtual_stages: int = Field(1, gt=0, description="chunks per stage: above 1 the interleaved schedule")
     ep: int = Field(1, gt=0, description="expert-parallel ranks: split the experts of a layer")
-    zero: Literal[0, 1, 2, 3] = Field(1, description="sharded over copies: 1 optimizer state, 2 gradients, 3 weights")
+    zero: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="sharded over copies: 1 optimizer state, 2 gradients, 3 weights; gradients from 2 on are reduced in"
+        " every micro-batch, weights at 3 gathered for every forward and every backward",
+    )
     recompute: Recompute = Field("none", description="what backward computes again instead of keeping it")
     recompute_modules: tuple[RecomputeModule, ...] = Field(
         (),
@@ -53,8 +57,12 @@ class TrainingSpec(Spec):
         description="dispatch and combine hidden behind: nothing; the shared expert; the other direction of another"
         " micro-batch",
     )
-    overlap_gradients: bool = Field(True, description="gradients are reduced while the last backwards run")
-    overlap_parameters: bool = Field(True, description="weights are gathered while the first forwards run")
+    overlap_gradients: bool = Field(
+        True, description="gradients are reduced while the last backwards run; zero 2 and 3: every backward"
+    )
+    overlap_parameters: bool = Field(
+        True, description="weights are gathered while the first forwards run; zero 3: every forward and backward"
+    )
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
     mtp_layers: int = Field(0, ge=0, description="multi-token prediction: further MoE layers, each with a head")
     host_per_layer: Seconds = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -100,6 +101,16 @@ def test_a_table_that_is_gone_is_named_with_its_remedy(tmp_path: Path) -> None:
         ({"date": None}, r"profile.json: date"),
         ({"surprise": 1}, r"surprise"),
         ({"tables": {"magic": {"file": "x", "rows": 1, "sha256": ""}}}, r"tables \(magic\) are not known"),
+        (
+            {"system": {"multiprocessors": "132 SMs", "launch_latency_us": "about 5", "topology": "GPU0 X"}},
+            r"profile.json: system.multiprocessors \('132 SMs'\): must be a valid number;"
+            r" system.launch_latency_us \('about 5'\): must be a valid number; correct or restore the file",
+        ),
+        ({"system": {"launch_latency_us": 0}}, r"system.launch_latency_us \(0.0\): must be greater than 0"),
+        ({"system": {"multiprocessors": 0}}, r"system.multiprocessors \(0.0\): must be greater than or equal to 1"),
+        ({"system": {"threads": "x"}}, r"system.threads \('x'\): must be a valid number"),
+        ({"system": {"realtime": "no"}}, r"system.realtime \('no'\): must be a valid number"),
+        ({"system": {"foreign_cpu_share": 1.5}}, r"system.foreign_cpu_share \(1.5\): must be less than or equal to 1"),
     ],
 )
 def test_other_versions_and_wrong_fields(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -108,6 +119,28 @@ def test_other_versions_and_wrong_fields(tmp_path: Path, change: dict[str, objec
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ProfileError, match=message):
         load_profile(tmp_path / "p")
+
+
+def test_every_row_names_a_source_of_its_profile(tmp_path: Path) -> None:
+    profile = HardwareProfile(META, {"gemm": gemm(source=["here", "here", "nowhere"])})  # in memory not asked for
+    unlisted = r"source of table gemm must be a key of sources in profile.json; row 3 holds 'nowhere'"
+    with pytest.raises(ProfileError, match=f"^profile toy: {unlisted}"):
+        profile.save(tmp_path / "p")
+    assert not list(tmp_path.iterdir())
+    for file_format in ("parquet", "csv"):
+        both = META.sources | {"nowhere": META.sources["here"]}
+        listed = HardwareProfile(META.model_copy(update={"sources": both}), {"gemm": profile.table("gemm")})
+        assert listed.save(tmp_path / "p", file_format).table("gemm").num_rows == 3  # type: ignore[arg-type]
+        path = tmp_path / "p" / "profile.json"
+        document = json.loads(path.read_text())
+        del document["sources"]["nowhere"]
+        path.write_text(json.dumps(document))
+        with pytest.raises(ProfileError, match=rf"gemm\.{file_format}: {unlisted}"):
+            load_profile(tmp_path / "p").table("gemm")
+
+
+def test_a_table_without_rows_is_read_back(tmp_path: Path) -> None:
+    assert HardwareProfile(META, {"gemm": gemm().slice(0, 0)}).save(tmp_path / "p").table("gemm").num_rows == 0
 
 
 def test_corrupt_json_says_so(tmp_path: Path) -> None:
@@ -152,13 +185,29 @@ EXPERTS |= {"backend": "moeplan", "kernel": "loop", "source": "here"}
         ({"rank_pairs": -2}, r"rank_pairs of table experts must be -1 or above; row 2 holds -2"),
         ({"tokens": 0}, r"tokens of table experts must be 1 or above; row 2 holds 0"),
         ({"num_slots": -1}, r"num_slots of table experts must be 0 or above"),
+        ({"mark": "strange"}, r"mark of table experts must be empty, non_monotone, .*; row 2 holds 'strange'"),
+        ({"distribution": "even"}, r"distribution of table experts must be balanced, .*; row 2 holds 'even'"),
+        ({"distribution": "power_law_x"}, r"or explicit; row 2 holds 'power_law_x'"),
     ],
 )
 def test_rows_that_cannot_be_are_refused(wrong: dict[str, object], message: str) -> None:
-    plain = EXPERTS | {"direction": "forward", "rank_pairs": -1, "num_slots": 0}
+    plain = EXPERTS | {"direction": "forward", "rank_pairs": -1, "num_slots": 0, "mark": "copied"}
     HardwareProfile(META, {"experts": pa.Table.from_pylist([plain, plain | {"vector": "", "rank_pairs": 0}])})
     with pytest.raises(ProfileError, match=message):
         HardwareProfile(META, {"experts": pa.Table.from_pylist([plain, plain | wrong])})
+
+
+@pytest.mark.parametrize(
+    ("table", "known"),
+    [
+        ("experts", ["balanced", "explicit", "power_law_1.2", "power_law_1.01_eplb", "power_law_sampled_1.9"]),
+        ("alltoall", ["balanced", "explicit", "power_law_2", "trace:0123456789ab"]),
+        ("collectives", ["even", "uneven", "trace:0123456789ab"]),
+    ],
+)
+def test_distributions_that_the_schema_names_are_known(table: str, known: list[str]) -> None:
+    pattern = TABLES[table]["distribution"].pattern
+    assert [word for word in (*known, "", "trace:A", "power_law_A", "explicitly") if re.search(pattern, word)] == known
 
 
 def test_a_table_file_stays_inside_its_profile(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import pyarrow as pa
 import pytest
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
-from moeplan.costs.exchange import PathCosts, balanced_copies, exchange_costs, mode_of
+from moeplan.costs.collectives import CollectiveCosts
+from moeplan.costs.exchange import PathCosts, balanced_copies, engine_dispatch, exchange_costs, mode_of
+from moeplan.errors import InputError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Phase
@@ -81,7 +83,10 @@ def test_even_choices_touch_as_many_places_as_sampling_says() -> None:
 
 def test_the_mode_follows_dispatch_and_phase() -> None:
     assert mode_of("per_expert", "decode") == "low_latency"
-    assert mode_of("per_expert", "prefill") == "normal"
+    assert mode_of("per_expert", "prefill") == "flat"
+    assert engine_dispatch("per_expert", "prefill") == "per_node"
+    assert engine_dispatch("per_expert", "decode") == "per_expert"
+    assert engine_dispatch("per_rank", "prefill") == "per_rank"
     assert mode_of("per_node", "decode") == "normal"
     assert mode_of("per_rank", "prefill") == "nvlink"
 
@@ -184,6 +189,83 @@ def test_errors_of_another_shape_are_what_shapes_miss_of_each_other() -> None:
     assert between(both, 2, widest).extrapolated
 
 
+def test_kinds_that_a_kernel_does_not_send_are_scaled_by_their_copies() -> None:
+    per_node = exchange_costs(MODEL, cluster(2), "per_node", "prefill", "fp8", profile=profile([1, 2]))
+    per_expert = exchange_costs(MODEL, cluster(2), "per_expert", "prefill", "fp8", profile=profile([1, 2]))
+    merged, every = (balanced_copies(kind, 4, 16, 2) for kind in ("per_node", "per_expert"))  # type: ignore[arg-type]
+    assert every[0] > 2 * merged[0]
+    fixed = 60e-6
+    expected = fixed + (per_node.time_s(4096, *merged) - fixed) * every[0] / merged[0]
+    assert per_expert.time_s(4096, *every) == pytest.approx(expected)
+    assert per_expert.between is not None
+    assert per_expert.between.extrapolated
+    assert per_expert.between.source.endswith("sent per node")
+    # Inside a node copies per node go to each of its ranks once.
+    per_rank = exchange_costs(MODEL, cluster(1), "per_rank", "prefill", "fp8", profile=profile([1]))
+    assert per_rank.inside.source.startswith("measured")
+
+
+def test_sizes_and_machines_beyond_the_measured_ones_say_so() -> None:
+    path = between(profile([1, 2]), 2)
+    assert path.told(4096.0) == (path.relative_error, False)
+    assert path.told(4097.0) == (0.5, True)
+    small = ClusterSpec.model_validate({"accelerator": GPU, "num_nodes": 1, "ranks_per_node": 4})
+    inside = exchange_costs(MODEL, small, "per_node", "prefill", "fp8", profile=profile([1])).inside
+    assert (inside.extrapolated, "8 ranks" in inside.source) == (True, True)
+
+
+def test_copied_numbers_are_called_so() -> None:
+    rows = [row | {"mark": "copied"} for row in profile([2]).select("alltoall").to_pylist()]
+    path = between(HardwareProfile(META, {"alltoall": pa.Table.from_pylist(rows)}), 2)
+    assert "copied from another system" in path.source
+    assert path.relative_error > between(profile([2]), 2).relative_error
+
+
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert", "allgather"])
+def test_one_rank_sends_nothing(dispatch: DispatchKind) -> None:
+    alone = ClusterSpec.model_validate({"accelerator": GPU, "num_nodes": 1, "ranks_per_node": 1})
+    for measured in (None, profile([1])):
+        costs = exchange_costs(MODEL, alone, dispatch, "decode", "fp8", profile=measured)
+        assert costs.time_s(64, 0.0, 0.0) == costs.time_s(10**6, 3.0, 3.0) == 0.0
+
+
+def test_an_all_gather_takes_what_the_collectives_were_measured_to_take() -> None:
+    rows = [
+        {"op": op, "dtype": "bf16", "ranks": 8, "nodes": 1, "message_size_bytes": size, "backend": "nccl",
+         "kernel": "NCCL", "source": "s", "latency_us": 10 + factor * size / 2**20}
+        for op, factor in (("all_gather", 1), ("reduce_scatter", 2)) for size in (2**12, 2**16, 2**20, 2**24, 2**28)
+    ]  # fmt: skip
+    nccl = HardwareProfile(META, {"collectives": pa.Table.from_pylist(rows)})
+    costs = exchange_costs(MODEL, cluster(1), "allgather", "prefill", "bf16", profile=nccl)
+    megabytes = 8 * 1000 * 2 * 1024 / 2**20
+    assert costs.time_s(1000, 0.0, 7.0) == pytest.approx((20 + 3 * megabytes) * 1e-6, rel=0.05)
+    assert not costs.inside.extrapolated
+    # More ranks than were measured together: the links.
+    assert exchange_costs(MODEL, cluster(2), "allgather", "prefill", "bf16", profile=nccl).between.extrapolated  # type: ignore[union-attr]
+
+
+def test_ranks_of_a_node_without_a_common_network_meet_through_its_host() -> None:
+    pairs = GPU.model_copy(update={"scale_up_domain": 2, "pcie_bandwidth": 32e9})
+    box = ClusterSpec.model_validate({"accelerator": pairs, "num_nodes": 1, "ranks_per_node": 8})
+    _, copies = balanced_copies("per_rank", 4, 8, 1)
+    slow, quick = (
+        exchange_costs(MODEL, of, "per_rank", "prefill", "bf16").time_s(10**5, 0.0, copies) for of in (box, cluster(1))
+    )
+    assert slow == pytest.approx(quick * 400 / 32, rel=0.01)
+    sums = [CollectiveCosts(of).seconds("all_reduce", 8, 2**28).total for of in (box, cluster(1))]
+    assert sums[0] == pytest.approx(sums[1] * 400 / 32, rel=0.01)
+    assert CollectiveCosts(box).seconds("all_reduce", 2, 2**28).total < sums[1]
+
+
+def test_several_racks_are_not_one_network() -> None:
+    rack = GPU.model_copy(update={"scale_up_domain": 8})
+    shape = {"accelerator": rack, "ranks_per_node": 4, "topology": "nvl72"}
+    one, two = (ClusterSpec.model_validate({**shape, "num_nodes": nodes}) for nodes in (2, 4))
+    assert exchange_costs(MODEL, one, "per_rank", "decode", "bf16").between is None
+    with pytest.raises(InputError, match=r"nvl72\) joins scale_up_domain \(8\) ranks, but .* 16, several racks"):
+        exchange_costs(MODEL, two, "per_rank", "decode", "bf16")
+
+
 def test_of_kernels_in_several_types_the_wanted_width_is_compared() -> None:
     """In bf16 one kernel takes 1.5 times as long as the other in fp4: per byte it is the quicker one."""
     rows = profile([1]).select("alltoall").to_pylist()
@@ -205,7 +287,10 @@ def test_an_own_measured_exchange_serves_every_dispatch(dispatch: DispatchKind, 
     fewer = [row | {"ranks": 2, "latency_us": 1.0} for row in rows]
     own = HardwareProfile(META, {"alltoall": pa.Table.from_pylist([*rows, *skewed, *fewer])})
     costs = exchange_costs(MODEL, cluster(1), dispatch, phase, "bf16", profile=own)
-    assert costs.inside.source.startswith("measured: s (k)")
+    own_kind = dispatch == "per_expert"
+    assert costs.inside.source.startswith("measured: s (k)" if own_kind else "modelled from the nearest: s (k)")
+    assert costs.inside.source.endswith(", sent per expert") is not own_kind
+    assert costs.inside.extrapolated is not own_kind
     assert costs.inside.balanced_s(256) == pytest.approx((30 + 0.3 * 256) * 1e-6)
     assert costs.inside.copies_per_token == balanced_copies("per_expert", 4, 8, 1)[1]
 

@@ -164,6 +164,54 @@ def test_linear_coefficients_meet_the_curve_at_the_point() -> None:
     assert (active, pair) == (pytest.approx(5e-6, rel=0.02), pytest.approx(0, abs=1e-9))
 
 
+def test_a_kernel_timed_without_expert_parallelism_serves_a_group_only_where_nothing_else_was() -> None:
+    alone = [row | {"kernel": "alone", "ep": 1, "latency_us": 0.1 * row["latency_us"]} for row in rows()]  # type: ignore[operator]
+    both = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows() + alone)})
+    costs = expert_costs(MODEL, GPU, "bf16", both, mean_pairs=64.0, local_experts=8)
+    assert (costs.source, costs.extrapolated) == ("measured: s (k)", False)
+    assert "(alone)" in expert_costs(MODEL, GPU, "bf16", both, mean_pairs=64.0, local_experts=64).source
+    only = HardwareProfile(META, {"experts": pa.Table.from_pylist(alone)})
+    costs = expert_costs(MODEL, GPU, "bf16", only, mean_pairs=64.0, local_experts=8)
+    assert costs.source == "extrapolated: s (alone), from EP 1 to 1"
+    assert (costs.extrapolated, costs.relative_error) == (True, 0.5)
+
+
+@pytest.mark.parametrize(("mean_pairs", "local", "inside"), [(1024.0, 8, True), (1025.0, 8, False), (64.0, 2, False)])
+def test_loads_and_groups_beyond_the_measured_ones_say_so(mean_pairs: float, local: int, inside: bool) -> None:
+    costs = expert_costs(MODEL, GPU, "bf16", profile(), mean_pairs=mean_pairs, local_experts=local)
+    assert costs.extrapolated is not inside
+    assert costs.source == "measured: s (k)" if inside else costs.source.startswith("extrapolated: s (k), from EP 2")
+
+
+def test_of_a_scaled_shape_launches_stay_and_weights_grow() -> None:
+    measured = expert_costs(MODEL, GPU, "bf16", profile())
+    wide = MODEL.model_copy(update={"hidden_size": 4 * 64, "expert_intermediate_size": 2 * 32})
+    costs = expert_costs(wide, GPU, "bf16", profile())
+    assert costs.one_expert_s(256) == pytest.approx(8 * float(measured.one_expert_s(256)))
+    launches = measured.shared_s(1)
+    assert costs.shared_s(1) == pytest.approx(launches)
+    assert costs.shared_s(1024) == pytest.approx(launches + 4 * (measured.shared_s(1024) - launches))
+
+
+def test_experts_without_a_gate_have_two_matrices_of_three() -> None:
+    plain = MODEL.model_copy(update={"gated_ffn": False})
+    gated = expert_costs(MODEL, GPU, "bf16", profile())
+    costs = expert_costs(plain, GPU, "bf16", profile())
+    assert costs.one_expert_s(256) == pytest.approx(2 / 3 * float(gated.one_expert_s(256)))
+    assert costs.source.endswith(", from gated experts")
+    own = [row | {"kernel": "k_nongated", "latency_us": 0.5 * row["latency_us"]} for row in rows()]  # type: ignore[operator]
+    both = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows() + own)})
+    assert expert_costs(plain, GPU, "bf16", both).source == "measured: s (k_nongated)"
+    assert expert_costs(MODEL, GPU, "bf16", both).source == "measured: s (k)"
+
+
+def test_experts_on_a_latent_are_of_its_width() -> None:
+    latent = MODEL.model_copy(update={"hidden_size": 512, "expert_hidden_size": 64})
+    costs = expert_costs(latent, GPU, "bf16", profile())
+    assert costs.source == "measured: s (k)"
+    assert costs.one_expert_s(256) == expert_costs(MODEL, GPU, "bf16", profile()).one_expert_s(256)
+
+
 def test_another_shape_is_scaled_and_says_so() -> None:
     costs = expert_costs(MODEL, GPU, "bf16", profile(inter=64))
     assert costs.extrapolated

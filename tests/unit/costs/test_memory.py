@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.kv_cache import kv_bytes_per_token
 from moeplan.costs.memory import (
     kv_tokens_needed,
     max_redundant_experts,
@@ -11,10 +13,12 @@ from moeplan.costs.memory import (
     slot_bytes,
     workspace_bytes,
 )
+from moeplan.costs.step import StepModel, Technique
 from moeplan.errors import InfeasibleError
 from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.models import find_model
+from moeplan.specs.serving import EngineSpec
 from moeplan.specs.workload import Workload
 
 V3 = find_model("deepseek-v3")
@@ -59,6 +63,30 @@ def test_the_report_adds_up_and_leaves_out_failed_ranks():
     assert first.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "tp", "kv_dtype", "by_hand"),
+    [
+        ("mixtral-8x7b", 1, "bf16", 32 * 2 * 8 * 128 * 2),  # layers x keys and values x heads x head_dim x bytes
+        ("mixtral-8x7b", 4, "bf16", 32 * 2 * 2 * 128 * 2),
+        ("mixtral-8x7b", 8, "fp8", 32 * 2 * 128),
+        ("qwen3-30b-a3b", 8, "bf16", 48 * 2 * 128 * 2),  # 4 heads: no rank has less than one
+        ("deepseek-v3", 8, "fp8", 61 * (512 + 64)),  # a latent is whole on every rank
+    ],
+)
+def test_the_cache_of_ranks_that_share_attention(name, tp, kv_dtype, by_hand):
+    model, cluster = find_model(name), cluster_for("h200", 1, 8)
+    work = Workload(phase="decode", batch_per_rank=8, weight_dtype="fp8" if name == "deepseek-v3" else "bf16")
+    assert kv_bytes_per_token(model, EngineSpec(tp=tp, kv_dtype=kv_dtype, pp=2), work.weight_dtype) == by_hand / 2
+    report = memory_report(model, cluster, work, np.full(8, model.num_experts // 8), tp, kv_dtype)[0]
+    assert report.kv_tokens == int(report.free_bytes // by_hand)
+    experts = np.arange(model.num_experts, dtype=np.int32)
+    rank_P = np.repeat(np.arange(8, dtype=np.int32), model.num_experts // 8)
+    placement = Placement(np.tile(experts, (model.num_moe_layers, 1)), rank_P, model.num_experts, 8, 8)
+    load_LE = np.ones((model.num_moe_layers, model.num_experts))
+    step = StepModel(model, cluster, work, Technique(tp=tp, kv_dtype=kv_dtype)).step(placement, load_LE)
+    assert step.memory[0] == report
+
+
 def test_what_is_not_known_is_said():
     hybrid, unknown = find_model("qwen3-next-80b-a3b"), find_model("deepseek-v4-flash")
     cluster = cluster_for("h200", 1, 8)
@@ -70,15 +98,15 @@ def test_what_is_not_known_is_said():
     assert max_redundant_experts(hybrid, cluster, FP8, kv_reserve_bytes=30e9) > 0
 
 
-@pytest.mark.parametrize("accelerator", ["h100", "h200", "b200"])
-def test_the_most_redundant_experts_fit_and_one_more_per_rank_does_not(accelerator):
+@pytest.mark.parametrize(("accelerator", "tp"), [("h100", 1), ("h200", 1), ("b200", 1), ("b200", 2)])
+def test_the_most_redundant_experts_fit_and_one_more_per_rank_does_not(accelerator, tp):
     cluster = cluster_for(accelerator, 4, 8)
-    redundant = max_redundant_experts(V3, cluster, FP8)
+    redundant = max_redundant_experts(V3, cluster, FP8, shards=tp)
     slots = (256 + redundant) // 32
     assert (256 + redundant) % 32 == 0
-    needed = kv_tokens_needed(FP8)
-    assert memory_report(V3, cluster, FP8, np.full(32, slots))[0].kv_tokens >= needed
-    assert memory_report(V3, cluster, FP8, np.full(32, slots + 1))[0].kv_tokens < needed
+    needed = tp * kv_tokens_needed(FP8)  # of all ranks that share attention
+    assert memory_report(V3, cluster, FP8, np.full(32, slots), tp)[0].kv_tokens >= needed
+    assert memory_report(V3, cluster, FP8, np.full(32, slots + 1), tp)[0].kv_tokens < needed
 
 
 def test_no_rank_takes_more_slots_than_experts_and_the_smallest_rank_decides():

@@ -16,11 +16,13 @@ from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import PassCosts
 from moeplan.costs.experts import expert_costs
+from moeplan.costs.fixed import fixed_costs
 from moeplan.costs.kv_cache import kv_bytes_per_token
 from moeplan.costs.memory import memory_report
-from moeplan.costs.step import StepCost, StepModel
+from moeplan.costs.step import StepCost, StepModel, Technique
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import AttentionSpec, Dtype, ModelSpec, activations_beside, dense_beside
+from moeplan.specs.models import find_model
 from moeplan.specs.serving import EngineSpec
 from moeplan.specs.workload import Phase, Workload
 
@@ -57,7 +59,8 @@ def cost(phase: Phase, dtype: Dtype, batch: int) -> StepCost:
     place = Placement(
         np.tile(np.arange(16, dtype=np.int32), (4, 1)), np.repeat(np.arange(2), 8).astype(np.int32), 16, 2, 2
     )
-    return StepModel(MODEL, CLUSTER, work, profile=load_profile(PROFILE)).step(place, np.ones((4, 16)))
+    how = Technique(dispatch="per_expert")  # as the profile was measured
+    return StepModel(MODEL, CLUSTER, work, how, load_profile(PROFILE)).step(place, np.ones((4, 16)))
 
 
 def test_every_part_of_a_cpu_step_is_what_the_cpu_profile_measured() -> None:
@@ -168,6 +171,55 @@ def test_collectives_measured_in_fp32_serve_where_no_narrower_ones_are(dtypes: t
     links = CollectiveCosts(CLUSTER, HardwareProfile(META, {"collectives": pa.concat_tables(tables)}))
     assert links.seconds("all_reduce", 2, 2**14).total == pytest.approx(16e-6 * (7 if "bf16" in dtypes else 1))
     assert links.seconds("all_gather", 2, 2**14).extrapolated
+
+
+@pytest.mark.parametrize(("backend", "kernel", "us"), [(None, "graph", 4.0), ("theirs", "NCCL", 12.0)])
+def test_of_several_kernels_of_a_collective_the_fastest_serves(backend: str | None, kernel: str, us: float) -> None:
+    sizes = [2**10, 2**14, 2**18]
+    kinds = {"graph": ("ours", 4.0), "eager": ("ours", 40.0), "slow": ("theirs", 50.0), "NCCL": ("nccl", 12.0)}
+    listed = [
+        row
+        for name, (owner, latency) in kinds.items()
+        for row in _listed({"op": "all_reduce", "dtype": "bf16", "ranks": 2, "message_size_bytes": sizes,
+                            "backend": owner, "kernel": name, "latency_us": [latency] * 3})
+    ]  # fmt: skip
+    listed += [row | {"message_size_bytes": 2**15} for row in listed if row["kernel"] == "eager"]  # most rows
+    links = CollectiveCosts(CLUSTER, HardwareProfile(META, {"collectives": pa.Table.from_pylist(listed)}), backend)
+    found = links.seconds("all_reduce", 2, 2**14)
+    assert found.total == pytest.approx(1e-6 * us)
+    assert f"({kernel})" in found.source
+
+
+def test_absorbed_projections_are_the_products_measured_for_them() -> None:
+    """DeepSeek-V3's shape: 128 heads of 128 before the kernel, as many after it, over a latent of 512."""
+    spec = find_model("deepseek-v3").attention
+    assert spec is not None
+    sizes = [1, 64, 1024]
+    halves = [
+        row
+        for n, k, us in ((512, 128, 10.0), (128, 512, 20.0))
+        for count in (32, 128)
+        for row in _listed({"m": sizes, "n": n, "k": k, "batch": count, "dtype": "bf16", "kernel": "bmm",
+                            "latency_us": [us * count / 128] * 3})
+    ]  # fmt: skip
+    measured = HardwareProfile(META, {"gemm": pa.Table.from_pylist(halves)})
+    for tp in (1, 4):
+        dense = DenseCosts(CPU, "fp8", measured)
+        decode, prefill = (AttentionCosts(spec, 7168, CPU, d, dense, profile=measured, tp=tp) for d in (True, False))
+        bare = AttentionCosts(spec, 7168, CPU, True, DenseCosts(CPU, "fp8"), tp=tp).projections(64)
+        found = decode.projections(64)
+        assert found.value[..., -2:].ravel().tolist() == pytest.approx([10e-6 / tp, 20e-6 / tp])
+        others = np.delete(bare.value.ravel(), 3)  # the up-projection of the latent, which the halves are
+        assert found.value[..., :-2].ravel() == pytest.approx(others)
+        assert prefill.projections(64).value.shape == bare.value.shape
+
+
+def test_every_token_of_a_group_passes_its_ranks_part_of_the_head() -> None:
+    work = Workload(phase="decode", batch_per_rank=256, context=128)
+    wide = MODEL.model_copy(update={"vocab_size": 2**20})
+    one, two = (fixed_costs(wide, CLUSTER, work, 256, tp=tp) for tp in (1, 2))
+    # Half of the columns for twice the tokens: as many operations.
+    assert two.other_s == pytest.approx(one.other_s, rel=0.1)
 
 
 def _both(experts: float = 3.0, products: float = 2.2, attention: float = 3.5) -> HardwareProfile:

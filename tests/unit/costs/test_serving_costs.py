@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.profile import load_profile
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source, load_profile
 from moeplan.costs.attention import AttentionCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.fixed import fixed_costs
@@ -79,7 +80,8 @@ def test_equal_prompts_equal_the_step_model() -> None:
     for prompts, length in ((1, 300), (1, 2000), (3, 2048)):
         tokens = prompts * length
         work = WORK.model_copy(update={"phase": "prefill", "batch_per_rank": tokens, "context": length})
-        want = StepModel(MODEL, CLUSTER, work, Technique(dispatch="per_expert"), PROFILE).step(PLACE, LOAD)
+        how = Technique(dispatch="per_node")  # whose decode sends per expert prefills in the normal mode
+        want = StepModel(MODEL, CLUSTER, work, how, PROFILE).step(PLACE, LOAD)
         chunks = np.full(RANKS, prompts * found.chunk_s(0, length))
         batch = Batch(np.zeros(RANKS), np.zeros(RANKS), chunks, np.full(RANKS, float(tokens)), True)
         assert found.step(batch, PLACE, LOAD).total_s == pytest.approx(want.total_s, rel=0.02)
@@ -176,3 +178,44 @@ def test_what_does_not_fit_says_how_much_and_what_would() -> None:
 
 def test_transfers_take_latency_and_bandwidth() -> None:
     assert kv_transfer_s(5e9, 50e9, 1e-5) == pytest.approx(0.10001)
+
+
+def _copies() -> HardwareProfile:
+    """A profile of copies alone: 10 us and 40 GB/s from pinned memory out, 20 back; others are not for swaps."""
+    rates = {
+        ("device_to_host", "pinned", 0): 40e9, ("host_to_device", "pinned", 0): 20e9,
+        ("device_to_host", "pageable", 0): 1e9, ("host_to_device", "pinned", 1): 2e9,
+    }  # fmt: skip
+    rows = [
+        {
+            "op": op, "host_memory": host, "overlapped": overlapped, "message_size_bytes": size,
+            "backend": "moeplan", "kernel": "copy_", "source": "mine", "latency_us": 10 + size / rate * 1e6,
+        }
+        for (op, host, overlapped), rate in rates.items()
+        for size in 4096 * 4 ** np.arange(8)
+    ]  # fmt: skip
+    sources = {"mine": Source(kind="measured", title="by hand", version="1")}
+    meta = ProfileMeta(name="toy", accelerator="toy", date="2026-11-30", command="none", sources=sources)
+    return HardwareProfile(meta, {"memory": pa.Table.from_pylist(rows)})
+
+
+def test_caches_go_to_the_host_and_back_as_copies_were_measured() -> None:
+    def of(profile: HardwareProfile | None) -> ServingCosts:
+        return ServingCosts(MODEL, CLUSTER, WORK, Technique(dispatch="per_expert"), profile, 64, 16, 1024)
+
+    found = of(_copies())
+    for size in (4096, 16384, 3e6, 4096 * 4**7):
+        for to_host, rate in ((True, 40e9), (False, 20e9)):
+            assert found.swap_s(size, to_host) == pytest.approx(1e-5 + size / rate, rel=0.05), (size, to_host)
+    assert {found.source[f"caches {way} the host"] for way in ("to", "from")} == {"interpolated: mine (copy_)"}
+    assert not found.extrapolated
+    # Beyond the largest in proportion, and said.
+    assert found.swap_s(4096 * 4**8, True) == pytest.approx(4 * found.swap_s(4096 * 4**7, True))
+    assert found.extrapolated == {"caches to the host"}
+    found.clear()  # another run rests on what it asks for itself
+    assert not found.source
+    assert not found.extrapolated
+    plain, bus = of(None), CLUSTER.accelerator.pcie_bandwidth
+    assert bus is not None
+    assert plain.swap_s(3e9, True) == plain.swap_s(3e9, False) == pytest.approx(3e9 / bus)
+    assert plain.extrapolated == {"caches to the host", "caches from the host"}

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from moeplan.artifacts.profile import HardwareProfile, load_profile
+from moeplan.artifacts.profile import HardwareProfile, Source, load_profile
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.files import sha256_file
 from moeplan.pipeline.inputs import profile_of
@@ -132,7 +132,8 @@ def test_exchanges_measured_on_one_node_are_joined_by_the_public_ones_between_no
                     "backend": "nccl", "kernel": "own", "source": "mine"}
         for phase in ("dispatch", "combine") for tokens_per_rank in (1, 64, 4096)
     ]  # fmt: skip
-    meta = public.meta.model_copy(update={"name": "own", "tables": {}})
+    sources = public.meta.sources | {"mine": Source(kind="measured", title="a test")}
+    meta = public.meta.model_copy(update={"name": "own", "tables": {}, "sources": sources})
     tables = {table: public.table(table) for table in ("experts", "attention", "gemm")}
     HardwareProfile(meta, tables | {"alltoall": pa.Table.from_pylist(rows)}).save(tmp_path / "own")
     plans = {  # an expert on every rank

@@ -18,6 +18,7 @@ from moeplan.reports.run_report import traffic_section
 from moeplan.reports.wording import format_percent
 from moeplan.specs.models import find_model
 from moeplan.specs.scenario import Scenario
+from moeplan.specs.workload import Objective
 
 DEMO = Path(__file__).resolve().parents[3] / "moeplan" / "data" / "demo_trace.npz"
 MODEL = find_model("deepseek-v2-lite")
@@ -43,7 +44,7 @@ def _step_tokens(log: EventLog | None) -> float:
 
 
 def test_every_pair_of_an_even_load_is_in_the_matrix() -> None:
-    found = simulate(_serving(experts={"mode": "balanced"}), seeds=1)
+    found = simulate(_serving(experts={"mode": "balanced"}, role="decode"), seeds=1)
     (traffic,) = found.result.traffic
     # Every expert alike: wherever tokens are at home, 3 of 4 pairs leave their rank.
     pairs = _step_tokens(found.log) * MODEL.num_moe_layers * MODEL.top_k
@@ -57,6 +58,8 @@ def test_every_pair_of_an_even_load_is_in_the_matrix() -> None:
 def test_the_detailed_mode_sends_as_many_bytes() -> None:
     """Its exchanges are played transfer by transfer: all that ranks sent is what the matrix says."""
     scenario = _serving(experts={"mode": "balanced"}).model_copy(update={"fidelity": "detailed"})
+    # Of copies per node those that a forwarder keeps are played, too.
+    scenario = scenario.model_copy(update={"objective": Objective(dispatch="per_rank")})
     found = simulate(scenario, seeds=1)
     (traffic,), log = found.result.traffic, found.log
     assert log is not None

@@ -58,22 +58,24 @@ def test_parts_of_a_chunk_make_the_whole(overlap: str, recompute: str) -> None:
         np.testing.assert_allclose(slow.backward_s_W - chunk.backward_s_W, 2 * back * np.array(expert_W))
 
 
-def test_a_step_takes_as_many_times_as_long_as_all_its_parts() -> None:
-    costs = _costs()
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_step_takes_as_many_times_as_long_as_all_its_parts(zero: int) -> None:
+    costs = _costs(zero=zero)
     plain, slow = play(costs), play(costs, factor=dict.fromkeys(costs.part_errors, 1.5))
     assert slow.step_s == pytest.approx(1.5 * plain.step_s)
     assert slow.bubble_share == pytest.approx(plain.bubble_share)
 
 
-def test_every_play_at_an_end_lies_within_the_interval() -> None:
-    found = simulate_training(_scenario(), intervals=True)
+@pytest.mark.parametrize("zero", [1, 3])
+def test_every_play_at_an_end_lies_within_the_interval(zero: int) -> None:
+    scenario = _scenario(zero=zero)
+    found = simulate_training(scenario, intervals=True)
     low, high = (found.ends[name] for name in ("step_s", "bubble_share"))
     assert low[0] < found.headlines["step_s"] < low[1]
     assert high[0] < found.headlines["bubble_share"] < high[1]
     model, cluster = find_model("deepseek-v2-lite"), cluster_for("h100", 4, 8)
     rows = np.tile(np.arange(64, dtype=np.int32), (model.num_moe_layers, 1))
     placement = Placement(rows, np.repeat(np.arange(8, dtype=np.int32), 8), 64, 8, 8)
-    scenario = _scenario()
     assert scenario.training is not None
     costs = TrainingCosts(
         model, cluster, None, placement, np.ones((1, model.num_moe_layers, 64)), scenario.training

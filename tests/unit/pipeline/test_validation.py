@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from moeplan.artifacts.profile import HardwareProfile, ProfileMeta
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
 from moeplan.cli.validate import command
 from moeplan.costs.heldout import hidden_rows, hold_out, pooled
 from moeplan.errors import MoeplanError, ProfileError
@@ -18,7 +18,8 @@ from moeplan.pipeline import validation
 from moeplan.pipeline.validation_live import cpu_figures
 from moeplan.pipeline.validation_skew import _fit, _router_logit_s, skew_rows
 
-META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
+SOURCES = {"s": Source(kind="measured", title="a test")}
+META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none", sources=SOURCES)
 
 
 def gemm(noise: float) -> pa.Table:

@@ -61,6 +61,7 @@ def test_provenance_names_machine_and_command_but_no_paths(measured: Path):
     assert meta.libraries["torch"] == torch.__version__
     assert meta.command.startswith("moeplan profile all --hidden 32 --inter 32")
     assert meta.system["threads"] == 1
+    assert meta.system["cores"] == os.cpu_count(), "the machine's, not those that this run was pinned to"
     assert meta.system["launch_latency_us"] > 0
     assert 0 <= meta.system["foreign_cpu_share"] <= 1
     text = (measured / "profile.json").read_text()
@@ -325,6 +326,20 @@ def test_a_fresh_sample_without_the_right_to_real_time_says_so(measured: Path, t
     monkeypatch.setattr(os, "sched_setscheduler", refused)
     found = check_profile(tmp_path / "p", fresh_s=0.3)["fresh"]
     assert (found["realtime"], found["points"] > 0) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"system": {"threads": "x"}}, r"profile.json: system.threads \('x'\): must be a valid number"),
+        ({"sources": {}}, r"source of table \w+ must be a key of sources in profile.json; row 1 holds 'moeplan-"),
+    ],
+)
+def test_what_no_number_or_source_is_fails_the_check(measured: Path, tmp_path: Path, change, message):
+    shutil.copytree(measured, tmp_path / "p")
+    _changed(tmp_path / "p", **change)
+    with pytest.raises(ProfileError, match=message):
+        check_profile(tmp_path / "p")
 
 
 def test_a_page_is_named_as_one(measured: Path, tmp_path: Path):

@@ -97,6 +97,8 @@ def test_swap_brings_the_cache_back_and_takes_its_time() -> None:
     assert stats.preemptions == recompute.instances[0].stats.preemptions == 1
     assert stats.recomputed == 0 < recompute.instances[0].stats.recomputed
     assert stats.prefilled == 16
+    host_s = stats.stepping_s - stats.steps * 1e-3
+    assert host_s == pytest.approx(2 * 16 * 32e6 / pool.cluster.accelerator.pcie_bandwidth, rel=1e-3)
     preempted = next(r for r in swap.requests if r.preemptions)
     assert stats.swapped_bytes == 2 * 32e6 * 16  # out and back, 16 tokens
     assert preempted.finish_ns > max(r.finish_ns for r in recompute.requests)  # the bus is slower than computing again

@@ -49,15 +49,19 @@ def _run(**fields: Any) -> TrainingResult:
     return simulate_training(_costs(**fields))
 
 
-def test_the_simulated_step_is_the_closed_form_where_stages_are_equal() -> None:
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_simulated_step_is_the_closed_form_where_stages_are_equal(zero: int) -> None:
     # Without embedding and head the stages are equal but for their gradients; take those away too.
     model = MIXTRAL.model_copy(update={"vocab_size": 1})
     for fields in ({"pp": 1}, {"pp": 4}, {"pp": 4, "virtual_stages": 2}, {"pp": 2, "overlap": "1f1b"}):
-        costs = _costs(model=model, **fields)
+        costs = _costs(model=model, zero=zero, **fields)
         found, closed = simulate_training(costs), training_step(costs)
         send = 2 * (costs.spec.pp - 1) * costs.transfer_s * costs.spec.virtual_stages
         assert found.step_s == pytest.approx(closed.total_s, rel=1e-6, abs=3 * send)
-        work = closed.forward_s + closed.backward_s
+        if costs.spec.pp == 1:
+            assert found.exposed_sync_share * found.step_s == pytest.approx(closed.gradient_sync_s)
+        waits = costs.micro_batches / costs.spec.pp * sum(np.sum(costs.sharded(c)) for c in costs.chunks())
+        work = closed.forward_s + closed.backward_s + waits
         assert closed.bubble_s / work == pytest.approx(
             (costs.spec.pp - 1) / (costs.spec.virtual_stages * costs.micro_batches)
         )
@@ -103,8 +107,9 @@ def test_one_stage_is_the_sum_of_its_layers() -> None:
     assert found.exposed_exchange_share == pytest.approx(4 * chunk.exchange_s_W[0] / found.step_s)
 
 
-def test_shares_and_tokens_add_up() -> None:
-    found = _run(pp=4, virtual_stages=2)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_shares_and_tokens_add_up(zero: int) -> None:
+    found = _run(pp=4, virtual_stages=2, zero=zero)
     log = found.log
     tokens = 64 * 4096
     assert found.tokens_per_s * found.step_s == pytest.approx(tokens)
@@ -113,8 +118,18 @@ def test_shares_and_tokens_add_up() -> None:
     for kind in ("forward", "backward"):
         assert log.amount_V[log.of_kind(kind)].sum() * 8 == tokens * 8
     work = log.duration_s_V[log.of_kind("forward", "backward", "optimizer")].sum()
+    costs = _costs(pp=4, virtual_stages=2, zero=zero)
+    waits = 8 * sum(np.sum(costs.sharded(chunk)) for chunk in costs.chunks())  # part of the operations
     idle = found.bubble_share + found.exposed_sync_share
-    assert work / (4 * found.step_s) + idle == pytest.approx(1.0)
+    assert (work - waits) / (4 * found.step_s) + idle == pytest.approx(1.0)
+    # Gradients of 8 chunks, once or of each of 8 micro-batches; a reduction ends with its backward, or after it.
+    reduced, backward = log.of_kind("gradient_sync"), log.of_kind("backward")
+    assert reduced.sum() == 8 * (1 if zero == 1 else 8)
+    if zero > 1:
+        for v in np.flatnonzero(reduced):
+            mine = backward & (log.rank_V == log.rank_V[v]) & (log.request_V == log.request_V[v])
+            ends = log.start_s_V[mine] + log.duration_s_V[mine]
+            assert np.isclose(ends, log.start_s_V[v] + log.duration_s_V[v], rtol=1e-9).any()
     sent = log.amount_V[log.of_kind("transfer")]
     assert len(sent) == 2 * 8 * (8 - 1)  # forward and backward, 8 micro-batches, 7 borders between 8 chunks
     assert set(sent.tolist()) == {4096 * 4096 * 2.0}
@@ -160,6 +175,49 @@ def test_gradients_hide_behind_the_last_backward_or_do_not() -> None:
     assert open_.step_s - hidden.step_s == pytest.approx(
         chunk.sync_s + chunk.gather_s - hidden.exposed_sync_share * hidden.step_s
     )
+
+
+def test_sharded_gradients_and_weights_go_over_the_links_in_every_micro_batch() -> None:
+    """Rajbhandari et al. 2020, section 7: stage 3 moves 3 times the parameters, all in every micro-batch; stage 2 what
+    stage 1 does, but the gradients in every micro-batch."""
+    for fields in ({}, {"gradient_dtype": "bf16"}, {"recompute": "full"}):
+        job = {"pp": 1, "overlap_gradients": False, "overlap_parameters": False, **fields}
+        one, two, three = (training_step(_costs(zero=zero, **job)) for zero in (1, 2, 3))
+        costs = _costs(zero=3, **job)
+        (chunk,), m = costs.chunks(), costs.micro_batches
+        assert m == 2
+        assert one.gradient_sync_s == pytest.approx(chunk.sync_s + chunk.gather_s)
+        assert two.gradient_sync_s == pytest.approx(m * chunk.sync_s + chunk.gather_s)
+        assert three.gradient_sync_s == pytest.approx(m * (chunk.sync_s + 2 * chunk.gather_s))
+        for other in (two, three):  # nothing else costs more
+            assert other.total_s - other.gradient_sync_s == pytest.approx(one.total_s - one.gradient_sync_s)
+
+
+def test_sharded_gradients_and_weights_hide_behind_computation_and_no_longer() -> None:
+    for fields in ({"sequence": 16384}, {}, {"recompute": "full"}):  # work on few tokens is over before the links are
+        for gradients in (True, False):
+            costs = _costs(pp=1, zero=3, overlap_gradients=gradients, **fields)
+            (chunk,), step = costs.chunks(), training_step(costs)
+            forward_s, backward_s, exchange_s = chunk.forward_s_W[0], chunk.backward_s_W[0], chunk.exchange_s_W[0]
+            gather_s, sync_s = chunk.gather_s, chunk.sync_s
+            assert (forward_s > gather_s) == ("sequence" in fields)
+            again_s = exchange_s if "recompute" in fields else 0.0  # dispatch and combine among what is computed again
+            beside_s = gather_s + (sync_s if gradients else 0.0)
+            took_s = max(forward_s, gather_s) + max(backward_s - again_s, beside_s) + again_s + 2 * exchange_s
+            took_s += 0.0 if gradients else sync_s
+            assert step.total_s == pytest.approx(costs.micro_batches * took_s + chunk.optimizer_s)
+            assert simulate_training(costs).step_s == pytest.approx(step.total_s)
+
+
+def test_sharded_weights_take_as_long_where_steps_are_played() -> None:
+    for zero in (2, 3):
+        costs = _costs(pp=2, nodes=2, global_batch=16, zero=zero, overlap_gradients=False)
+        step, detailed = simulate_training(costs), simulate_training(costs, fidelity="detailed")
+        open_s = [run.exposed_sync_share * run.step_s for run in (step, detailed)]
+        sync_s = sum(chunk.sync_s for chunk in costs.chunks()) / costs.spec.pp  # what is gathered hides
+        assert open_s[0] == pytest.approx(costs.micro_batches * sync_s)
+        assert open_s[1] == pytest.approx(open_s[0], rel=1e-3)
+        assert detailed.step_s == pytest.approx(step.step_s, rel=0.02)
 
 
 def test_overlap_hides_exchange_and_never_more_than_it() -> None:

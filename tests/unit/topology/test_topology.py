@@ -64,11 +64,11 @@ def test_rails_join_equal_local_ranks_and_the_spine_joins_rails():
 
 
 def test_nvl72_domains_span_trays_and_meet_by_nic():
-    topology = build(cluster_for("gb200", 36, 4))
+    topology = build(cluster_for("gb200", 36, 4, "nvl72"))
     assert topology.domain_of_rank == (0,) * 72 + (1,) * 72
     assert names(topology.route(0, 71)) == ["rank0", "domain0", "rank71"]
     assert names(topology.route(0, 72)) == ["rank0", "nic0", "spine", "nic72", "rank72"]
-    one_box = build(cluster_for("gb200", 1, 144))
+    one_box = build(cluster_for("gb200", 1, 144, "nvl72"))
     assert names(one_box.route(0, 72)) == ["rank0", "nic0", "spine", "nic72", "rank72"]
 
 
@@ -179,7 +179,7 @@ def test_transfer_time_is_the_busiest_links():
 
 @pytest.mark.parametrize(
     "cluster",
-    [cluster_for("h100", 32, 8, "rail-optimised"), cluster_for("gb200", 36, 4)],
+    [cluster_for("h100", 32, 8, "rail-optimised"), cluster_for("gb200", 36, 4, "nvl72")],
     ids=["rails", "nvl72"],
 )
 def test_large_clusters_are_quick(cluster):
