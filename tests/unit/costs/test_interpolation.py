@@ -132,11 +132,13 @@ def test_a_size_measured_nowhere_is_told_by_the_tiles_it_fills(monkeypatch: pyte
 
 
 def test_powers_of_two_alone_tell_no_steps_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time that grows with the size: one token more than a power of two takes hardly longer, though tiles are counted."""
+    """Time that grows with the size from 64 on: one more than a power of two takes hardly longer, though tiles are
+    counted."""
     counted = tuple(setting for setting in interpolation._SETTINGS if setting.tiles)
     monkeypatch.setattr(interpolation, "_SETTINGS", counted)
     x = grid([2.0**n for n in range(1, 15)], [1.0, 4.0, 16.0, 64.0])
-    model = GridInterpolator(np.zeros(len(x), np.int64), x, 20 + 0.05 * x[:, 0] * x[:, 1])
+    seconds = 5 + 0.3 * np.maximum(x[:, 0] / 64, 1) * np.sqrt(x[:, 1])
+    model = GridInterpolator(np.zeros(len(x), np.int64), x, seconds)
     for size in (64.0, 128.0, 256.0, 512.0):
         at = np.array([[size, 16.0], [size + 1, 16.0], [2 * size, 16.0]])
         one, more, twice = model.predict(np.zeros(3, np.int64), at).latency_us
