@@ -78,7 +78,7 @@ def fixed_costs(
     dense = DenseCosts(device, dense_dtype or dense_beside(workload.weight_dtype), profile, backend)
     passes = PassCosts(device, dense.activations, hidden, model.num_experts, model.top_k, profile)
     wide = DTYPE_BYTES[dense.activations]
-    links = CollectiveCosts(cluster, profile)
+    links = CollectiveCosts(cluster, profile, backend)
     tokens = batch * tp
     decode = workload.phase == "decode"
     kernel_s = 0.0
