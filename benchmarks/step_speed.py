@@ -30,15 +30,15 @@ def main() -> None:
     start = time.perf_counter()
     compiled = StepModel(model, cluster, workload, Technique(dispatch="per_expert"), load_profile("h100-sxm"))
     compile_s = time.perf_counter() - start
-    cost = compiled.step(placement, load)
-    pairs = compiled.pairs_LP(placement, load)[0]
+    compiled.step(placement, load)
+    state = compiled.layer(placement, load, 0)
     steps, swaps = [], []
     for _ in range(200):
         start = time.perf_counter()
         compiled.step(placement, load)
         steps.append(time.perf_counter() - start)
         start = time.perf_counter()
-        compiled.swap(cost.expert_s_LR[0], ranks, pairs, 3, 200)
+        compiled.swap(state, 3, 200)
         swaps.append(time.perf_counter() - start)
     median_ms = float(np.median(steps)) * 1e3
     print(

@@ -1,7 +1,7 @@
 """Seconds of a whole step under a placement: attention, dense parts, dispatch, experts, combine, head.
 
 :class:`StepModel` compiles measured tables at one operating point; :meth:`StepModel.step` then costs any placement
-under any load with a few array operations, and :meth:`StepModel.swap` the exchange of two slots of one layer.
+under any load with a few array operations, and :meth:`StepModel.swap` a layer after two of its slots change places.
 
 A layer's time by overlap mode, with ``a`` attention and dense parts, ``s`` shared expert, ``x`` exchange, ``e``
 experts of the busiest rank:
@@ -35,7 +35,7 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Workload
 
-__all__ = ["BatchParts", "Overlap", "StepCost", "StepModel", "Technique", "combine", "step"]
+__all__ = ["BatchParts", "LayerState", "Overlap", "StepCost", "StepModel", "Technique", "combine", "step"]
 
 Floats = NDArray[np.float64]
 Overlap = Literal["none", "shared_expert", "two_batch", "shortcut"]
@@ -104,6 +104,19 @@ class BatchParts:
     exchange_s_L: Floats
     pairs_LR: Floats
     exchange: ExchangeCosts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerState:
+    """One MoE layer under a placement (one half batch's under ``two_batch``): (token, expert) pairs of each slot and
+    rank, seconds of experts by rank and of the exchange, and of the layer."""
+
+    rank_of_slot_P: NDArray[np.int32]
+    pairs_P: Floats
+    pairs_R: Floats
+    expert_s_R: Floats
+    exchange_s: float
+    layer_s: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,13 +268,17 @@ class StepModel:
             per_node = self.cluster.ranks_per_node
             node, rank = (part.tokens * ends for ends in traffic.arrivals(per_node))
             most_node, most_rank = (part.tokens * ends for ends in traffic.busiest(per_node))
-        per_rank = part.tokens / self.live.sum()
+        return expert, self._exchange_s(most_node, most_rank, part), node, rank
+
+    def _exchange_s(self, node_LN: Floats, rank_LR: Floats, part: _Part) -> Floats:
+        """Seconds ``[L]`` of an exchange that brings so many copies into nodes and ranks."""
+        live = self.live.sum()
         exchange = part.exchange.time_s(
-            per_rank,
-            (most_node / self._link_N).max(1) * self.cluster.num_nodes / part.tokens,
-            (most_rank / self._link_R).max(1) * self.live.sum() / part.tokens,
+            part.tokens / live,
+            (node_LN / self._link_N).max(1) * self.cluster.num_nodes / part.tokens,
+            (rank_LR / self._link_R).max(1) * live / part.tokens,
         )
-        return expert, np.asarray(exchange, float), node, rank
+        return np.asarray(exchange, float)
 
     def step(self, placement: Placement, load_LE: Floats, traffic: Traffic | None = None) -> StepCost:
         """Cost ``placement`` under ``load_LE`` (any scale). ``traffic``: copies from rank to rank where they were
@@ -389,19 +406,44 @@ class StepModel:
 
     # ------------------------------------------------------------------ incremental
 
-    def swap(self, expert_s_R: Floats, rank_of_slot_P: NDArray[np.int32], pairs_P: Floats, a: int, b: int) -> Floats:
-        """Expert seconds by rank after slots ``a`` and ``b`` of one layer change places, from those before."""
-        ranks = rank_of_slot_P[[a, b]]
-        seconds = self._whole.slots_s(pairs_P[[a, b]])
-        after = expert_s_R.copy()
-        moved = seconds[1] - seconds[0]
-        after[ranks[0]] += moved / self.speed_R[ranks[0]]
-        after[ranks[1]] -= moved / self.speed_R[ranks[1]]
-        return after
+    def layer(self, placement: Placement, load_LE: Floats, layer: int) -> LayerState:
+        """One MoE layer of a placement, to be changed by :meth:`swap`; choices independent, homes even."""
+        rows = slice(layer, layer + 1)
+        part = self._half if self.technique.overlap == "two_batch" else self._whole
+        one = Placement(
+            placement.physical_to_logical_LP[rows],
+            placement.rank_of_slot_P,
+            placement.num_experts,
+            placement.num_ranks,
+            placement.ranks_per_node,
+            None if placement.share_LP is None else placement.share_LP[rows],
+        )
+        pairs_P = self._pairs_LP(one, load_LE[rows], part)[0]
+        pairs_R = np.zeros(self.cluster.num_ranks)
+        np.add.at(pairs_R, placement.rank_of_slot_P, pairs_P)
+        expert_s_R = self._layers(one, load_LE[rows], part, None)[0][0]
+        return self._state(placement.rank_of_slot_P, pairs_P, pairs_R, expert_s_R, part)
 
-    def pairs_LP(self, placement: Placement, load_LE: Floats) -> Floats:
-        """(token, expert) pairs per slot in one step; 0 in empty slots."""
-        return self._pairs_LP(placement, load_LE, self._whole)
+    def swap(self, state: LayerState, a: int, b: int) -> LayerState:
+        """The layer after its slots ``a`` and ``b`` change places."""
+        part = self._half if self.technique.overlap == "two_batch" else self._whole
+        pairs_P, pairs_R, expert_s_R = state.pairs_P.copy(), state.pairs_R.copy(), state.expert_s_R.copy()
+        here, there = state.rank_of_slot_P[[a, b]]
+        first, second = pairs_P[[a, b]]
+        before, after = part.slots_s(pairs_P[[a, b]])
+        pairs_P[[a, b]] = second, first
+        for rank, pairs, seconds in ((here, second - first, after - before), (there, first - second, before - after)):
+            pairs_R[rank] += pairs
+            expert_s_R[rank] += seconds / self.speed_R[rank]
+        return self._state(state.rank_of_slot_P, pairs_P, pairs_R, expert_s_R, part)
+
+    def _state(
+        self, rank_of_slot_P: NDArray[np.int32], pairs_P: Floats, pairs_R: Floats, expert_s_R: Floats, part: _Part
+    ) -> LayerState:
+        exchange_L = self._exchange_s(*self._arrivals(pairs_R[None], part), part)
+        fixed, slowest_L = part.fixed, expert_s_R.max(keepdims=True)
+        layer_L = combine(self.technique.overlap, fixed.layer_s, fixed.shared_s, exchange_L, slowest_L)
+        return LayerState(rank_of_slot_P, pairs_P, pairs_R, expert_s_R, float(exchange_L[0]), float(layer_L[0]))
 
 
 def combine(overlap: Overlap, attention_s: float, shared_s: float, exchange_L: Floats, expert_L: Floats) -> Floats:

@@ -9,12 +9,13 @@ import pytest
 
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile, shipped_profiles
-from moeplan.costs.step import StepCost, StepModel, Technique, combine, step
+from moeplan.costs.step import Overlap, StepCost, StepModel, Technique, combine, step
 from moeplan.costs.traffic import Traffic
 from moeplan.errors import InputError
+from moeplan.specs.cluster import RankSpec
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.models import find_model
-from moeplan.specs.workload import Workload
+from moeplan.specs.workload import DispatchKind, Workload
 
 MODEL = find_model("deepseek-v3")
 L, E = MODEL.num_moe_layers, MODEL.num_experts
@@ -76,15 +77,24 @@ def test_even_load_is_never_slower_than_skewed(large: StepModel) -> None:
     assert counted.exchange_s_L.max() < even.exchange_s_L.min()
 
 
-def test_a_swap_agrees_with_the_whole(large: StepModel) -> None:
-    plan, load = placement(144, 288), skewed()
-    before, pairs = large.step(plan, load), large.pairs_LP(plan, load)
-    a, b, row = 3, 200, 5
-    moved = plan.physical_to_logical_LP.copy()
-    moved[row, [a, b]] = moved[row, [b, a]]
-    after = large.step(Placement(moved, plan.rank_of_slot_P, E, 144, 8), load)
-    delta = large.swap(before.expert_s_LR[row], plan.rank_of_slot_P, pairs[row], a, b)
-    np.testing.assert_allclose(delta, after.expert_s_LR[row], rtol=1e-9)
+@pytest.mark.parametrize("dispatch", ["per_expert", "per_node", "per_rank", "allgather"])
+@pytest.mark.parametrize("overlap", ["none", "shared_expert", "two_batch"])
+def test_swaps_agree_with_the_whole(dispatch: DispatchKind, overlap: Overlap) -> None:
+    slow = {3: RankSpec(speed=0.5), 9: RankSpec(link_speed=0.4)}
+    cluster = cluster_for("h100", 4, 8).model_copy(update={"ranks": slow})
+    model = StepModel(MODEL, cluster, WORK, Technique(dispatch=dispatch, overlap=overlap))
+    plan, load, row = placement(32, 288), skewed(), 5
+    state, moved = model.layer(plan, load, row), plan.physical_to_logical_LP.copy()
+    assert state.layer_s == pytest.approx(float(model.step(plan, load).layer_s_L[row]))
+    rng = np.random.default_rng(1)
+    for a, b in rng.choice(288, (50, 2)):
+        moved[row, [a, b]] = moved[row, [b, a]]
+        state = model.swap(state, a, b)
+    after = model.step(Placement(moved, plan.rank_of_slot_P, E, 32, 8), load)
+    assert state.layer_s == pytest.approx(float(after.layer_s_L[row]), rel=1e-9)
+    if overlap != "two_batch":
+        assert state.exchange_s == pytest.approx(float(after.exchange_s_L[row]), rel=1e-9)
+        np.testing.assert_allclose(state.expert_s_R, after.expert_s_LR[row], rtol=1e-9)
 
 
 def test_overlap_hides_what_it_names() -> None:
