@@ -52,7 +52,7 @@ _DRIVERS = {
     "qwen235-b300": "launch gaps are larger than the constant where the schedule overlaps exchanges",
     "qwen235-b200": "the launch gap is smaller here than the one that all rows share",
     "sglang-gb200": "which of several measured kernels ran is not published: the fastest serves",
-    "dsv3-gb200-tokendrop": "no table has NCCL's all-to-all, which sends per expert: DeepEP's, scaled by copies, stands in",
+    "dsv3-gb200-tokendrop": "no table has NCCL's all-to-all of so many ranks: DeepEP's, scaled by copies, stands in",
     "qwen235-h100-tokendrop": "no table has NCCL's all-to-all between nodes: DeepEP's, scaled by copies, stands in",
     "dsv3-gb200-mxfp8": "not known",
     "dsv3-report": "not known",
