@@ -100,7 +100,7 @@ class AttentionCosts:
         kinds: list[dict[str, Any]] = [
             names | {"dtype": of, "kv_dtype": of if cache == wide else kv_dtype} for of in table_dtypes(arithmetic)
         ]
-        there = (kind for kind in kinds if profile is not None and profile.select("attention", **kind).num_rows)
+        there = (kind for kind in kinds if profile is not None and _measured(profile, tuple(kind.items())))
         names = next(there, kinds[0])
         framework = _framework(profile, tuple(names.items()), backend) if profile is not None else None
         names |= {"backend": framework} if framework else {}
@@ -155,6 +155,11 @@ def _beside(*parts: Seconds) -> Seconds:
     source = "; ".join(dict.fromkeys(part.source for part in parts))
     error = sum(part.total * part.relative_error for part in parts) / sum(part.total for part in parts)
     return Seconds(value, error, source, any(part.extrapolated for part in parts))
+
+
+@lru_cache(maxsize=256)
+def _measured(profile: HardwareProfile, names: tuple[tuple[str, Any], ...]) -> bool:
+    return bool(profile.select("attention", **dict(names)).num_rows)
 
 
 @lru_cache(maxsize=256)

@@ -7,6 +7,7 @@ Scaled by blocks and by tensor are different kernels: of the kinds of a type the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -50,23 +51,12 @@ class DenseCosts:
         direction: Direction = "forward",
     ) -> None:
         self.activations = activations_beside(dtype)
-        bandwidth = roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
-        width, wide = DTYPE_BYTES[dtype], DTYPE_BYTES[self.activations]
-        flops = roofline.matmul_flops(accelerator, dtype)
-
-        def law(mnk: Floats) -> Floats:
-            m, n, k = mnk.T
-            moved = (n * k * width + wide * m * (n + k)) / bandwidth
-            seconds: Floats = np.maximum(moved, 2 * m * n * k / flops)
-            return seconds
-
+        law = _law(accelerator, dtype)
         none: tuple[str, str | None] = dtype, None
         kind, framework = none if profile is None else _kind_and_framework(profile, dtype, backend, direction)
         names: dict[str, Any] = {"dtype": kind, "batch": 1, "direction": direction}
         names |= {"backend": framework} if framework else {}
-        self._profile, self._backend, self._device, self._law = profile, backend, accelerator.name, law
-        self._types = {*table_dtypes(dtype), *table_dtypes(self.activations)}
-        self._batched: dict[tuple[int, int], FastestTable | None] = {}
+        self._of = (profile, accelerator, dtype, backend)
         self._products = TableCosts(profile, "gemm", ("m", "n", "k"), names, law, accelerator.name)
         self.measured = self._products.measured
 
@@ -77,31 +67,55 @@ class DenseCosts:
     def batched(self, tokens: Any, count: float, columns: int, inner: int) -> Seconds | None:
         """``count`` independent products ``[m, k] x [k, n]`` in one call, weights of the own type or of 16 bits,
         whichever was measured to be quicker; None where none was."""
-        key = (columns, inner)
-        if key not in self._batched:
-            self._batched[key] = self._batch_table(columns, inner)
-        table = self._batched[key]
+        table = _batched(*self._of, columns, inner)
         return None if table is None else table.told(tokens, count)
-
-    def _batch_table(self, columns: int, inner: int) -> FastestTable | None:
-        names: dict[str, Any] = {"n": columns, "k": inner, "dtype": sorted(self._types), "direction": "forward"}
-        rows = None if self._profile is None else self._profile.select("gemm", **names)
-        if rows is None or not (several := rows.filter(pc.greater(rows["batch"], 1))).num_rows:
-            return None
-
-        def law(coords: Floats) -> Floats:
-            m, batch = coords.T
-            seconds: Floats = batch * self._law(np.stack([m, np.full_like(m, columns), np.full_like(m, inner)], -1))
-            return seconds
-
-        names["kernel"] = pc.unique(several["kernel"]).to_pylist()
-        owners: list[dict[str, Any]] = [{"backend": self._backend}] if self._backend else []
-        return FastestTable(self._profile, "gemm", ("m", "batch"), names, law, self._device, (*owners, {}))
 
     def ffn(self, tokens: Any, hidden: int, inter: float, gated: bool) -> Seconds:
         """Up (and gate) and down products of a feed-forward block, on the last axis."""
         widths = np.array([inter * (2 if gated else 1), hidden])
         return self.product(np.asarray(tokens, float)[..., None], widths, np.array([hidden, inter]))
+
+
+def _law(accelerator: AcceleratorSpec, dtype: Dtype) -> Callable[[Floats], Floats]:
+    """Roofline seconds of products at ``[q, (m, n, k)]``."""
+    bandwidth = roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
+    width, wide = DTYPE_BYTES[dtype], DTYPE_BYTES[activations_beside(dtype)]
+    flops = roofline.matmul_flops(accelerator, dtype)
+
+    def law(mnk: Floats) -> Floats:
+        m, n, k = mnk.T
+        moved = (n * k * width + wide * m * (n + k)) / bandwidth
+        seconds: Floats = np.maximum(moved, 2 * m * n * k / flops)
+        return seconds
+
+    return law
+
+
+@lru_cache(maxsize=64)
+def _batched(
+    profile: HardwareProfile | None,
+    accelerator: AcceleratorSpec,
+    dtype: Dtype,
+    backend: str | None,
+    columns: int,
+    inner: int,
+) -> FastestTable | None:
+    """Several products of one size in one call; None where they were not measured."""
+    types = sorted({*table_dtypes(dtype), *table_dtypes(activations_beside(dtype))})
+    names: dict[str, Any] = {"n": columns, "k": inner, "dtype": types, "direction": "forward"}
+    rows = None if profile is None else profile.select("gemm", **names)
+    if rows is None or not (several := rows.filter(pc.greater(rows["batch"], 1))).num_rows:
+        return None
+    one = _law(accelerator, dtype)
+
+    def law(coords: Floats) -> Floats:
+        m, batch = coords.T
+        seconds: Floats = batch * one(np.stack([m, np.full_like(m, columns), np.full_like(m, inner)], -1))
+        return seconds
+
+    names["kernel"] = pc.unique(several["kernel"]).to_pylist()
+    owners: list[dict[str, Any]] = [{"backend": backend}] if backend else []
+    return FastestTable(profile, "gemm", ("m", "batch"), names, law, accelerator.name, (*owners, {}))
 
 
 @lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ copy means depends on the dispatch kind: per (token, expert), per (token, rank) 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,7 @@ def _sent(dispatch: DispatchKind, between: bool) -> Copies:
     return lambda top_k, ranks, nodes: balanced_copies(dispatch, top_k, ranks, nodes)[0 if between else 1]
 
 
+@lru_cache(maxsize=64)
 def _table_path(
     profile: HardwareProfile,
     mode: str,
