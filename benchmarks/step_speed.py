@@ -9,7 +9,8 @@ import numpy as np
 
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import load_profile
-from moeplan.costs.step import StepModel, Technique
+from moeplan.costs.step import StepModel
+from moeplan.costs.technique import Technique
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.models import find_model
 from moeplan.specs.workload import Workload

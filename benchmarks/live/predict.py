@@ -24,7 +24,8 @@ from routing import Shape, load_of
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
 from moeplan.artifacts.routing_trace import RoutingTrace
-from moeplan.costs.step import StepModel, Technique
+from moeplan.costs.step import StepModel
+from moeplan.costs.technique import Technique
 from moeplan.costs.traffic import counted_traffic
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import ModelSpec

@@ -89,6 +89,25 @@ class Placement:
         replicas = np.take_along_axis(self.replicas_LE, np.maximum(self.physical_to_logical_LP, 0), axis=1)
         return np.where(self.physical_to_logical_LP == EMPTY, 0.0, 1.0 / np.maximum(replicas, 1))
 
+    def over_groups(self, degree: int) -> Placement:
+        """Each rank becomes ``degree`` neighbours that hold the same: ranks that split experts among them."""
+        if degree == 1:
+            return self
+        slots = np.arange(self.num_slots)
+        groups = np.split(slots, np.searchsorted(self.rank_of_slot_P, np.arange(1, self.num_ranks)))
+        order = np.concatenate([np.tile(group, degree) for group in groups])
+        ranks = np.concatenate([
+            np.repeat(np.arange(rank * degree, (rank + 1) * degree), len(group)) for rank, group in enumerate(groups)
+        ])  # fmt: skip
+        return Placement(
+            self.physical_to_logical_LP[:, order],
+            ranks.astype(np.int32),
+            self.num_experts,
+            self.num_ranks * degree,
+            self.ranks_per_node * degree,
+            None if self.share_LP is None else self.share_LP[:, order] / degree,
+        )
+
     @property
     def is_uniform(self) -> bool:
         """Whether every rank has the same number of slots and none is empty: what serving engines accept."""

@@ -1,12 +1,16 @@
-"""Seconds of collectives: measured on as many ranks, else latency plus bytes over the slowest link.
+"""Seconds of collectives: measured on as many ranks, else from fewer, else latency plus bytes over the slowest link.
 
 Ring and tree algorithms move ``2 (n - 1) / n`` of the buffer per rank for an all-reduce, ``(n - 1) / n`` for
 all-gather, reduce-scatter and all-to-all, all of it point to point (Thakur et al. 2005, IJHPCA 19(1)). Rings that
 span nodes enter and leave a node over the NICs of all its members (NCCL's channels), so its members' NICs add up.
+
+Where only smaller groups are measured, a larger one in the same domain takes longer as that law says; one that spans
+domains starts in its domain, crosses between them, ends in the other, and then moves its bytes as the law says.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.fastest import FastestTable
-from moeplan.costs.roofline import scale_up_bandwidth
+from moeplan.costs.roofline import RELATIVE_ERROR, internode_bandwidth, scale_up_bandwidth
 from moeplan.costs.tables import Seconds
 from moeplan.specs.cluster import ClusterSpec
 
@@ -23,6 +27,37 @@ __all__ = ["CollectiveCosts"]
 Floats = NDArray[np.float64]
 
 LIBRARIES = ("nccl", "gloo")  # that every framework can call
+# What a small message takes through the library on both sides of a crossing, beside the latency of the link.
+_LIBRARY_S = 10e-6
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Ranks of a collective: how many, on how many nodes, how many of them share a domain; latency and bandwidth of
+    the slowest links between them."""
+
+    op: str
+    ranks: int
+    nodes: int
+    members: int
+    latency_s: float
+    bandwidth: float
+
+    @property
+    def ways(self) -> int:
+        """There and back, or there."""
+        return 2 if self.op == "all_reduce" else 1
+
+    def transfer_s(self, size: Floats) -> Floats:
+        """Seconds of the bytes alone."""
+        part = 1.0 if self.op == "p2p" else self.ways * (self.ranks - 1) / self.ranks
+        seconds: Floats = part * size / self.bandwidth
+        return seconds
+
+    def law(self, coords: Floats) -> Floats:
+        """Latency and bytes."""
+        seconds: Floats = self.latency_s + self.transfer_s(coords[:, 0])
+        return seconds
 
 
 class CollectiveCosts:
@@ -34,40 +69,72 @@ class CollectiveCosts:
         self, cluster: ClusterSpec, profile: HardwareProfile | None = None, backend: str | None = None
     ) -> None:
         self._cluster, self._profile, self._backend = cluster, profile, backend
-        self._tables: dict[tuple[str, int, int], FastestTable] = {}
+        self._tables: dict[_Group, FastestTable] = {}
 
-    def seconds(self, op: str, ranks: int, message_size_bytes: float, stride: int = 1) -> Seconds:
-        """``op``: all_reduce, all_gather, reduce_scatter, alltoall or p2p (between ranks ``stride`` apart); sizes as
-        in the profile table."""
+    def seconds(self, op: str, ranks: int, message_size_bytes: Any, stride: int = 1) -> Seconds:
+        """``op``: all_reduce, all_gather, reduce_scatter, alltoall or p2p (between ranks ``stride`` apart); sizes, one
+        or an array, as in the profile table."""
+        size = np.atleast_1d(np.asarray(message_size_bytes, float))
         if ranks <= 1 and op != "p2p":
-            return Seconds(np.zeros(1), 0.0, "one rank", False)
-        key = (op, ranks, stride)
-        if key not in self._tables:
-            self._tables[key] = self._table(op, ranks, stride)
-        return self._tables[key].told(message_size_bytes)
+            return Seconds(np.zeros(size.shape), 0.0, "one rank", False)
+        group = self._group(op, ranks, stride)
+        table = self._table(group)
+        if table.measured:
+            return table.told(size)
+        smaller = self._measured_below(group)
+        if smaller is None:
+            return table.told(size)
+        inner = self._table(smaller)
+        if group.nodes == 1:
+            found = inner.told(size)
+            value = found.value * group.law(size[:, None]) / smaller.law(size[:, None])
+        else:
+            found = inner.told(np.minimum(size, inner.smallest))
+            crossing = group.ways * (_LIBRARY_S + group.latency_s)
+            value = 2 * found.value + crossing + group.transfer_s(size)
+        error = max(found.relative_error, RELATIVE_ERROR)
+        how = f"modelled from {smaller.ranks} ranks: {found.source.partition(': ')[2]}"
+        return Seconds(value, error, how, True)
 
-    def _table(self, op: str, ranks: int, stride: int) -> FastestTable:
+    def _group(self, op: str, ranks: int, stride: int) -> _Group:
         cluster = self._cluster
         chip, span = cluster.accelerator, (stride + 1 if op == "p2p" else ranks * stride)
+        ranks = 2 if op == "p2p" else ranks
         domain = {"flat": cluster.num_ranks, "nvl72": chip.scale_up_domain}.get(
             cluster.topology, cluster.ranks_per_node
         )
-        inside = span <= domain
-        members = 1 if op == "p2p" else max(1, min(ranks, domain // stride))
-        bandwidth = scale_up_bandwidth(cluster, min(span, domain))
-        if not inside:
-            bandwidth = min(bandwidth, members * chip.nic_bandwidth)
-        latency = cluster.scale_up_latency if inside else cluster.nic_latency
-        part = {"p2p": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}.get(op, (ranks - 1) / ranks)
+        bandwidth, members = scale_up_bandwidth(cluster, min(span, domain)), max(1, min(ranks, domain // stride))
+        if span <= domain:
+            return _Group(op, ranks, 1, ranks, cluster.scale_up_latency, bandwidth)
+        members = 1 if op == "p2p" else members
+        nic = chip.nic_bandwidth
+        if cluster.topology == "explicit":
+            nic = internode_bandwidth(cluster) / cluster.ranks_per_node
+        bandwidth = min(bandwidth, members * nic)
+        nodes = min(ranks, -(-span // cluster.ranks_per_node))
+        return _Group(op, ranks, nodes, members, cluster.nic_latency, bandwidth)
 
-        def law(size: Floats) -> Floats:
-            seconds: Floats = latency + part * size[:, 0] / bandwidth
-            return seconds
+    def _names(self, group: _Group) -> dict[str, Any]:
+        return {"op": group.op, "algorithm": "flat", "distribution": "even"}
 
-        names: dict[str, Any] = {"op": op, "ranks": ranks, "nodes": 1 if inside else -(-span // cluster.ranks_per_node)}
-        names |= {"algorithm": "flat", "distribution": "even"}
-        owners = [{"backend": [self._backend, *LIBRARIES]}] if self._backend else []
-        types: tuple[dict[str, Any], ...] = ({"dtype": ["fp16", "bf16"]}, {"dtype": "fp32"})
-        choices = tuple(of | owner for of in types for owner in (*owners, {}))
-        axes, device = ("message_size_bytes",), cluster.accelerator.name
-        return FastestTable(self._profile, "collectives", axes, names, law, device, choices)
+    def _table(self, group: _Group) -> FastestTable:
+        if group not in self._tables:
+            owners = [{"backend": [self._backend, *LIBRARIES]}] if self._backend else []
+            types: tuple[dict[str, Any], ...] = ({"dtype": ["fp16", "bf16"]}, {"dtype": "fp32"})
+            choices = tuple(of | owner for of in types for owner in (*owners, {}))
+            names = self._names(group) | {"ranks": group.ranks, "nodes": group.nodes}
+            # Links given one by one are another network than the one measured.
+            elsewhere = group.nodes > 1 and self._cluster.topology == "explicit"
+            profile, device = None if elsewhere else self._profile, self._cluster.accelerator.name
+            self._tables[group] = FastestTable(
+                profile, "collectives", ("message_size_bytes",), names, group.law, device, choices
+            )
+        return self._tables[group]
+
+    def _measured_below(self, group: _Group) -> _Group | None:
+        """The largest measured group inside a domain that is part of this one."""
+        if self._profile is None:
+            return None
+        rows = self._profile.select("collectives", **self._names(group), nodes=1)
+        fewer = [ranks for ranks in set(rows["ranks"].to_pylist()) if 1 < ranks <= group.members]
+        return self._group(group.op, max(fewer), 1) if fewer else None

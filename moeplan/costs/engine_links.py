@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.costs import roofline
-from moeplan.costs.engine_tables import EngineTables
+from moeplan.costs.collectives import CollectiveCosts
+from moeplan.costs.engine_tables import EngineSetup, EngineTables
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.clusters import cluster_for
 from moeplan.specs.model import Dtype
 
 __all__ = ["EngineLinks"]
 
 Floats = NDArray[np.float64]
 
-# A small message's way between nodes and through the library on both sides; all-reduces go there and back.
-_CROSSING_S = 18e-6
 _NODE = 8
 _EXCHANGE_DTYPES: dict[str, tuple[str, ...]] = {"fp4": ("nvfp4",), "bf16": ("nvfp4",)}  # low-precision combine
 
@@ -39,32 +40,12 @@ class EngineLinks:
         return self._collective("all_reduce", s.tp, tokens * s.model.hidden_size * 2)
 
     def _collective(self, op: str, ranks: int, size: Floats) -> Floats:
-        a = self._setup.accelerator
-        joined = ranks <= a.scale_up_domain
-        bandwidth = a.scale_up_bandwidth if joined else a.nic_bandwidth
-        ways = 2 if op == "all_reduce" else 1
-        part = ways * (ranks - 1) / ranks
-        measured = min(ranks, 8)
-
-        def law(coords: Floats) -> Floats:
-            seconds: Floats = 5e-6 + part * coords[:, 0] / bandwidth
-            return seconds
-
-        names = {"op": op, "ranks": measured, "dtype": ["fp16", "bf16"]}
-        table = self._tables.table("collectives", ("message_size_bytes",), names, law)
-        if op == "all_reduce":
-            # The library's own and NCCL: a framework takes the better one for the size.
-            nccl = self._tables.table("collectives", ("message_size_bytes",), names, law, ({"backend": "nccl"},))
-            inside = np.minimum(table.seconds(size), nccl.seconds(size))
-        else:
-            inside = table.seconds(size)
-        if ranks <= measured:
-            return inside
-        # Beyond the measured ranks: a second stage like the first, and the rest of the way over the links between.
-        extra = (part - ways * (measured - 1) / measured) * size / bandwidth
-        crossing = 0.0 if joined else _CROSSING_S * ways
-        seconds: Floats = 2 * inside + extra + crossing
-        return seconds
+        s = self._setup
+        costs = self._tables.cached(
+            ("links", s.backend, s.accelerator.name, s.ranks),
+            lambda: CollectiveCosts(_cluster(s), self._tables.profile, s.backend),
+        )
+        return costs.seconds(op, ranks, size).value.reshape(np.shape(size))
 
     def exchange(self, every: Floats, decode: bool) -> Floats:
         """Seconds of dispatch and combine of ``every`` token; sums are reduced without data-parallel attention."""
@@ -123,3 +104,10 @@ class EngineLinks:
             return sorted(set(tables.profile.select("alltoall", **names)["ranks"].to_pylist()))
 
         return tables.cached(("ranks", *names.values()), make)
+
+
+def _cluster(setup: EngineSetup) -> ClusterSpec:
+    """The worker's ranks, in boxes as the accelerator comes in; a rack is one."""
+    domain = max(setup.accelerator.scale_up_domain, setup.accelerator.ranks_per_node)
+    nodes = -(-setup.ranks // domain)
+    return cluster_for(setup.accelerator, nodes, min(setup.ranks, domain), "two-level")

@@ -13,7 +13,8 @@ copy means depends on the dispatch kind: per (token, expert), per (token, rank) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +25,7 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.exchange_tables import FLAT, LIKE_MACHINES, UNKNOWN, Copies, curve_error, dispatch_and_combine
+from moeplan.costs.technique import reduces_in_place
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind, Phase
@@ -93,6 +95,8 @@ def balanced_copies(dispatch: DispatchKind, top_k: int, num_ranks: int, num_node
     """
     foreign_nodes = touched(num_nodes, top_k) * (1 - 1 / num_nodes)
     foreign_ranks = touched(num_ranks, top_k) * (1 - 1 / num_ranks)
+    if dispatch == "allgather":
+        return num_nodes - 1.0, num_ranks - 1.0
     if dispatch == "per_expert":
         return top_k * (1 - 1 / num_nodes), top_k * (1 - 1 / num_ranks)
     if dispatch == "per_rank":
@@ -208,23 +212,21 @@ def _table_path(
     return PathCosts(tokens, seconds, fixed, reference, source, error, not exact)
 
 
-def _gathered(cluster: ClusterSpec, profile: HardwareProfile, ranks: int, out: float, back: float) -> PathCosts | None:
-    """Every token to each of ``ranks`` ranks and partial sums back, ``out`` and ``back`` bytes a token; None where the
-    collectives are not measured."""
-    links = CollectiveCosts(cluster, profile)
-    tokens = np.geomspace(1, 2.0**17, 35)
-    sizes = (("all_gather", ranks * out), ("reduce_scatter", ranks * back))
-    parts = [[links.seconds(op, ranks, n * size) for op, size in sizes] for n in tokens.tolist()]
-    measured = [n for n, part in enumerate(parts) if not any(each.extrapolated for each in part)]
-    if len(measured) < 2:
-        return None
-    seconds = np.array([sum(each.total for each in part) for part in parts])
-    rows = slice(measured[0], measured[-1] + 1)
+def _collectives(cluster: ClusterSpec, links: CollectiveCosts, sizes: Mapping[str, float]) -> ExchangeCosts:
+    """Collectives over all ranks, one after the other, each of so many bytes a token of one rank: at the numbers of
+    tokens that are measured, or at all by their law where fewer than two are."""
+    tokens, ranks = np.geomspace(1, 2.0**17, 35), cluster.num_ranks
+    parts = [[links.seconds(op, ranks, n * size) for op, size in sizes.items()] for n in tokens.tolist()]
+    inner = [n for n, part in enumerate(parts) if not any(each.extrapolated for each in part)]
+    measured = len(inner) > 1
+    rows = slice(inner[0], inner[-1] + 1) if measured else slice(None)
     every = [each for part in parts[rows] for each in part]
     source = "; ".join(dict.fromkeys(each.source for each in every))
     error = float(np.hypot(max(each.relative_error for each in every), LIKE_MACHINES))
-    seconds = np.maximum.accumulate(seconds[rows])
-    return PathCosts(tokens[rows], seconds, float(seconds[0]), float(ranks - 1), source, error, False)
+    seconds = np.maximum.accumulate([sum(each.total for each in part) for part in parts[rows]])
+    path = PathCosts(tokens[rows], seconds, float(seconds[0]), float(ranks - 1), source, error, not measured)
+    between = None if roofline.is_joined(cluster) else replace(path, copies_per_token=float(cluster.num_nodes - 1))
+    return ExchangeCosts("allgather", between, path)
 
 
 def exchange_costs(
@@ -235,11 +237,15 @@ def exchange_costs(
     activation_dtype: Dtype,
     one_way: bool = False,
     profile: HardwareProfile | None = None,
+    tp: int = 1,
+    backend: str | None = None,
 ) -> ExchangeCosts:
     """Costs of dispatch and combine on ``cluster``; ``one_way``: tokens stay where they are computed.
 
     Tables serve where they know the mode of this dispatch kind; the roofline elsewhere. An all-gather moves
-    every token to every rank, whatever is chosen; measured collectives serve it inside a node. One rank sends nothing.
+    every token to every rank, whatever is chosen, by collectives, ``backend``'s before others. Where ``tp`` ranks, all
+    there are, hold every token already, results are all-reduced
+    (:func:`moeplan.costs.technique.reduces_in_place`). One rank sends nothing.
 
     Raises:
         InputError: the nodes are parts of several racks.
@@ -247,31 +253,29 @@ def exchange_costs(
     hidden, chip = model.routed_hidden_size, cluster.accelerator
     out, back = roofline.token_bytes(hidden, activation_dtype), roofline.returned_bytes(hidden, activation_dtype)
     wire, passes = (out, 1) if one_way else (out + back, 2)
-    mode, gathers = mode_of(dispatch, phase), dispatch == "allgather"
-
-    def measured(between: bool, nodes: int, ranks: int) -> PathCosts | None:
-        if profile is None or one_way:
-            return None
-        if gathers:
-            return None if between else _gathered(cluster, profile, ranks, out, back)
-        # Tables were measured on the machine's own network: links given one by one are another.
-        if between and cluster.topology == "explicit":
-            return None
-        return _table_path(profile, mode, dispatch, model, between, nodes, ranks, activation_dtype)
 
     def path(between: bool, nodes: int, ranks: int, copy_s: float, latency_s: float) -> PathCosts:
-        if (found := measured(between, nodes, ranks)) is not None:
-            return found
-        places = nodes if between else ranks
-        copies = float(places - 1) if gathers else _sent(dispatch, between)(model.top_k, ranks, nodes)
-        tokens, here = np.geomspace(1, 2.0**17, 18), max(copies, 1e-9)
-        seconds = latency_s + tokens * here * copy_s
-        return PathCosts(tokens, seconds, latency_s, here, f"roofline of {chip.name}", roofline.RELATIVE_ERROR, True)
+        # Tables were measured on the machine's own network: links given one by one are another.
+        if profile is not None and not one_way and not (between and cluster.topology == "explicit"):
+            mode = mode_of(dispatch, phase)
+            found = _table_path(profile, mode, dispatch, model, between, nodes, ranks, activation_dtype)
+            if found is not None:
+                return found
+        copies = max(_sent(dispatch, between)(model.top_k, ranks, nodes), 1e-9)
+        tokens = np.geomspace(1, 2.0**17, 18)
+        seconds = latency_s + tokens * copies * copy_s
+        return PathCosts(tokens, seconds, latency_s, copies, f"roofline of {chip.name}", roofline.RELATIVE_ERROR, True)
 
     if cluster.num_ranks == 1:
         nothing = PathCosts(np.array([1.0, np.inf]), np.zeros(2), 0.0, 1.0, "one rank", 0.0, False)
         return ExchangeCosts(dispatch, None, nothing)
     joined = roofline.is_joined(cluster)
+    if dispatch == "allgather":
+        every = cluster.num_ranks
+        gathered = {"all_gather": every * out} | ({} if one_way else {"reduce_scatter": every * back})
+        in_place = {"all_reduce": every * back}
+        links = CollectiveCosts(cluster, profile, backend)
+        return _collectives(cluster, links, in_place if reduces_in_place(dispatch, tp, cluster) else gathered)
     local = cluster.num_ranks if joined else cluster.ranks_per_node
     up = wire / roofline.scale_up_bandwidth(cluster, local)
     inside = path(False, 1, local, up, passes * cluster.scale_up_latency)

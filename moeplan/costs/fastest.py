@@ -25,7 +25,8 @@ class FastestTable:
     """One :class:`~moeplan.costs.tables.TableCosts` per kernel whose rows equal ``names``; the minimum answers.
 
     ``choices`` are further names tried in turn until one has rows, such as a framework's own and then anybody's;
-    with none left the law answers. ``source`` says which kernels serve.
+    with none left the law answers. ``source`` says which kernels serve; ``smallest`` is the smallest measured size, on
+    the first axis, 0 where there is none.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class FastestTable:
         self.measured = bool(kernels)
         self.source = ", ".join(kernels) or f"roofline of {device}"
         each = [where | {"kernel": kernel} for kernel in kernels] or [where]
+        self.smallest = 0.0 if rows is None or not kernels else float(pc.min(rows[axes[0]]).as_py())
         self._tables = [TableCosts(profile if kernels else None, table, axes, one, law, device) for one in each]
 
     def seconds(self, *coords: Any) -> Floats:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.attention import attention_by_window
@@ -15,9 +14,10 @@ from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import PassCosts
 from moeplan.costs.tables import Seconds
+from moeplan.costs.technique import Technique, reduces_in_place
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, dense_beside
+from moeplan.specs.model import DTYPE_BYTES, ModelSpec, dense_beside
 from moeplan.specs.workload import Workload
 
 __all__ = ["FixedCosts", "fixed_costs"]
@@ -28,7 +28,8 @@ class FixedCosts:
     """``layer_s``: attention, router, norms, permutation and host overhead of one MoE layer, ``routing_s``
     the part of router and permutation, which dense layers lack; ``shared_s``: its shared experts; ``other_s``: dense
     layers, embedding and head of the whole step. ``kernel_s`` is the attention kernel's part of ``layer_s``, which
-    depends on the context; ``other_s`` holds it ``other_kernels`` times."""
+    depends on the context; ``other_s`` holds it ``other_kernels`` times. ``reduce_s``: an all-reduce over the ranks
+    that split attention; ``layer_s`` holds it once, dense layers twice, ``shared_s`` as much as ``shared_reduce_s``."""
 
     layer_s: float
     routing_s: float
@@ -36,6 +37,8 @@ class FixedCosts:
     other_s: float
     kernel_s: float
     other_kernels: int
+    reduce_s: float
+    shared_reduce_s: float
     relative_error: float
     source: Mapping[str, str]
     extrapolated: bool
@@ -58,24 +61,23 @@ def fixed_costs(
     workload: Workload,
     batch: int,
     profile: HardwareProfile | None = None,
-    tp: int = 1,
-    cp: int = 1,
-    kv_dtype: Literal["bf16", "fp8"] = "bf16",
-    launches_per_layer: int = 0,
-    dense_dtype: Dtype | None = None,
-    backend: str | None = None,
+    how: Technique | None = None,
 ) -> FixedCosts:
-    """Costs at ``batch`` tokens per rank; ``tp`` ranks share attention and dense parts, ``cp`` a prefill; in kernels of
-    ``backend``, if it is named and timed.
+    """Costs at ``batch`` tokens per rank.
 
     With tensor parallelism ``tp`` ranks work on their ``tp x batch`` tokens together, each on its share, and
-    all-reduce the result twice per layer.
+    all-reduce the results of attention, of dense blocks and of the embedding; logits are gathered. Shared experts are
+    split as well, so tokens that are sent to routed ones rank by rank (:class:`Technique`) are gathered for them and
+    their results scattered, as Megatron-Core does. Norms and the router see a rank's own tokens; all of them where
+    experts' results are all-reduced in place.
 
     Raises:
         InputError: ``launches_per_layer`` is given and the profile has no launch latency.
     """
+    how = how or Technique()
+    tp, cp, kv_dtype, backend = how.tp, how.cp, how.kv_dtype, how.backend
     device, hidden = cluster.accelerator, model.hidden_size
-    dense = DenseCosts(device, dense_dtype or dense_beside(workload.weight_dtype), profile, backend)
+    dense = DenseCosts(device, how.dense_dtype or dense_beside(workload.weight_dtype), profile, backend)
     passes = PassCosts(device, dense.activations, hidden, model.num_experts, model.top_k, profile)
     wide = DTYPE_BYTES[dense.activations]
     links = CollectiveCosts(cluster, profile, backend)
@@ -97,32 +99,34 @@ def fixed_costs(
             parts["links"].append(links.seconds("all_gather", cp, gathered))
         kernel_s = sum(kernel.total for kernel in parts["attention"])
         parts["attention"].append(sorts[0][1].projections(tokens))
-    parts["norms"] += 2 * [passes.seconds("norm", tokens / tp)]
+    own = tokens if reduces_in_place(how.dispatch, tp, cluster) else tokens / tp
+    parts["norms"] += 2 * [passes.seconds("norm", own)]
     parts["router and permutation"] += [
-        dense.product(tokens / tp, model.num_experts, hidden),
-        *(passes.seconds(op, tokens / tp) for op in ("router", "permute", "unpermute")),
+        dense.product(own, model.num_experts, hidden),
+        passes.seconds("router", own),
+        *(passes.seconds(op, tokens / tp * how.expert_tp) for op in ("permute", "unpermute")),
     ]
+    reduced = links.seconds("all_reduce", tp, tokens * hidden * wide)
     if tp > 1:
-        reduced = links.seconds("all_reduce", tp, tokens * hidden * wide)
-        parts["links"].append(Seconds(2 * reduced.value, reduced.relative_error, reduced.source, reduced.extrapolated))
-    host = launches_per_layer * _launch_s(profile) if launches_per_layer else 0.0
+        parts["links"].append(reduced)
+    host = how.launches_per_layer * _launch_s(profile) if how.launches_per_layer else 0.0
     layer = sum(s.total for part in parts.values() for s in part) + host
     routing = sum(s.total for s in parts["router and permutation"])
     shared: list[Seconds] = []
     if model.shared_intermediate_size:
         shared.append(dense.ffn(tokens, hidden, model.shared_intermediate_size / tp, model.gated_ffn))
-    others = [
-        dense.product(tokens, model.vocab_size / tp, hidden),
-        passes.seconds("embedding", batch),
-    ]
-    if not decode:  # the head sees each sequence's last token
-        others[0] = dense.product(max(1.0, tokens / workload.context), model.vocab_size / tp, hidden)
+        if tp > 1 and how.dispatch != "allgather":
+            shared.append(reduced)
+    ends = tokens if decode else max(1.0, tokens / workload.context)  # the head sees each sequence's last token
+    others = [dense.product(ends, model.vocab_size / tp, hidden), passes.seconds("embedding", batch)]
+    if tp > 1:  # of a vocabulary that is split
+        others += [reduced, links.seconds("all_gather", tp, ends * model.vocab_size * wide)]
     num_dense = model.num_layers - model.num_moe_layers
     other = sum(s.total for s in others)
     other_kernels = num_dense if model.dense_intermediate_size else 0
     if other_kernels:
         block = dense.ffn(tokens, hidden, model.dense_intermediate_size / tp, model.gated_ffn)
-        other += num_dense * (block.total + layer - routing)
+        other += num_dense * (block.total + reduced.total + layer - routing)
         others.append(block)
     every = [s for part in parts.values() for s in part] + shared + others
     total = sum(s.total for s in every)
@@ -136,6 +140,8 @@ def fixed_costs(
         other_s=other,
         kernel_s=kernel_s,
         other_kernels=other_kernels,
+        reduce_s=reduced.total,
+        shared_reduce_s=sum(s.total for s in shared[1:]),
         relative_error=sum(s.total * s.relative_error for s in every) / total if total else 0.0,
         source=source,
         extrapolated=any(s.extrapolated and s.total > 0.05 * total for s in every),

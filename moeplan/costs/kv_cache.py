@@ -12,6 +12,7 @@ the experts of :func:`moeplan.costs.memory.slot_bytes`, other weights split over
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ def kv_rooms(
     batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
     other = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp
     workspace = workspace_bytes(model, batch)
-    per_slot = slot_bytes(model, workload.weight_dtype) / engine.pp
+    per_slot = slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp
     per_token = kv_bytes_per_token(model, engine, workload.weight_dtype)
     rooms = []
     for rank, slots in enumerate(slots_R):
@@ -99,16 +100,17 @@ def kv_room(
 
 
 def ranks_that_hold(model: ModelSpec, cluster: ClusterSpec, workload: Workload, engine: EngineSpec) -> int | None:
-    """Least ranks of a stage, a multiple of tp, on which weights and one block of KV cache fit; None if none do."""
+    """Least ranks of a stage, a multiple of tp and expert_tp, that hold weights and one block of KV cache; None if none
+    do."""
     batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
     fixed = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp + workspace_bytes(model, batch)
     fixed += (kv_bytes_per_token(model, engine, workload.weight_dtype) or 0.0) * engine.block_size
     room = engine.memory_fraction * cluster.accelerator.memory - fixed
-    slots = int(room // (slot_bytes(model, workload.weight_dtype) / engine.pp))
+    slots = int(room // (slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp))
     if slots < 1:
         return None
-    ranks = -(-model.num_experts // slots)
-    return -(-ranks // engine.tp) * engine.tp * engine.pp
+    ranks, whole = -(-model.num_experts // slots) * engine.expert_tp, math.lcm(engine.tp, engine.expert_tp)
+    return -(-ranks // whole) * whole * engine.pp
 
 
 def kv_transfer_s(size_bytes: float, bandwidth_bytes_per_s: float, latency_s: float) -> float:

@@ -34,7 +34,8 @@ from moeplan.costs.exchange import balanced_copies, engine_dispatch
 from moeplan.costs.group_kernel import group_seconds, row_at
 from moeplan.costs.interpolation import TILES
 from moeplan.costs.kv_cache import SwapCosts
-from moeplan.costs.step import BatchParts, StepModel, Technique, combine
+from moeplan.costs.step import BatchParts, StepModel, combine
+from moeplan.costs.technique import Technique
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec, dense_beside
 from moeplan.specs.workload import Phase, Workload

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,38 +28,19 @@ from moeplan.costs.experts import ExpertCosts, expert_costs
 from moeplan.costs.fixed import FixedCosts, fixed_costs
 from moeplan.costs.memory import RankMemory, memory_report
 from moeplan.costs.roofline import returned_bytes, token_bytes
+from moeplan.costs.technique import Overlap, Technique
 from moeplan.costs.traffic import Traffic
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import Dtype, ModelSpec
-from moeplan.specs.workload import DispatchKind, Workload
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.workload import Workload
 
-__all__ = ["BatchParts", "LayerState", "Overlap", "StepCost", "StepModel", "Technique", "combine", "step"]
+__all__ = ["BatchParts", "LayerState", "StepCost", "StepModel", "combine", "step"]
 
 Floats = NDArray[np.float64]
-Overlap = Literal["none", "shared_expert", "two_batch", "shortcut"]
 
 _BINS = 4096  # of the compiled expert curve, up to _REACH times the mean
 _REACH = 64.0
-
-
-@dataclass(frozen=True, slots=True)
-class Technique:
-    """How a step runs. ``tp`` splits attention and dense parts, ``cp`` the sequence of a prefill, ``expert_tp`` each
-    expert over so many consecutive ranks of a node: a placement gives them the same experts, tokens go to all of them
-    and their parts are added on return. ``launches_per_layer`` times the profile's launch latency is host overhead.
-    ``backend``: the framework whose kernels run, None: the fastest of all measured. ``dense_dtype``: of attention and
-    dense weights, where it is not the usual one beside experts of the workload's."""
-
-    dispatch: DispatchKind = "per_node"
-    overlap: Overlap = "none"
-    tp: int = 1
-    expert_tp: int = 1
-    cp: int = 1
-    kv_dtype: Literal["bf16", "fp8"] = "bf16"
-    launches_per_layer: int = 0
-    backend: str | None = None
-    dense_dtype: Dtype | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,11 +176,11 @@ class StepModel:
             local_experts=model.num_experts / groups,
             arriving=arriving,
         )
-        exchange = exchange_costs(model, cluster, how.dispatch, work.phase, work.activation_dtype, profile=self.profile)
-        fixed = fixed_costs(
-            model, cluster, work, batch, self.profile, how.tp, how.cp, how.kv_dtype, how.launches_per_layer,
-            how.dense_dtype, how.backend,
+        exchange = exchange_costs(
+            model, cluster, how.dispatch, work.phase, work.activation_dtype,
+            profile=self.profile, tp=how.tp, backend=how.backend,
         )  # fmt: skip
+        fixed = fixed_costs(model, cluster, work, batch, self.profile, how)
         bins = np.arange(_BINS + 1) * (mean * _REACH / _BINS)
         curve = experts.expected_s(bins)
         scale = _BINS / (mean * _REACH)

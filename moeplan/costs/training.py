@@ -41,8 +41,9 @@ from moeplan.costs.backward import backward_over_forward
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import stream
-from moeplan.costs.step import StepModel, Technique
+from moeplan.costs.step import StepModel
 from moeplan.costs.tables import Seconds
+from moeplan.costs.technique import Technique
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, dense_beside
@@ -211,13 +212,16 @@ class TrainingCosts:
         hidden, rows = model.hidden_size, self.tokens * spec.tp
         moved = 2 * DTYPE_BYTES["bf16"] * PASSES * self.tokens * hidden  # a third of it in forward
         forward, backward = moved / 3 / onward.bytes_per_s, 2 * moved / 3 / back_stream.bytes_per_s
-        plain, kernel = fixed.layer_s - fixed.kernel_s, fixed.kernel_s
+        kernel, reduce = fixed.kernel_s, fixed.reduce_s
+        plain = fixed.layer_s - kernel - reduce
         again = {"none": 0.0, "attention": kernel, "full": fixed.layer_s + forward}[spec.recompute]
         parts_s = recomputed_s(spec.recompute_modules, model, self.tokens, spec.tp, dense, onward.bytes_per_s)
         again += parts_s.get("layernorm", 0.0) + parts_s.get("mla_up_proj", 0.0)
-        attention = plain + kernel + forward, ratio.products * plain + ratio.attention * kernel + backward + again
+        attention_back = ratio.products * plain + ratio.attention * kernel + reduce + backward + again
+        attention = fixed.layer_s + forward, attention_back
         full = spec.recompute == "full"
-        shared = fixed.shared_s
+        shared, shared_reduce = fixed.shared_s, fixed.shared_reduce_s
+        shared_back = self.products_back * (shared - shared_reduce) + self.reduces_back * shared_reduce
         # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch,
         # where a forward's product reads the weights.
         self._slots = int(np.bincount(placement.rank_of_slot_P).max())
@@ -229,7 +233,7 @@ class TrainingCosts:
         attention = self.attention_s = (attention[0], attention[1] + sum(added))
         hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
         self._moe_forward_WL = attention[0] + shared + expert_s_WL
-        self._moe_backward_WL = attention[1] + self.products_back * shared + self.experts_back * expert_s_WL
+        self._moe_backward_WL = attention[1] + shared_back + self.experts_back * expert_s_WL
         self._moe_backward_WL += exchange_s_WL if full else 0.0
         self._moe_backward_WL += parts_s.get("moe_act", 0.0)
         self._exchange_WL = exchange_s_WL - hidden_s_WL
@@ -237,8 +241,8 @@ class TrainingCosts:
         block = dense.ffn(rows, hidden, inter / spec.tp, model.gated_ffn).total if inter else 0.0
         # A dense layer permutes nothing and has no router.
         more = block - fixed.routing_s
-        dense_backward = attention[1] - added[1] + self.products_back * more + parts_s.get("mlp", 0.0)
-        self._dense = attention[0] + more, dense_backward
+        dense_backward = attention[1] - added[1] + self.products_back * more + self.reduces_back * reduce
+        self._dense = attention[0] + more + reduce, dense_backward + parts_s.get("mlp", 0.0)
         head = dense.product(rows, model.vocab_size / spec.tp, hidden).total
         loss = 2 * DTYPE_BYTES["bf16"] * _HEAD_PASSES * rows * model.vocab_size / spec.tp / self._bandwidth
         self._head = (head + loss / 2, ratio.products * head + loss / 2)
@@ -254,6 +258,12 @@ class TrainingCosts:
     def products_back(self) -> float:
         """The same of shared experts and dense blocks."""
         return self.backward.products + (self.spec.recompute == "full")
+
+    @property
+    def reduces_back(self) -> float:
+        """The same of all-reduces over tensor-parallel ranks: gradients pass them the other way. What Megatron-Core
+        gathers once more for the gradients of weights hides behind a product."""
+        return 1.0 + (self.spec.recompute == "full")
 
     # ------------------------------------------------------------------ layers and chunks
 

@@ -35,7 +35,8 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import shipped_profile_for
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.costs.serving import Batch, ServingCosts
-from moeplan.costs.step import StepModel, Technique
+from moeplan.costs.step import StepModel
+from moeplan.costs.technique import Technique
 from moeplan.errors import InputError
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.oracles import PlainCosts

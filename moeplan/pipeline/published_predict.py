@@ -21,7 +21,8 @@ from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.costs.engine import EngineCosts, EngineSetup
 from moeplan.costs.exchange import NVLINK_MODES, exchange_costs
 from moeplan.costs.served import CALIBRATED, ServedPool, pass_times, served
-from moeplan.costs.step import StepCost, StepModel, Technique
+from moeplan.costs.step import StepCost, StepModel
+from moeplan.costs.technique import Technique
 from moeplan.costs.training import PASSES, TrainingCosts
 from moeplan.errors import MoeplanError
 from moeplan.planning.greedy import rebalance_experts

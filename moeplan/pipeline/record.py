@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from moeplan.routing.overhead import slowdown
 __all__ = ["record_routing"]
 
 Progress = Callable[[str, float], None]
+
+_TOLD = ("rank_files", "ranks", "overhead", "overhead_spread")  # of the origin, in the answer
 
 
 def record_routing(
@@ -35,12 +38,14 @@ def record_routing(
     """Record from a Hugging Face model (``hf``) or a running server (``sglang``); what was written.
 
     ``overhead`` of the answer and of the trace's origin is the slowdown by recording as a part of the time without,
-    ``overhead_spread`` the 90th less the 10th percentile of its pairs of passes; None of a single pair.
+    ``overhead_spread`` the 90th less the 10th percentile of its pairs of passes; None of a single pair. Of a server
+    both also have ``rank_files``, the dumps read, and ``ranks``, those it has; None where it does not tell.
 
     Raises:
         SpecError: neither or both sources, a missing option, or a model that does not fit into memory.
         TraceError: nothing was recorded. MissingExtraError: torch or transformers is not installed.
-        RunError, KeyboardInterrupt: a prompt failed or was interrupted; the message says what ``out`` keeps.
+        RunError, KeyboardInterrupt: a prompt failed or was interrupted, or a rank's dump did not come; the message says
+            what ``out`` keeps.
     """
     if (hf is None) == (sglang is None):
         raise SpecError("routing is recorded from either --hf or --sglang; give one of them")
@@ -64,7 +69,7 @@ def record_routing(
         "top_k": trace.top_k,
         "num_experts": trace.num_experts,
         "phases": {PHASES[i]: int(n) for i, n in phases.items()},
-        **{name: trace.origin[name] for name in ("overhead", "overhead_spread")},
+        **{name: trace.origin[name] for name in _TOLD if name in trace.origin},
     }
 
 
@@ -95,7 +100,6 @@ def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_to
     from dataclasses import replace
 
     from moeplan.profiling.sglang_recorder import SglangServer
-    from moeplan.routing.joining import join_traces
 
     if dump_dir is None or not prompts:
         raise SpecError("--sglang needs --dump-dir, where the server writes, and --prompts to send")
@@ -119,27 +123,43 @@ def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_to
         ended = send(recorded_s)
 
     try:
-        files, refused = server.record(drive)
-        parts = []
-        for file in files:
-            trace = read_trace(file, format="sglang")
-            if not isinstance(trace, RoutingTrace):
-                raise TraceError(
-                    f"{file} holds counts only; start the server with --expert-distribution-recorder-mode per_token"
-                )
-            parts.append(trace)
-        joined = parts[0] if len(parts) == 1 else join_traces(parts)
+        dumps = server.record(drive)
+        trace = _read_dumps(dumps.files)
     except TraceError as error:
         if ended is None:
             raise
         raise type(ended)(f"{ended}; nothing is kept: {error}") from error
-    if refused is not None:
-        still = f"the server may still be recording, tell it again to stop: {refused}"
-        ended = RunError(still) if ended is None else type(ended)(f"{ended}; {still}")
+    if dumps.troubles:
+        said = "; ".join(dumps.troubles)
+        ended = RunError(said) if ended is None else type(ended)(f"{ended}; {said}")
     done = len(recorded_s)
     overhead, spread = slowdown(plain_s[:done], recorded_s) if done else (None, None)
-    origin = {"recorded_from": "sglang", "prompts": done, "overhead": overhead, "overhead_spread": spread}
-    return replace(joined, origin=origin), ended
+    origin = {
+        "recorded_from": "sglang",
+        "prompts": done,
+        "rank_files": len(dumps.files),
+        "ranks": dumps.ranks,
+        "overhead": overhead,
+        "overhead_spread": spread,
+    }
+    return replace(trace, origin=origin), ended
+
+
+def _read_dumps(files: Sequence[Path]) -> RoutingTrace:
+    """The dumps of one recording together: tokens that several ranks ran count once, and a rank may have run none."""
+    folder = files[0].parent
+    with tempfile.TemporaryDirectory() as alone:  # away from older dumps
+        for file in files:
+            (Path(alone) / file.name).symlink_to(file.resolve())
+        try:
+            trace = read_trace(Path(alone), format="sglang")
+        except TraceError as error:
+            raise TraceError(str(error).replace(alone, str(folder))) from error
+    if not isinstance(trace, RoutingTrace):
+        raise TraceError(
+            f"{folder} got counts only; start the server with --expert-distribution-recorder-mode per_token"
+        )
+    return trace
 
 
 def _token_ids(transformers: Any, path: Path, prompts: list[str]) -> list[Any]:

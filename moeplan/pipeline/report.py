@@ -17,7 +17,8 @@ from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.plan import Plan
 from moeplan.artifacts.simulation_result import SimulationResult, TrafficMatrix
 from moeplan.costs.memory import memory_report
-from moeplan.costs.step import StepModel, Technique
+from moeplan.costs.step import StepModel
+from moeplan.costs.technique import Technique
 from moeplan.errors import InputError, MoeplanError, SpecError
 from moeplan.files import read_json, write_text
 from moeplan.pipeline.compare import compare

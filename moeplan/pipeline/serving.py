@@ -25,7 +25,7 @@ from moeplan.costs.kv_cache import KvRoom, kv_bytes_per_token, kv_room, kv_rooms
 from moeplan.costs.operating_point import layer_costs
 from moeplan.costs.run_traffic import Wire
 from moeplan.costs.serving import ServingCosts
-from moeplan.costs.step import Technique
+from moeplan.costs.technique import Technique
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
 from moeplan.pipeline.inputs import backend_notes, profile_notes, profile_of, read_routing, slots_of_ranks, windows_of
@@ -96,7 +96,8 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     rooms: list[tuple[KvRoom, float]] = []
     for role, engine, whole, instances, placed, link in _stages(scenario, spec, cluster):
         stage = _stage_cluster(whole, engine)
-        place, said = _placement(scenario, model, stage, placed, load)
+        place, said = _placement(scenario, model, _expert_groups(scenario, stage, engine), placed, load)
+        place = place.over_groups(engine.expert_tp)
         notes += said
         used_P = (place.physical_to_logical_LP >= 0).any(0)
         slots_R = np.bincount(place.rank_of_slot_P[used_P], minlength=stage.num_ranks)
@@ -262,6 +263,26 @@ def _stage_cluster(cluster: ClusterSpec, engine: EngineSpec) -> ClusterSpec:
     raise SpecError(f"engine.pp ({pp}) does not divide the nodes ({cluster.num_nodes}); choose a divisor")
 
 
+def _expert_groups(scenario: Scenario, stage: ClusterSpec, engine: EngineSpec) -> ClusterSpec:
+    """A stage as a placement sees it: ranks that split experts are one."""
+    degree = engine.expert_tp
+    if degree == 1:
+        return stage
+    where = f"engine.expert_tp ({degree})"
+    if stage.ranks_per_node % degree:
+        raise SpecError(
+            f"{where} does not divide the ranks of a node in a stage ({stage.ranks_per_node}); choose a divisor"
+        )
+    if scenario.objective.dispatch != "allgather":
+        raise SpecError(
+            f"{where}: ranks that split experts need every token, but objective.dispatch is"
+            f" {scenario.objective.dispatch}; set it to allgather, or expert_tp to 1"
+        )
+    if any(rank.slots is not None for rank in stage.ranks.values()):
+        raise SpecError(f"{where} and ranks with slots of their own cannot be simulated together; leave slots out")
+    return stage.model_copy(update={"ranks_per_node": stage.ranks_per_node // degree, "ranks": {}})
+
+
 def _placement(
     scenario: Scenario, model: ModelSpec, stage: ClusterSpec, file: Path | None, load: ExpertLoad | None
 ) -> tuple[Placement, list[str]]:
@@ -313,6 +334,7 @@ def _costs(
         dispatch=scenario.objective.dispatch,
         overlap=engine.overlap,
         tp=engine.tp,
+        expert_tp=engine.expert_tp,
         kv_dtype=engine.kv_dtype,
         launches_per_layer=engine.launches_per_layer,
         backend=engine.backend,

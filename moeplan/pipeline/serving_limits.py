@@ -45,16 +45,25 @@ def coverage_notes(
 
 
 def faults_fit(spec: ServingSpec, pools: list[Pool]) -> None:
-    """Faults name pools, instances and ranks that there are.
+    """Faults name pools, instances and ranks that there are, and nothing plans anew where ranks split experts.
 
     Raises:
         SpecError: which does not.
     """
+    if spec.rebalance is not None and (split := [p.engine.expert_tp for p in pools if p.engine.expert_tp > 1]):
+        raise SpecError(
+            f"serving.rebalance moves whole experts, but engine.expert_tp ({split[0]}) splits them; leave one out"
+        )
     for number, fault in enumerate(spec.faults):
         where = f"serving.faults.{number}"
         if fault.pool == "prefill" and spec.prefill is None:
             raise SpecError(f"{where}.pool (prefill): there is no prefill pool; leave it out, or add serving.prefill")
         pool = pools[0 if fault.pool == "prefill" else -1]
+        if fault.kind == "rank-loss" and pool.engine.expert_tp > 1:
+            raise SpecError(
+                f"{where}.kind (rank-loss): with engine.expert_tp ({pool.engine.expert_tp}) above 1 a lost rank takes a"
+                " part of every expert of its group, and no plan without it can be simulated yet; set expert_tp to 1"
+            )
         if pool.engine.pp > 1 and spec.rebalance is not None:
             raise SpecError(
                 f"{where}: with engine.pp ({pool.engine.pp}) above 1, faults and serving.rebalance cannot be simulated"

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from moeplan.artifacts.event_log import EventLog, EventRecorder
 from moeplan.artifacts.placement import Placement
 from moeplan.costs.roofline import returned_bytes, token_bytes
-from moeplan.costs.step import BatchParts, Overlap, StepModel
+from moeplan.costs.step import BatchParts, StepModel
+from moeplan.costs.technique import Overlap
 from moeplan.costs.traffic import Traffic, expected_traffic
 from moeplan.errors import InputError
 from moeplan.simulation.links import Links

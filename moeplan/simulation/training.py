@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventLog, EventRecorder
 from moeplan.costs.roofline import matmul_flops
-from moeplan.costs.step import Overlap
+from moeplan.costs.technique import Overlap
 from moeplan.costs.training import TrainingCosts, model_flops_per_token
 from moeplan.costs.training_parts import chunk_parts, scaled
 from moeplan.errors import SpecError

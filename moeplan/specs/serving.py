@@ -110,6 +110,12 @@ class EngineSpec(Spec):
     max_waiting: int | None = Field(None, gt=0, description="waiting requests per group; one more is rejected")
     tp: int = Field(1, gt=0, description="ranks that split attention and dense parts")
     pp: int = Field(1, gt=0, description="pipeline stages; each holds its layers' experts on ranks / pp")
+    expert_tp: int = Field(
+        1,
+        gt=0,
+        description="neighbouring ranks that split each expert, with dispatch allgather; all ranks: tensor parallelism"
+        " without expert parallelism. A placement is of a stage's ranks / expert_tp",
+    )
     overlap: Literal["none", "shared_expert", "two_batch", "shortcut"] = "none"
     backend: str | None = Field(
         None,

@@ -13,7 +13,8 @@ from moeplan.costs.memory import (
     slot_bytes,
     workspace_bytes,
 )
-from moeplan.costs.step import StepModel, Technique
+from moeplan.costs.step import StepModel
+from moeplan.costs.technique import Technique
 from moeplan.errors import InfeasibleError
 from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.clusters import cluster_for

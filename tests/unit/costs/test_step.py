@@ -9,7 +9,8 @@ import pytest
 
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile, shipped_profiles
-from moeplan.costs.step import Overlap, StepCost, StepModel, Technique, combine, step
+from moeplan.costs.step import StepCost, StepModel, combine, step
+from moeplan.costs.technique import Overlap, Technique
 from moeplan.costs.traffic import Traffic
 from moeplan.errors import InputError
 from moeplan.specs.cluster import RankSpec

@@ -9,7 +9,8 @@ from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_trace
-from moeplan.costs.step import StepModel, Technique
+from moeplan.costs.step import StepModel
+from moeplan.costs.technique import Technique
 from moeplan.costs.traffic import counted_traffic, expected_traffic
 from moeplan.errors import PlanError
 from moeplan.routing.loads import expert_load

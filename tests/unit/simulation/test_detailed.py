@@ -10,7 +10,8 @@ import pytest
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import shipped_profile_for
 from moeplan.artifacts.routing_trace import RoutingTrace
-from moeplan.costs.step import StepModel, Technique
+from moeplan.costs.step import StepModel
+from moeplan.costs.technique import Technique
 from moeplan.costs.traffic import Traffic, counted_traffic
 from moeplan.errors import InputError
 from moeplan.routing.loads import expert_load
