@@ -299,7 +299,7 @@ class HardwareProfile:
                 continue
             rows, own = other.table(name), self.table(name) if name in self.table_names else None
             if own is not None:
-                mine = set(_places(own, place))
+                mine = set(_places(self.select(name), place))  # of rows that serve
                 rows = rows.filter(pa.array([each not in mine for each in _places(rows, place)], pa.bool_()))
             if not rows.num_rows:
                 continue

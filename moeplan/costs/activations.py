@@ -1,9 +1,9 @@
 """What training keeps of a layer for its backward, and what it computes again instead.
 
-Kept per token are inputs of every product and of the attention kernel, in bf16 (Korthikanti et al. 2022, arXiv
-2205.05198, section 4, without dropout and with FlashAttention). Parts that are computed again bear the names of
-Megatron-Core's ``recompute_modules``: ``layernorm`` is both norms of a layer, ``moe_act`` the gated activation of
-routed experts, ``mla_up_proj`` the products from latents to queries, keys and values, ``mlp`` the block of a dense
+Kept per token are inputs of every product and of the attention kernel, in the type of activations (Korthikanti et al.
+2022, arXiv 2205.05198, section 4, without dropout and with FlashAttention). Parts that are computed again bear the
+names of Megatron-Core's ``recompute_modules``: ``layernorm`` is both norms of a layer, ``moe_act`` the gated activation
+of routed experts, ``mla_up_proj`` the products from latents to queries, keys and values, ``mlp`` the block of a dense
 layer.
 """
 
@@ -16,8 +16,6 @@ from moeplan.specs.training import Recompute, RecomputeModule
 
 __all__ = ["activation_bytes", "recomputed_s"]
 
-_WIDE = DTYPE_BYTES["bf16"]
-
 
 def activation_bytes(
     model: ModelSpec,
@@ -26,26 +24,26 @@ def activation_bytes(
     dtype: Dtype = "bf16",
     modules: tuple[RecomputeModule, ...] = (),
 ) -> float:
-    """Bytes kept per token for the backward of one layer; ``dtype`` of product inputs."""
-    hidden, width = model.hidden_size, DTYPE_BYTES[dtype]
+    """Bytes kept per token for the backward of one layer; ``dtype`` of activations."""
+    hidden, wide = model.hidden_size, DTYPE_BYTES[dtype]
     if recompute == "full":
-        return _WIDE * hidden
-    norm = 0.0 if "layernorm" in modules else width * hidden
-    kept = 2.0 * _WIDE * hidden + norm  # residual stream and norm's input, and the product's
+        return wide * hidden
+    norm = 0.0 if "layernorm" in modules else wide * hidden
+    kept = 2.0 * wide * hidden + norm  # residual stream and norm's input, and the product's
     if (a := model.attention) is not None and recompute != "attention":
         nope, rope = a.qk_nope_head_dim or a.head_dim, a.qk_rope_head_dim or 0
         keys = a.num_heads if a.is_mla else a.num_kv_heads
         if "mla_up_proj" not in modules:
-            kept += _WIDE * (a.num_heads * (nope + rope) + keys * (nope + rope + a.head_dim))
-        kept += _WIDE * a.num_heads * a.head_dim + width * ((a.q_lora_rank or 0) + (a.kv_lora_rank or 0))
+            kept += wide * (a.num_heads * (nope + rope) + keys * (nope + rope + a.head_dim))
+        kept += wide * a.num_heads * a.head_dim + wide * ((a.q_lora_rank or 0) + (a.kv_lora_rank or 0))
     gates = 2 if model.gated_ffn else 1
 
     def ffn(inter: float, rows: float, activated: bool = True) -> float:
-        return rows * inter * (gates * _WIDE + width * activated)
+        return rows * inter * wide * (gates + activated)
 
     if not moe:
         return kept + norm + (0.0 if "mlp" in modules else ffn(model.dense_intermediate_size, 1))
-    routed = model.top_k * (width + _WIDE) * model.routed_hidden_size  # as they arrive, and as they return
+    routed = model.top_k * 2 * wide * model.routed_hidden_size  # as they arrive, and as they return
     routed += ffn(model.expert_intermediate_size, model.top_k, "moe_act" not in modules)
     return kept + routed + ffn(model.shared_intermediate_size, 1)
 
@@ -63,13 +61,13 @@ def recomputed_s(
     Raises:
         InputError: a part that the model lacks.
     """
-    hidden, gates = model.hidden_size, 2 if model.gated_ffn else 1
+    hidden, gates, wide = model.hidden_size, 2 if model.gated_ffn else 1, DTYPE_BYTES[dense.activations]
     answer: dict[RecomputeModule, float] = {}
     for module in modules:
         if module == "layernorm":
-            answer[module] = 2 * 2 * _WIDE * tokens * hidden / bytes_per_s
+            answer[module] = 2 * 2 * wide * tokens * hidden / bytes_per_s
         elif module == "moe_act":
-            moved = (gates + 1) * _WIDE * model.expert_intermediate_size
+            moved = (gates + 1) * wide * model.expert_intermediate_size
             answer[module] = moved * model.top_k * tokens / bytes_per_s
         elif module == "mla_up_proj":
             a = model.attention

@@ -72,7 +72,7 @@ class AttentionCosts:
         wide, flops = DTYPE_BYTES[arithmetic], roofline.matmul_flops(accelerator, arithmetic)
         cache = DTYPE_BYTES[kv_dtype] if DTYPE_BYTES[kv_dtype] < 2 else wide
 
-        def law(coords: Floats, queries: float = 1.0) -> Floats:
+        def law(coords: Floats, queries: float = 1.0, window: int = window) -> Floats:
             context, batch = coords.T
             query = np.full_like(context, queries) if decode else context
             seen = np.minimum(context, window) if window else context
@@ -96,25 +96,41 @@ class AttentionCosts:
             "window": window,
             "direction": direction,
         }
-        # Of the kinds of 16 bits the first that is measured.
+        # Of the kinds of 16 bits the first that is measured, with this window or else without one.
         kinds: list[dict[str, Any]] = [
-            names | {"dtype": of, "kv_dtype": of if cache == wide else kv_dtype} for of in table_dtypes(arithmetic)
+            names | {"window": seen, "dtype": of, "kv_dtype": of if cache == wide else kv_dtype}
+            for seen in dict.fromkeys((window, 0))
+            for of in table_dtypes(arithmetic)
         ]
         there = (kind for kind in kinds if profile is not None and _measured(profile, tuple(kind.items())))
         names = next(there, kinds[0])
         framework = _framework(profile, tuple(names.items()), backend) if profile is not None else None
         names |= {"backend": framework} if framework else {}
-        self._law = law
-        self._kernel = TableCosts(profile, "attention", ("context_tokens", "batch"), names, law, accelerator.name)
+        self._law, own = law, names["window"]
+        self._cut = 0 if own == window else window  # of a table without one
+
+        def table_law(coords: Floats) -> Floats:
+            return law(coords, window=own)
+
+        self._kernel = TableCosts(profile, "attention", ("context_tokens", "batch"), names, table_law, accelerator.name)
         self.measured = self._kernel.measured
 
     def kernel(self, batch: Any, context: Any) -> Seconds:
-        """Attention alone over ``batch`` sequences; in prefill all ``context`` tokens are new."""
-        return self._kernel.seconds(context, batch)
-
-    def kernels(self, batch: Floats, context: Floats) -> Seconds:
-        """As :meth:`kernel`, for arrays of one shape."""
-        return self._kernel.seconds(context, batch)
+        """Attention alone over ``batch`` sequences, numbers or arrays of one shape; in prefill all ``context`` tokens
+        are new. Where no kernel is measured with the window, one without it that sees as many tokens serves: in prefill
+        its time at the context in proportion to the law."""
+        window = self._cut
+        if not window:
+            return self._kernel.seconds(context, batch)
+        if self._decode:
+            return self._kernel.seconds(np.minimum(context, window), batch)
+        found = self._kernel.seconds(context, batch)
+        coords = np.stack([x.ravel() for x in np.broadcast_arrays(*map(np.atleast_1d, (context, batch)))], -1) * 1.0
+        part = (self._law(coords) / self._law(coords, window=0)).reshape(found.value.shape)
+        beyond = bool((np.asarray(context) > window).any())
+        error = max(found.relative_error, roofline.RELATIVE_ERROR) if beyond else found.relative_error
+        source = found.source + f", cut to a window of {window}" * beyond
+        return Seconds(found.value * part, error, source, found.extrapolated or beyond)
 
     def work(self, batch: Floats, context: Floats, queries: float = 1.0) -> Floats:
         """Roofline seconds of the kernel with ``queries`` new tokens per sequence in decode, arrays of one shape."""
@@ -125,7 +141,8 @@ class AttentionCosts:
         a, tp, hidden = self._spec, self._tp, self._hidden
         halves: list[Seconds] | None = None
         if a.kv_lora_rank is None:
-            shapes: list[tuple[float, float]] = [((a.num_heads + 2 * a.num_kv_heads) * a.head_dim / tp, hidden)]
+            heads = a.num_heads / tp + 2 * max(1.0, a.num_kv_heads / tp)
+            shapes: list[tuple[float, float]] = [(heads * a.head_dim, hidden)]
         else:
             nope, rope = a.qk_nope_head_dim or 0, a.qk_rope_head_dim or 0
             query = a.num_heads * (nope + rope) / tp

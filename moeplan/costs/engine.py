@@ -21,10 +21,12 @@ from moeplan.costs.attention import AttentionCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.engine_links import EngineLinks
 from moeplan.costs.engine_tables import EngineSetup, EngineTables, Exchange
+from moeplan.costs.experts import of_phase
 from moeplan.costs.fastest import FastestTable
 from moeplan.costs.number_formats import table_dtypes
 from moeplan.specs.attention_layers import AttentionLayers, attention_layers
 from moeplan.specs.model import DTYPE_BYTES, Dtype
+from moeplan.specs.workload import Phase
 
 __all__ = ["EngineCosts", "EngineSetup", "Exchange"]
 
@@ -225,7 +227,7 @@ class EngineCosts:
 
     # ------------------------------------------------------------------ experts
 
-    def _experts(self, tokens: Floats) -> Floats:
+    def _experts(self, tokens: Floats, phase: Phase) -> Floats:
         """Seconds of one layer's routed experts on the busiest rank, ``tokens`` over the worker."""
         s, m = self.setup, self.setup.model
         local = m.num_experts / s.ep
@@ -253,8 +255,9 @@ class EngineCosts:
         choices: tuple[dict[str, Any], ...] = tuple({"dtype": dtype} for dtype in table_dtypes(s.expert_dtype))
         # CUTLASS' 4-bit rows are left out: B200's take twice GB200's at the same points.
         parts = _LIBRARIES.get(s.expert_kernels)
+        kernels = self._tables.kernels("experts", hidden=m.routed_hidden_size, num_experts=m.num_experts)
+        names["kernel"] = kernels = of_phase(kernels, phase)
         if parts and (s.expert_kernels, s.expert_dtype) != ("cutlass", "fp4"):
-            kernels = self._tables.kernels("experts", hidden=m.routed_hidden_size, num_experts=m.num_experts)
             asked = [kernel for kernel in kernels if any(part in kernel for part in parts)]
             choices = tuple(choice | {"kernel": asked} for choice in choices) + choices
         return self._tables.table("experts", ("tokens",), names, law, choices).seconds(tokens)
@@ -272,7 +275,10 @@ class EngineCosts:
         reduce = self._links.all_reduce(tokens)
         every = tokens * busy
         router = plain.product(tokens, m.num_experts, m.hidden_size).value
-        moe = self._links.exchange(every, decode) + self._experts(every) + router
+        moe = self._links.exchange(every, decode) + self._experts(every, "decode" if decode else "prefill") + router
+        if (latent := m.expert_hidden_size) is not None:
+            ways = ((latent, m.hidden_size), (m.hidden_size, latent))
+            moe = moe + sum(self._tables.dense(s.dense_dtype).product(tokens, *way).value for way in ways)
         if m.shared_intermediate_size:
             moe = moe + self._ffn(tokens, m.shared_intermediate_size)
         num_dense = m.num_layers - m.num_moe_layers

@@ -34,8 +34,9 @@ from moeplan.costs.number_formats import table_dtypes
 from moeplan.costs.tables import TableCosts, kernel_names
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import Dtype, ModelSpec
+from moeplan.specs.workload import Phase
 
-__all__ = ["ExpertCosts", "expert_costs", "fit_experts", "kernel_fits"]
+__all__ = ["ExpertCosts", "expert_costs", "fit_experts", "kernel_fits", "of_phase"]
 
 Floats = NDArray[np.float64]
 
@@ -192,6 +193,15 @@ def _roofline(model: ModelSpec, accelerator: AcceleratorSpec, dtype: Dtype, tp: 
     return ExpertCosts(n, seconds, np.zeros(len(n)), roofline.RELATIVE_ERROR, source, extrapolated=True)
 
 
+# DeepEP's two modes bring tokens in different layouts, each to kernels of its own (``moeplan.profiling.aic``).
+_OTHER_PHASE: dict[Phase, str] = {"decode": "/context", "prefill": "/generation", "mix": "/generation"}
+
+
+def of_phase(kernels: list[str], phase: Phase) -> list[str]:
+    """Those that serve a phase; all where none is made for it."""
+    return [name for name in kernels if not name.endswith(_OTHER_PHASE[phase])] or kernels
+
+
 def expert_costs(
     model: ModelSpec,
     accelerator: AcceleratorSpec,
@@ -203,15 +213,16 @@ def expert_costs(
     local_experts: float = 8.0,
     arriving: float = 1.0,
     direction: Direction = "forward",
+    phase: Phase = "prefill",
 ) -> ExpertCosts:
     """Costs of ``model``'s experts: measured where the profile has the shape, else scaled from the nearest
     measured shape (weights and arithmetic both grow with ``H F``), else by the roofline.
 
     Of several number formats of ``dtype`` one serves alone: the first of :func:`table_dtypes` that was measured at the
     shape, since tables hold a shape in the formats its models come in; the first at all where none was. Of several
-    kernels the fastest serves, for a rank of ``local_experts`` with ``mean_pairs`` tokens each that
-    gets the part ``arriving`` of the group's tokens, among those of ``backend`` where it is named. The roofline is of a
-    forward, whatever the ``direction``.
+    kernels of the ``phase`` the fastest serves, for a rank of ``local_experts`` with ``mean_pairs`` tokens each that
+    gets the part ``arriving`` of the group's tokens, among those of ``backend`` where it is named and those measured
+    around such a rank where there are any. The roofline is of a forward, whatever the ``direction``.
 
     Raises:
         UnknownNameError: no such ``backend``.
@@ -223,8 +234,11 @@ def expert_costs(
         return _roofline(model, accelerator, dtype, tp)
     ep = model.num_experts / local_experts
     at = model.num_experts, model.top_k, mean_pairs * model.num_experts / model.top_k, ep
+    names = of_phase([kernel.names["kernel"] for kernel in kernels], phase)
+    own = [kernel for kernel in kernels if kernel.names["kernel"] in names]
     # Without expert parallelism kernels take another path: what was timed so stands in where nothing else was.
-    fitting = [kernel for kernel in kernels if ep <= 1 or kernel.ep[1] > 1] or kernels
+    fitting = [kernel for kernel in own if kernel.covers(mean_pairs, ep)]
+    fitting = fitting or [kernel for kernel in own if ep <= 1 or kernel.ep[1] > 1] or own
 
     def rank_s(kernel: _Kernel) -> float:
         fit = kernel.fit

@@ -25,11 +25,11 @@ __all__ = ["FixedCosts", "fixed_costs"]
 
 @dataclass(frozen=True, slots=True)
 class FixedCosts:
-    """``layer_s``: attention, router, norms, permutation and host overhead of one MoE layer, ``routing_s``
-    the part of router and permutation, which dense layers lack; ``shared_s``: its shared experts; ``other_s``: dense
-    layers, embedding and head of the whole step. ``kernel_s`` is the attention kernel's part of ``layer_s``, which
-    depends on the context; ``other_s`` holds it ``other_kernels`` times. ``reduce_s``: an all-reduce over the ranks
-    that split attention; ``layer_s`` holds it once, dense layers twice, ``shared_s`` as much as ``shared_reduce_s``."""
+    """``layer_s``: attention, router, norms, permutation and host overhead of one MoE layer, ``routing_s`` the part of
+    router, permutation and latent projections, which dense layers lack; ``shared_s``: its shared experts; ``other_s``:
+    dense layers, embedding and head of the whole step. ``kernel_s`` is the attention kernel's part of ``layer_s``,
+    which depends on the context; ``other_s`` holds it ``other_kernels`` times. ``reduce_s``: an all-reduce over the
+    ranks that split attention; ``layer_s`` holds it once, dense layers twice, ``shared_s`` as ``shared_reduce_s``."""
 
     layer_s: float
     routing_s: float
@@ -42,6 +42,9 @@ class FixedCosts:
     relative_error: float
     source: Mapping[str, str]
     extrapolated: bool
+
+
+_OF_EXPERTS = ("router and permutation", "latent projections")  # parts that dense layers lack
 
 
 def _launch_s(profile: HardwareProfile | None) -> float:
@@ -78,7 +81,9 @@ def fixed_costs(
     tp, cp, kv_dtype, backend = how.tp, how.cp, how.kv_dtype, how.backend
     device, hidden = cluster.accelerator, model.hidden_size
     dense = DenseCosts(device, how.dense_dtype or dense_beside(workload.weight_dtype), profile, backend)
-    passes = PassCosts(device, dense.activations, hidden, model.num_experts, model.top_k, profile)
+    shape = model.num_experts, model.top_k, profile
+    passes = PassCosts(device, dense.activations, hidden, *shape)
+    routed = PassCosts(device, dense.activations, model.routed_hidden_size, *shape)
     wide = DTYPE_BYTES[dense.activations]
     links = CollectiveCosts(cluster, profile, backend)
     tokens = batch * tp
@@ -104,14 +109,16 @@ def fixed_costs(
     parts["router and permutation"] += [
         dense.product(own, model.num_experts, hidden),
         passes.seconds("router", own),
-        *(passes.seconds(op, tokens / tp * how.expert_tp) for op in ("permute", "unpermute")),
+        *(routed.seconds(op, tokens / tp * how.expert_tp) for op in ("permute", "unpermute")),
     ]
+    if (latent := model.expert_hidden_size) is not None:
+        parts["latent projections"] = [dense.product(own, latent, hidden), dense.product(own, hidden, latent)]
     reduced = links.seconds("all_reduce", tp, tokens * hidden * wide)
     if tp > 1:
         parts["links"].append(reduced)
     host = how.launches_per_layer * _launch_s(profile) if how.launches_per_layer else 0.0
     layer = sum(s.total for part in parts.values() for s in part) + host
-    routing = sum(s.total for s in parts["router and permutation"])
+    routing = sum(s.total for name in _OF_EXPERTS for s in parts.get(name, ()))
     shared: list[Seconds] = []
     if model.shared_intermediate_size:
         shared.append(dense.ffn(tokens, hidden, model.shared_intermediate_size / tp, model.gated_ffn))

@@ -3,7 +3,7 @@
 With ``slots`` expert slots per MoE layer on the rank, ``L`` MoE layers and ``B`` bytes per weight,
 
 - experts: ``slots * L * expert_parameters * B``;
-- other weights: ``non_expert_parameters * B_other / shards``. Attention, shared experts, dense layers and
+- other weights: ``non_expert_parameters_on(shards) * B_other``. Attention, shared experts, dense layers and
   embeddings are whole on every rank under data-parallel attention (``shards = 1``) and split under tensor
   parallelism. ``B_other`` is that of the experts from 8 bits up and bf16 below: published 4-bit checkpoints
   (MXFP4, NVFP4) keep these weights in 16 bits;
@@ -75,7 +75,7 @@ def slot_bytes(model: ModelSpec, dtype: Dtype) -> float:
 
 def non_expert_bytes(model: ModelSpec, dtype: Dtype, shards: int = 1) -> float:
     """Bytes of all other weights on one rank, when ``shards`` ranks split them."""
-    return model.non_expert_parameters * DTYPE_BYTES[dense_beside(dtype)] / shards
+    return model.non_expert_parameters_on(shards) * DTYPE_BYTES[dense_beside(dtype)]
 
 
 def workspace_bytes(model: ModelSpec, workload: Workload) -> float:

@@ -45,6 +45,7 @@ def layer_costs(
         mean_pairs=mean,
         local_experts=model.num_experts / ranks,
         arriving=arriving,
+        phase=workload.phase,
     )
     _, per_active, per_pair = experts.linear(mean)
     fixed = experts.shared_s(mean * arriving)

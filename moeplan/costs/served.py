@@ -121,7 +121,7 @@ def kv_capacity_tokens(setup: EngineSetup, memory_share: float) -> float:
     """
     m = setup.model
     experts = sum(m.experts_L) * m.expert_bytes(setup.expert_dtype) / setup.ranks
-    others = m.non_expert_parameters * DTYPE_BYTES[setup.dense_dtype] / setup.tp
+    others = m.non_expert_parameters_on(setup.tp) * DTYPE_BYTES[setup.dense_dtype]
     free = memory_share * setup.accelerator.memory - experts - others
     if free <= 0:
         raise InputError(

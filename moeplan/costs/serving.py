@@ -176,7 +176,7 @@ class ServingCosts:
             device = self.cluster.accelerator
             common = (dense, how.kv_dtype, self.profile, how.tp, how.backend)
             sorts = attention_by_window(model, device, decode, *common)
-            seconds: Floats = np.sum([share * costs.kernels(seqs, context).value for share, costs in sorts], 0)
+            seconds: Floats = np.sum([share * costs.kernel(seqs, context).value for share, costs in sorts], 0)
             return seconds
 
         seqs, context = np.meshgrid(self._seqs.points, self._context.points, indexing="ij")

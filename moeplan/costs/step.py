@@ -175,6 +175,7 @@ class StepModel:
             mean_pairs=mean,
             local_experts=model.num_experts / groups,
             arriving=arriving,
+            phase=work.phase,
         )
         exchange = exchange_costs(
             model, cluster, how.dispatch, work.phase, work.activation_dtype,

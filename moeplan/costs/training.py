@@ -46,7 +46,7 @@ from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, dense_beside
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside, dense_beside
 from moeplan.specs.training import TrainingSpec
 from moeplan.specs.workload import DispatchKind, Workload
 
@@ -62,7 +62,8 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-# Adam's master weights and two moments; those read and written, the master weights read again to write weights in bf16.
+# Adam's master weights and two moments; those read and written, the master weights read again to write weights in bf16
+# (weights in fp32 are the master weights).
 _ADAM_STATE_BYTES, _ADAM_MOVED_BYTES = 12, 2 * 12 + 4 + 2
 
 # Reads or writes of gradients in a step, as Megatron-LM's DistributedDataParallel and DistributedOptimizer do by
@@ -172,6 +173,7 @@ class TrainingCosts:
         dispatch: DispatchKind = "per_node",
     ) -> None:
         self.model, self.cluster, self.spec, self.weight_dtype = model, cluster, spec, weight_dtype
+        self._wide = DTYPE_BYTES[activations_beside(weight_dtype)]  # of activations, and of weights as they are used
         self.micro_batches = spec.micro_batches(cluster.num_ranks)
         self.tokens = spec.micro_batch * spec.sequence // (spec.tp * spec.cp)
         group = expert_group(cluster, spec.ep)
@@ -210,7 +212,7 @@ class TrainingCosts:
 
         dense = DenseCosts(accelerator, dense_beside(weight_dtype), profile)
         hidden, rows = model.hidden_size, self.tokens * spec.tp
-        moved = 2 * DTYPE_BYTES["bf16"] * PASSES * self.tokens * hidden  # a third of it in forward
+        moved = 2 * self._wide * PASSES * self.tokens * hidden  # a third of it in forward
         forward, backward = moved / 3 / onward.bytes_per_s, 2 * moved / 3 / back_stream.bytes_per_s
         kernel, reduce = fixed.kernel_s, fixed.reduce_s
         plain = fixed.layer_s - kernel - reduce
@@ -221,19 +223,19 @@ class TrainingCosts:
         attention = fixed.layer_s + forward, attention_back
         full = spec.recompute == "full"
         shared, shared_reduce = fixed.shared_s, fixed.shared_reduce_s
-        shared_back = self.products_back * (shared - shared_reduce) + self.reduces_back * shared_reduce
+        self.shared_back_s = self.products_back * (shared - shared_reduce) + self.reduces_back * shared_reduce
         # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch,
         # where a forward's product reads the weights.
         self._slots = int(np.bincount(placement.rank_of_slot_P).max())
         tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
-        self._dense_parameters = (model.non_expert_parameters - tables) / model.num_layers / spec.tp
+        self._dense_parameters = (model.non_expert_parameters_on(spec.tp) - tables / spec.tp) / model.num_layers
         self._bandwidth = roofline.MEMORY_EFFICIENCY * cluster.accelerator.memory_bandwidth
         once_s = (2 * DTYPE_BYTES[spec.gradient_dtype] - DTYPE_BYTES[weight_dtype]) / self._bandwidth
         added = once_s * self._dense_parameters, once_s * self._slots * float(model.expert_parameters)
         attention = self.attention_s = (attention[0], attention[1] + sum(added))
         hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
         self._moe_forward_WL = attention[0] + shared + expert_s_WL
-        self._moe_backward_WL = attention[1] + shared_back + self.experts_back * expert_s_WL
+        self._moe_backward_WL = attention[1] + self.shared_back_s + self.experts_back * expert_s_WL
         self._moe_backward_WL += exchange_s_WL if full else 0.0
         self._moe_backward_WL += parts_s.get("moe_act", 0.0)
         self._exchange_WL = exchange_s_WL - hidden_s_WL
@@ -244,7 +246,7 @@ class TrainingCosts:
         dense_backward = attention[1] - added[1] + self.products_back * more + self.reduces_back * reduce
         self._dense = attention[0] + more + reduce, dense_backward + parts_s.get("mlp", 0.0)
         head = dense.product(rows, model.vocab_size / spec.tp, hidden).total
-        loss = 2 * DTYPE_BYTES["bf16"] * _HEAD_PASSES * rows * model.vocab_size / spec.tp / self._bandwidth
+        loss = 2 * self._wide * _HEAD_PASSES * rows * model.vocab_size / spec.tp / self._bandwidth
         self._head = (head + loss / 2, ratio.products * head + loss / 2)
         self.links = CollectiveCosts(cluster, profile)
         self._link_error = 0.0
@@ -316,7 +318,7 @@ class TrainingCosts:
             (dense, ranks // (spec.pp * spec.tp), spec.tp),
             (expert, ranks // (spec.pp * spec.ep), spec.ep),
         ]
-        width, grad = DTYPE_BYTES["bf16"], DTYPE_BYTES[spec.gradient_dtype]
+        width, grad = self._wide, DTYPE_BYTES[spec.gradient_dtype]
         sync = gather = own = held = moved = 0.0
         for parameters, copies, stride in groups:
             reduced = self.links.seconds("reduce_scatter", copies, parameters * grad, stride)
@@ -326,9 +328,11 @@ class TrainingCosts:
             own += parameters / (copies if spec.zero else 1)
             held += parameters
             moved += parameters * grad * (copies > 1)
-        updated = own * (_ADAM_MOVED_BYTES + _OWN_GRADIENT_PASSES * grad) + held * _GRADIENT_PASSES * grad
+        adam = _ADAM_MOVED_BYTES - 6 * (width == 4) + _OWN_GRADIENT_PASSES * grad
+        updated = own * adam + held * _GRADIENT_PASSES * grad
         again = spec.recompute_modules
-        by_kind = [activation_bytes(model, moe, spec.recompute, modules=again) for moe in (False, True)]
+        kind = activations_beside(self.weight_dtype)
+        by_kind = [activation_bytes(model, moe, spec.recompute, kind, again) for moe in (False, True)]
         kept = sum(by_kind[kinds[layer]] for layer in layers) * self.tokens
         if layers[-1] == len(kinds) - 1:  # logits and their softmax in fp32
             kept += self.tokens * spec.tp * model.vocab_size / spec.tp * 4
@@ -342,14 +346,14 @@ class TrainingCosts:
             gather_s=gather,
             optimizer_s=updated / self._adam.bytes_per_s,
             sync_bytes=moved,
-            state_bytes=_state_bytes(spec, [(parameters, copies) for parameters, copies, _ in groups]),
+            state_bytes=_state_bytes(spec, [(parameters, copies) for parameters, copies, _ in groups], width),
             activation_bytes=kept,
         )
 
     @property
     def transfer_bytes(self) -> float:
-        """Activations of a micro-batch from one rank to the same rank of the next stage, in bf16."""
-        return self.tokens * self.model.hidden_size * DTYPE_BYTES["bf16"]
+        """Activations of a micro-batch from one rank to the same rank of the next stage."""
+        return self.tokens * self.model.hidden_size * self._wide
 
     @property
     def transfer_s(self) -> float:
@@ -466,11 +470,12 @@ def training_step(costs: TrainingCosts) -> TrainingCost:
     )
 
 
-def _state_bytes(spec: TrainingSpec, groups: list[tuple[float, int]]) -> float:
-    """Weights, gradients and Adam state of a rank; ``groups``: parameters on it, and ranks that hold copies."""
+def _state_bytes(spec: TrainingSpec, groups: list[tuple[float, int]], width: float) -> float:
+    """Weights of ``width`` bytes, gradients and Adam state of a rank; ``groups``: parameters on it, and ranks that hold
+    copies. Weights in fp32 are their own master copy."""
     total = 0.0
     for parameters, copies in groups:
-        total += parameters * DTYPE_BYTES["bf16"] / (copies if spec.zero >= 3 else 1)
+        total += parameters * width / (copies if spec.zero >= 3 else 1)
         total += parameters * DTYPE_BYTES[spec.gradient_dtype] / (copies if spec.zero >= 2 else 1)
-        total += parameters * _ADAM_STATE_BYTES / (copies if spec.zero >= 1 else 1)
+        total += parameters * (_ADAM_STATE_BYTES - 4 * (width == 4)) / (copies if spec.zero >= 1 else 1)
     return total

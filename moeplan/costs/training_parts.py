@@ -49,7 +49,7 @@ def chunk_parts(costs: TrainingCosts, chunk: Chunk, window: int, backward: bool)
     """
     rows = list(chunk.moe_rows[::-1] if backward else chunk.moe_rows)
     whole, factor = costs.batches_W[window], costs.experts_back if backward else 1.0
-    more_R = (costs.products_back - 1) * backward * whole.shared_s_R
+    more_R = backward * (costs.shared_back_s - whole.shared_s_R)
     parts = replace(
         whole,
         attention_s_R=np.full_like(whole.attention_s_R, costs.attention_s[backward]) + more_R,

@@ -178,6 +178,20 @@ class ModelSpec(Spec):
             + self.extra_parameters
         )
 
+    def non_expert_parameters_on(self, tp: int) -> float:
+        """Those on each of ``tp`` ranks that split attention and dense parts. Whole on all of them are routers,
+        down-projections to latents, and key and value heads where there are fewer than ranks."""
+        copied = float(self.num_moe_layers * self.hidden_size * self.num_experts)
+        extra = 0.0
+        if (a := self.attention) is not None:
+            if a.is_mla:
+                widths = (a.q_lora_rank or 0) + (a.kv_lora_rank or 0) + (a.qk_rope_head_dim or 0)
+                copied += self.num_layers * self.hidden_size * widths
+            else:
+                more = max(0.0, 1 - a.num_kv_heads / tp)
+                extra = 2 * self.num_layers * self.hidden_size * a.head_dim * more
+        return (self.non_expert_parameters - copied) / tp + copied + extra
+
     def kv_bytes_per_token(self, dtype: Dtype = "bf16", tp: int = 1) -> float | None:
         """KV-cache bytes per token over all layers on each of ``tp`` ranks that share attention; None where it is not
         known. Grouped-query heads are split over the ranks down to one head each, a latent is whole on every one."""

@@ -242,7 +242,8 @@ def test_cache_beside_the_weights_by_hand() -> None:
     model, device = find_model("deepseek-v3"), find_accelerator("h200")
     setup = EngineSetup(model, device, "sglang", tp=8)
     experts = 58 * 256 * 3 * 7168 * 2048 / 8
-    free = 0.9 * device.memory - experts - model.non_expert_parameters / 8
+    whole = 58 * 7168 * 256 + 61 * 7168 * (1536 + 512 + 64)  # routers, down-projections
+    free = 0.9 * device.memory - experts - (model.non_expert_parameters - whole) / 8 - whole
     assert kv_capacity_tokens(setup, 0.9) == pytest.approx(free / (61 * (512 + 64) * 2))
     with pytest.raises(InputError, match=r"weights of DeepSeek-V3 .* exceed 90%"):
         kv_capacity_tokens(EngineSetup(model, device, "sglang", tp=2), 0.9)
@@ -346,7 +347,7 @@ def test_the_library_asked_for_serves_else_the_fastest() -> None:
     profile = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows)})
     for library, us in (("", 50.0), ("trtllm", 80.0), ("deepgemm", 50.0), ("cutlass", 50.0)):
         costs = EngineCosts(replace(setup, expert_kernels=library), profile)
-        assert costs._experts(np.array(16.0)).item() == pytest.approx(us * 1e-6)
+        assert costs._experts(np.array(16.0), "decode").item() == pytest.approx(us * 1e-6)
 
 
 def test_rows_of_a_like_machine_join_a_copy() -> None:
