@@ -209,7 +209,7 @@ def measure_command(table: str, region: Mapping[str, Any]) -> str:
     """
     subcommand, flags = _FLAGS[table]
     if "model" in region:
-        flags = {"model": "--model"}
+        flags = {"model": "--model", "tp": "--tp", "dtype": "--dtype"}
     given = {column: region[column] for column in flags if column in region}
     if "dtype" in given:
         formats = [given["dtype"]] if isinstance(given["dtype"], str) else list(given["dtype"])

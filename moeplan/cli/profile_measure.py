@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from moeplan.cli.common import Seconds, output_options, print_json, progress_bar
+from moeplan.errors import SpecError
 from moeplan.pipeline.profile_request import changes
 
 __all__ = ["commands", "routing"]
@@ -92,6 +93,9 @@ def _measure(part: str) -> click.Command:
         from moeplan.pipeline.profiling import measure_profile, profile_request
 
         request = profile_request(part, preset, {k: v for k, v in options.items() if v is not None})
+        heads, kv_heads = request.sizes.heads, request.sizes.kv_heads
+        if kv_heads and heads % kv_heads:
+            raise SpecError(f"--kv-heads ({kv_heads}) must divide --heads ({heads}); give a number that does")
         try:
             with progress_bar(quiet, single=True) as report:
                 answer = measure_profile(request, out, resume, report)
@@ -177,8 +181,14 @@ def routing(as_json: bool, quiet: bool, **options: Any) -> None:
     elif not quiet:
         phases = ", ".join(f"{n:,} {phase}" for phase, n in answer["phases"].items())
         spread = "of one prompt" if answer["overhead_spread"] is None else f"spread {answer['overhead_spread']:.1%}"
-        click.echo(f"{answer['out']}: {answer['tokens']:,} tokens ({phases}), overhead of recording"
-                   f" {answer['overhead']:+.1%} ({spread})")
+        ranks = ""
+        if files := answer.get("rank_files"):
+            of = "the server does not say of how many" if answer["ranks"] is None else f"of {answer['ranks']}"
+            ranks = f", dumps of {files} rank{'s'[: files > 1]} ({of})"
+        click.echo(
+            f"{answer['out']}: {answer['tokens']:,} tokens ({phases}){ranks}, overhead of recording"
+            f" {answer['overhead']:+.1%} ({spread})"
+        )
 
 
 @click.command()

@@ -9,10 +9,11 @@ from moeplan.artifacts.profile import HardwareProfile, shipped_profile_for
 from moeplan.costs.exchange import MODES, mode_of
 from moeplan.costs.frameworks import FRAMEWORK_TABLES
 from moeplan.costs.number_formats import table_dtypes
+from moeplan.costs.technique import Technique
 from moeplan.errors import ProfileError
 from moeplan.specs.catalogue import slug
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import Dtype, ModelSpec
+from moeplan.specs.model import Dtype, ModelSpec, activations_beside, dense_beside
 from moeplan.specs.models import find_model, model_names
 from moeplan.specs.workload import Objective, Workload
 
@@ -20,9 +21,15 @@ __all__ = ["backend_gaps", "coverage_gaps"]
 
 
 def coverage_gaps(
-    model: ModelSpec, cluster: ClusterSpec, workload: Workload, objective: Objective, profile: HardwareProfile
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    workload: Workload,
+    objective: Objective,
+    profile: HardwareProfile,
+    how: Technique | None = None,
 ) -> tuple[str, ...]:
-    """One message per region that predictions for this model would have to scale or take from the roofline."""
+    """One message per region that predictions for this model would have to scale or take from the roofline: of experts
+    and exchanges, which a plan is costed by; with ``how`` also of attention and products, of which steps are."""
     hidden, experts = {"hidden": model.routed_hidden_size}, {"num_experts": model.num_experts}
     shape = hidden | {"inter": model.expert_intermediate_size} | experts | {"top_k": model.top_k}
     kinds = {"dtype": table_dtypes(workload.weight_dtype), "distribution": "balanced"}
@@ -30,15 +37,26 @@ def coverage_gaps(
     regions: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("experts", shape | kinds, {"system": public.meta.name} if public else {})
     ]
+    if how is not None and how.expert_tp > 1:
+        regions[0][1]["tp"] = how.expert_tp
     if objective.dispatch != "allgather" and cluster.num_ranks > 1:
         mode = list(MODES[mode_of(objective.dispatch, workload.phase)])
-        where = hidden | {"top_k": model.top_k, "nodes": cluster.num_nodes, "mode": mode}
-        regions.append(("alltoall", where, experts | {"ranks_per_node": cluster.ranks_per_node}))
-    if (a := model.attention) is not None:
-        heads = {"heads": a.num_heads, "kv_heads": 1 if a.is_mla else a.num_kv_heads, "head_dim": a.head_dim}
-        phase = "decode" if workload.phase == "decode" else "prefill"
-        named = {"model": _name(model)} if a.is_mla else {}  # its ranks cannot be given as sizes
-        regions.append(("attention", {"kind": "mla" if a.is_mla else "gqa", "phase": phase, **heads}, named))
+        sent = hidden | {"top_k": model.top_k, "nodes": cluster.num_nodes, "mode": mode}
+        regions.append(("alltoall", sent, experts | {"ranks_per_node": cluster.ranks_per_node}))
+    if how is not None:
+        whole: dict[str, Any] = {"model": _name(model)} | ({"tp": how.tp} if how.tp > 1 else {})
+        if (a := model.attention) is not None:
+            where = {
+                "kind": "mla" if a.is_mla else "gqa",
+                "phase": "decode" if workload.phase == "decode" else "prefill",
+                "heads": a.num_heads // how.tp,
+                "kv_heads": 1 if a.is_mla else max(1, a.num_kv_heads // how.tp),
+                "head_dim": a.head_dim,
+                "dtype": table_dtypes(activations_beside(workload.weight_dtype)),
+            }
+            # The ranks of a latent cannot be given as sizes.
+            regions.append(("attention", where, whole if a.is_mla else {}))
+        regions.append(("gemm", {"dtype": table_dtypes(how.dense_dtype or dense_beside(workload.weight_dtype))}, whole))
     gaps: list[str] = []
     for table, where, command in regions:
         try:

@@ -103,7 +103,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         slots_R = np.bincount(place.rank_of_slot_P[used_P], minlength=stage.num_ranks)
         work = scenario.workload
         notes += require(run_checks(Bundle(model=model, cluster=stage, workload=work, load=load, current=place)))
-        notes += coverage_notes(scenario, model, stage, role, profile)
+        notes += coverage_notes(scenario, model, stage, role, _technique(scenario, engine), profile)
         room = kv_room(model, stage, work, engine, slots_R)
         capacity = room.tokens if room.tokens is not None else 2**40
         if room.tokens is None:
@@ -322,15 +322,8 @@ def _problem(
     )
 
 
-def _costs(
-    scenario: Scenario, model: ModelSpec, engine: EngineSpec, profile: HardwareProfile | None, longest: int
-) -> Callable[[ClusterSpec], ServingCosts | DetailedCosts]:
-    if scenario.fidelity == "detailed" and engine.pp > 1:
-        raise SpecError(
-            f"fidelity (detailed) plays the ranks of one pipeline stage, but engine.pp is {engine.pp}; use fidelity:"
-            " step, or pp 1"
-        )
-    technique = Technique(
+def _technique(scenario: Scenario, engine: EngineSpec) -> Technique:
+    return Technique(
         dispatch=scenario.objective.dispatch,
         overlap=engine.overlap,
         tp=engine.tp,
@@ -339,6 +332,17 @@ def _costs(
         launches_per_layer=engine.launches_per_layer,
         backend=engine.backend,
     )
+
+
+def _costs(
+    scenario: Scenario, model: ModelSpec, engine: EngineSpec, profile: HardwareProfile | None, longest: int
+) -> Callable[[ClusterSpec], ServingCosts | DetailedCosts]:
+    if scenario.fidelity == "detailed" and engine.pp > 1:
+        raise SpecError(
+            f"fidelity (detailed) plays the ranks of one pipeline stage, but engine.pp is {engine.pp}; use fidelity:"
+            " step, or pp 1"
+        )
+    technique = _technique(scenario, engine)
     context = 1 << (longest - 1).bit_length()  # runs with other lengths share the tables
     made: dict[str, ServingCosts | DetailedCosts] = {}
 

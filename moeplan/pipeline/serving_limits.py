@@ -8,6 +8,7 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.costs.coverage import coverage_gaps
 from moeplan.costs.serving import Batch
+from moeplan.costs.technique import Technique
 from moeplan.errors import ProfileError, SpecError
 from moeplan.simulation.instance import Role
 from moeplan.simulation.service import Pool
@@ -21,7 +22,12 @@ __all__ = ["coverage_notes", "faults_fit", "slo_possible"]
 
 
 def coverage_notes(
-    scenario: Scenario, model: ModelSpec, stage: ClusterSpec, role: Role, profile: HardwareProfile | None
+    scenario: Scenario,
+    model: ModelSpec,
+    stage: ClusterSpec,
+    role: Role,
+    technique: Technique,
+    profile: HardwareProfile | None,
 ) -> list[str]:
     """What the profile lacks: notes where it came with the accelerator, an error where it was asked for by name.
 
@@ -34,7 +40,7 @@ def coverage_notes(
     gaps: list[str] = []
     for phase in phases:
         workload: Workload = scenario.workload.model_copy(update={"phase": phase})
-        gaps += coverage_gaps(model, stage, workload, scenario.objective, profile)
+        gaps += coverage_gaps(model, stage, workload, scenario.objective, profile, technique)
     gaps = list(dict.fromkeys(gaps))
     if gaps and scenario.profile is not None:
         raise ProfileError(

@@ -40,7 +40,7 @@ def attention_bench(
     ``windows`` in tokens, 0: none. Decode with a window reads what engines keep or address, the last tokens of it.
 
     Raises:
-        SpecError: heads do not divide over ``tp``, or the type is none for arithmetic.
+        SpecError: heads do not divide over ``tp`` or over key-value heads, or the type is none for arithmetic.
     """
     if dtype not in ("fp32", "bf16", "fp16"):
         raise SpecError(f"dtype ({dtype}): attention is measured in fp32, bf16 or fp16")
@@ -49,6 +49,11 @@ def attention_bench(
         raise SpecError(f"heads ({attention.num_heads}) must divide by tp ({tp}); give a --tp that divides them")
     heads = attention.num_heads // tp
     kv_heads = 1 if attention.is_mla else max(1, attention.num_kv_heads // tp)
+    if heads % kv_heads:
+        raise SpecError(
+            f"kv_heads ({attention.num_kv_heads}) must divide heads ({attention.num_heads}), also on each of tp ({tp})"
+            f" ranks, where {kv_heads} do not divide {heads}; give other --kv-heads or --tp"
+        )
     kind = "mla" if attention.is_mla else "gqa"
     size = 4 if dtype == "fp32" else 2
     key_size, value_size = _sizes(attention)

@@ -145,16 +145,29 @@ class CollectiveTimer:
 
 
 def uneven_splits(weight_RR: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Whole elements that rank i sends to rank j: in proportion to the weights, ``total`` per rank on average."""
-    share = weight_RR / weight_RR.sum() * (total * len(weight_RR))
-    whole: NDArray[np.int64] = np.floor(share + 0.5).astype(np.int64)
+    """Whole elements that rank i sends to rank j: in proportion to the weights, ``total`` per rank on average.
+
+    Rows of equal weight hold exactly ``total``; an entry is its part of the row, rounded up or down. Sums along row i
+    are cut i / R later than those of row 0, so that columns of like rows hold their share to within one as well.
+    """
+    ranks = len(weight_RR)
+    upto_RR = weight_RR.cumsum(1)
+    row_R = np.diff(_floor(upto_RR[:, -1].cumsum() * (total * ranks / weight_RR.sum())), prepend=0)
+    part_RR = upto_RR / np.where(row_R, upto_RR[:, -1], 1.0)[:, None]
+    cut_R = np.arange(ranks) / ranks
+    return np.diff(_floor(part_RR * row_R[:, None] + cut_R[:, None]), prepend=0)
+
+
+def _floor(value: NDArray[np.float64]) -> NDArray[np.int64]:
+    whole: NDArray[np.int64] = np.floor(value.round(6)).astype(np.int64)  # 3 less an ulp is 3
     return whole
 
 
 def most_elements(weight_RR: NDArray[np.float64], total: int) -> int:
-    """The most that a rank sends or receives under :func:`uneven_splits`; no smaller ``total`` needs more."""
-    split_RR = uneven_splits(weight_RR, total)
-    return int(max(split_RR.sum(0).max(), split_RR.sum(1).max()))
+    """What no rank sends or receives more of under :func:`uneven_splits` of ``total`` or less."""
+    share_RR = weight_RR / weight_RR.sum() * (total * len(weight_RR))
+    # Rounding adds less than one to a row, less than one more to each of its entries.
+    return int(max(share_RR.sum(0).max(), share_RR.sum(1).max())) + 2 * len(weight_RR)
 
 
 @dataclass(frozen=True, slots=True)

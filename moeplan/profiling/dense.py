@@ -20,12 +20,15 @@ Prepare = Callable[[Series, int], Call]
 
 
 def gemm_shapes(model: ModelSpec, tp: int = 1) -> list[tuple[int, int]]:
-    """(n, k) of the dense products of one rank: attention, router, shared experts or dense FFN, head."""
-    hidden = model.hidden_size
+    """(n, k) of the dense products of one rank: attention, router, shared experts or dense FFN, head, and to the latent
+    width of experts and back, which is whole on each rank."""
+    hidden, routed = model.hidden_size, model.routed_hidden_size
     shapes = [(model.num_experts, hidden), (max(1, model.vocab_size // tp), hidden)]
     for width in (model.shared_intermediate_size, model.dense_intermediate_size):
         if width:
-            shapes += [(2 * width // tp, hidden), (hidden, width // tp)]
+            shapes += [((2 if model.gated_ffn else 1) * width // tp, hidden), (hidden, width // tp)]
+    if routed != hidden:
+        shapes += [(routed, hidden), (hidden, routed)]
     if (a := model.attention) is not None and a.kv_lora_rank is not None:
         nope, rope = a.qk_nope_head_dim or 0, a.qk_rope_head_dim or 0
         heads = a.num_heads // tp
@@ -145,8 +148,11 @@ def elementwise_bench(
     dtype: str,
     max_tokens: int = 16384,
     directions: Sequence[str] = ("forward",),
+    routed_hidden: int = 0,
 ) -> Bench:
     """Router top-k, permute, unpermute, norm, activation and embedding over tokens; backward of the middle four.
+
+    ``routed_hidden`` is the width that is permuted, where experts have one of their own.
 
     Raises:
         SpecError: the type is none for activations.
@@ -155,7 +161,10 @@ def elementwise_bench(
         raise SpecError(f"dtype ({dtype}): passes over tokens are measured in fp32, bf16 or fp16")
     device.dtype(dtype)
     size = 4 if dtype == "fp32" else 2
-    high = max(1, min(max_tokens, int(device.free_bytes / 8 // (size * top_k * max(hidden, 2 * inter)))))
+    routed_hidden = routed_hidden or hidden
+    widest = max(hidden, routed_hidden, 2 * inter)
+    high = max(1, min(max_tokens, int(device.free_bytes / 8 // (size * top_k * widest))))
+    widths = {"permute": routed_hidden, "unpermute": routed_hidden, "activation": inter}
     series = []
 
     def add(op: str, direction: str, routed: bool) -> None:
@@ -165,7 +174,7 @@ def elementwise_bench(
                 "kernel": _KERNEL[op],
                 "op": op,
                 "tokens": tokens,
-                "hidden": inter if op == "activation" else hidden,
+                "hidden": widths.get(op, hidden),
                 "num_experts": num_experts if routed else 0,
                 "top_k": top_k if routed else 0,
                 "dtype": dtype,
@@ -173,12 +182,12 @@ def elementwise_bench(
             }
 
         turn = " backward" if direction == "backward" else ""
-        series.append(Series("elementwise", f"{op} H{hidden} {dtype}{turn}", row, 1, high, 6))
+        series.append(Series("elementwise", f"{op} H{widths.get(op, hidden)} {dtype}{turn}", row, 1, high, 6))
 
     for direction in directions:
         for op in _KERNEL if direction == "forward" else ("permute", "unpermute", "norm", "activation"):
             add(op, direction, op in ("router", "permute", "unpermute"))
-    shape = (hidden, inter, num_experts, top_k)
+    shape = (hidden, routed_hidden, inter, num_experts, top_k)
     name = f"elementwise H{hidden} {dtype}"
     left_out = shrunk(name, max_tokens, high)
     return Bench(name, tuple(series), lambda: _open_elementwise(device, shape, dtype), left_out)
@@ -194,16 +203,17 @@ _KERNEL = {
 }
 
 
-def _open_elementwise(device: Device, shape: tuple[int, int, int, int], dtype: str) -> Prepare:
+def _open_elementwise(device: Device, shape: tuple[int, int, int, int, int], dtype: str) -> Prepare:
     torch = device.torch
-    hidden, inter, num_experts, top_k = shape
+    hidden, routed_hidden, inter, num_experts, top_k = shape
     kind = device.dtype(dtype)
     table = device.normal((_VOCABULARY, hidden), kind)
     gain = device.normal((hidden,), kind)
 
     def prepare(series: Series, tokens: int) -> Call:
         op, direction = (str(series.row(tokens)[column]) for column in ("op", "direction"))
-        wide = {"router": num_experts, "unpermute": top_k * hidden, "activation": 2 * inter}.get(op, hidden)
+        widths = {"router": num_experts, "permute": routed_hidden, "unpermute": top_k * routed_hidden}
+        wide = (widths | {"activation": 2 * inter}).get(op, hidden)
         count = device.copies(tokens * wide * (4 if dtype == "fp32" else 2), most=16)
         xs = [device.normal((tokens, wide), kind) for _ in range(count)]
         chosen_TK = torch.rand((tokens, num_experts), device=device.kind).topk(top_k, 1).indices
@@ -220,8 +230,9 @@ def _open_elementwise(device: Device, shape: tuple[int, int, int, int], dtype: s
             return x[chosen_TK.flatten().argsort(stable=True) // top_k]
 
         def unpermute(x: Any, i: int) -> Any:
-            rows = x.reshape(tokens * top_k, hidden) * scores
-            return torch.zeros((tokens, hidden), dtype=kind, device=device.kind).index_add_(0, order // top_k, rows)
+            rows = x.reshape(tokens * top_k, routed_hidden) * scores
+            sums = torch.zeros((tokens, routed_hidden), dtype=kind, device=device.kind)
+            return sums.index_add_(0, order // top_k, rows)
 
         def norm(x: Any, i: int) -> Any:
             return functional.rms_norm(x, (hidden,), gain, 1e-6)

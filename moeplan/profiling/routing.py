@@ -43,6 +43,7 @@ class RoutingRecorder:
         self.num_experts = num_experts
         self._steps: list[tuple[str, NDArray[np.int64] | None, Any, dict[int, tuple[Any, Any]]]] = []
         self._open: dict[int, tuple[Any, Any]] | None = None
+        self._outside = 0  # calls of hooked routers that belong to no step
 
     @contextmanager
     def step(self, phase: str, seq_lens: Sequence[int] | None = None, keep_T: Any = None) -> Iterator[None]:
@@ -94,6 +95,11 @@ class RoutingRecorder:
             TraceError: nothing recorded, or steps differ in layers or top-k.
         """
         if not self._steps:
+            if self._outside:
+                raise TraceError(
+                    f"nothing was recorded: {self._outside} calls of routers came outside a pass of the hooked model;"
+                    " call that model itself, or hook the inner one that is called"
+                )
             raise TraceError("nothing was recorded; did the model run inside a step, and has it MoE layers?")
         layer_ids = tuple(sorted(self._steps[0][3]))
         experts, scores, phases, lens = [], [], [], []
@@ -186,16 +192,58 @@ def _choice(output: Any, block: Any, top_k: int | None) -> tuple[Any, Any]:
     return top.indices, top.values
 
 
+def _arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a pass by name, also those of a model that takes any; the first one is the tokens."""
+    signature = inspect.signature(model.forward)
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and len(args) > 1 and name in given:
+            raise TraceError(
+                f"{type(model).__name__} takes *{name}: name its arguments (input_ids=, attention_mask=) in a pass"
+            )
+    if args and given.get("inputs_embeds") is None:
+        given.setdefault("input_ids", args[0])
+    return given
+
+
+def _kept(mask: Any, batch: int, length: int, cached: int) -> Any:
+    """``[batch, length]``, False at padding, from an attention mask of 2 or 4 axes after ``cached`` tokens; None where
+    there is no mask. Of masks by kind of layer, full attention's comes first.
+
+    Raises:
+        TraceError: another form, or one that does not cover these tokens.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None:
+        return None
+    shape = tuple(getattr(mask, "shape", ()))
+    if len(shape) == 2 and shape[0] == batch and shape[1] >= length:
+        return mask[:, -length:] != 0
+    if len(shape) == 4 and shape[0] in (1, batch) and shape[2] == length and shape[3] >= cached + length:
+        # [batch, heads, queries, keys]: padding is hidden from all, itself included. Numbers are added to scores.
+        own_BT = mask[:, 0, :, cached : cached + length].diagonal(dim1=-2, dim2=-1)
+        shown_BT = own_BT > -1e4 if own_BT.is_floating_point() else own_BT != 0
+        return shown_BT.expand(batch, length)
+    raise TraceError(
+        f"attention_mask ({type(mask).__name__} {list(shape)}) does not tell which of {batch} x {length} tokens after"
+        f" {cached} cached ones are padding; give one of [batch, tokens], or prompts without padding"
+    )
+
+
 @contextmanager
 def hook_model(model: Any, recorder: RoutingRecorder | None = None) -> Iterator[RoutingRecorder]:
     """Record every forward pass of a Hugging Face MoE model inside the block.
 
     A pass that extends a cache by one token per sequence is decode, any other is prefill; padding goes by
-    ``attention_mask``. Layouts: routers that return expert ids (transformers 5: Mixtral, OLMoE, Qwen-MoE,
-    DeepSeek-V2/V3, gpt-oss), or bare logits beside a ``top_k`` (transformers 4).
+    ``attention_mask``, given by name or position. Routers that run outside a pass, as where backward recomputes a
+    checkpointed layer, are not recorded. Layouts: routers that return expert ids (transformers 5: Mixtral, OLMoE,
+    Qwen-MoE, DeepSeek-V2/V3, gpt-oss), or bare logits beside a ``top_k`` (transformers 4).
 
     Raises:
-        TraceError: the model has no routers that are understood.
+        TraceError: the model has no routers that are understood; in a pass, a mask that does not tell the padding.
     """
     routers = find_routers(model)
     config = getattr(model, "config", None)
@@ -212,15 +260,14 @@ def hook_model(model: Any, recorder: RoutingRecorder | None = None) -> Iterator[
     steps: list[Any] = []
 
     def begin(_module: Any, args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        given = _arguments(model, args, kwargs)
+        tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
         if tokens is None:
             raise TraceError("the model was called without input_ids or inputs_embeds; their shape is needed")
         batch, length = tokens.shape[:2]
-        past = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+        past = next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
         cached = int(past.get_seq_length()) if past is not None and hasattr(past, "get_seq_length") else 0
-        mask = kwargs.get("attention_mask")
-        keep = mask[:, -length:] if mask is not None and getattr(mask, "dim", lambda: 0)() == 2 else None
+        keep = _kept(given.get("attention_mask"), batch, length, cached)
         lens = [length] * batch if keep is None else keep.sum(1).tolist()
         phase = "decode" if length == 1 and cached else "prefill"
         step = own.step(phase, [int(n) for n in lens if n], None if keep is None else keep.clone())
@@ -235,7 +282,10 @@ def hook_model(model: Any, recorder: RoutingRecorder | None = None) -> Iterator[
 
     def routed(layer_id: int, block: Any) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            own.record(layer_id, *_choice(output, block, top_k))
+            if own._open is None:
+                own._outside += 1
+            else:
+                own.record(layer_id, *_choice(output, block, top_k))
 
         return hook
 

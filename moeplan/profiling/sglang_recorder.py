@@ -1,7 +1,7 @@
 """Recording routing from a running SGLang server through its expert-distribution endpoints.
 
 ``POST /start_expert_distribution_record``, ``/stop_...``, ``/dump_...``: the dump is written by the server
-into its ``SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR``, which must be readable from here.
+into its ``SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR``, which must be readable from here, one file per rank.
 """
 
 from __future__ import annotations
@@ -10,23 +10,40 @@ import json
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeplan.errors import SpecError, TraceError
 
-__all__ = ["SglangServer"]
+__all__ = ["Dumps", "SglangServer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dumps:
+    """What a recording left: whole files, one per rank, how many ranks the server has (None: it does not tell), and
+    what went amiss."""
+
+    files: list[Path]
+    ranks: int | None
+    troubles: list[str]
 
 
 class SglangServer:
     """A server at ``url``; ``dump_dir`` is where it writes its dumps.
 
+    Dumps are taken once names and sizes have held still for ``quiet_s`` seconds; where a rank's is missing or not
+    whole, after ``patience_s`` seconds without a change.
+
     Raises:
         SpecError: the URL is not http(s), or the directory is not there.
     """
 
-    def __init__(self, url: str, dump_dir: Path, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, url: str, dump_dir: Path, timeout_s: float = 60.0, quiet_s: float = 3.0, patience_s: float = 30.0
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise SpecError(f"sglang ({url}) must be a URL such as http://127.0.0.1:30000")
         if not dump_dir.is_dir():
@@ -34,6 +51,7 @@ class SglangServer:
                 f"dump_dir ({dump_dir}) is not a directory; name the server's SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
             )
         self.url, self.dump_dir, self.timeout_s = url.rstrip("/"), dump_dir, timeout_s
+        self.quiet_s, self.patience_s = quiet_s, patience_s
 
     def _post(self, path: str, body: dict[str, Any] | None = None) -> bytes:
         data = json.dumps(body or {}).encode()
@@ -61,14 +79,28 @@ class SglangServer:
         self._post("/generate", {"text": prompt, "sampling_params": sampling})
         return time.perf_counter() - start
 
-    def record(self, drive: Callable[[], object]) -> tuple[list[Path], TraceError | None]:
-        """Record while ``drive`` runs; the new dump files, and the error if the recorder did not stop.
+    def ranks(self) -> int | None:
+        """Ranks of the server, each of which writes a dump; None where it does not tell."""
+        for path in ("/server_info", "/get_server_info"):  # the second name is the older
+            try:
+                with urllib.request.urlopen(f"{self.url}{path}", timeout=self.timeout_s) as answer:
+                    info = json.load(answer)
+                # With attention parallel over data its ranks are among tp_size, else each holds a whole replica.
+                replicas = 1 if info.get("enable_dp_attention") else int(info.get("dp_size", 1))
+                return int(info["tp_size"]) * int(info.get("pp_size", 1)) * replicas
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):  # unreachable, or another answer
+                continue
+        return None
+
+    def record(self, drive: Callable[[], object]) -> Dumps:
+        """Record while ``drive`` runs; what the ranks dumped.
 
         Raises:
-            TraceError: the server refuses or cannot be reached, or wrote no dump.
+            TraceError: the server refuses or cannot be reached, or wrote no whole dump.
         """
         before = set(self.dump_dir.glob("*.pt"))
-        refused = None
+        ranks = self.ranks()
+        troubles = []
         self._post("/start_expert_distribution_record")
         try:
             drive()
@@ -76,18 +108,47 @@ class SglangServer:
             try:
                 self._post("/stop_expert_distribution_record")
             except TraceError as error:  # what it recorded can be dumped all the same
-                refused = error
+                troubles.append(f"the server may still be recording, tell it again to stop: {error}")
         self._post("/dump_expert_distribution_record")
-        until = time.monotonic() + 10.0  # ranks write on their own; the endpoint may answer earlier
-        new: set[Path] = set()
-        while time.monotonic() < until:
-            found = set(self.dump_dir.glob("*.pt")) - before
-            if found and found == new:
-                break
-            new = found
-            time.sleep(0.2)
-        if not new:
+        found = self._await_dumps(before, ranks or 1)
+        files = [path for path in found if _is_whole(path)]
+        if not found:
             raise TraceError(
                 f"{self.dump_dir} got no dump; does it belong to this server, and is the recorder's mode per_token?"
             )
-        return sorted(new), refused
+        if broken := [str(path) for path in found if path not in files]:
+            troubles.append(
+                f"{', '.join(broken)} ({len(broken)} of {len(found)} dumps) did not become whole; has the server's disk"
+                " room, and does it still run?"
+            )
+        if not files:
+            raise TraceError("; ".join(troubles))
+        if len(found) < (ranks or 0):
+            troubles.append(
+                f"{self.dump_dir} got the dumps of {len(found)} of {ranks} ranks; let the ranks of every node write"
+                " there, or collect what comes later and read the directory with 'moeplan trace convert'"
+            )
+        return Dumps(files, ranks, troubles)
+
+    def _await_dumps(self, before: set[Path], count: int) -> list[Path]:
+        """The new files; ranks write on their own, and the endpoint may answer earlier."""
+        sizes: dict[Path, int] = {}
+        changed_s = time.monotonic()
+        while True:
+            found = {path: path.stat().st_size for path in self.dump_dir.glob("*.pt") if path not in before}
+            now_s = time.monotonic()
+            if found != sizes:
+                sizes, changed_s = found, now_s
+            done = len(found) >= count and now_s - changed_s >= self.quiet_s and all(map(_is_whole, found))
+            if done or now_s - changed_s >= self.patience_s:
+                return sorted(found)
+            time.sleep(min(0.2, self.quiet_s / 2))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether torch.save has ended: the directory of its zip file comes last."""
+    try:
+        with zipfile.ZipFile(path):
+            return True
+    except (OSError, zipfile.BadZipFile):
+        return False

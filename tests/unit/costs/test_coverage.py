@@ -12,6 +12,7 @@ from moeplan.artifacts.profile import load_profile
 from moeplan.artifacts.profile_tables import TABLES, measure_command
 from moeplan.cli.profile import command as profile_command
 from moeplan.costs.coverage import backend_gaps, coverage_gaps
+from moeplan.costs.technique import Technique
 from moeplan.pipeline.profile_request import ProfileRequest, profile_request
 from moeplan.profiling.device import Device
 from moeplan.specs.clusters import cluster_for
@@ -23,13 +24,14 @@ from moeplan.specs.workload import Objective, Workload
 def test_a_covered_model_has_no_gaps() -> None:
     work = Workload(weight_dtype="fp8", phase="decode")
     cluster = cluster_for("h100", 4, 8)
-    objective = Objective(dispatch="per_expert")
-    assert coverage_gaps(find_model("deepseek-v3"), cluster, work, objective, load_profile("h100-sxm")) == ()
+    asked = work, Objective(dispatch="per_expert"), load_profile("h100-sxm"), Technique()
+    assert coverage_gaps(find_model("deepseek-v3"), cluster, *asked) == ()
 
 
 def test_gaps_name_region_and_command() -> None:
     cluster = cluster_for("b200", 4, 8)
-    found = coverage_gaps(find_model("olmoe-1b-7b"), cluster, Workload(), Objective(), load_profile("b200-sxm"))
+    wanted = Workload(), Objective(), load_profile("b200-sxm"), Technique()
+    found = coverage_gaps(find_model("olmoe-1b-7b"), cluster, *wanted)
     assert [text.split(" at ")[0] for text in found] == [
         "profile b200-sxm does not cover experts",
         "profile b200-sxm does not cover alltoall",
@@ -68,7 +70,8 @@ def test_every_remedy_is_a_command_that_is_accepted(name: str, dtype: Dtype, nod
     model, cluster = find_model(name), cluster_for("h100", nodes, 8)
     for dispatch in ("per_expert", "per_node", "per_rank"):
         for work in (Workload(weight_dtype=dtype, phase="decode"), Workload(weight_dtype=dtype)):
-            found = coverage_gaps(model, cluster, work, Objective(dispatch=dispatch), load_profile("a100-sxm"))  # type: ignore[arg-type]
+            objective = Objective(dispatch=dispatch)  # type: ignore[arg-type]
+            found = coverage_gaps(model, cluster, work, objective, load_profile("a100-sxm"), Technique())
             assert found
             for gap in found:
                 region, _, remedy = gap.partition("; measure it: ")
@@ -92,8 +95,9 @@ def test_commands_of_bare_tables_and_formats_are_accepted() -> None:
         assert asked(measure_command("gemm", {"n": 8, "k": 8, "dtype": dtype})) is None
     # An own latent-attention model has no name; its ranks cannot be given as sizes.
     own = find_model("glm-5").model_copy(update={"name": "mine"})
-    found = coverage_gaps(own, cluster_for("b200", 1, 8), Workload(), Objective(), load_profile("a100-sxm"))
-    assert "moeplan profile attention --model CONFIG.json --out DIR" in found[-1]
+    wanted = Workload(), Objective(), load_profile("a100-sxm"), Technique()
+    attention = coverage_gaps(own, cluster_for("b200", 1, 8), *wanted)[-1]
+    assert "moeplan profile attention --model CONFIG.json --dtype bf16 --out DIR" in attention
 
 
 def test_a_framework_without_rows_is_named() -> None:
@@ -103,3 +107,14 @@ def test_a_framework_without_rows_is_named() -> None:
     assert [gap.split(" of it")[0].split()[-1] for gap in backend_gaps("own", "bf16", load_profile("h100-sxm"))] == [
         "experts", "gemm", "attention"
     ]  # fmt: skip
+
+
+def test_gaps_of_a_step_are_those_of_its_types_and_its_ranks() -> None:
+    own = load_profile("h100-sxm")
+    model, cluster = find_model("qwen3-235b-a22b"), cluster_for("h100", 1, 8)
+    wanted = Workload(weight_dtype="fp32", phase="decode"), Objective(), own
+    attention, products = coverage_gaps(model, cluster, *wanted, Technique(tp=16))[-2:]
+    assert "attention at kind=gqa, phase=decode, heads=4, kv_heads=1, head_dim=128, dtype=fp32" in attention
+    assert "moeplan profile attention --heads 4 --kv-heads 1 --head-dim 128 --dtype fp32" in attention
+    assert "moeplan profile dense --model qwen3-235b-a22b --tp 16 --dtype fp32 --out DIR" in products
+    assert not any(" attention at " in gap for gap in coverage_gaps(model, cluster, *wanted))  # of a plan

@@ -13,7 +13,6 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
 from moeplan.costs.attention import AttentionCosts
 from moeplan.costs.backward import BackwardOverForward, backward_over_forward
 from moeplan.costs.collectives import CollectiveCosts
-from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import PassCosts
 from moeplan.costs.experts import expert_costs

@@ -44,6 +44,45 @@ def test_uneven_splits_follow_the_matrix():
     weight_RR = np.array([[1.0, 3.0], [0.0, 4.0]])
     assert uneven_splits(weight_RR, 100).tolist() == [[25, 75], [0, 100]]
     assert uneven_splits(np.ones((4, 4)), 8).tolist() == [[2] * 4] * 4
+    none_RR = np.array([[0.0, 0.0], [1.0, 2.0]])
+    assert uneven_splits(none_RR, 3).tolist() == [[0, 0], [2, 4]], "a rank may send nothing"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 16, 64])
+@pytest.mark.parametrize("pairs", [1, 2, 8, 1000, 2**24])
+def test_as_many_elements_are_sent_as_are_said_and_columns_stay_even(ranks, pairs):
+    """A token of 8 ranks and 2 experts is 2 pairs, not 0; of 16 ranks and 8 experts 8, not 16."""
+    even = uneven_splits(np.ones((ranks, ranks)), pairs)
+    assert even.sum(0).tolist() == even.sum(1).tolist() == [pairs] * ranks
+    assert np.ptp(even) <= 1
+    weight_R = np.random.default_rng(0).dirichlet(np.full(ranks, 2.0))
+    skewed = uneven_splits(np.tile(weight_R, (ranks, 1)), pairs)
+    assert skewed.sum(1).tolist() == [pairs] * ranks
+    assert np.abs(skewed.sum(0) - weight_R * pairs * ranks).max() < 1 + 1e-6
+    weight_RR = np.random.default_rng(1).gamma(0.5, size=(ranks, ranks))
+    any_RR = uneven_splits(weight_RR, pairs)
+    share_RR = weight_RR / weight_RR.sum() * pairs * ranks
+    assert any_RR.sum() == pairs * ranks
+    assert np.abs(any_RR.sum(1) - share_RR.sum(1)).max() < 1 + 1e-6
+    assert np.abs(any_RR - share_RR).max() < 2
+    assert any_RR.min() >= 0
+
+
+@pytest.mark.parametrize(("ranks", "top_k"), [(8, 2), (16, 8)])
+def test_dispatch_and_combine_of_one_token_move_its_pairs(ranks, top_k):
+    def exchange(into, out, receives, sends):
+        moved.append((sum(receives), sum(sends)))
+
+    dist = _alone(all_to_all_single=exchange)
+    for rank in range(ranks):
+        moved: list[tuple[int, int]] = []
+        comm = Communicator(Device("cpu", torch, 1 << 12), rank, (0,) * ranks, dist)
+        bench = collective_benches(comm, Exchange(ops=("alltoall",), tokens=((4, top_k, 64),)))[1]
+        prepare = bench.open()
+        for series in bench.series:
+            if series.row(1)["distribution"] == "balanced":
+                prepare(series, 1)(0)
+        assert moved == [(top_k, top_k)] * 2
 
 
 def _run_short_of_memory(rank: int, port: int) -> None:

@@ -287,6 +287,39 @@ def test_gemm_shapes_of_mixtral():
     assert set(shapes) == {(6144, 4096), (4096, 4096), (8, 4096), (32000, 4096)}
 
 
+def test_gemm_shapes_of_experts_without_gate_and_of_a_latent_width():
+    nano = find_model("nemotron-3-nano-30b-a3b")
+    assert {(3712, 2688), (2688, 3712)} <= set(gemm_shapes(nano))
+    assert (7424, 2688) not in gemm_shapes(nano)
+    latent = find_model("kimi-k3")
+    assert (latent.hidden_size, latent.routed_hidden_size) == (7168, 3584)
+    for tp in (1, 8):
+        assert {(3584, 7168), (7168, 3584)} <= set(gemm_shapes(latent, tp)), "whole on every rank"
+
+
+def test_experts_of_a_latent_width_are_permuted_at_it(cpu):
+    for directions in (("forward",), ("backward",)):
+        bench = elementwise_bench(cpu, 32, 48, 8, 2, "fp32", 16, directions, routed_hidden=12)
+        rows = {series.row(4)["op"]: (series.row(4), results[0]) for series, results in _calls(bench, 4)}
+        assert {op: row["hidden"] for op, (row, _) in rows.items() if op in ("permute", "unpermute", "norm")} == {
+            "permute": 12,
+            "unpermute": 12,
+            "norm": 32,
+        }
+        if directions == ("forward",):
+            assert rows["router"][0]["hidden"] == 32
+            assert [tuple(rows[op][1].shape) for op in ("permute", "unpermute")] == [(8, 12), (4, 12)]
+        else:
+            assert [tuple(rows[op][1][0].shape) for op in ("permute", "unpermute")] == [(4, 12), (4, 24)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tp"), [(8, 3, 1), (30, 10, 3)])
+def test_heads_that_key_value_heads_do_not_divide_are_refused(cpu, heads, kv_heads, tp):
+    spec = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=8)
+    with pytest.raises(SpecError, match=rf"kv_heads \({kv_heads}\) must divide heads \({heads}\), .*tp \({tp}\)"):
+        attention_bench(cpu, spec, "fp32", tp, max_tokens=16)
+
+
 def test_dense_and_elementwise_run(cpu):
     for series, results in _calls(gemm_bench(cpu, [(48, 32)], "fp32", ["forward", "backward"], 8), 4):
         row = series.row(4)

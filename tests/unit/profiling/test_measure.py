@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from moeplan.artifacts.profile import HardwareProfile, load_profile
+from moeplan.cli import main
 from moeplan.cli.profile import command
 from moeplan.errors import MoeplanError, ProfileError, SpecError
 from moeplan.pipeline.profile_checks import check_profile, diff_profiles, show_profile
@@ -421,6 +423,25 @@ def test_usage_errors(words, message):
     done = _cli(*words)
     assert done.exit_code == 2
     assert message in done.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("attention", "--heads", "8", "--kv-heads", "3", "--dtype", "fp32,bf16"),
+        ("all", "--preset", "cpu", "--kv-heads", "3"),
+    ],
+)
+def test_key_value_heads_that_do_not_divide_the_heads_are_one_error(words, tmp_path, monkeypatch, capsys):
+    def started(*_args):
+        raise AssertionError("nothing is to be measured")
+
+    monkeypatch.setattr("moeplan.pipeline.profiling.measure_profile", started)
+    monkeypatch.setattr(sys, "argv", ["moeplan", "profile", *words, "--device", "cpu", "--out", str(tmp_path / "p")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --kv-heads (3) must divide --heads (8); give a number that does\n"
 
 
 @pytest.mark.parametrize(

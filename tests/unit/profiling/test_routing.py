@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 import threading
+import time
+from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +141,71 @@ def test_hooks_are_gone_and_a_failed_pass_leaves_no_tokens():
     with torch.inference_mode():
         model(input_ids=torch.ones(1, 3, dtype=torch.long))
     assert recorder.trace().num_tokens == 3
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_masks_and_caches_count_in_every_form_they_are_given(implementation):
+    """By position as by name; of a static cache the mask has four axes, and the same tokens are recorded."""
+    model = _model("Mixtral")
+    model.set_attn_implementation(implementation)
+    ids = torch.randint(1, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with hook_model(model) as recorder, torch.inference_mode():
+        cache = model(ids, mask, use_cache=True)[cache_name(model)]
+        model(ids[:, :1], torch.cat([mask, mask[:, -1:]], 1), None, cache)
+    trace = recorder.trace()
+    assert trace.phase_T.tolist() == [0] * 10 + [1] * 2
+    assert trace.seq_lens_S.tolist() == [6, 4, 1, 1]
+    made = []
+    for kind in (None, "static"):
+        with hook_model(model) as recorder:
+            model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, cache_implementation=kind)
+        made.append(recorder.trace())
+    assert made[0].phase_T.tolist() == made[1].phase_T.tolist() == [0] * 10 + [1] * 6
+    assert made[0].experts_TLK.tolist() == made[1].experts_TLK.tolist()
+
+
+def test_a_mask_that_does_not_tell_the_padding_is_refused():
+    model = _model("Mixtral")
+    ids = torch.ones(2, 6, dtype=torch.long)
+    for mask in (torch.ones(2, 6, 6), torch.ones(2, 1, 6, 4), torch.ones(2, 5), object()):
+        with (
+            hook_model(model),
+            pytest.raises(TraceError, match=r"attention_mask \(.*\) does not tell which of 2 x 6 .*; give one of"),
+        ):
+            model(ids, attention_mask=mask)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = model, model.config
+
+        def forward(self, *inputs, **named):
+            return self.inner(*inputs, **named)
+
+    wrapped = Wrapper()
+    with hook_model(wrapped) as recorder, torch.inference_mode():
+        wrapped(ids, attention_mask=torch.tensor([[1] * 6, [0] * 2 + [1] * 4]))
+        with pytest.raises(TraceError, match=r"Wrapper takes \*inputs: name its arguments"):
+            wrapped(ids, torch.ones_like(ids))
+    assert recorder.trace().num_tokens == 10
+
+
+def test_routers_outside_a_pass_of_the_model_are_not_recorded():
+    """Backward runs the routers of checkpointed layers again; of a pass of the inner model alone one is told."""
+    model = _model("Mixtral").train()
+    ids = torch.ones(2, 6, dtype=torch.long)
+    with hook_model(model) as inner, torch.inference_mode():
+        model.model(ids)
+    with pytest.raises(TraceError, match=r"3 calls of routers came outside a pass of the hooked model; call that"):
+        inner.trace()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    with hook_model(model) as recorder:
+        for _ in range(2):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+    assert recorder._outside == 6, "layers are computed again"
+    assert recorder.trace().num_tokens == 24
 
 
 def _bare_logits():
@@ -291,8 +359,10 @@ def test_recording_asks_for_what_it_needs(tmp_path: Path):
 
 
 @pytest.fixture
-def server(tmp_path: Path):
+def server(tmp_path: Path, monkeypatch):
     """Answers like SGLang's HTTP server; writes a per_token dump of two prefill and one decode tokens."""
+    quick = partialmethod(SglangServer.__init__, quiet_s=0.1, patience_s=0.5)
+    monkeypatch.setattr(SglangServer, "__init__", quick)
     log: list[str] = []
     dump_dir = tmp_path / "dumps"
     dump_dir.mkdir()
@@ -392,6 +462,7 @@ def test_the_overhead_of_a_server_is_told_with_its_spread(server, tmp_path: Path
     prompts.write_text(lines)
     words = [*map(str, ["--sglang", url, "--dump-dir", dump_dir, "--prompts", prompts, "--out", out])]
     told = CliRunner().invoke(routing_command, words, catch_exceptions=False).stdout
+    assert ", dumps of 1 rank (the server does not say of how many), overhead" in told
     assert re.search(rf", overhead of recording [+-]\d+\.\d% \({spread}\)\n$", told)
     (dump_dir / "expert_distribution_recorder_1.pt").unlink()
     answer = json.loads(CliRunner().invoke(routing_command, [*words, "--json"], catch_exceptions=False).stdout)
@@ -432,3 +503,118 @@ def test_a_server_without_the_endpoint_is_named(server, tmp_path: Path):
         other.record(lambda: None)
     with pytest.raises(TraceError, match=r"/flush_cache answered 404 Not Found: \{\}$"):
         other.generate("x", 1)
+
+
+def _dump(folder: Path, rank: int, first_expert: int, records: int = 1, seconds: float = 0.0) -> None:
+    """A dump of one token of expert ``first_expert`` and the next; its second half ``seconds`` later."""
+    ids = torch.full((2, 1, 8), -1, dtype=torch.int32)
+    ids[:, :, :2] = torch.tensor([first_expert, first_expert + 1])
+    record = {"forward_pass_id": 1, "rank": rank, "forward_mode": 1, "input_ids": [5], "topk_ids_of_layer": ids}
+    buffer = io.BytesIO()
+    torch.save(
+        {"records": [record] * records, "last_physical_to_logical_map": torch.arange(16).repeat(2, 1)}, buffer
+    )
+    data = buffer.getvalue()
+    with (folder / f"expert_distribution_recorder_{time.time()}_{rank}.pt").open("wb", buffering=0) as file:
+        file.write(data[: len(data) // 2])
+        time.sleep(seconds)
+        file.write(data[len(data) // 2 :])
+
+
+@pytest.fixture
+def recording(tmp_path: Path, monkeypatch):
+    """Records from a server whose dump runs the writers given in threads of their own, and that tells ``ranks``."""
+    (tmp_path / "dumps").mkdir()
+    (tmp_path / "prompts.txt").write_text("one\n")
+    threads: list[threading.Thread] = []
+
+    def record(ranks, *writers, patience_s=10.0):
+        def post(_self, path, body=None):
+            if path.startswith("/dump"):
+                threads.extend(threading.Thread(target=writer) for writer in writers)
+                for thread in threads:
+                    thread.start()
+            return b""
+
+        quick = partialmethod(SglangServer.__init__, quiet_s=0.3, patience_s=patience_s)
+        monkeypatch.setattr(SglangServer, "__init__", quick)
+        monkeypatch.setattr(SglangServer, "_post", post)
+        monkeypatch.setattr(SglangServer, "ranks", lambda _self: ranks)
+        return record_routing(
+            tmp_path / "t.npz", sglang="http://x", dump_dir=tmp_path / "dumps", prompts=tmp_path / "prompts.txt"
+        )
+
+    yield record, tmp_path / "dumps"
+    for thread in threads:
+        thread.join()
+
+
+def test_a_rank_that_dumps_late_or_slowly_is_waited_for(recording):
+    record, folder = recording
+
+    def late():
+        time.sleep(1.0)
+        _dump(folder, 1, 2)
+
+    def slow():
+        _dump(folder, 2, 4, seconds=1.0)
+
+    answer = record(3, lambda: _dump(folder, 0, 0), late, slow)
+    assert (answer["tokens"], answer["rank_files"], answer["ranks"]) == (3, 3, 3)
+    trace = read_trace(folder.parent / "t.npz")
+    assert (trace.origin["rank_files"], trace.origin["ranks"]) == (3, 3)
+    assert sorted(trace.experts_TLK[:, 0, 0].tolist()) == [0, 2, 4]
+
+
+def test_a_slow_dump_is_waited_for_also_where_ranks_are_not_known(recording):
+    record, folder = recording
+    answer = record(None, lambda: _dump(folder, 0, 0, seconds=1.0))
+    assert (answer["tokens"], answer["rank_files"], answer["ranks"]) == (1, 1, None)
+
+
+def test_ranks_that_ran_the_same_tokens_count_once_and_one_may_have_run_none(recording):
+    record, folder = recording
+    answer = record(3, *(lambda rank=rank: _dump(folder, rank, 0, records=rank < 2) for rank in range(3)))
+    assert (answer["tokens"], answer["rank_files"]) == (1, 3)
+
+
+def test_a_rank_that_does_not_dump_is_an_error_and_the_others_are_kept(recording):
+    record, folder = recording
+    with pytest.raises(RunError, match=r"dumps got the dumps of 1 of 2 ranks; .* is kept: .*t.npz, 1 tokens$"):
+        record(2, lambda: _dump(folder, 0, 0), patience_s=0.6)
+    assert read_trace(folder.parent / "t.npz").origin["rank_files"] == 1
+
+
+def test_a_dump_that_stays_cut_is_an_error_and_the_others_are_kept(recording):
+    record, folder = recording
+    cut = folder / "expert_distribution_recorder_9_1.pt"
+    with pytest.raises(RunError, match=rf"{cut} \(1 of 2 dumps\) did not become whole; .* is kept: .*t.npz, 1 tokens$"):
+        record(None, lambda: _dump(folder, 0, 0), lambda: cut.write_bytes(b"PK\3\4"), patience_s=0.6)
+
+
+@pytest.mark.parametrize(
+    ("path", "info", "ranks"),
+    [
+        ("/server_info", {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, 4),
+        ("/get_server_info", {"tp_size": 2, "dp_size": 3, "pp_size": 2, "nnodes": 2}, 12),
+        ("/get_server_info", {"version": "?"}, None),
+        ("/get_server_info", ["of", "another"], None),
+        ("/other", {}, None),
+    ],
+)
+def test_how_many_ranks_a_server_has(tmp_path: Path, path, info, ranks):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == path else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(info).encode())
+
+        def log_message(self, *_args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        thread.start()
+        assert SglangServer(f"http://127.0.0.1:{http.server_port}", tmp_path).ranks() == ranks
+        http.shutdown()
+        thread.join()
