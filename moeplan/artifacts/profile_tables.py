@@ -49,8 +49,8 @@ def _i(meaning: str, default: int | None = None) -> Column:
 _NAN = float("nan")
 _DTYPE = "fp32, bf16, fp16, fp8, fp8_block, int8, int4, fp4, or a format's own name such as w4a8_mxfp4_mxfp8"
 
-MISMEASURED = ("not_sharded", "host_bound")
-"""Marks of rows that timed something else than they say: not the rank's own work, or the host's."""
+MISMEASURED = ("not_sharded", "regrouped", "too_fast", "host_bound")
+"""Marks of rows that timed something else than they say: not the rank's own work, fewer weights, or the host's."""
 
 DIRECTIONS = ("forward", "backward")
 MEASURED = ("latency_us", "spread", "min_us", "p20_us", "samples")  # all other columns say what was measured

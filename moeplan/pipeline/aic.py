@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 import yaml
 
 from moeplan.artifacts.profile import PROFILE_PLACE, HardwareProfile, ProfileMeta, Source
+from moeplan.artifacts.profile_tables import MISMEASURED
 from moeplan.errors import UnknownNameError
 from moeplan.files import require_place
 from moeplan.pipeline.profile_request import MAIN_MODELS
 from moeplan.profiling import aic
-from moeplan.profiling.sanity import group_ids, mark_host_bound, mark_rows
+from moeplan.profiling.sanity import group_ids, mark_host_bound, mark_rows, too_fast
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
@@ -114,14 +115,15 @@ def _subset(name: str, table: pa.Table, models: list[ModelSpec]) -> pa.Table:
 
 
 def _newest_per_shape(table: pa.Table, sources: dict[str, Source]) -> pa.Table:
-    """Rows of the newest version that measured a shape, per framework and kind of file."""
+    """Rows of the newest version that measured a shape and not something else, per framework and kind of file."""
     columns = ("backend", "scope", "hidden", "inter", "num_experts", "dtype", "source")
     rows = list(zip(*(table[column].to_pylist() for column in columns), strict=True))
     keys = [(*row[:-1], row[-1].rsplit("/", 1)[1]) for row in rows]
-    newest: dict[Any, list[int]] = {}
-    for key, row in zip(keys, rows, strict=True):
-        newest[key] = max(newest.get(key, []), _version_key(sources[row[-1]].version))
-    keep = [newest[key] == _version_key(sources[row[-1]].version) for key, row in zip(keys, rows, strict=True)]
+    newest: dict[Any, tuple[bool, list[int]]] = {}
+    for key, row, mark in zip(keys, rows, table["mark"].to_pylist(), strict=True):
+        this = mark not in MISMEASURED, _version_key(sources[row[-1]].version)
+        newest[key] = max(newest.get(key, (False, [])), this)
+    keep = [newest[key][1] == _version_key(sources[row[-1]].version) for key, row in zip(keys, rows, strict=True)]
     return table.filter(pa.array(keep))
 
 
@@ -137,6 +139,7 @@ def read_system(
     sources: dict[str, Source] = {}
     rejected: dict[str, Counter[str]] = {}
     files = list(aic.files_of(root, system, hybrid))
+    bandwidth = float(_machine(root, system)["memory_bandwidth_bytes_per_s"])
     for file in _newest(files) if subset else files:
         rows = aic.read_rows(file)
         device = str(rows["device"][0].as_py()) if "device" in rows.column_names else ""
@@ -152,6 +155,9 @@ def read_system(
             count["repeated"] += repeats
             marked = HardwareProfile(_bare(system), {name: table}).table(name)
             marks = mark_rows(name, marked)
+            if name == "experts":
+                marks = np.where(too_fast(marked, bandwidth), "too_fast", marks)
+                marks = np.where(aic.regrouped(marked, file), "regrouped", marks)
             marks = np.where(marks == "", "copied" if owner else "", marks)
             index = marked.column_names.index("mark")
             pieces.setdefault(name, []).append(marked.set_column(index, "mark", pa.array(marks, pa.string())))

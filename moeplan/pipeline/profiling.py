@@ -182,7 +182,9 @@ def _dense_benches(request: ProfileRequest, device: Any, models: list[ModelSpec]
         for start in range(0, len(shapes), 8):  # weights of a few shapes at a time, so that they fit
             make = partial(gemm_bench, device, shapes[start : start + 8], dtype, own, request.max_tokens)
             benches += _made(f"dense products in {dtype}", make, notes)
-    keys = sorted({(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models})
+    keys = sorted(
+        {(m.hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k, m.routed_hidden_size) for m in models}
+    )
     if keys:
         plain = _plain("passes over tokens (router, norms, ...)", request, notes)
         benches += [
@@ -191,7 +193,7 @@ def _dense_benches(request: ProfileRequest, device: Any, models: list[ModelSpec]
             for dtype in plain
             for bench in _made(
                 f"passes over tokens in {dtype}",
-                partial(elementwise_bench, device, *key, dtype, request.max_tokens, request.directions),
+                partial(elementwise_bench, device, *key[:4], dtype, request.max_tokens, request.directions, key[4]),
                 notes,
             )
         ]

@@ -5,14 +5,19 @@ Only its parquet files are read; the package itself is never imported. What is n
 - units: its all-to-all files are in microseconds, the others in milliseconds; ours are in microseconds;
 - NCCL message sizes are elements (half takes twice int8's time at one size); ours are bytes;
 - ``num_tokens`` is per ep group in the MoE files and per rank in the DeepEP files;
-- fp8 dispatch and bf16 combine in the DeepEP files, which name no type (their bandwidth column says so).
+- fp8 dispatch and bf16 combine in the DeepEP files, which name no type (their bandwidth column says so);
+- experts without a gate where a collector timed them so without saying.
+
+What a collector did otherwise than its rows say is known from its source, and :func:`regrouped` names these rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ import pyarrow.parquet as pq
 
 from moeplan.artifacts.profile import Source
 from moeplan.errors import MissingExtraError, ProfileError, UnknownNameError
+from moeplan.specs.models import find_model, model_names
 
 __all__ = [
     "LICENCE",
@@ -34,6 +40,7 @@ __all__ = [
     "find_system",
     "fingerprint",
     "read_rows",
+    "regrouped",
     "systems",
     "systems_root",
 ]
@@ -43,6 +50,45 @@ LICENCE = "Apache-2.0, Copyright (c) NVIDIA CORPORATION & AFFILIATES"
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "int4_wo": "int4", "float32": "fp32"}
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1}
+
+
+# From these releases on the collectors time a layer as the model's server builds it: routed among groups of experts
+# where the model is, without a gate where its experts have none.
+_AS_SERVED = {"sglang": (0, 5, 14), "vllm": (0, 24, 0)}
+# TensorRT-LLM's low-latency kernels are timed under DeepSeek-V3's groups, whatever the model.
+_ALWAYS_GROUPED = "moe_torch_flow_min_latency"
+_SHAPE = ("hidden", "inter", "num_experts", "top_k")
+
+
+def _as_served(file: AicFile) -> bool:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", file.version)[:3])
+    return file.kind == "moe" and numbers >= _AS_SERVED.get(file.framework, (np.inf,))
+
+
+@cache
+def _shapes(ungated: bool) -> frozenset[tuple[int, ...]]:
+    """Shapes of built-in models without gates, or that route among groups of experts."""
+    models = [find_model(name) for name in model_names()]
+    chosen = [m for m in models if (not m.gated_ffn if ungated else (m.n_group or 1) > 1)]
+    return frozenset(
+        (m.routed_hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in chosen
+    )
+
+
+def _among(table: dict[str, Any], shapes: frozenset[tuple[int, ...]]) -> Any:
+    columns = (np.asarray(table[name]).tolist() for name in _SHAPE)
+    return np.array([shape in shapes for shape in zip(*columns, strict=True)], bool)
+
+
+def regrouped(table: pa.Table, file: AicFile) -> Any:
+    """Rows of experts whose load is not what they say.
+
+    Their collector draws choices, even ones as one in each group of experts, and hands them as scores to a router that
+    keeps half of the groups: half of the choices fall elsewhere, on half of the experts. What is measured bears it out:
+    a rank takes as long at EP 2 as at EP 1, and reads weights at 1.7 times the bandwidth of its memory.
+    """
+    always = np.array([_ALWAYS_GROUPED in kernel for kernel in table["kernel"].to_pylist()], bool)
+    return always | (_as_served(file) & _among({name: table[name] for name in _SHAPE}, _shapes(ungated=False)))
 
 
 def systems_root() -> Path:
@@ -180,6 +226,10 @@ def _moe(rows: pa.Table, file: AicFile) -> _Converted:
         kernel = pc.binary_join_element_wise(kernel, _text(rows, "moe_kernel"), "/")
     if file.kind in ("wideep_context_moe", "wideep_generation_moe"):
         kernel = pc.binary_join_element_wise(kernel, file.kind.split("_")[1], "/")
+    shape = dict(zip(_SHAPE, (rows["hidden_size"], rows["inter_size"], experts, top_k), strict=True))
+    if _as_served(file):
+        plain = pa.array(_among(shape, _shapes(ungated=True)))
+        kernel = pc.if_else(plain, pc.binary_join_element_wise(kernel, "nongated", "/"), kernel)
     yield (
         "experts",
         {

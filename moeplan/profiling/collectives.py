@@ -222,7 +222,7 @@ def collective_benches(comm: Communicator, what: Exchange) -> list[Bench]:
                 peer = -1
                 if op == "p2p":
                     other = comm.first_of_nodes[1] if scope == "inter-node" else 1
-                    ranks, part = 2, comm.rank in (0, other)
+                    ranks, nodes, part = 2, min(nodes, 2), comm.rank in (0, other)
                     peer = other if comm.rank == 0 else 0
                 case = _Case(op, algorithm, distribution, ranks, nodes, group, part, peer)
                 label = f"{op} {algorithm} {distribution} {scope} {ranks} ranks {nodes} nodes"

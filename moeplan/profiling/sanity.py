@@ -8,6 +8,8 @@
 - ``not_sharded``, of all rows at EP > 1 of a kernel: balanced at large batch and EP 8 it takes more than
   :data:`SHARDED` of its time at EP 1 (median). The rank was given choices of other ranks' experts too (SGLang 0.5.10:
   the collector sent them all to expert 0), or all experts.
+- ``too_fast``: a balanced row of experts that would have read two matrices of each expert it hits faster than memory
+  gives them: it hit fewer, or they were in a cache.
 - ``host_bound``, of whole kernels: their shortest products (the shortest hundredth) take more than :data:`HOST` times
   as long (median) as the fastest product of another kernel of the type that is no smaller in any size. What was timed
   is the host's work for a call, whatever the product.
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.profile_tables import MEASURED, columns_of
 
-__all__ = ["SIZE_AXIS", "group_ids", "mark_host_bound", "mark_rows"]
+__all__ = ["SIZE_AXIS", "group_ids", "mark_host_bound", "mark_rows", "too_fast"]
 
 OUTLIER = 2.0
 FALL = 0.8
@@ -31,6 +33,10 @@ FALL_SKEW = 0.95
 LARGE_BATCH_TOKENS = 1024
 SHARDED, SHARDED_TOKENS, SHARDED_ROWS = 0.75, 4096, 4  # public tables: 0.8 to 1 where due, at most 0.7 elsewhere
 HOST = 5.0  # public tables: 7 to 45 where the host was timed, at most 3.6 elsewhere
+
+# Bytes of a weight, without scales.
+_WEIGHT_BYTES = dict.fromkeys(("bf16", "fp16"), 2.0) | dict.fromkeys(("fp8", "fp8_block"), 1.0)
+_WEIGHT_BYTES |= dict.fromkeys(("nvfp4", "w4a16_mxfp4", "w4a8_mxfp4_mxfp8", "int4"), 0.5)
 
 SIZE_AXIS = {
     "experts": "tokens",
@@ -147,6 +153,17 @@ def mark_rows(name: str, table: pa.Table) -> NDArray[np.str_]:
         marks = np.where((marks == "") & _skew_marks(table, log_us, size), "skew_faster", marks)
         marks = np.where(_sharding_marks(table, log_us, size), "not_sharded", marks)
     return marks
+
+
+def too_fast(table: pa.Table, bandwidth_bytes_per_s: float) -> NDArray[np.bool_]:
+    """Rows of experts that memory of this bandwidth cannot have given their weights."""
+    active, hidden, inter, tp = (
+        table[name].to_numpy().astype(float) for name in ("active_experts", "hidden", "inter", "tp")
+    )
+    each = np.array([_WEIGHT_BYTES.get(name, 0.0) for name in table["dtype"].to_pylist()])
+    read_s = 2 * np.maximum(active, 0.0) * hidden * inter / tp * each / bandwidth_bytes_per_s
+    fast: NDArray[np.bool_] = table["latency_us"].to_numpy() * 1e-6 < read_s
+    return fast
 
 
 def mark_host_bound(table: pa.Table) -> pa.Table:

@@ -17,10 +17,18 @@ from moeplan.cli import main
 from moeplan.cli.profile import command
 from moeplan.errors import MoeplanError, ProfileError, SpecError
 from moeplan.pipeline.profile_checks import check_profile, diff_profiles, show_profile
-from moeplan.pipeline.profiling import PRESETS, ProfileRequest, Sizes, measure_profile, profile_request
+from moeplan.pipeline.profiling import (
+    PRESETS,
+    ProfileRequest,
+    Sizes,
+    _dense_benches,
+    measure_profile,
+    profile_request,
+)
 from moeplan.profiling import system
 from moeplan.profiling.device import find_device
 from moeplan.specs.clusters import find_accelerator
+from moeplan.specs.models import find_model
 
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
@@ -377,6 +385,14 @@ def test_requests_need_sizes(tmp_path: Path):
     with pytest.raises(SpecError, match=r"threads \(1000\) exceed the cores"):
         measure_profile(ProfileRequest(parts=("memory",), threads=1000), tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_models_of_a_latent_width_are_permuted_at_it():
+    request = ProfileRequest(parts=("dense",), models=("kimi-k3",), dtypes=("fp32",), max_tokens=4)
+    benches = _dense_benches(request, find_device("cpu"), [find_model("kimi-k3")], [])
+    rows = [series.row(1) for bench in benches for series in bench.series if series.table == "elementwise"]
+    hidden = {row["op"]: row["hidden"] for row in rows}
+    assert (hidden["permute"], hidden["unpermute"], hidden["router"], hidden["norm"]) == (3584, 3584, 7168, 7168)
 
 
 def test_presets_and_options_make_one_request():
