@@ -5,7 +5,8 @@ all-gather, reduce-scatter and all-to-all, all of it point to point (Thakur et a
 span nodes enter and leave a node over the NICs of all its members (NCCL's channels), so its members' NICs add up.
 
 Where only smaller groups are measured, a larger one in the same domain takes longer as that law says; one that spans
-domains starts in its domain, crosses between them, ends in the other, and then moves its bytes as the law says.
+domains starts in its domain, crosses between them, ends in the other, and then moves its bytes as the law says, but
+takes no less than its part in one domain.
 """
 
 from __future__ import annotations
@@ -85,13 +86,13 @@ class CollectiveCosts:
         if smaller is None:
             return table.told(size)
         inner = self._table(smaller)
+        found = inner.told(size)
         if group.nodes == 1:
-            found = inner.told(size)
             value = found.value * group.law(size[:, None]) / smaller.law(size[:, None])
         else:
-            found = inner.told(np.minimum(size, inner.smallest))
+            start = inner.told(np.minimum(size, inner.smallest)).value
             crossing = group.ways * (_LIBRARY_S + group.latency_s)
-            value = 2 * found.value + crossing + group.transfer_s(size)
+            value = np.maximum(2 * start + crossing + group.transfer_s(size), found.value)
         error = max(found.relative_error, RELATIVE_ERROR)
         how = f"modelled from {smaller.ranks} ranks: {found.source.partition(': ')[2]}"
         return Seconds(value, error, how, True)

@@ -57,6 +57,7 @@ _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1, "fp8": 1}
 _AS_SERVED = {"sglang": (0, 5, 14), "vllm": (0, 24, 0)}
 # TensorRT-LLM's low-latency kernels are timed under DeepSeek-V3's groups, whatever the model.
 _ALWAYS_GROUPED = "moe_torch_flow_min_latency"
+_FEW = 256  # tokens up to which the weights of the experts hit take the time
 _SHAPE = ("hidden", "inter", "num_experts", "top_k")
 
 
@@ -83,12 +84,15 @@ def _among(table: dict[str, Any], shapes: frozenset[tuple[int, ...]]) -> Any:
 def regrouped(table: pa.Table, file: AicFile) -> Any:
     """Rows of experts whose load is not what they say.
 
-    Their collector draws choices, even ones as one in each group of experts, and hands them as scores to a router that
-    keeps half of the groups: half of the choices fall elsewhere, on half of the experts. What is measured bears it out:
-    a rank takes as long at EP 2 as at EP 1, and reads weights at 1.7 times the bandwidth of its memory.
+    Their collector hands choices as scores to a router that keeps half of the groups of experts, and takes the rest
+    from the first ones. Even choices are one in each group, so half of the experts get all of them: a rank takes as
+    long at EP 2 as at EP 1, and would read weights at 1.7 times the bandwidth of its memory. Skewed ones hit all
+    experts; of a group of ranks the first gets too many, which shows where tokens and not weights take the time.
     """
     always = np.array([_ALWAYS_GROUPED in kernel for kernel in table["kernel"].to_pylist()], bool)
-    return always | (_as_served(file) & _among({name: table[name] for name in _SHAPE}, _shapes(ungated=False)))
+    grouped = always | (_as_served(file) & _among({name: table[name] for name in _SHAPE}, _shapes(ungated=False)))
+    even = np.array(table["distribution"].to_pylist()) == "balanced"
+    return grouped & (even | ((table["ep"].to_numpy() > 1) & (table["tokens"].to_numpy() > _FEW)))
 
 
 def systems_root() -> Path:

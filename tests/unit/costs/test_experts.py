@@ -176,6 +176,24 @@ def test_a_kernel_timed_without_expert_parallelism_serves_a_group_only_where_not
     assert (costs.extrapolated, costs.relative_error) == (True, 0.5)
 
 
+def test_a_kernel_measured_around_the_load_serves_before_a_faster_one_that_was_not() -> None:
+    quick = [row | {"kernel": "short", "latency_us": 0.5 * row["latency_us"]} for row in rows()]  # type: ignore[operator]
+    short = [row for row in quick if row["tokens"] <= 1024]  # type: ignore[operator]
+    both = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows() + short)})
+    for mean_pairs, kernel in ((64.0, "short"), (65.0, "k"), (4096.0, "short")):  # the last is beyond both
+        assert f"({kernel})" in expert_costs(MODEL, GPU, "bf16", both, mean_pairs=mean_pairs, local_experts=8).source
+
+
+def test_kernels_of_the_other_phase_serve_only_where_there_are_no_others() -> None:
+    quick = [row | {"kernel": "d/generation", "latency_us": 0.5 * row["latency_us"]} for row in rows()]  # type: ignore[operator]
+    slow = [row | {"kernel": "d/context"} for row in rows()]
+    both = HardwareProfile(META, {"experts": pa.Table.from_pylist(quick + slow)})
+    for phase, kernel in (("decode", "generation"), ("prefill", "context"), ("mix", "context")):
+        assert f"d/{kernel}" in expert_costs(MODEL, GPU, "bf16", both, local_experts=8, phase=phase).source  # type: ignore[arg-type]
+    one = HardwareProfile(META, {"experts": pa.Table.from_pylist(quick)})
+    assert "d/generation" in expert_costs(MODEL, GPU, "bf16", one, local_experts=8, phase="prefill").source
+
+
 @pytest.mark.parametrize(("mean_pairs", "local", "inside"), [(1024.0, 8, True), (1025.0, 8, False), (64.0, 2, False)])
 def test_loads_and_groups_beyond_the_measured_ones_say_so(mean_pairs: float, local: int, inside: bool) -> None:
     costs = expert_costs(MODEL, GPU, "bf16", profile(), mean_pairs=mean_pairs, local_experts=local)

@@ -12,7 +12,7 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
 from moeplan.errors import InputError, MissingExtraError
 from moeplan.pipeline.aic import _merge_repeats, _version_key, import_aic
 from moeplan.profiling import aic
-from moeplan.profiling.sanity import mark_host_bound, mark_rows
+from moeplan.profiling.sanity import mark_host_bound, mark_rows, too_fast
 
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none")
 
@@ -101,3 +101,53 @@ def test_shipped_products_of_kernels_that_timed_the_host_do_not_serve(system: st
     table = profile.table("gemm")
     assert mark_host_bound(table)["mark"].to_pylist() == table["mark"].to_pylist()
     assert set(profile.select("gemm", dtype="fp8_block")["backend"].to_pylist()) == {"sglang", "trtllm"}
+
+
+def test_rows_that_memory_cannot_have_given_their_weights() -> None:
+    # Two matrices of 1,024 x 512 bytes for each of 4 experts at 1 TB/s: 4.2 us.
+    shape = {"hidden": 1024, "inter": 1024, "tp": 2, "num_experts": 8, "top_k": 2, "ep": 2, "distribution": "balanced"}
+    rows = [
+        shape | {"dtype": dtype, "active_experts": active, "tokens": 8, "rank_pairs": 8, "backend": "b", "kernel": "k",
+                 "source": "s", "latency_us": us}
+        for dtype, active, us in (
+            ("fp8_block", 4, 4.1), ("fp8_block", 4, 4.3), ("bf16", 4, 8.3), ("nvfp4", 4, 2.2), ("fp8", -1, 0.1)
+        )
+    ]  # fmt: skip
+    table = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows)}).table("experts")
+    assert too_fast(table, 1e12).tolist() == [True, False, True, False, False]
+
+
+def test_choices_that_a_router_of_groups_takes_elsewhere_are_set_aside() -> None:
+    def marked(framework: str, version: str, kernel: str = "k", hidden: int = 7168) -> list[bool]:
+        file = aic.AicFile("h100_sxm", "moe", framework, version, Path("moe_perf.parquet"))
+        shape = {"hidden": hidden, "inter": 2048, "num_experts": 256, "top_k": 8, "tp": 1, "dtype": "fp8_block"}
+        rows = [
+            shape | {"ep": ep, "distribution": distribution, "tokens": tokens, "rank_pairs": -1, "active_experts": -1,
+                     "backend": framework, "kernel": kernel, "source": "s", "latency_us": 1.0}
+            for distribution, ep, tokens in (
+                ("balanced", 1, 1), ("balanced", 8, 4096), ("power_law_1.2", 1, 4096), ("power_law_1.2", 8, 256),
+                ("power_law_1.2", 8, 257)
+            )
+        ]  # fmt: skip
+        table = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows)}).table("experts")
+        return [bool(each) for each in aic.regrouped(table, file)]
+
+    known = [True, True, False, False, True]
+    assert marked("sglang", "0.5.14") == marked("vllm", "0.24.0") == known
+    assert not any(marked("sglang", "0.5.10") + marked("vllm", "0.22.0") + marked("sglang", "0.5.14", hidden=4096))
+    assert not any(marked("trtllm", "1.3.0rc20"))
+    assert marked("trtllm", "1.3.0rc20", "moe_torch_flow_min_latency", 4096) == known
+
+
+@pytest.mark.parametrize("system", ["b200-sxm", "gb200", "h100-sxm", "h200-sxm"])
+def test_shipped_experts_of_a_group_do_not_take_what_all_experts_take(system: str) -> None:
+    """Of what serves: even loads at EP 2 beside EP 1 of DeepSeek-V3, where tokens are many."""
+    found = load_profile(system).select("experts", hidden=7168, inter=2048, num_experts=256, distribution="balanced")
+    took: dict[tuple[object, ...], dict[int, float]] = {}
+    for row in found.to_pylist():
+        if row["tokens"] >= 4096:
+            key = tuple(row[c] for c in ("backend", "kernel", "dtype", "source", "tp", "tokens"))
+            took.setdefault(key, {})[row["ep"]] = row["latency_us"]
+    pairs = [each[2] / each[1] for each in took.values() if {1, 2} <= set(each)]
+    assert pairs
+    assert max(pairs) < 0.95

@@ -31,6 +31,7 @@ from moeplan.pipeline.simulate import cases_of, simulate, sweep, write_simulatio
 from moeplan.specs.scenario import Scenario
 
 DEMO = Path(__file__).resolve().parents[3] / "moeplan" / "data" / "demo_trace.npz"
+ALL: dict[str, Any] = {"objective": {"dispatch": "allgather"}}
 REQUESTS = {"arrivals": "poisson", "rate": "30 /s", "count": 40, "input_tokens": 200, "output_tokens": 20}
 
 
@@ -91,6 +92,23 @@ def test_disaggregation_and_stages_run() -> None:
     stages = simulate(scenario({"engine": {"pp": 2, "tp": 2}}), seeds=1).result
     assert stages.num_ranks == 8
     assert stages.counts["finished"] == 40
+
+
+def test_experts_split_over_all_ranks_are_always_in_balance() -> None:
+    def served(tp: int, expert_tp: int, fidelity: str = "step") -> SimulationResult:
+        engine = {"engine": {"tp": tp, "expert_tp": expert_tp}}
+        return simulate(scenario(engine, fidelity=fidelity, **ALL), seeds=1).result
+
+    whole, some, split = (served(8, degree) for degree in (1, 2, 8))
+    for result in (whole, some, split):
+        assert result.counts["finished"] == 40
+        assert result.rank_memory is not None
+        assert result.rank_memory.experts == whole.rank_memory.experts  # type: ignore[union-attr]
+    assert [r.ranks is not None and np.ptp(r.ranks.compute) < 1e-9 for r in (whole, some, split)] == [
+        False, False, True
+    ]  # fmt: skip
+    played = served(8, 8, "detailed").headlines["tpot_p50_s"].value
+    assert played == pytest.approx(split.headlines["tpot_p50_s"].value, rel=0.02)
 
 
 def test_re_balancing_lowers_the_bubble() -> None:
@@ -190,6 +208,12 @@ def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
         ({"warmup": "1 h"}, {}, SpecError, r"zero finished requests arrive after it"),
         ({}, {"profile": "h100-sxm"}, ProfileError, r"does not cover .* measure it: moeplan profile experts"),
         ({"faults": [{"kind": "rank-loss", "at": "1 s", "rank": 8}]}, {}, SpecError, r"faults.0.rank \(8\) is outside"),
+        ({"engine": {"expert_tp": 3}}, {}, SpecError, r"engine.expert_tp \(3\) does not divide the ranks of a node"),
+        ({"engine": {"expert_tp": 2}}, {}, SpecError, r"need every token, but objective.dispatch is per_node"),
+        ({"engine": {"expert_tp": 2}, "rebalance": {"interval": "1 s", "window": "1 s"}}, ALL, SpecError,
+         r"serving.rebalance moves whole experts, but engine.expert_tp \(2\) splits them"),
+        ({"engine": {"expert_tp": 2}, "faults": [{"kind": "rank-loss", "at": "1 s", "rank": 0}]}, ALL, SpecError,
+         r"faults.0.kind \(rank-loss\): with engine.expert_tp \(2\) above 1"),
         ({"engine": {"tp": 3}}, {}, SpecError, r"engine.tp \(3\) times engine.pp \(1\) does not divide"),
         ({"requests": REQUESTS | {"input_tokens": 9_000_000}}, {}, InfeasibleError, r"more than a group holds"),
         ({"requests": REQUESTS | {"file": "none.csv"}}, {}, TraceError, r"none.csv does not exist"),
