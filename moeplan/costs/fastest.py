@@ -58,7 +58,13 @@ class FastestTable:
         return self.told(*coords).value
 
     def told(self, *coords: Any) -> Seconds:
-        """The same with the error and the source of the kernel that is fastest over all of them."""
+        """The same with the error and the source of the kernel that serves most of them. At each point those measured
+        around it come before those that are extended to it."""
         each = [table.seconds(*coords) for table in self._tables]
-        fastest: Floats = np.min([seconds.value for seconds in each], axis=0)
-        return replace(min(each, key=lambda seconds: seconds.total), value=fastest)
+        if len(each) == 1:
+            return each[0]
+        values, inside = np.stack([s.value for s in each]), np.stack([s.inside for s in each if s.inside is not None])
+        values[~inside & inside.any(0)] = np.inf
+        serving = values.argmin(0).ravel()
+        best = each[int(np.bincount(serving).argmax())]
+        return replace(best, value=values.min(0), extrapolated=not inside.any(0).all())

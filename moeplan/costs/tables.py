@@ -32,6 +32,8 @@ class Seconds:
     relative_error: float
     source: str
     extrapolated: bool
+    inside: NDArray[np.bool_] | None = None
+    """Whether measured points lie around each of them; None: not told."""
 
     @property
     def total(self) -> float:
@@ -110,7 +112,8 @@ class TableCosts:
         if outside:
             source, error = source.replace("interpolated", "extrapolated"), max(error, roofline.RELATIVE_ERROR)
         value = np.where(np.isfinite(value), 1e-6 * value, self._law(flat))
-        return Seconds(value.reshape(at.shape[:-1]), error, source, outside)
+        shape = at.shape[:-1]
+        return Seconds(value.reshape(shape), error, source, outside, inside.reshape(shape))
 
     def _extended(self, coords_oA: Floats, near_oAA: Floats, latency_us: Floats) -> Floats:
         """Latencies at ``coords`` from those at places near them, in proportion to the law; of several places by the
