@@ -111,7 +111,8 @@ def _step_model(
 ) -> tuple[StepModel, Placement, Floats]:
     """Costs, placement and even load of a row's configuration."""
     model, cluster = find_model(c["model"]), _cluster(c["accelerator"], c["nodes"], c["ranks_per_node"])
-    placement, load_LE = _even(model, cluster.num_ranks, c["ranks_per_node"], c["slots"])
+    split = c.get("expert_tp", 1)
+    placement, load_LE = _even(model, cluster.num_ranks // split, c["ranks_per_node"] // split, c["slots"])
     work = Workload.model_validate(
         {
             "phase": phase,
@@ -126,10 +127,11 @@ def _step_model(
         overlap=overlap or c["overlap"],  # type: ignore[arg-type]
         kv_dtype=c.get("kv", "bf16"),
         tp=c.get("tp", 1),
+        expert_tp=split,
         dense_dtype=c.get("dense"),
         backend=c.get("backend"),
     )
-    return StepModel(model, cluster, work, technique, _profile(c["profile"])), placement, load_LE
+    return StepModel(model, cluster, work, technique, _profile(c["profile"])), placement.over_groups(split), load_LE
 
 
 def step_cost(c: dict[str, Any], phase: str, batch: int, context: int, overlap: str | None = None) -> StepCost:
