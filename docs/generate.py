@@ -22,6 +22,7 @@ _NOTE = "<!-- Written by docs/generate.py; edit the code, then run it again. -->
 def documents() -> dict[str, str]:
     """Text of each generated file, by its name in ``docs/reference``."""
     from moeplan.artifacts.plan import Plan
+    from moeplan.artifacts.profile_tables import schema_document
     from moeplan.specs.cluster import ClusterSpec
     from moeplan.specs.model import ModelSpec
     from moeplan.specs.scenario import Scenario
@@ -36,6 +37,7 @@ def documents() -> dict[str, str]:
         "cli.md": cli_text(),
         "fields.md": fields_text(roots),
         "plan.schema.json": schema_text(Plan),
+        "profile-tables.json": json.dumps(schema_document(), indent=1) + "\n",
         "scenario.schema.json": schema_text(Scenario),
     }
 

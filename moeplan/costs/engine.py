@@ -3,7 +3,8 @@
 A pass takes ``b`` new tokens per attention group through all layers. Per layer: attention with its projections,
 two all-reduces over ``tp`` ranks, or with data-parallel attention an exchange there and back, the router, the
 routed experts of the busiest rank, the shared expert. Then the head. Times of kernels come from measured
-tables of the engine's own framework where they are, else of any, else from the roofline.
+tables of the engine's own framework where they are, else of any, else from the roofline; of routed experts, whose
+kernels frameworks take from the same libraries, the library's that was asked for, else the fastest of all.
 
 ``b`` sequences per attention group, ``T`` tokens over the worker, ``H`` hidden.
 """
