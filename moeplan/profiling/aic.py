@@ -85,14 +85,16 @@ def regrouped(table: pa.Table, file: AicFile) -> Any:
     """Rows of experts whose load is not what they say.
 
     Their collector hands choices as scores to a router that keeps half of the groups of experts, and takes the rest
-    from the first ones. Even choices are one in each group, so half of the experts get all of them: a rank takes as
-    long at EP 2 as at EP 1, and would read weights at 1.7 times the bandwidth of its memory. Skewed ones hit all
-    experts; of a group of ranks the first gets too many, which shows where tokens and not weights take the time.
+    from the first ones. Even choices are one in each group, so half of the experts get all of them: one rank with all
+    experts takes as long at EP 1 as at EP 2, and would read weights at 1.7 times the bandwidth of its memory. Skewed
+    ones hit all experts. Of a group of ranks the one that is timed gets too many tokens, but hits its experts as it
+    should: that shows where tokens and not weights take the time.
     """
     always = np.array([_ALWAYS_GROUPED in kernel for kernel in table["kernel"].to_pylist()], bool)
     grouped = always | (_as_served(file) & _among({name: table[name] for name in _SHAPE}, _shapes(ungated=False)))
     even = np.array(table["distribution"].to_pylist()) == "balanced"
-    return grouped & (even | ((table["ep"].to_numpy() > 1) & (table["tokens"].to_numpy() > _FEW)))
+    alone = table["ep"].to_numpy() == 1
+    return grouped & np.where(alone, even, table["tokens"].to_numpy() > _FEW)
 
 
 def systems_root() -> Path:
