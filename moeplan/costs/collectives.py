@@ -92,7 +92,9 @@ class CollectiveCosts:
         else:
             start = inner.told(np.minimum(size, inner.smallest)).value
             crossing = group.ways * (_LIBRARY_S + group.latency_s)
-            value = np.maximum(2 * start + crossing + group.transfer_s(size), found.value)
+            whole = self._group(op, group.members, 1)  # of a domain
+            inside = found.value * whole.law(size[:, None]) / smaller.law(size[:, None])
+            value = np.maximum(2 * start + crossing + group.transfer_s(size), inside)
         error = max(found.relative_error, RELATIVE_ERROR)
         how = f"modelled from {smaller.ranks} ranks: {found.source.partition(': ')[2]}"
         return Seconds(value, error, how, True)

@@ -39,7 +39,6 @@ _LIBRARIES = {
     "cutlass": ("cutlass",),
     "wideep": ("wideep_compute",),
 }
-_DEEPEP = "deepepmoe"
 # Scaling activations to 8 or 4 bits before a product: a pass of its own that tables of products leave out but
 # TensorRT-LLM's in 4 bits. At few tokens it takes 1.3 to 2.6 us (aiconfigurator-core, ``quantize``, two frameworks).
 _SCALING_S = 2.0e-6
@@ -258,10 +257,7 @@ class EngineCosts:
         # CUTLASS' 4-bit rows are left out: B200's take twice GB200's at the same points.
         parts = _LIBRARIES.get(s.expert_kernels)
         kernels = self._tables.kernels("experts", hidden=m.routed_hidden_size, num_experts=m.num_experts)
-        kernels = of_phase(kernels, phase)
-        if s.dp == 1 or s.exchange == "gathered":  # nothing brings tokens in DeepEP's layouts
-            kernels = [kernel for kernel in kernels if not kernel.startswith(_DEEPEP)] or kernels
-        names["kernel"] = kernels
+        names["kernel"] = kernels = of_phase(kernels, phase, sent=s.dp > 1 and s.exchange != "gathered")
         if parts and (s.expert_kernels, s.expert_dtype) != ("cutlass", "fp4"):
             asked = [kernel for kernel in kernels if any(part in kernel for part in parts)]
             choices = tuple(choice | {"kernel": asked} for choice in choices) + choices

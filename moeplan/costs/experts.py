@@ -194,12 +194,15 @@ def _roofline(model: ModelSpec, accelerator: AcceleratorSpec, dtype: Dtype, tp: 
 
 
 # DeepEP's two modes bring tokens in different layouts, each to kernels of its own (``moeplan.profiling.aic``).
+_DEEPEP = "deepepmoe"
 _OTHER_PHASE: dict[Phase, str] = {"decode": "/context", "prefill": "/generation", "mix": "/generation"}
 
 
-def of_phase(kernels: list[str], phase: Phase) -> list[str]:
-    """Those that serve a phase; all where none is made for it."""
-    return [name for name in kernels if not name.endswith(_OTHER_PHASE[phase])] or kernels
+def of_phase(kernels: list[str], phase: Phase, sent: bool = True) -> list[str]:
+    """Those that serve a phase, of tokens that are ``sent`` to their experts or are there already; all where none is
+    made for it."""
+    fitting = [name for name in kernels if sent or not name.startswith(_DEEPEP)] or kernels
+    return [name for name in fitting if not name.endswith(_OTHER_PHASE[phase])] or fitting
 
 
 def expert_costs(
@@ -214,15 +217,17 @@ def expert_costs(
     arriving: float = 1.0,
     direction: Direction = "forward",
     phase: Phase = "prefill",
+    sent: bool = True,
 ) -> ExpertCosts:
     """Costs of ``model``'s experts: measured where the profile has the shape, else scaled from the nearest
     measured shape (weights and arithmetic both grow with ``H F``), else by the roofline.
 
     Of several number formats of ``dtype`` one serves alone: the first of :func:`table_dtypes` that was measured at the
     shape, since tables hold a shape in the formats its models come in; the first at all where none was. Of several
-    kernels of the ``phase`` the fastest serves, for a rank of ``local_experts`` with ``mean_pairs`` tokens each that
-    gets the part ``arriving`` of the group's tokens, among those of ``backend`` where it is named and those measured
-    around such a rank where there are any. The roofline is of a forward, whatever the ``direction``.
+    kernels of the ``phase``, and of tokens ``sent`` to their experts or not, the fastest serves, for a rank of
+    ``local_experts`` with ``mean_pairs`` tokens each that gets the part ``arriving`` of the group's tokens, among those
+    of ``backend`` where it is named and those measured around such a rank where there are any. The roofline is of a
+    forward, whatever the ``direction``.
 
     Raises:
         UnknownNameError: no such ``backend``.
@@ -234,10 +239,14 @@ def expert_costs(
         return _roofline(model, accelerator, dtype, tp)
     ep = model.num_experts / local_experts
     at = model.num_experts, model.top_k, mean_pairs * model.num_experts / model.top_k, ep
-    names = of_phase([kernel.names["kernel"] for kernel in kernels], phase)
+    names = of_phase([kernel.names["kernel"] for kernel in kernels], phase, sent)
     own = [kernel for kernel in kernels if kernel.names["kernel"] in names]
     # Without expert parallelism kernels take another path: what was timed so stands in where nothing else was.
     fitting = [kernel for kernel in own if kernel.covers(mean_pairs, ep)]
+    if not fitting:  # beyond all loads the one that was measured at the largest goes on
+        grouped = [kernel for kernel in own if kernel.ep[0] <= ep <= kernel.ep[1]]
+        most = max((kernel.fit.pairs_m[-1] for kernel in grouped), default=0.0)
+        fitting = [kernel for kernel in grouped if kernel.fit.pairs_m[-1] >= 0.99 * most]
     fitting = fitting or [kernel for kernel in own if ep <= 1 or kernel.ep[1] > 1] or own
 
     def rank_s(kernel: _Kernel) -> float:

@@ -46,6 +46,7 @@ def layer_costs(
         local_experts=model.num_experts / ranks,
         arriving=arriving,
         phase=workload.phase,
+        sent=objective.dispatch != "allgather",
     )
     _, per_active, per_pair = experts.linear(mean)
     fixed = experts.shared_s(mean * arriving)

@@ -176,6 +176,7 @@ class StepModel:
             local_experts=model.num_experts / groups,
             arriving=arriving,
             phase=work.phase,
+            sent=how.dispatch != "allgather",
         )
         exchange = exchange_costs(
             model, cluster, how.dispatch, work.phase, work.activation_dtype,

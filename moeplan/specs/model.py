@@ -180,8 +180,9 @@ class ModelSpec(Spec):
 
     def non_expert_parameters_on(self, tp: int) -> float:
         """Those on each of ``tp`` ranks that split attention and dense parts. Whole on all of them are routers,
-        down-projections to latents, and key and value heads where there are fewer than ranks."""
-        copied = float(self.num_moe_layers * self.hidden_size * self.num_experts)
+        projections to the experts' latent and back, those to latents of attention, and key and value heads where there
+        are fewer than ranks."""
+        copied = float(self.num_moe_layers * self.hidden_size * (self.num_experts + 2 * (self.expert_hidden_size or 0)))
         extra = 0.0
         if (a := self.attention) is not None:
             if a.is_mla:

@@ -58,6 +58,21 @@ def test_more_ranks_take_no_less(system: str, op: str) -> None:
         assert "modelled from" in took[-1].source
 
 
+def test_a_slow_kernel_with_one_size_more_does_not_set_the_start() -> None:
+    costs = CollectiveCosts(cluster_for("h100", 2, 8), load_profile("h100-sxm"), "sglang")
+    inside = CollectiveCosts(cluster_for("h100", 1, 8), load_profile("h100-sxm"), "sglang")
+    took = [inside.seconds("all_reduce", 8, size).total for size in (128, 256, 300, 510, 512, 8192)]
+    assert max(took) < 2 * min(took)
+    assert costs.seconds("all_reduce", 16, 8192).total < 60e-6
+
+
+def test_two_racks_take_no_less_than_one() -> None:
+    one, two = (cluster_for("gb200", nodes, 72, "two-level") for nodes in (1, 2))
+    for op in ("all_reduce", "all_gather", "alltoall"):
+        racks = [CollectiveCosts(c, load_profile("gb200")).seconds(op, c.num_ranks, 2**30).total for c in (one, two)]
+        assert racks[0] <= racks[1]
+
+
 def test_between_nodes_a_small_message_starts_and_ends_inside_and_a_large_one_takes_its_bytes() -> None:
     costs = CollectiveCosts(flat(2, 8), profile("all_reduce", 8, 1, us=5.0))
     chip = find_accelerator("h100")

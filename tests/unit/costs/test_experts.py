@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -180,7 +182,7 @@ def test_a_kernel_measured_around_the_load_serves_before_a_faster_one_that_was_n
     quick = [row | {"kernel": "short", "latency_us": 0.5 * row["latency_us"]} for row in rows()]  # type: ignore[operator]
     short = [row for row in quick if row["tokens"] <= 1024]  # type: ignore[operator]
     both = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows() + short)})
-    for mean_pairs, kernel in ((64.0, "short"), (65.0, "k"), (4096.0, "short")):  # the last is beyond both
+    for mean_pairs, kernel in ((64.0, "short"), (65.0, "k"), (4096.0, "k")):  # the last is beyond both
         assert f"({kernel})" in expert_costs(MODEL, GPU, "bf16", both, mean_pairs=mean_pairs, local_experts=8).source
 
 
@@ -190,6 +192,10 @@ def test_kernels_of_the_other_phase_serve_only_where_there_are_no_others() -> No
     both = HardwareProfile(META, {"experts": pa.Table.from_pylist(quick + slow)})
     for phase, kernel in (("decode", "generation"), ("prefill", "context"), ("mix", "context")):
         assert f"d/{kernel}" in expert_costs(MODEL, GPU, "bf16", both, local_experts=8, phase=phase).source  # type: ignore[arg-type]
+    deepep = [row | {"kernel": "deepepmoe", "latency_us": 0.1 * row["latency_us"]} for row in rows()]  # type: ignore[operator]
+    mixed = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows() + deepep)})
+    for sent, kernel in ((True, "(deepepmoe)"), (False, "(k)")):
+        assert kernel in expert_costs(MODEL, GPU, "bf16", mixed, local_experts=8, sent=sent).source
     one = HardwareProfile(META, {"experts": pa.Table.from_pylist(quick)})
     assert "d/generation" in expert_costs(MODEL, GPU, "bf16", one, local_experts=8, phase="prefill").source
 
@@ -367,3 +373,15 @@ def test_the_skewed_ratio_counts_what_is_shared() -> None:
     # A balanced rank of another program stands as measured.
     seconds = shared + float(flat.one_expert_s(300.0)) + each
     assert skewed_over_balanced(flat, vectors, 800, 1, 8, 4, balanced_s=2e-4) == pytest.approx(seconds / 2e-4)
+
+
+@pytest.mark.parametrize("ep", [1, 2, 8])
+@pytest.mark.parametrize("system", ["h100-sxm", "h200-sxm"])
+def test_more_tokens_take_no_less_beyond_what_was_measured(system: str, ep: int) -> None:
+    model, device = find_model("deepseek-v3"), find_accelerator(system)
+    took = []
+    for tokens in (8192, 16384, 17500, 32768, 65536):
+        mean = tokens * 8 / 256
+        costs = expert_costs(model, device, "fp8", load_profile(system), mean_pairs=mean, local_experts=256 / ep)
+        took.append(float(costs.shared_s(mean) + 256 / ep * costs.one_expert_s(mean)))
+    assert all(a <= 1.02 * b for a, b in pairwise(took)), took

@@ -135,6 +135,14 @@ def test_a_window_that_was_not_measured_is_plain_attention_of_as_many_tokens() -
     assert long.total == pytest.approx(seen * costs(False, 0).kernel(1.0, 16384.0).total, rel=0.01)
 
 
+def test_latent_projections_are_whole_on_every_rank() -> None:
+    model = find_model("kimi-k3")
+    wide = model.model_copy(update={"expert_hidden_size": None})
+    both = 2 * model.num_moe_layers * model.hidden_size * model.routed_hidden_size
+    for tp in (1, 8):
+        assert model.non_expert_parameters_on(tp) == pytest.approx(wide.non_expert_parameters_on(tp) + both)
+
+
 def test_a_latent_is_projected_and_permuted_at_its_width() -> None:
     model = find_model("kimi-k3")
     wide = model.model_copy(update={"expert_hidden_size": None})
