@@ -28,6 +28,7 @@ __all__ = ["CollectiveCosts"]
 Floats = NDArray[np.float64]
 
 LIBRARIES = ("nccl", "gloo")  # that every framework can call
+_PLAIN: dict[str, Any] = {"algorithm": "flat", "distribution": "even"}
 # What a small message takes through the library on both sides of a crossing, beside the latency of the link.
 _LIBRARY_S = 10e-6
 
@@ -71,6 +72,7 @@ class CollectiveCosts:
     ) -> None:
         self._cluster, self._profile, self._backend = cluster, profile, backend
         self._tables: dict[_Group, FastestTable] = {}
+        self._smaller: dict[_Group, _Group | None] = {}
 
     def seconds(self, op: str, ranks: int, message_size_bytes: Any, stride: int = 1) -> Seconds:
         """``op``: all_reduce, all_gather, reduce_scatter, alltoall or p2p (between ranks ``stride`` apart); sizes, one
@@ -82,8 +84,9 @@ class CollectiveCosts:
         table = self._table(group)
         if table.measured:
             return table.told(size)
-        smaller = self._measured_below(group)
-        if smaller is None:
+        if group not in self._smaller:
+            self._smaller[group] = self._measured_below(group)
+        if (smaller := self._smaller[group]) is None:
             return table.told(size)
         inner = self._table(smaller)
         found = inner.told(size)
@@ -117,15 +120,12 @@ class CollectiveCosts:
         nodes = min(ranks, -(-span // cluster.ranks_per_node))
         return _Group(op, ranks, nodes, members, cluster.nic_latency, bandwidth)
 
-    def _names(self, group: _Group) -> dict[str, Any]:
-        return {"op": group.op, "algorithm": "flat", "distribution": "even"}
-
     def _table(self, group: _Group) -> FastestTable:
         if group not in self._tables:
             owners = [{"backend": [self._backend, *LIBRARIES]}] if self._backend else []
             types: tuple[dict[str, Any], ...] = ({"dtype": ["fp16", "bf16"]}, {"dtype": "fp32"})
             choices = tuple(of | owner for of in types for owner in (*owners, {}))
-            names = self._names(group) | {"ranks": group.ranks, "nodes": group.nodes}
+            names = {"op": group.op, "ranks": group.ranks, "nodes": group.nodes, **_PLAIN}
             # Links given one by one are another network than the one measured.
             elsewhere = group.nodes > 1 and self._cluster.topology == "explicit"
             profile, device = None if elsewhere else self._profile, self._cluster.accelerator.name
@@ -138,6 +138,6 @@ class CollectiveCosts:
         """The largest measured group inside a domain that is part of this one."""
         if self._profile is None:
             return None
-        rows = self._profile.select("collectives", **self._names(group), nodes=1)
+        rows = self._profile.select("collectives", op=group.op, nodes=1, **_PLAIN)
         fewer = [ranks for ranks in set(rows["ranks"].to_pylist()) if 1 < ranks <= group.members]
         return self._group(group.op, max(fewer), 1) if fewer else None

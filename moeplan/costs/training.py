@@ -62,9 +62,9 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-# Adam's master weights and two moments; those read and written, the master weights read again to write weights in bf16
-# (weights in fp32 are the master weights).
+# Adam's master weights and two moments; those read and written, the master weights read again to write weights in bf16.
 _ADAM_STATE_BYTES, _ADAM_MOVED_BYTES = 12, 2 * 12 + 4 + 2
+_MASTER_BYTES, _COPY_OUT_BYTES = 4, 4 + 2  # of these, what weights in fp32 do without: they are the master weights
 
 # Reads or writes of gradients in a step, as Megatron-LM's DistributedDataParallel and DistributedOptimizer do by
 # default: of all on a rank set to zero, checked for NaN, scaled by the number of ranks (two); of those it owns for the
@@ -328,7 +328,7 @@ class TrainingCosts:
             own += parameters / (copies if spec.zero else 1)
             held += parameters
             moved += parameters * grad * (copies > 1)
-        adam = _ADAM_MOVED_BYTES - 6 * (width == 4) + _OWN_GRADIENT_PASSES * grad
+        adam = _ADAM_MOVED_BYTES - _COPY_OUT_BYTES * (width == 4) + _OWN_GRADIENT_PASSES * grad
         updated = own * adam + held * _GRADIENT_PASSES * grad
         again = spec.recompute_modules
         kind = activations_beside(self.weight_dtype)
@@ -477,5 +477,5 @@ def _state_bytes(spec: TrainingSpec, groups: list[tuple[float, int]], width: flo
     for parameters, copies in groups:
         total += parameters * width / (copies if spec.zero >= 3 else 1)
         total += parameters * DTYPE_BYTES[spec.gradient_dtype] / (copies if spec.zero >= 2 else 1)
-        total += parameters * (_ADAM_STATE_BYTES - 4 * (width == 4)) / (copies if spec.zero >= 1 else 1)
+        total += parameters * (_ADAM_STATE_BYTES - _MASTER_BYTES * (width == 4)) / (copies if spec.zero >= 1 else 1)
     return total
