@@ -27,6 +27,7 @@ from moeplan.costs.experts import _Kernel, kernel_fits
 from moeplan.costs.heldout import hidden_rows, hold_out
 from moeplan.costs.tables import kernel_names
 from moeplan.pipeline.aic import full_profile
+from moeplan.specs.clusters import find_accelerator
 
 SYSTEMS = ("h100_sxm", "gb200")
 NAMES = ("hidden", "inter", "tp", "dtype", "source", "kernel", "distribution", "direction", "scope")
@@ -59,8 +60,9 @@ def _experts(profile: HardwareProfile) -> dict[str, Any]:
     seconds = table["latency_us"].to_numpy() * 1e-6
     pairs, active = (table[c].to_numpy().astype(float) for c in ("rank_pairs", "active_experts"))
     law, step = np.full(len(seconds), np.nan), np.full(len(seconds), np.nan)
+    bandwidth = find_accelerator(profile.meta.accelerator).memory_bandwidth
     for group in _groups(table, LAW):
-        fits = kernel_fits(table.take(group[known[group]]))
+        fits = kernel_fits(table.take(group[known[group]]), bandwidth)
         kernels: dict[str, _Kernel] = {}
         for row in group[asked[group] & (active[group] > 0)]:
             if (fit := fits.get(names[row])) is None:

@@ -30,7 +30,7 @@ from moeplan.costs import roofline
 from moeplan.costs.dense import Direction
 from moeplan.costs.frameworks import require_backend
 from moeplan.costs.interpolation import line
-from moeplan.costs.number_formats import table_dtypes
+from moeplan.costs.number_formats import WEIGHT_BYTES, table_dtypes
 from moeplan.costs.tables import TableCosts, kernel_names
 from moeplan.specs.cluster import AcceleratorSpec
 from moeplan.specs.model import Dtype, ModelSpec
@@ -116,12 +116,16 @@ def _poisson_table(costs: ExpertCosts) -> tuple[Floats, Floats]:
     return mean, np.exp(log_p) @ costs.one_expert_s(counts)
 
 
-def _intercept(active: Floats, seconds: Floats) -> float:
-    """Where a straight line over ``active`` begins, by least relative squares; nan where one number cannot tell."""
+def _intercept(active: Floats, seconds: Floats, least_s: float) -> float:
+    """Where a straight line over ``active`` that rises by ``least_s`` or more begins, by least relative squares; nan
+    where one number cannot tell."""
     if np.ptp(active) == 0:
         return float("nan")
     design = np.stack([1 / seconds, active / seconds], 1)
-    return float(np.linalg.lstsq(design, np.ones(len(active)), rcond=None)[0][0])
+    start, slope = np.linalg.lstsq(design, np.ones(len(active)), rcond=None)[0]
+    if slope < least_s:
+        start = ((1 - least_s * active / seconds) / seconds).sum() / (seconds**-2.0).sum()
+    return float(start)
 
 
 def _rising(values: Floats) -> Floats:
@@ -130,16 +134,24 @@ def _rising(values: Floats) -> Floats:
     return rising
 
 
-def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: str) -> ExpertCosts | None:
+def fit_experts(
+    pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: str, weight_s: float = 0.0
+) -> ExpertCosts | None:
     """``g`` and ``w`` from balanced rows: pairs and active experts of the measured rank, and its seconds.
 
     ``g`` first: the intercepts of all sizes brought into rising order, each counting by how short its times are; one
     below zero balances one too high. Then ``w`` at every size, of what ``g`` leaves. None where the rows do not tell:
     fewer than three sizes.
+
+    ``weight_s``: what memory takes to give an expert's weights. ``w`` is no less, but where measured times are: a few
+    experts hide behind a launch, or lie in a cache, and what they seem to add stands for no rank of many.
     """
     sizes, size_n = np.unique(np.round(pairs_n / active_n, 6), return_inverse=True)
     of_size = [size_n == i for i in range(len(sizes))]
-    intercepts = np.array([_intercept(active_n[rows], seconds_n[rows]) for rows in of_size])
+    least = np.array([min(weight_s, (seconds_n[rows] / active_n[rows]).min()) for rows in of_size])
+    intercepts = np.array(
+        [_intercept(active_n[rows], seconds_n[rows], low) for rows, low in zip(of_size, least, strict=True)]
+    )
     told = np.isfinite(intercepts)
     shared = np.full(len(sizes), seconds_n.min() / 2)  # one number of experts only: no less than the fastest launch
     if told.any():
@@ -148,6 +160,7 @@ def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: st
         shared = np.interp(sizes, sizes[told], np.maximum(rising, 0.0))
     left, each = 1 - shared[size_n] / seconds_n, active_n / seconds_n
     weight = np.array([(each[rows] * left[rows]).sum() / (each[rows] ** 2).sum() for rows in of_size])
+    weight = np.maximum(weight, least)
     good = weight > 0
     if good.sum() < 3:
         return None
@@ -159,21 +172,27 @@ def fit_experts(pairs_n: Floats, active_n: Floats, seconds_n: Floats, source: st
     return ExpertCosts(sizes, weight, shared, error, source)
 
 
-def kernel_fits(rows: pa.Table) -> dict[str, ExpertCosts]:
+def kernel_fits(rows: pa.Table, memory_bandwidth: float = np.inf) -> dict[str, ExpertCosts]:
     """The law of each kernel that balanced rows of one shape and number format tell, by :func:`kernel_names`."""
     names = kernel_names(rows)
-    found = {name: _fit_rows(name, rows.filter(pa.array([n == name for n in names]))) for name in sorted(set(names))}
+    found = {
+        name: _fit_rows(name, rows.filter(pa.array([n == name for n in names])), memory_bandwidth)
+        for name in sorted(set(names))
+    }
     return {name: fit for name, fit in found.items() if fit is not None}
 
 
-def _fit_rows(name: str, rows: pa.Table) -> ExpertCosts | None:
+def _fit_rows(name: str, rows: pa.Table, memory_bandwidth: float) -> ExpertCosts | None:
     # Without expert parallelism kernels take another path (no masked rows): only when there is no other.
     ep, active = rows["ep"].to_numpy(), rows["active_experts"].to_numpy().astype(float)
     use = (active > 0) & ((ep > 1) if (ep > 1).sum() >= 6 else (ep > 0))
     if use.sum() < 6:
         return None
     pairs, seconds = rows["rank_pairs"].to_numpy().astype(float), rows["latency_us"].to_numpy() * 1e-6
-    return fit_experts(pairs[use], active[use], seconds[use], name)
+    hidden, inter, tp, dtype = (rows[column][0].as_py() for column in ("hidden", "inter", "tp", "dtype"))
+    matrices = 2 if "nongated" in name else 3
+    read = matrices * hidden * inter / tp * WEIGHT_BYTES.get(dtype, 0.0)
+    return fit_experts(pairs[use], active[use], seconds[use], name, read / memory_bandwidth)
 
 
 def _roofline(model: ModelSpec, accelerator: AcceleratorSpec, dtype: Dtype, tp: int) -> ExpertCosts:
@@ -234,7 +253,8 @@ def expert_costs(
     """
     require_backend("backend", backend, profile)
     shape = (model.routed_hidden_size, model.expert_intermediate_size, model.gated_ffn)
-    kernels = _measured(profile, *shape, dtype, tp, backend, direction) if profile is not None else ()
+    bandwidth = accelerator.memory_bandwidth
+    kernels = _measured(profile, *shape, dtype, tp, backend, direction, bandwidth) if profile is not None else ()
     if not kernels:
         return _roofline(model, accelerator, dtype, tp)
     ep = model.num_experts / local_experts
@@ -242,7 +262,7 @@ def expert_costs(
     names = of_phase([kernel.names["kernel"] for kernel in kernels], phase, sent)
     own = [kernel for kernel in kernels if kernel.names["kernel"] in names]
     # Without expert parallelism kernels take another path: what was timed so stands in where nothing else was.
-    fitting = [kernel for kernel in own if kernel.covers(mean_pairs, ep)]
+    fitting = [kernel for kernel in own if kernel.covers(mean_pairs, ep, local_experts)]
     if not fitting:  # beyond all loads the one that was measured at the largest goes on
         grouped = [kernel for kernel in own if kernel.ep[0] <= ep <= kernel.ep[1]]
         most = max((kernel.fit.pairs_m[-1] for kernel in grouped), default=0.0)
@@ -250,35 +270,37 @@ def expert_costs(
     fitting = fitting or [kernel for kernel in own if ep <= 1 or kernel.ep[1] > 1] or own
 
     def rank_s(kernel: _Kernel) -> float:
-        fit = kernel.fit
-        law = fit.shared_s(mean_pairs * arriving) + local_experts * float(fit.expected_s(mean_pairs))
+        law = kernel.costs.shared_s(mean_pairs * arriving) + local_experts * float(kernel.costs.expected_s(mean_pairs))
         return law * kernel.over_law(*at)
 
     best = min(fitting, key=rank_s)
     costs = best.costs.times(best.over_law(*at))
-    if costs.extrapolated or best.covers(mean_pairs, ep):
+    if costs.extrapolated or best.covers(mean_pairs, ep, local_experts):
         return costs
     how = f"{costs.source.replace('measured', 'extrapolated', 1)}, from EP {best.ep[0]:g} to {best.ep[1]:g}"
+    how += f" and {best.held:g} experts on a rank" if local_experts > best.held else ""
     off = roofline.RELATIVE_ERROR / (1 if ep > 1 >= best.ep[1] else 2)
     return replace(costs, relative_error=max(costs.relative_error, off), source=how, extrapolated=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kernel:
-    """A kernel measured at a shape: the law there, and brought to the shape asked for; its rows, and the least and the
-    most ranks of a group that the law was read off."""
+    """A kernel measured at a shape: the law there, and brought to the shape asked for; its rows, the least and the
+    most ranks of a group, and the most experts of a rank, that the law was read off."""
 
     fit: ExpertCosts
     costs: ExpertCosts
     profile: HardwareProfile
     names: dict[str, Any]
     ep: tuple[float, float] = (1.0, np.inf)
+    held: float = np.inf
     known: dict[tuple[float, ...], float] = field(default_factory=dict)
 
-    def covers(self, mean_pairs: float, ep: float) -> bool:
+    def covers(self, mean_pairs: float, ep: float, local_experts: float) -> bool:
         """Whether so many tokens per expert in a group of ``ep`` ranks lie among what was measured; an expert with less
         than one token is one that is often not hit."""
-        return mean_pairs <= self.fit.pairs_m[-1] * (1 + 1e-6) and self.ep[0] <= ep <= self.ep[1]
+        within = mean_pairs <= self.fit.pairs_m[-1] * (1 + 1e-6) and local_experts <= self.held
+        return within and self.ep[0] <= ep <= self.ep[1]
 
     def over_law(self, experts: int, top_k: int, tokens: float, ep: float) -> float:
         """What an evenly loaded rank of a group takes as measured, over what the law says; 1 without such rows.
@@ -311,6 +333,7 @@ def _measured(
     tp: int,
     backend: str | None,
     direction: Direction,
+    memory_bandwidth: float,
 ) -> tuple[_Kernel, ...]:
     """Every kernel measured at this shape or the nearest."""
     where: dict[str, Any] = {"distribution": "balanced", "direction": direction, "scope": "experts"}
@@ -320,13 +343,20 @@ def _measured(
         for kind in kinds:
             rows = profile.select("experts", **at, dtype=kind)
             format_note = "" if kind == dtype else f" in {kind}"
-            if kernels := _kernels(profile, rows, hidden, inter, gated, tp, format_note):
+            if kernels := _kernels(profile, rows, hidden, inter, gated, tp, format_note, memory_bandwidth):
                 return kernels
     return ()
 
 
 def _kernels(
-    profile: HardwareProfile, rows: pa.Table, hidden: int, inter: int, gated: bool, tp: int, kind: str
+    profile: HardwareProfile,
+    rows: pa.Table,
+    hidden: int,
+    inter: int,
+    gated: bool,
+    tp: int,
+    kind: str,
+    memory_bandwidth: float,
 ) -> tuple[_Kernel, ...]:
     """:func:`_measured` of rows in one number format, named ``kind`` in the source."""
     plain = pc.match_substring(rows["kernel"].cast("string"), "nongated")
@@ -357,12 +387,15 @@ def _kernels(
 
     rows = rows.filter(pa.array(exact))
     columns = ("hidden", "inter", "tp", "dtype", "source", "kernel", "distribution", "direction", "scope")
-    first: dict[str, dict[str, Any]] = {}
-    ranks: dict[str, list[int]] = {}
-    for n, name in enumerate(kernel_names(rows)):
-        first.setdefault(name, {c: rows[c][n].as_py() for c in columns})
-        ranks.setdefault(name, []).append(rows["ep"][n].as_py())
-    return tuple(
-        _Kernel(fit, scaled(fit), profile, first[name], ep=(min(ranks[name]), max(ranks[name])))
-        for name, fit in kernel_fits(rows).items()
-    )
+    ranks, experts = rows["ep"].to_numpy(), rows["num_experts"].to_numpy()
+    of: dict[str, list[int]] = {}
+    for row, name in enumerate(kernel_names(rows)):
+        of.setdefault(name, []).append(row)
+
+    def kernel(name: str, fit: ExpertCosts) -> _Kernel:
+        mine = of[name]
+        names = {column: rows[column][mine[0]].as_py() for column in columns}
+        ep = float(ranks[mine].min()), float(ranks[mine].max())
+        return _Kernel(fit, scaled(fit), profile, names, ep, float((experts / ranks)[mine].max()))
+
+    return tuple(kernel(name, fit) for name, fit in kernel_fits(rows, memory_bandwidth).items())

@@ -155,8 +155,9 @@ def read_system(
             count["repeated"] += repeats
             marked = HardwareProfile(_bare(system), {name: table}).table(name)
             marks = mark_rows(name, marked)
+            if name in ("experts", "attention"):
+                marks = np.where(too_fast(name, marked, bandwidth), "too_fast", marks)
             if name == "experts":
-                marks = np.where(too_fast(marked, bandwidth), "too_fast", marks)
                 marks = np.where(aic.regrouped(marked, file), "regrouped", marks)
             marks = np.where(marks == "", "copied" if owner else "", marks)
             index = marked.column_names.index("mark")

@@ -21,6 +21,7 @@ from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.artifacts.profile_tables import MEASURED, columns_of
 from moeplan.costs.experts import fit_experts
 from moeplan.costs.interpolation import GridInterpolator
+from moeplan.costs.number_formats import WEIGHT_BYTES
 from moeplan.costs.roofline import matmul_flops
 from moeplan.errors import ProfileError, SpecError, UnknownNameError
 from moeplan.files import write_text
@@ -223,14 +224,13 @@ def _peaks(profile: HardwareProfile) -> tuple[float, dict[str, float], str]:
         sheet = find_accelerator(profile.meta.accelerator)
     except UnknownNameError:
         return bandwidth, best, "; ".join(said)
-    listed = {name: matmul_flops(sheet, _LIKE.get(name, name)) for name in _BYTES}
+    listed = {name: matmul_flops(sheet, _LIKE.get(name, name)) for name in WEIGHT_BYTES}
     if not bandwidth or listed.keys() - best.keys():
         said.append(f"otherwise the accelerator registry's {sheet.name}")
     return bandwidth or sheet.memory_bandwidth, listed | best, "; ".join(said)
 
 
-_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0, "int4": 0.5}
-_LIKE: dict[str, Any] = {"fp8_block": "fp8"}
+_LIKE: dict[str, Any] = {"fp8_block": "fp8", "w4a8_mxfp4_mxfp8": "fp8", "nvfp4": "fp4", "int8_wo": "bf16"}
 
 
 _MOVED: dict[str, Callable[[dict[str, Any]], int]] = {  # numbers read and written for a token
@@ -245,9 +245,9 @@ _MOVED: dict[str, Callable[[dict[str, Any]], int]] = {  # numbers read and writt
 def _roofline_us(name: str, row: dict[str, Any], bandwidth: float, peak: dict[str, float]) -> float:
     """max(bytes / bandwidth, operations / peak) of a row; nan where the profile does not tell."""
     rate = peak.get(row.get("dtype", ""), 0.0)
-    if not (bandwidth and row.get("dtype") in _BYTES and row.get("direction") == "forward"):
+    if not (bandwidth and row.get("dtype") in WEIGHT_BYTES and row.get("direction") == "forward"):
         return float("nan")
-    each = _BYTES[row["dtype"]]
+    each = WEIGHT_BYTES[row["dtype"]]
     if name == "elementwise" and row["op"] in _MOVED:
         return float(row["tokens"] * _MOVED[row["op"]](row) * each / bandwidth * 1e6)
     if not rate:
@@ -258,11 +258,11 @@ def _roofline_us(name: str, row: dict[str, Any], bandwidth: float, peak: dict[st
     elif name == "gemm":
         m, n, k = row["m"], row["n"], row["k"]
         moved, work = row["batch"] * (m * k + k * n + m * n) * each, 2 * row["batch"] * m * n * k
-    elif name == "attention" and (row["kind"], row["scope"]) == ("gqa", "kernel") and row["kv_dtype"] in _BYTES:
+    elif name == "attention" and (row["kind"], row["scope"]) == ("gqa", "kernel") and row["kv_dtype"] in WEIGHT_BYTES:
         queries, context = row["query_tokens"], row["context_tokens"]
         window = row["window"] or context
         seen = min(context - (queries - 1) / 2, window)  # keys of a query, on average: it sees none after its own
-        read = 2 * row["kv_heads"] * min(context, window + queries - 1) * _BYTES[row["kv_dtype"]]
+        read = 2 * row["kv_heads"] * min(context, window + queries - 1) * WEIGHT_BYTES[row["kv_dtype"]]
         moved = row["batch"] * row["head_dim"] * (read + 2 * row["heads"] * queries * each)
         work = 4 * row["batch"] * row["head_dim"] * row["heads"] * queries * seen
     else:

@@ -9,7 +9,8 @@
   :data:`SHARDED` of its time at EP 1 (median). The rank was given choices of other ranks' experts too (SGLang 0.5.10:
   the collector sent them all to expert 0), or all experts.
 - ``too_fast``: a balanced row of experts that would have read two matrices of each expert it hits faster than memory
-  gives them: it hit fewer, or they were in a cache.
+  gives them: it hit fewer, or they were in a cache. Of attention in decode, all rows of a kernel where over
+  :data:`FAST` of those that read more than any cache holds would have read it faster than memory gives it.
 - ``host_bound``, of whole kernels: their shortest products (the shortest hundredth) take more than :data:`HOST` times
   as long (median) as the fastest product of another kernel of the type that is no smaller in any size. What was timed
   is the host's work for a call, whatever the product.
@@ -24,6 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moeplan.artifacts.profile_tables import MEASURED, columns_of
+from moeplan.costs.number_formats import WEIGHT_BYTES
 
 __all__ = ["SIZE_AXIS", "group_ids", "mark_host_bound", "mark_rows", "too_fast"]
 
@@ -33,10 +35,7 @@ FALL_SKEW = 0.95
 LARGE_BATCH_TOKENS = 1024
 SHARDED, SHARDED_TOKENS, SHARDED_ROWS = 0.75, 4096, 4  # public tables: 0.8 to 1 where due, at most 0.7 elsewhere
 HOST = 5.0  # public tables: 7 to 45 where the host was timed, at most 3.6 elsewhere
-
-# Bytes of a weight, without scales.
-_WEIGHT_BYTES = dict.fromkeys(("bf16", "fp16"), 2.0) | dict.fromkeys(("fp8", "fp8_block"), 1.0)
-_WEIGHT_BYTES |= dict.fromkeys(("nvfp4", "w4a16_mxfp4", "w4a8_mxfp4_mxfp8", "int4"), 0.5)
+FAST, UNCACHED_BYTES = 0.1, 5e8  # public tables: 0.57 of TensorRT-LLM 1.0.0's on A100, at most 0.01 elsewhere
 
 SIZE_AXIS = {
     "experts": "tokens",
@@ -155,15 +154,40 @@ def mark_rows(name: str, table: pa.Table) -> NDArray[np.str_]:
     return marks
 
 
-def too_fast(table: pa.Table, bandwidth_bytes_per_s: float) -> NDArray[np.bool_]:
-    """Rows of experts that memory of this bandwidth cannot have given their weights."""
+def too_fast(name: str, table: pa.Table, bandwidth_bytes_per_s: float) -> NDArray[np.bool_]:
+    """Rows that a memory of this bandwidth cannot have given what they read."""
+    read = _weights_read(table) if name == "experts" else _cache_read(table)
+    fast: NDArray[np.bool_] = table["latency_us"].to_numpy() * 1e-6 < read / bandwidth_bytes_per_s
+    if name == "experts":
+        return fast
+    kernels = group_ids(table, ["backend", "kernel", "dtype", "kv_dtype", "kind", "phase", "source"])
+    large = read > UNCACHED_BYTES
+    share = np.bincount(kernels, fast & large) / np.maximum(1, np.bincount(kernels, large))
+    whole: NDArray[np.bool_] = (share > FAST)[kernels]
+    return whole
+
+
+def _weights_read(table: pa.Table) -> NDArray[np.float64]:
+    """Bytes of two matrices of each expert hit."""
     active, hidden, inter, tp = (
         table[name].to_numpy().astype(float) for name in ("active_experts", "hidden", "inter", "tp")
     )
-    each = np.array([_WEIGHT_BYTES.get(name, 0.0) for name in table["dtype"].to_pylist()])
-    read_s = 2 * np.maximum(active, 0.0) * hidden * inter / tp * each / bandwidth_bytes_per_s
-    fast: NDArray[np.bool_] = table["latency_us"].to_numpy() * 1e-6 < read_s
-    return fast
+    each = np.array([WEIGHT_BYTES.get(name, 0.0) for name in table["dtype"].to_pylist()])
+    read: NDArray[np.float64] = 2 * np.maximum(active, 0.0) * hidden * inter / tp * each
+    return read
+
+
+def _cache_read(table: pa.Table) -> NDArray[np.float64]:
+    """Bytes of keys and values that grouped-query attention sees in decode; 0 for other rows."""
+    context, window, batch, heads, size = (
+        table[name].to_numpy().astype(float)
+        for name in ("context_tokens", "window", "batch", "kv_heads", "head_dim")
+    )
+    known = zip(*(table[name].to_pylist() for name in ("kind", "phase", "scope", "kv_dtype")), strict=True)
+    each = [WEIGHT_BYTES.get(dtype, 0.0) * ((*of,) == ("gqa", "decode", "kernel")) for *of, dtype in known]
+    seen = np.where(window > 0, np.minimum(window, context), context)
+    read: NDArray[np.float64] = 2 * batch * seen * heads * size * np.array(each)
+    return read
 
 
 def mark_host_bound(table: pa.Table) -> pa.Table:

@@ -107,6 +107,36 @@ def test_an_intercept_that_noise_drove_to_zero_takes_little_from_the_others() ->
     assert found.rank_s(vector, 32.0) == pytest.approx(float(truth_s(vector, 512)), rel=0.03)
 
 
+def test_experts_that_hid_behind_a_launch_take_what_memory_takes_to_give_their_weights() -> None:
+    # Whatever one to four experts of 12.3 KB get, it takes 25 us; a memory that gives one in 6 us hides behind them.
+    slow = GPU.model_copy(update={"memory_bandwidth": 6144 * 2 / 6e-6})
+    hidden = [
+        rows()[0] | {"num_experts": 8, "active_experts": 8 // ep, "ep": ep, "tokens": tokens,
+                     "rank_pairs": 4 * tokens // ep, "latency_us": 25.0}
+        for ep in (2, 4, 8) for tokens in (8, 16, 32, 64)
+    ]  # fmt: skip
+    measured = HardwareProfile(META, {"experts": pa.Table.from_pylist(hidden)})
+    own = MODEL.model_copy(update={"num_experts": 8})
+    costs = expert_costs(own, slow, "bf16", measured, mean_pairs=16.0, local_experts=4)
+    assert costs.rank_s(np.full(4, 16.0), 16.0) == pytest.approx(25e-6)
+    many = expert_costs(MODEL, slow, "bf16", measured, mean_pairs=16.0, local_experts=16)
+    assert float(many.one_expert_s(16)) == pytest.approx(6e-6)  # nothing, were what they hid taken for what they cost
+    assert "and 4 experts on a rank" in many.source
+    # A cache gave them in 25 us, where memory is slower still: what was measured stands.
+    slower = slow.model_copy(update={"memory_bandwidth": 6144 * 2 / 20e-6})
+    cached = expert_costs(MODEL, slower, "bf16", measured, mean_pairs=16.0, local_experts=4)
+    assert float(cached.one_expert_s(16)) == pytest.approx(25e-6 / 4)
+
+
+def test_of_several_kernels_the_one_that_is_fastest_at_the_shape_asked_for_serves() -> None:
+    # One pays a long launch and little for weights: at 64 times the weights it is the faster one.
+    launch = [row | {"kernel": "launch", "latency_us": 60.0 + 0.5 * row["latency_us"]} for row in rows()]  # type: ignore[operator]
+    both = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows() + launch)})
+    assert "(k)" in expert_costs(MODEL, GPU, "bf16", both, mean_pairs=16.0, local_experts=8).source
+    wide = MODEL.model_copy(update={"hidden_size": 8 * 64, "expert_intermediate_size": 8 * 32})
+    assert "(launch)" in expert_costs(wide, GPU, "bf16", both, mean_pairs=16.0, local_experts=8).source
+
+
 def test_a_skewed_vector_is_costed_by_its_entries_not_its_sum() -> None:
     costs = expert_costs(MODEL, GPU, "bf16", profile())
     vector = np.array([1000.0, 0, 0, 2, 300, 1, 0, 700])

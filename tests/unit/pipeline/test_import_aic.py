@@ -114,7 +114,28 @@ def test_rows_that_memory_cannot_have_given_their_weights() -> None:
         )
     ]  # fmt: skip
     table = HardwareProfile(META, {"experts": pa.Table.from_pylist(rows)}).table("experts")
-    assert too_fast(table, 1e12).tolist() == [True, False, True, False, False]
+    assert too_fast("experts", table, 1e12).tolist() == [True, False, True, False, False]
+
+
+def test_kernels_that_memory_cannot_have_given_their_cache() -> None:
+    # Keys and values of 8 heads of 128 in bf16: 4 KiB a token; 64 sequences of 4,096: 1.07 GB, 0.54 ms at 2 TB/s.
+    shape = {"kind": "gqa", "phase": "decode", "scope": "kernel", "heads": 32, "kv_heads": 8, "head_dim": 128,
+             "dtype": "bf16", "kv_dtype": "bf16", "context_tokens": 4096, "query_tokens": 1, "backend": "b",
+             "source": "s"}  # fmt: skip
+    rows = [
+        shape | {"kernel": kernel, "batch": batch, "window": window, "latency_us": us}
+        for kernel, batch, window, us in (
+            ("fast", 64, 0, 400.0), ("fast", 64, 0, 700.0), ("fast", 1, 0, 20.0),
+            ("sound", 64, 0, 600.0), ("sound", 64, 128, 40.0), ("sound", 1, 0, 5.0),
+        )
+    ]  # fmt: skip
+    table = HardwareProfile(META, {"attention": pa.Table.from_pylist(rows)}).table("attention")
+    assert too_fast("attention", table, 2e12).tolist() == [True] * 3 + [False] * 3
+
+
+def test_attention_of_a_shipped_profile_reads_its_cache_no_faster_than_memory() -> None:
+    usable = load_profile("a100-sxm").select("attention", kind="gqa", phase="decode")
+    assert set(usable["backend"].to_pylist()) == {"sglang", "vllm"}  # TensorRT-LLM 1.0.0: half of the time it takes
 
 
 def test_choices_that_a_router_of_groups_takes_elsewhere_are_set_aside() -> None:
