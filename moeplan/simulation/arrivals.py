@@ -49,16 +49,15 @@ def make_requests(spec: RequestsSpec, recorded: RequestTrace | None, rng: np.ran
             + (f" within duration ({spec.duration:g} s)" if spec.duration is not None else "")
             + "; raise rate, duration or count"
         )
-    inputs, outputs = (_lengths(given, recorded, name, len(at), rng) for given, name in _sides(spec))
+    inputs, outputs = (
+        _lengths(given, recorded, name, len(at), rng)
+        for given, name in ((spec.input_tokens, "input_tokens_Q"), (spec.output_tokens, "output_tokens_Q"))
+    )
     prefix = None
     if recorded is not None and recorded.prefix_Q is not None and spec.input_tokens is None:
         prefix = tuple(recorded.prefix_Q[q % len(recorded)] for q in range(len(at)))
     tokens = recorded.prefix_tokens if recorded is not None and prefix is not None else 0
     return RequestTrace(inputs, outputs, None if closed else at, prefix, tokens)
-
-
-def _sides(spec: RequestsSpec) -> tuple[tuple[LengthSpec | None, str], tuple[LengthSpec | None, str]]:
-    return (spec.input_tokens, "input_tokens_Q"), (spec.output_tokens, "output_tokens_Q")
 
 
 def _closed_count(spec: RequestsSpec, recorded: RequestTrace | None) -> int:

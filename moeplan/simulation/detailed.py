@@ -155,9 +155,7 @@ class _Exchange:
     def _send(self, rank: int | None) -> _Process:
         """Start the transfers of one rank, or of all; each path after its own fixed part."""
         env, was = self.step.env, 0.0
-        order = sorted(range(2), key=lambda i: self.hops[i][3])
-        for i in order:
-            source_F, target_F, size_F, latency_s = self.hops[i]
+        for source_F, target_F, size_F, latency_s in sorted(self.hops, key=lambda hop: hop[3]):
             yield env.timeout(latency_s - was)
             was = latency_s
             mine = np.ones(len(size_F), bool) if rank is None else source_F == rank

@@ -40,11 +40,6 @@ class KvPool:
         """Blocks that are free or can be made so."""
         return self.free + len(self._unheld) * self.prefix_blocks
 
-    @property
-    def resident(self) -> int:
-        """Blocks that hold prefixes, held or not."""
-        return (len(self._held) + len(self._unheld)) * self.prefix_blocks
-
     def matched(self, chain: tuple[int, ...]) -> int:
         """Ids at the head of a chain that are resident."""
         found = 0
@@ -86,11 +81,8 @@ class KvPool:
         """Turn a request's private blocks for new ids into resident ones it holds; how many ids were new."""
         new = 0
         for item in chain:
-            if item in self._held:
-                self._held[item] += 1
-            elif item in self._unheld:
-                del self._unheld[item]
-                self._held[item] = 1
+            if item in self._held or item in self._unheld:
+                self.hold((item,))
             else:
                 self._held[item] = 1
                 new += 1

@@ -182,13 +182,9 @@ class Lane:
         self._fresh.setdefault(d, []).append(request.last_token_ns)
         self._fresh_D[d] += 1
 
-    def cached_tokens(self, request: Request) -> int:
-        """Tokens of a decoding request in the cache now."""
-        return request.join_cached + int(self.step_D[request.group]) - request.join_step
-
     def _leave(self, request: Request, d: int) -> int:
         """A decoding request stops; its tokens in the cache."""
-        cached = self.cached_tokens(request)
+        cached = request.join_cached + int(self.step_D[d]) - request.join_step
         self.decodes_D[d] -= 1
         self.cached_D[d] -= cached
         self.growth_DB[d, (request.join_cached - request.join_step) % self.inst.spec.block_size] -= 1
@@ -216,14 +212,12 @@ class Lane:
         request.preemptions += 1
         inst.preempted(request, cached, prefilling)
 
-    def evict(self, d: int) -> list[Request]:
+    def evict(self, d: int) -> None:
         """All requests of a lost group, as they would be after a preemption."""
-        lost = list(self.running[d].values())
-        for request in lost:
+        for request in list(self.running[d].values()):
             self.preempt(request)
         self._heaps[d].clear()
         self.finish_D[d] = _FAR
-        return lost
 
     # ------------------------------------------------------------------ after a step
 

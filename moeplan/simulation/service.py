@@ -56,8 +56,8 @@ class Replan(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
     """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank; ``replan`` plans
-    anew for these instances, left out: the service's; ``wire``: how tokens travel, left out: not followed;
-    ``num_nodes`` of an instance, 0: those of its stages."""
+    anew for these instances; ``wire``: how tokens travel, left out: not followed; ``num_nodes`` of an instance, 0:
+    those of its stages."""
 
     role: Role
     instances: int
@@ -81,20 +81,17 @@ class Served:
 
     requests: Sequence[Request]
     rejected: int
-    unfinished: int
     instances: Sequence[Instance]
     num_nodes: int
     end_s: float
     log: EventLog | None
     transferred_bytes: float
-    transfer_s: float
 
 
 def simulate_service(
     spec: ServingSpec,
     requests: RequestTrace,
     pools: Sequence[Pool],
-    replan: Replan | None = None,
     *,
     keep_log: bool = True,
     errors: int = 0,
@@ -106,7 +103,7 @@ def simulate_service(
     Raises:
         InfeasibleError: a request cannot fit any group's cache, or every rank is lost.
     """
-    return _Service(spec, requests, pools, replan, keep_log, errors, progress).run(origin or {})
+    return _Service(spec, requests, pools, keep_log, errors, progress).run(origin or {})
 
 
 class _Service:
@@ -115,18 +112,17 @@ class _Service:
         spec: ServingSpec,
         requests: RequestTrace,
         pools: Sequence[Pool],
-        replan: Replan | None,
         keep_log: bool,
         errors: int,
         progress: Progress,
     ) -> None:
-        self.spec, self.trace, self.pools, self._replan = spec, requests, pools, replan
+        self.spec, self.trace, self.pools = spec, requests, pools
         self.clock = Clock()
         self.recorder = EventRecorder() if keep_log else None
         self.progress, self._told = progress, -1
         self.requests: list[Request] = []
         self.rejected = self.done = self._turn = 0
-        self.transferred_bytes = self.transfer_s = 0.0
+        self.transferred_bytes = 0.0
         self._link_free_ns: dict[tuple[int, int], int] = {}
         self.finished = self.clock.event()
         self._closed = requests.arrival_s_Q is None
@@ -207,11 +203,9 @@ class _Service:
         log = None
         if self.recorder is not None:
             log = self.recorder.build("simulated", self.num_ranks, nodes, origin)
-        unfinished = len(self.requests) - self.done
         return Served(
-            self.requests, self.rejected, unfinished, instances, nodes, clock.now_s, log, self.transferred_bytes,
-            self.transfer_s,
-        )  # fmt: skip
+            self.requests, self.rejected, instances, nodes, clock.now_s, log, self.transferred_bytes
+        )
 
     def _make(self, now: int) -> Request:
         q, trace = self._next, self.trace
@@ -253,8 +247,12 @@ class _Service:
         if self.spec.role == "decode" and request.output == 1:
             request.finish_ns = request.first_ns
             self._finished(request)
-            return
-        instance, d = self._route(request, self.stages[0])
+        else:
+            self._submit(request, self.stages[0])
+
+    def _submit(self, request: Request, stage: Sequence[Instance]) -> None:
+        """To the group that the router chooses; turned away where its queue is full."""
+        instance, d = self._route(request, stage)
         if not instance.submit(request, d):
             self.rejected += 1
             self._finished(request)
@@ -347,7 +345,6 @@ class _Service:
         end = self._link_free_ns[link] = start + nanoseconds(seconds)
         whole = size * pool.engine.tp * pool.engine.pp
         self.transferred_bytes += whole
-        self.transfer_s += seconds
         source.stats.transferred_bytes += whole
         if self.recorder is not None:
             rank = source.first_rank + request.group * pool.engine.tp
@@ -355,22 +352,18 @@ class _Service:
         yield clock.at(end, Order.TRANSFER)
         if source.lost_D[request.group] != lost:
             source.lost_on_the_way(request)
-            instance, d = self._route(request, self.stages[0])
+            self._submit(request, self.stages[0])
         else:
             source.handed_over(request)
             request.saved, request.swap_tokens = request.context - 1, 0
-            instance, d = self._route(request, self.stages[1])
-        if not instance.submit(request, d):
-            self.rejected += 1
-            self._finished(request)
+            self._submit(request, self.stages[1])
 
     # ------------------------------------------------------------------ re-balancing and faults
 
     def _planned(self, pool: Pool) -> Replan:
-        found = pool.replan or self._replan
-        if found is None:
+        if pool.replan is None:
             raise SpecError("re-balancing and lost ranks need a planner, and none was given")
-        return found
+        return pool.replan
 
     def _rebalance(self, spec: RebalanceSpec, instance: Instance, pool: Pool) -> Generator[Any, Any, None]:
         clock, replan = self.clock, self._planned(pool)
@@ -458,10 +451,6 @@ class _Service:
         instance.stall(moving + (fault.detect if broken else 0.0))
         instance.migrated(-1, moving, size_bytes)
         for request in lost:  # their caches are gone: all of it is computed again elsewhere
-            stage = self.stages[0] if self.spec.role != "decode" else self.stages[-1]
             if self.spec.role == "decode":
                 request.saved = request.context - 1
-            target, group = self._route(request, stage)
-            if not target.submit(request, group):
-                self.rejected += 1
-                self._finished(request)
+            self._submit(request, self.stages[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,4 +50,5 @@ def serve(
     pools: Pool | list[Pool], trace: RequestTrace, replan: Replan | None = None, errors: int = 0, **fields: Any
 ) -> Served:
     stages = pools if isinstance(pools, list) else [pools]
-    return simulate_service(serving(**fields), trace, stages, replan, errors=errors)
+    stages = [replace(pool, replan=replan) for pool in stages] if replan else stages
+    return simulate_service(serving(**fields), trace, stages, errors=errors)
