@@ -48,7 +48,7 @@ def show(
     \b
     Example: moeplan show out/plan.json --trace routing.npz --html plan.html
     """
-    from moeplan.pipeline.show import show_plan
+    from moeplan.pipeline.show import show_plan, view_of
 
     shown = show_plan(
         plan,
@@ -68,4 +68,4 @@ def show(
         from rich.console import Console
 
         console = Console(highlight=False)
-        console.print(shown.view(console.width))
+        console.print(view_of(shown.plan, shown.evidence, console.width))

@@ -38,7 +38,7 @@ from moeplan.pipeline.inputs import (
     slots_of_ranks,
     windows_of,
 )
-from moeplan.pipeline.show import evidence_of, page_of
+from moeplan.pipeline.show import evidence_of
 from moeplan.planning.bounds import bounds_of
 from moeplan.planning.migration import align, migration_of
 from moeplan.planning.problem import PlanningProblem, PlanningResult, no_progress
@@ -46,6 +46,7 @@ from moeplan.planning.shares import weighted_shares
 from moeplan.planning.simple import contiguous
 from moeplan.planning.verdict import judge
 from moeplan.registry import load_plugin, plugin_names
+from moeplan.reports.plan_page import render_plan_page
 from moeplan.reports.summary import Evidence
 from moeplan.routing.loads import split_trace
 from moeplan.specs.cluster import ClusterSpec
@@ -418,5 +419,5 @@ def write_plan(found: Optimized, out: Path) -> list[Path]:
     """
     with atomic_directory(out, *PLAN_PLACE) as directory:
         found.plan.save(directory / "plan.json")
-        write_text(directory / "plan.html", page_of(found.plan, found.evidence))
+        write_text(directory / "plan.html", render_plan_page(found.plan, found.evidence))
     return [out / "plan.json", out / "plan.html"]

@@ -39,7 +39,7 @@ from moeplan.reports.document import (
     to_json,
     to_markdown,
 )
-from moeplan.reports.summary import key_figures, relative_load
+from moeplan.reports.summary import key_figures, relative_loads
 from moeplan.reports.wording import format_number, format_percent, format_seconds
 from moeplan.simulation.detailed import simulate_step
 from moeplan.specs.cluster import ClusterSpec
@@ -231,10 +231,7 @@ def _traffic(subject: _Subject) -> tuple[TrafficMatrix, ...]:
 def _named(cases: tuple[tuple[dict[str, Any], SimulationResult], ...]) -> dict[str, SimulationResult]:
     """First, middle and last case by their values."""
     chosen = sorted({0, len(cases) // 2, len(cases) - 1})
-    return {
-        ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in cases[i][0].items()): cases[i][1]
-        for i in chosen
-    }
+    return {run_report.case_words(cases[i][0]): cases[i][1] for i in chosen}
 
 
 def _losses(log: EventLog) -> Section | None:
@@ -258,8 +255,8 @@ def _between(a: _Subject, b: _Subject) -> list[Section]:
         sections += [section for section in (latency, loads, traffic) if section is not None]
     elif a.cases and b.cases:
         for case, differences in compare(a.path, b.path):
-            words = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in case.items())
-            sections.append(run_report.comparison_section(differences, f"{a.name}, {words}", b.name))
+            title = f"{a.name}, {run_report.case_words(case)}"
+            sections.append(run_report.comparison_section(differences, title, b.name))
     if a.log is not None and b.log is not None and a.log.source != b.log.source:
         logs = (a.log, b.log) if a.log.source == "simulated" else (b.log, a.log)
         sections.append(run_report.against_section(predicted_against_measured(*logs)))
@@ -282,17 +279,16 @@ def _plan_sections(shown: Shown, cluster: ClusterSpec | None) -> list[Section | 
         verdict.append(Text(f"{word}: {plan.verdict.reason}"))
     verdict.append(Cards(cards))
     load: list[Block] = []
-    if evidence.load_LE is not None and evidence.before is not None:
-        sides = [(evidence.before_name, evidence.before), ("this plan", plan.placement)]
-        values = [(name, relative_load(p, evidence.load_LE, evidence.speed_R)) for name, p in sides]
-        limits = figures.colour_limits(*(v for _, v in values))
-        for name, relative_LR in values:
+    names = (evidence.before_name, "this plan")
+    if sides := [(n, v) for n, v in zip(names, relative_loads(plan, evidence), strict=True) if v is not None]:
+        limits = figures.colour_limits(*(v for _, v in sides))
+        for name, relative_LR in sides:
             load.append(Picture(figures.load_heat_map(relative_LR, plan.layer_ids, plan.ranks_per_node, limits, name)))
     else:
         load.append(Text("Load of ranks: give the routing with --trace to see it before and after.", missing=True))
     traffic: list[Block] = []
-    both = [(n, m) for n, m in ((evidence.before_name, evidence.traffic_before_RR),
-                                ("this plan", evidence.traffic_after_RR)) if m is not None]  # fmt: skip
+    matrices = (evidence.traffic_before_RR, evidence.traffic_after_RR)
+    both = [(n, m) for n, m in zip(names, matrices, strict=True) if m is not None]
     if both:
         limits = figures.colour_limits(*(m for _, m in both))
         for name, matrix_RR in both:

@@ -24,6 +24,7 @@ from moeplan.errors import PlanError, TraceError
 from moeplan.files import write_text
 from moeplan.planning.problem import PlanningProblem
 from moeplan.planning.simple import contiguous
+from moeplan.reports.plan_page import plan_svg, render_plan_page
 from moeplan.reports.summary import Evidence, Locality, key_figures, layer_rows
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ __all__ = [
     "Shown",
     "contiguous_like",
     "evidence_of",
-    "page_of",
     "pair_traffic",
     "show_plan",
     "step_traffic",
@@ -49,10 +49,6 @@ class Shown:
     evidence: Evidence
     messages: tuple[str, ...]
     written: tuple[Path, ...]
-
-    def view(self, width: int) -> RenderableType:
-        """What the terminal shows, for ``width`` columns."""
-        return view_of(self.plan, self.evidence, width)
 
     def summary(self) -> dict[str, Any]:
         """The plan without its maps and moves, and its figures per layer, as JSON values."""
@@ -107,12 +103,10 @@ def show_plan(
         evidence = replace(evidence_of(plan, load, before, evidence.before_name), load_note=note)
     written = []
     if html_path is not None:
-        write_text(html_path, page_of(plan, evidence))
+        write_text(html_path, render_plan_page(plan, evidence))
         written.append(html_path)
     if svg_path is not None:
-        from moeplan.reports.plan_page import plan_svg
-
-        write_text(svg_path, plan_svg(plan, evidence.load_LE, evidence.before, evidence.before_name))
+        write_text(svg_path, plan_svg(plan, evidence))
         written.append(svg_path)
     return Shown(plan, evidence, tuple(messages), tuple(written))
 
@@ -136,13 +130,6 @@ def evidence_of(
         speed_R=speed_R,
         **_traffic(plan, before, load),
     )
-
-
-def page_of(plan: Plan, evidence: Evidence) -> str:
-    """The self-contained HTML page."""
-    from moeplan.reports.plan_page import render_plan_page
-
-    return render_plan_page(plan, **{name: getattr(evidence, name) for name in Evidence.__slots__})
 
 
 def view_of(plan: Plan, evidence: Evidence, width: int) -> RenderableType:

@@ -16,7 +16,7 @@ __all__ = ["plot_peers", "plot_silicon", "plot_validation"]
 _WITHIN = 0.15
 
 
-def plot_validation(answer: dict[str, Any], title: str, path: Path, within: float = _WITHIN) -> None:
+def plot_validation(answer: dict[str, Any], title: str, path: Path) -> None:
     """Write an SVG: row by row where the answer lists measured rows, else its figures over their targets.
 
     Raises:
@@ -27,7 +27,7 @@ def plot_validation(answer: dict[str, Any], title: str, path: Path, within: floa
         for row in answer["rows"]:
             if row["error"] is not None and row["within"] is not None:
                 ratios.setdefault(row["section"], []).append(1 + row["error"])
-        picture = errors_picture(title, ratios, within)
+        picture = errors_picture(title, ratios, _WITHIN)
     else:
         bars = [bar for figure in answer["figures"] for bar in _bars(figure)]
         picture = targets_picture(title, bars)

@@ -34,6 +34,7 @@ __all__ = [
     "plan_picture",
     "replica_map",
     "standalone",
+    "svg_file",
     "to_svg",
 ]
 
@@ -81,12 +82,16 @@ def drawing(height_inch: float, width_inch: float = _WIDTH_INCH) -> Iterator[Any
         yield Figure(figsize=(width_inch, height_inch), layout="constrained", facecolor="none")
 
 
+def svg_file(figure: Any, **options: Any) -> str:
+    """SVG of a figure as matplotlib writes it, but without a date."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), **options)
+    return stream.getvalue()
+
+
 def to_svg(figure: Any, label: str) -> str:
     """Inline SVG of a figure: no date, no document type, no identifiers that nothing refers to."""
-    stream = io.StringIO()
-    none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(stream, format="svg", metadata=none, transparent=True)
-    text = stream.getvalue()
+    text = svg_file(figure, transparent=True)
     text = text[text.index("<svg") :]
     box = re.search(r'viewBox="([^"]+)"', text)
     body = text[text.index(">") + 1 :]
@@ -107,13 +112,13 @@ def to_svg(figure: Any, label: str) -> str:
     return f'<svg viewBox="{view}" role="img" aria-label="{name}" class="figure">{body}'
 
 
-def colour_limits(*arrays: NDArray[np.float64] | None) -> tuple[float, float]:
+def colour_limits(*arrays: NDArray[np.float64]) -> tuple[float, float]:
     """One scale for all arrays: from the least to the largest value.
 
     A few extreme cells do not wash out the rest: above 1.5 times the 99.5 % quantile the scale ends at that
     quantile, and the colour bar shows that it goes on.
     """
-    values = np.concatenate([a[np.isfinite(a)].ravel() for a in arrays if a is not None])
+    values = np.concatenate([a[np.isfinite(a)].ravel() for a in arrays])
     low, high = float(values.min()), float(values.max())
     cut = float(np.quantile(values, 0.995))
     if high > 1.5 * cut > 1.5 * low:
@@ -168,24 +173,6 @@ def _image(
         spine.set_visible(False)
 
 
-def _load_axes(
-    figure: Any,
-    axes: Any,
-    relative_LR: NDArray[np.float64],
-    layer_ids: Sequence[int],
-    ranks_per_node: int,
-    limits: tuple[float, float],
-    title: str,
-) -> None:
-    _image(figure, axes, relative_LR, limits, "load of a rank / mean of the layer")
-    num_ranks = relative_LR.shape[1]
-    _node_lines(axes, num_ranks, ranks_per_node)
-    _rank_ticks(axes.xaxis, num_ranks, ranks_per_node)
-    _layer_ticks(axes.yaxis, layer_ids)
-    axes.set(title=title, xlabel=_rank_label("rank", num_ranks, ranks_per_node), ylabel="layer")
-    _range(axes, relative_LR)
-
-
 def _range(axes: Any, values: NDArray[Any]) -> None:
     """Least and largest value, at the right of the title."""
     text = f"{np.nanmin(values):.2f} to {np.nanmax(values):.2f}"
@@ -210,7 +197,13 @@ def load_heat_map(
         f" {np.nanmin(relative_LR):.3f} to {np.nanmax(relative_LR):.3f}."
     )
     with drawing(min(6.5, 1.9 + 0.075 * layers)) as figure:
-        _load_axes(figure, figure.add_subplot(), relative_LR, layer_ids, ranks_per_node, limits, title)
+        axes = figure.add_subplot()
+        _image(figure, axes, relative_LR, limits, "load of a rank / mean of the layer")
+        _node_lines(axes, ranks, ranks_per_node)
+        _rank_ticks(axes.xaxis, ranks, ranks_per_node)
+        _layer_ticks(axes.yaxis, layer_ids)
+        axes.set(title=title, xlabel=_rank_label("rank", ranks, ranks_per_node), ylabel="layer")
+        _range(axes, relative_LR)
         return to_svg(figure, label)
 
 

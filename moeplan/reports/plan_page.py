@@ -13,19 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.plan import LayerEvaluation, Plan, Verdict
+from moeplan.artifacts.plan import Plan, Verdict
 from moeplan.reports import figures
 from moeplan.reports.summary import (
-    NO_LOCALITY,
     STATUS_TEXT,
     Evidence,
     LayerRow,
-    Locality,
     headline,
     key_figures,
     layer_rows,
-    relative_load,
+    relative_loads,
 )
 from moeplan.reports.wording import format_bytes, format_number, format_percent, format_seconds
 
@@ -34,58 +31,14 @@ __all__ = ["plan_svg", "render_plan_page"]
 MAX_MOVES_SHOWN = 60
 
 
-def render_plan_page(
-    plan: Plan,
-    before: Placement | None = None,
-    load_LE: NDArray[np.float64] | None = None,
-    *,
-    load_note: str = "",
-    before_name: str = "before",
-    evaluation_before: tuple[LayerEvaluation, ...] = (),
-    traffic_before_RR: NDArray[np.float64] | None = None,
-    traffic_after_RR: NDArray[np.float64] | None = None,
-    traffic_unit: str = "bytes",
-    traffic_note: str = "",
-    locality_before: Locality = NO_LOCALITY,
-    locality_after: Locality = NO_LOCALITY,
-    speed_R: NDArray[np.float64] | None = None,
-) -> str:
-    """One self-contained HTML page; what is not given is missing on the page with the reason.
-
-    Args:
-        plan: The plan.
-        before: The placement it is compared with, called ``before_name`` on the page.
-        load_LE: Tokens per layer and expert, for the load of ranks before and after.
-        load_note: Where the load is not the one planned on.
-        before_name: Name of ``before``.
-        evaluation_before: What ``before`` does to each layer.
-        traffic_before_RR: Amount from (home or source) rank to rank in ``traffic_unit``, summed over layers.
-        traffic_after_RR: The same for the plan.
-        traffic_unit: ``bytes``, or what else the matrices count.
-        traffic_note: How the matrices were made.
-        locality_before: Nodes and ranks per token of ``before``, where counted on the tokens of the load.
-        locality_after: The same for the plan; left out: as evaluated in the plan.
-        speed_R: Relative speed of each rank; None: equal.
+def render_plan_page(plan: Plan, evidence: Evidence) -> str:
+    """One self-contained HTML page; what is not known is missing on the page with the reason.
 
     Raises:
         PlanError: the load does not fit the placements.
     """
     from moeplan.reports.templating import page_environment
 
-    evidence = Evidence(
-        load_LE=load_LE,
-        load_note=load_note,
-        before=before,
-        before_name=before_name,
-        evaluation_before=evaluation_before,
-        traffic_before_RR=traffic_before_RR,
-        traffic_after_RR=traffic_after_RR,
-        traffic_unit=traffic_unit,
-        traffic_note=traffic_note,
-        locality_before=locality_before,
-        locality_after=locality_after,
-        speed_R=speed_R,
-    )
     environment = page_environment()
     environment.filters |= {
         "seconds": format_seconds,
@@ -93,7 +46,7 @@ def render_plan_page(
         "percent": format_percent,
         "number": format_number,
     }
-    rows = layer_rows(plan, evidence)
+    rows, replicas_LE = layer_rows(plan, evidence), plan.placement.replicas_LE
     verdict_class, verdict_text = headline(plan)
     return environment.get_template("plan.html.j2").render(
         plan=plan,
@@ -102,9 +55,7 @@ def render_plan_page(
         verdict_class=verdict_class,
         verdict_text=verdict_text,
         gauge=None if plan.verdict is None else _gauge(plan.verdict),
-        figures=[
-            figure for figure in key_figures(plan, evidence) if figure.label != "Break-even"
-        ],  # in the verdict
+        figures=[f for f in key_figures(plan, evidence) if f.label != "Break-even"],  # which is in the verdict
         status_text=STATUS_TEXT[plan.status],
         load_maps=_load_maps(plan, evidence),
         traffic_maps=_traffic_maps(plan, evidence),
@@ -112,9 +63,7 @@ def render_plan_page(
         columns=_columns(rows),
         rows=rows,
         moves=_moves(plan),
-        replica_map=figures.replica_map(plan.placement.replicas_LE, plan.layer_ids)
-        if _has_replicas(plan)
-        else None,
+        replica_map=figures.replica_map(replicas_LE, plan.layer_ids) if (replicas_LE > 1).any() else None,
         sources=[_source(part, text) for part, text in plan.prediction.source.items()]
         if plan.prediction
         else [],
@@ -150,37 +99,28 @@ def _gauge(verdict: Verdict) -> _Gauge:
     return _Gauge(place(0.0), *(place(gain) for gain in gains))
 
 
-def _has_replicas(plan: Plan) -> bool:
-    return bool((plan.placement.replicas_LE > 1).any())
-
-
-def _before_title(evidence: Evidence) -> str:
-    return "Before" if evidence.before_name == "before" else f"Before: {evidence.before_name}"
+def _sides(evidence: Evidence, *maps: NDArray[np.float64] | None) -> list[tuple[str, NDArray[np.float64]]]:
+    """Maps before and after with their titles, those that are known."""
+    before = "Before" if evidence.before_name == "before" else f"Before: {evidence.before_name}"
+    names = (before, "After: this plan")
+    return [(name, values) for name, values in zip(names, maps, strict=True) if values is not None]
 
 
 def _load_maps(plan: Plan, evidence: Evidence) -> list[str]:
-    if evidence.load_LE is None:
+    sides = _sides(evidence, *relative_loads(plan, evidence))
+    if not sides:
         return []
-    sides = [("After: this plan", relative_load(plan.placement, evidence.load_LE, evidence.speed_R))]
-    if evidence.before is not None:
-        relative = relative_load(evidence.before, evidence.load_LE, evidence.speed_R)
-        sides.insert(0, (_before_title(evidence), relative))
     limits = figures.colour_limits(*(values for _, values in sides))
-    ranks_per_node = plan.ranks_per_node
     return [
-        figures.load_heat_map(values, plan.layer_ids, ranks_per_node, limits, name) for name, values in sides
+        figures.load_heat_map(values, plan.layer_ids, plan.ranks_per_node, limits, name) for name, values in sides
     ]
 
 
 def _traffic_maps(plan: Plan, evidence: Evidence) -> list[str]:
-    sides = [
-        (_before_title(evidence), evidence.traffic_before_RR),
-        ("After: this plan", evidence.traffic_after_RR),
-    ]
-    known = [(name, matrix) for name, matrix in sides if matrix is not None]
-    if not known:
+    sides = _sides(evidence, evidence.traffic_before_RR, evidence.traffic_after_RR)
+    if not sides:
         return []
-    limits = figures.colour_limits(*(matrix for _, matrix in known))
+    limits = figures.colour_limits(*(matrix for _, matrix in sides))
     words = (
         ("from rank", "to rank")
         if plan.objective.return_mode == "stay"
@@ -188,7 +128,7 @@ def _traffic_maps(plan: Plan, evidence: Evidence) -> list[str]:
     )
     return [
         figures.matrix_heat_map(matrix, plan.ranks_per_node, limits, name, evidence.traffic_unit, words)
-        for name, matrix in known
+        for name, matrix in sides
     ]
 
 
@@ -291,12 +231,7 @@ def _fields(values: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def plan_svg(
-    plan: Plan,
-    load_LE: NDArray[np.float64] | None = None,
-    before: Placement | None = None,
-    before_name: str = "before",
-) -> str:
+def plan_svg(plan: Plan, evidence: Evidence) -> str:
     """One picture that stands alone: load of ranks by layer where it is known, else the expert in every slot.
 
     Raises:
@@ -308,13 +243,11 @@ def plan_svg(
         f" {plan.num_ranks} ranks in {placement.num_nodes} {'node' if placement.num_nodes == 1 else 'nodes'},"
         f" planner {plan.planner}"
     )
-    title = f"{plan.model}: load of every rank in every layer"
-    if load_LE is not None:
-        panels = [("this plan", relative_load(placement, load_LE))]
-        if before is not None:
-            panels.insert(0, (before_name, relative_load(before, load_LE)))
+    names = (evidence.before_name, "this plan")
+    panels = [(n, v) for n, v in zip(names, relative_loads(plan, evidence), strict=True) if v is not None]
+    if panels:
         return figures.plan_picture(
-            title,
+            f"{plan.model}: load of every rank in every layer",
             subtitle,
             panels,
             plan.layer_ids,

@@ -5,7 +5,6 @@ Same input, same bytes. ``n`` measured points of a curve.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moeplan.reports.figures import svg_file
 
 __all__ = ["Curve", "page", "profile_picture"]
 
@@ -55,9 +56,7 @@ def profile_picture(title: str, axis: str, curves: Sequence[Curve]) -> str:
             ticks.set_minor_formatter(NullFormatter())
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = stream.getvalue()
+        text = svg_file(figure)
     return text[text.index("<svg") :]
 
 

@@ -32,7 +32,7 @@ _KIND_COLOUR = {
     "dispatch": _TAB[1], "combine": _TAB[4], "transfer": _TAB[6], "forward": _TAB[0], "backward": _TAB[2],
     "gradient_sync": _TAB[1], "optimizer": _TAB[3], "migrate": _TAB[7], "step": _TAB[5],
 }  # fmt: skip
-_MAX_BARS = 6000
+_MAX_BARS, _MAX_RANKS = 6000, 16
 OPERATIONS = ("forward", "backward", "gradient_sync", "optimizer", "transfer", "migrate")
 INSIDE = tuple(kind for kind in _KIND_COLOUR if kind not in ("step", *OPERATIONS))
 
@@ -78,18 +78,17 @@ def _whole_ticks(axes: Any, count: int) -> None:
     axes.set_xticks(range(0, count, max(1, -(-count // 12))))
 
 
-def latency_curves(title: str, quantiles: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def latency_curves(title: str, quantiles: Mapping[str, Sequence[float]]) -> str:
     """Cumulative distributions: name of a run -> its 101 quantiles in seconds. One axes, time in logs."""
     with drawing(3.0) as figure:
         axes = figure.add_subplot()
         styles = (("-", AFTER), ("--", BEFORE), (":", INK))
         label = f"{title}: cumulative distribution."
-        for number, (name, parts) in enumerate(quantiles.items()):
+        for number, (name, values) in enumerate(quantiles.items()):
             line, colour = styles[number % len(styles)]
-            for values in parts.values():
-                seconds = np.maximum(np.asarray(values, float), 1e-6)
-                axes.plot(seconds, np.linspace(0, 100, len(seconds)), line, color=colour, linewidth=1.6, label=name)
-                label += f" {name}: median {seconds[len(seconds) // 2]:.4g} s, 99 % {seconds[-2]:.4g} s."
+            seconds = np.maximum(np.asarray(values, float), 1e-6)
+            axes.plot(seconds, np.linspace(0, 100, len(seconds)), line, color=colour, linewidth=1.6, label=name)
+            label += f" {name}: median {seconds[len(seconds) // 2]:.4g} s, 99 % {seconds[-2]:.4g} s."
         _log_seconds(axes)
         axes.set(ylabel="% of requests", ylim=(0, 100))
         axes.set_title(title, pad=22 if len(quantiles) > 1 else 9)
@@ -150,7 +149,6 @@ def gantt(
     step: int,
     kinds: Sequence[str] = INSIDE,
     part: tuple[float, float] | None = None,
-    max_ranks: int = 16,
     span_s: float | None = None,
 ) -> str | None:
     """Who did what when in one step: a row per rank, thinner bars for exchanges; None where nothing has a length.
@@ -163,7 +161,7 @@ def gantt(
     if not mine.any():
         return None
     ranks = np.unique(log.rank_V[mine])
-    shown = ranks[np.unique(np.linspace(0, len(ranks) - 1, min(len(ranks), max_ranks)).astype(int))]
+    shown = ranks[np.unique(np.linspace(0, len(ranks) - 1, min(len(ranks), _MAX_RANKS)).astype(int))]
     mine &= np.isin(log.rank_V, shown)
     start = float(log.start_s_V[mine].min())
     end = float((log.start_s_V + log.duration_s_V)[mine].max())

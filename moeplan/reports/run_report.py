@@ -18,6 +18,7 @@ from moeplan.reports.wording import format_bytes, format_number, format_percent,
 __all__ = [
     "against_section",
     "assumptions_section",
+    "case_words",
     "comparison_section",
     "figures_section",
     "latency_section",
@@ -91,7 +92,7 @@ def latency_section(results: Mapping[str, SimulationResult]) -> Section | None:
     titles = {"ttft": "Time to first token", "tpot": "Time per further token", "e2e": "Whole answer"}
     pictures = []
     for name, title in titles.items():
-        found = {run: {name: r.distributions[name]} for run, r in results.items() if name in r.distributions}
+        found = {run: r.distributions[name] for run, r in results.items() if name in r.distributions}
         if found:
             pictures.append(Picture(run_figures.latency_curves(title, found)))
     return Section("Latency", tuple(pictures)) if pictures else None
@@ -152,7 +153,7 @@ def _step_pictures(log: EventLog) -> list[Block]:
             start, stop = float(log.start_s_V[v]), float(log.start_s_V[v] + log.duration_s_V[v])
             name = "One forward" if log.request_V[v] < 0 else f"Forward of micro-batch {log.request_V[v]}"
             mine = replace(log, step_V=np.where(log.request_V == log.request_V[v], log.step_V, -1))
-            pictures.append(run_figures.gantt(mine, f"{name}", step, part=(start, stop)))
+            pictures.append(run_figures.gantt(mine, name, step, part=(start, stop)))
     return [Picture(picture, wide=True) for picture in pictures if picture is not None]
 
 
@@ -230,17 +231,20 @@ def log_section(log: EventLog) -> Section:
     return Section("One step", tuple(blocks), f"Event log, {log.source}: {len(log):,} events on {log.num_ranks} ranks.")
 
 
-def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> Section | None:
+def case_words(case: Mapping[str, Any]) -> str:
+    """A case of a sweep by its values."""
+    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in case.items())
+
+
+def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> Section:
     """Throughput and latency of the cases of a sweep, over the first field that is a number."""
-    if not cases:
-        return None
     wanted = ("output_tokens_per_s_per_gpu", "tokens_per_s_per_gpu", "ttft_p50_s", "tpot_p50_s", "step_s")
     names = [name for name in wanted if all(name in result.headlines for _, result in cases)]
     rows, points, axis, unit = [], [], "", ""
     for case, result in cases:
         lines = result.headlines
-        words = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in case.items())
-        rows.append((words, *(f"{shown(lines[n].value, lines[n].unit)} ({_interval(lines[n])})" for n in names)))
+        figures_of_case = (f"{shown(lines[n].value, lines[n].unit)} ({_interval(lines[n])})" for n in names)
+        rows.append((case_words(case), *figures_of_case))
         rate = lines.get("output_tokens_per_s_per_gpu") or lines.get("tokens_per_s_per_gpu")
         slow = lines.get("tpot_p99_s") or lines.get("step_s")
         for field, value in case.items():

@@ -27,6 +27,7 @@ __all__ = [
     "layer_rows",
     "rank_load",
     "relative_load",
+    "relative_loads",
 ]
 
 STATUS_TEXT = {
@@ -44,9 +45,6 @@ class Locality:
     nodes_per_token_L: tuple[float, ...] | None = None
     ranks_per_token_L: tuple[float, ...] | None = None
     same_node_share_L: tuple[float | None, ...] | None = None
-
-
-NO_LOCALITY = Locality()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,8 +66,8 @@ class Evidence:
     traffic_after_RR: NDArray[np.float64] | None = None
     traffic_unit: str = "bytes"
     traffic_note: str = ""
-    locality_before: Locality = NO_LOCALITY
-    locality_after: Locality = NO_LOCALITY
+    locality_before: Locality = Locality()
+    locality_after: Locality = Locality()
     speed_R: NDArray[np.float64] | None = None
 
 
@@ -112,9 +110,7 @@ def rank_load(placement: Placement, load_LE: NDArray[np.float64]) -> NDArray[np.
             f"load has shape {load_LE.shape} but the placement has {placement.num_layers} layers of"
             f" {placement.num_experts} experts; take the load of the same model"
         )
-    from moeplan.costs.counting import (
-        count_loads,
-    )  # here, because it brings a compiler that a bare plan does not need
+    from moeplan.costs.counting import count_loads  # here: it brings a compiler that a bare plan does not need
 
     load_LR: NDArray[np.float64] = count_loads(load_LE[None], placement)[0]
     return load_LR
@@ -134,15 +130,25 @@ def relative_load(
     return relative_LR
 
 
+def relative_loads(plan: Plan, evidence: Evidence) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Relative load under the placement compared with and under the plan; None where it is not known.
+
+    Raises:
+        PlanError: the load has other layers or experts than the placements.
+    """
+    load_LE = evidence.load_LE
+    before, after = (
+        None if load_LE is None or placement is None else relative_load(placement, load_LE, evidence.speed_R)
+        for placement in (evidence.before, plan.placement)
+    )
+    return before, after
+
+
 def layer_rows(plan: Plan, evidence: Evidence) -> list[LayerRow]:
     """One row per layer. Where the evidence has a load, both sides come from it and can be compared."""
     after_L = {item.layer_id: item for item in plan.evaluation}
     before_L = {item.layer_id: item for item in evidence.evaluation_before}
-    relative = relative_before = None
-    if evidence.load_LE is not None:
-        relative = relative_load(plan.placement, evidence.load_LE, evidence.speed_R)
-        if evidence.before is not None:
-            relative_before = relative_load(evidence.before, evidence.load_LE, evidence.speed_R)
+    relative_before, relative = relative_loads(plan, evidence)
     rows = []
     for index, layer_id in enumerate(plan.layer_ids):
         after, before = after_L.get(layer_id), before_L.get(layer_id)

@@ -23,7 +23,7 @@ from moeplan.reports.summary import (
     headline,
     key_figures,
     layer_rows,
-    relative_load,
+    relative_loads,
 )
 from moeplan.reports.wording import format_percent, format_seconds
 
@@ -47,13 +47,12 @@ _COLOURS = (
 _STYLE = {"apply": "bold green", "refuse": "bold yellow", "open": "bold"}
 
 
-def plan_view(plan: Plan, evidence: Evidence | None = None, width: int = 120) -> RenderableType:
+def plan_view(plan: Plan, evidence: Evidence, width: int) -> RenderableType:
     """Everything ``moeplan show`` prints, as one rich renderable; without explanations where it is narrow.
 
     Raises:
         PlanError: the load of the evidence does not fit the plan.
     """
-    evidence = evidence or Evidence()
     placement = plan.placement
     title = Text.assemble(
         (plan.model, "bold"), f"  {len(plan.layer_ids)} MoE layers, {plan.num_experts} experts"
@@ -69,27 +68,14 @@ def plan_view(plan: Plan, evidence: Evidence | None = None, width: int = 120) ->
         style="dim",
     )
     rows = layer_rows(plan, evidence)
-    parts: list[RenderableType] = [
-        title,
-        kind,
-        Text(),
-        _verdict(plan),
-        Text(),
-        _figures(plan, evidence, width),
-    ]
+    parts: list[RenderableType] = [title, kind, Text(), _verdict(plan), Text(), _figures(plan, evidence, width)]
     if any(row.max_over_mean is not None for row in rows):
         parts += [Text(), _layers(rows, width)]
-    if evidence.load_LE is not None:
-        sides = [("this plan", relative_load(placement, evidence.load_LE, evidence.speed_R))]
-        if evidence.before is not None:
-            relative = relative_load(evidence.before, evidence.load_LE, evidence.speed_R)
-            sides.insert(0, (evidence.before_name, relative))
+    names = (evidence.before_name, "this plan")
+    if sides := [(n, v) for n, v in zip(names, relative_loads(plan, evidence), strict=True) if v is not None]:
         parts += [Text(), LoadMap(sides, plan.layer_ids)]
     else:
-        parts += [
-            Text(),
-            Text("no load in a plan file: give --trace FILE for the load of every rank", style="dim"),
-        ]
+        parts += [Text(), Text("no load in a plan file: give --trace FILE for the load of every rank", style="dim")]
     parts += [Text(f"note: {note}", style="dim") for note in plan.notes]
     return Group(*parts)
 

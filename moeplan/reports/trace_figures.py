@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moeplan.reports.figures import svg_file
 
 __all__ = ["coactivation_picture", "dependency_picture", "drift_picture", "skew_picture"]
 
@@ -23,12 +24,6 @@ def _figure(width: float, height: float) -> Iterator[Any]:
 
     with matplotlib.rc_context(_RC):
         yield Figure(figsize=(width, height), layout="constrained")
-
-
-def _svg(figure: Any) -> str:
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return stream.getvalue()
 
 
 def _layer_axis(axes: Any, layer_ids: Sequence[int]) -> None:
@@ -53,7 +48,7 @@ def skew_picture(
         axes.set_title("Skew per layer", loc="left")
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderaxespad=0.2)
         _layer_axis(axes, layer_ids)
-        return _svg(figure)
+        return svg_file(figure)
 
 
 def drift_picture(windows: Sequence[str], cosine_WW: NDArray[np.float64]) -> str:
@@ -71,7 +66,7 @@ def drift_picture(windows: Sequence[str], cosine_WW: NDArray[np.float64]) -> str
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
         axes.set_title("Load similarity between windows")
         figure.colorbar(image, label="cosine")
-        return _svg(figure)
+        return svg_file(figure)
 
 
 def coactivation_picture(layer_id: int, lift_EE: NDArray[np.float64]) -> str:
@@ -88,7 +83,7 @@ def coactivation_picture(layer_id: int, lift_EE: NDArray[np.float64]) -> str:
         axes.set_xlabel("expert, ordered by companions")
         axes.set_ylabel("expert, ordered by companions")
         figure.colorbar(image, label="pairs, observed / chance")
-        return _svg(figure)
+        return svg_file(figure)
 
 
 def _companions(lift_EE: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -121,4 +116,4 @@ def dependency_picture(
         upper.set_title("What a layer's experts tell of the next layer's")
         upper.set_xlabel("")
         upper.legend()
-        return _svg(figure)
+        return svg_file(figure)

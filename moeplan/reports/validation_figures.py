@@ -46,7 +46,6 @@ def rows_picture(
     title: str,
     panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]],
     within: float,
-    columns: int = 2,
 ) -> str:
     """Predicted over measured of every row in logs: a panel for each (name, group -> (measured, predicted) in seconds).
 
@@ -54,8 +53,9 @@ def rows_picture(
     """
     names = sorted({name for _, groups in panels for name in groups})
     label = f"{title}, predicted against measured."
-    with drawing(1.0 + 4.2 * -(-len(panels) // columns), 12.0) as figure:
-        grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
+    rows = -(-len(panels) // 2)
+    with drawing(1.0 + 4.2 * rows, 12.0) as figure:
+        grid = figure.subplots(rows, 2, squeeze=False).ravel()
         for axes, (name, groups) in zip(grid, panels, strict=False):
             both = np.array([pair for pairs in groups.values() for pair in pairs]).reshape(-1, 2)
             axes.set_title(name)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,7 @@ from report_plans import LAYERS, RANKS, bare_plan, contiguous, evaluations, full
 
 from moeplan.reports.figures import colour_limits
 from moeplan.reports.plan_page import plan_svg, render_plan_page
+from moeplan.reports.summary import Evidence
 
 HOSTILE = "<script>alert(1)</script>\"'$x_{$ &amp; </title></svg>{{ 7*7 }}"
 VOID = {"meta", "br", "image", "path", "use", "rect", "line", "img", "link"}
@@ -54,24 +56,30 @@ class _Page(HTMLParser):
         self.text += data + "\n"
 
 
+def both() -> Evidence:
+    return Evidence(before=contiguous(), load_LE=load_LE())
+
+
 @cache
 def rich_page() -> str:
     traffic = np.arange(RANKS * RANKS, dtype=float).reshape(RANKS, RANKS) * 1e9
     return render_plan_page(
         full_plan(),
-        contiguous(),
-        load_LE(),
-        before_name="contiguous",
-        evaluation_before=evaluations(1.5, 1.9),
-        traffic_before_RR=traffic.T,
-        traffic_after_RR=traffic,
-        traffic_note="Homes are those of the trace.",
+        Evidence(
+            before=contiguous(),
+            load_LE=load_LE(),
+            before_name="contiguous",
+            evaluation_before=evaluations(1.5, 1.9),
+            traffic_before_RR=traffic.T,
+            traffic_after_RR=traffic,
+            traffic_note="Homes are those of the trace.",
+        ),
     )
 
 
 @cache
 def bare_page() -> str:
-    return render_plan_page(bare_plan())
+    return render_plan_page(bare_plan(), Evidence())
 
 
 @pytest.mark.parametrize("draw", [rich_page, bare_page], ids=["full", "plan only"])
@@ -105,12 +113,12 @@ def test_references_inside_a_page_resolve() -> None:
 def test_same_plan_same_bytes_in_two_processes() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_plan_page import rich_page, plan_svg, full_plan, load_LE\n"
-        "sys.stdout.buffer.write((rich_page() + plan_svg(full_plan(), load_LE())).encode())"
+        "from test_plan_page import rich_page, plan_svg, full_plan, both\n"
+        "sys.stdout.buffer.write((rich_page() + plan_svg(full_plan(), both())).encode())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     other = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
-    assert other.stdout.decode() == rich_page() + plan_svg(full_plan(), load_LE())
+    assert other.stdout.decode() == rich_page() + plan_svg(full_plan(), both())
 
 
 def test_hostile_strings_stay_text() -> None:
@@ -125,15 +133,14 @@ def test_hostile_strings_stay_text() -> None:
         prediction=prediction.model_copy(update={"baseline": HOSTILE, "source": {HOSTILE: HOSTILE}}),
         verdict=verdict.model_copy(update={"reason": HOSTILE, "held_out": HOSTILE}),
     )
-    page = render_plan_page(
-        plan, contiguous(), load_LE(), before_name=HOSTILE, evaluation_before=evaluations(1.5, 1.9)
-    )
+    hostile = replace(both(), before_name=HOSTILE, evaluation_before=evaluations(1.5, 1.9))
+    page = render_plan_page(plan, hostile)
     parsed = _Page(page)
     assert "script" not in parsed.tags
     assert parsed.open == []
     assert parsed.text.count(HOSTILE) >= 7
     assert not {name for name in parsed.attributes if name.startswith("on")}
-    ElementTree.fromstring(plan_svg(plan, load_LE(), contiguous()))
+    ElementTree.fromstring(plan_svg(plan, both()))
 
 
 def test_full_page_says_what_the_plan_says() -> None:
@@ -187,7 +194,7 @@ def test_refusals(gains: tuple[float, float, float, float], words: str) -> None:
     expected, low, high, largest = gains
     changes = {"expected_gain": expected, "expected_gain_low": low, "expected_gain_high": high}
     refused = verdict.model_copy(update=changes | {"apply": False, "largest_possible_gain": largest})
-    page = render_plan_page(full_plan(verdict=refused))
+    page = render_plan_page(full_plan(verdict=refused), Evidence())
     assert words in page
     for place in re.findall(r"(?:left|width):([-\d.]+)%", page):
         assert 0 <= float(place) <= 100
@@ -197,7 +204,7 @@ def test_maps_share_one_scale() -> None:
     page = rich_page()
     bars = re.findall(r"load of a rank / mean of the layer", page)
     assert len(bars) == 2
-    low, high = colour_limits(np.array([[0.5, 1.0]]), None, np.array([[2.0, np.nan]]))
+    low, high = colour_limits(np.array([[0.5, 1.0]]), np.array([[2.0, np.nan]]))
     assert (low, high) == (0.5, 2.0)
     flat = np.ones((3, 3))
     assert colour_limits(flat)[1] > 1.0
@@ -207,7 +214,7 @@ def test_maps_share_one_scale() -> None:
 
 @pytest.mark.parametrize("with_load", [True, False])
 def test_picture_is_xml_and_stands_alone(with_load: bool) -> None:
-    svg = plan_svg(full_plan(), load_LE(), contiguous()) if with_load else plan_svg(bare_plan())
+    svg = plan_svg(full_plan(), both()) if with_load else plan_svg(bare_plan(), Evidence())
     root = ElementTree.fromstring(svg)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root.attrib["aria-label"].startswith("tiny: ")
@@ -217,7 +224,7 @@ def test_picture_is_xml_and_stands_alone(with_load: bool) -> None:
 
 def test_a_rank_without_slots_is_drawn_empty() -> None:
     plan = bare_plan(num_ranks=6, rank_of_slot=(0, 0, 0, 1, 1, 2, 2, 3, 3, 3), ranks_per_node=3)
-    assert "12 layers by 6 ranks" in render_plan_page(plan, None, load_LE())
+    assert "12 layers by 6 ranks" in render_plan_page(plan, Evidence(load_LE=load_LE()))
     assert len(plan.layer_ids) == LAYERS
 
 
@@ -232,7 +239,8 @@ def test_the_smallest_plan() -> None:
         rank_of_slot=(0,),
         replicas=((1,),),
     )
-    page = render_plan_page(plan, plan.placement, np.array([[5.0]]), traffic_after_RR=np.array([[5.0]]))
+    one = np.array([[5.0]])
+    page = render_plan_page(plan, Evidence(before=plan.placement, load_LE=one, traffic_after_RR=one))
     assert "Every expert has one copy." in page
     assert page.count("<svg") == 4  # load before and after, max/mean by layer, traffic
-    assert ElementTree.fromstring(plan_svg(plan)).tag.endswith("svg")
+    assert ElementTree.fromstring(plan_svg(plan, Evidence())).tag.endswith("svg")
