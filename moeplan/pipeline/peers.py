@@ -181,7 +181,6 @@ def _like_frontier(given: dict[str, Any]) -> dict[str, Any]:
 
 
 _OURS: dict[str, Callable[[Any], Any]] = {
-    "points": operating_points,
     "point": lambda batch: {"tpot_s": _anew(batch)},
     "played": lambda _none: _played(),
     "like frontier": _like_frontier,

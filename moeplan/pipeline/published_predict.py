@@ -106,6 +106,13 @@ def _engine_s(model: str) -> float:
     return 1e-3 * _ENGINE_MS * find_model(model).num_layers
 
 
+def _workload(c: dict[str, Any], phase: str, batch: int, context: int) -> Workload:
+    return Workload.model_validate(
+        {"phase": phase, "batch_per_rank": batch, "context": context, "weight_dtype": c["weight"],
+         "activation_dtype": c["activation"]}
+    )  # fmt: skip
+
+
 def _step_model(
     c: dict[str, Any], phase: str, batch: int, context: int, overlap: str | None = None
 ) -> tuple[StepModel, Placement, Floats]:
@@ -113,15 +120,7 @@ def _step_model(
     model, cluster = find_model(c["model"]), _cluster(c["accelerator"], c["nodes"], c["ranks_per_node"])
     split = c.get("expert_tp", 1)
     placement, load_LE = _even(model, cluster.num_ranks // split, c["ranks_per_node"] // split, c["slots"])
-    work = Workload.model_validate(
-        {
-            "phase": phase,
-            "batch_per_rank": batch,
-            "context": context,
-            "weight_dtype": c["weight"],
-            "activation_dtype": c["activation"],
-        }
-    )
+    work = _workload(c, phase, batch, context)
     technique = Technique(
         dispatch=c["dispatch"],
         overlap=overlap or c["overlap"],  # type: ignore[arg-type]
@@ -250,8 +249,8 @@ def _imbalance(load_LE: Floats, slots: int, ranks: int, pairs: int, rng: np.rand
 
 
 @cache
-def _skewed(without: float, ranks: int, pairs: int) -> Floats:
-    """Loads [58, 256] of experts at random places whose contiguous placement has the imbalance ``without``."""
+def _skewed(without: float) -> Floats:
+    """Loads [58, 256] of experts at random places whose contiguous placement on 32 ranks has this imbalance."""
     rng = np.random.default_rng(0)
     order = np.stack([rng.permutation(256) for _ in range(58)])
 
@@ -259,7 +258,7 @@ def _skewed(without: float, ranks: int, pairs: int) -> Floats:
         return lognormal_profile(256, sigma)[order]
 
     def imbalance(sigma: float) -> float:
-        rank_LR = loads(sigma).reshape(58, ranks, -1).sum(2)
+        rank_LR = loads(sigma).reshape(58, 32, -1).sum(2)
         return float((rank_LR.max(1) / rank_LR.mean(1) - 1).mean())
 
     return loads(solve(imbalance, 0.1, 3.0, without, 0.01))
@@ -267,7 +266,7 @@ def _skewed(without: float, ranks: int, pairs: int) -> Floats:
 
 def _predict_imbalance(c: dict[str, Any]) -> float:
     pairs = c["ranks"] * c["tokens_per_rank"]
-    load_LE = _skewed(c["without"], 32, pairs)
+    load_LE = _skewed(c["without"])
     return _imbalance(load_LE, c["slots"], c["ranks"], pairs, np.random.default_rng(1))
 
 
@@ -277,7 +276,7 @@ def _training(c: dict[str, Any]) -> TrainingCosts:
         moe = tuple(range(c["dense_layers"], c["layers"]))
         model = model.model_copy(update={"num_layers": c["layers"], "moe_layer_ids": moe})
     per_node = 4 if c["accelerator"].startswith("gb") else 8
-    cluster: ClusterSpec = _cluster(c["accelerator"], c["ranks"] // per_node, per_node)
+    cluster = _cluster(c["accelerator"], c["ranks"] // per_node, per_node)
     names = ("global_batch", "micro_batch", "tp", "pp", "virtual_stages", "ep", "overlap", "mtp_layers")
     fields = {name: c[name] for name in names} | {"host_per_layer": f"{0 if c['graphs'] else _HOST_MS} ms"}
     optional = ("capacity_factor", "gradient_dtype", "overlap_gradients", "overlap_parameters", "recompute_modules")
@@ -354,11 +353,8 @@ def predict(row: dict[str, Any]) -> tuple[float | None, str]:
 def eplb_ratio(c: dict[str, Any]) -> float:
     """Step time without over with the greedy policy on 32 redundant slots, two batches overlapped."""
     model, cluster = find_model(c["model"]), _cluster(c["accelerator"], c["nodes"], c["ranks_per_node"])
-    R, load_LE = cluster.num_ranks, _skewed(1.564, 32, 32 * 1024)
-    work = Workload.model_validate(
-        {"phase": c["phase"], "batch_per_rank": c["batch"], "context": c["context"], "weight_dtype": c["weight"],
-         "activation_dtype": c["activation"]}
-    )  # fmt: skip
+    R, load_LE = cluster.num_ranks, _skewed(1.564)
+    work = _workload(c, c["phase"], c["batch"], c["context"])
     step = StepModel(
         model, cluster, work, Technique(dispatch=c["dispatch"], overlap=c["overlap"]), _profile(c["profile"])
     )

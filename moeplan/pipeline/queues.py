@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,8 +167,7 @@ def _conservation() -> list[dict[str, Any]]:
         pool, trace = _mixed(3, **engine)
         served = _serve([pool], trace, keep_log=True)
         stats, instance = served.instances[0].stats, served.instances[0]
-        log = served.log
-        finished = float(log.amount_V[log.of_kind("finish")].sum()) if log is not None else -1.0
+        finished = _logged(served, "finish")
         made = int(trace.output_tokens_Q.sum())
         lost = [
             abs(stats.generated - made),
@@ -184,38 +184,33 @@ def _conservation() -> list[dict[str, Any]]:
         )  # fmt: skip
         if name == "swap":
             out_and_in = stats.swapped_bytes / 100.0 / 2
-            amounts = float(log.amount_V[log.of_kind("preempt")].sum()) if log is not None else -1.0
-            lost_bytes = abs(out_and_in - amounts) * 100.0
+            lost_bytes = abs(out_and_in - _logged(served, "preempt")) * 100.0
             figures.append(
                 _figure("conservation: bytes swapped out come back", lost_bytes, 0.0, bytes=stats.swapped_bytes)
             )
         figures.append(_little(name, served))
     prefill, trace = _mixed(4)
-    pools = [_with_role(prefill, "prefill"), _with_role(prefill, "decode")]
+    pools = [replace(prefill, role="prefill"), replace(prefill, role="decode")]
     served = _serve(pools, trace, keep_log=True, prefill={"ranks": 2})
     sent = float(((trace.input_tokens_Q) * (trace.output_tokens_Q > 1)).sum()) * 100.0
-    logged = float(served.log.amount_V[served.log.of_kind("transfer")].sum()) if served.log is not None else -1.0
     figures.append(
         _figure(
             "conservation: bytes of KV cache transferred and logged",
-            max(abs(served.transferred_bytes - sent), abs(logged - sent)), 0.0, bytes=sent,
+            max(abs(served.transferred_bytes - sent), abs(_logged(served, "transfer") - sent)), 0.0, bytes=sent,
         )
     )  # fmt: skip
     return figures
 
 
-def _with_role(pool: Pool, role: Role) -> Pool:
-    return Pool(
-        role, pool.instances, pool.engine, pool.cluster, pool.placement, pool.loads, pool.costs, pool.capacity_tokens,
-        pool.kv_bytes, pool.link_bytes_per_s, pool.link_latency_s,
-    )  # fmt: skip
+def _logged(served: Served, kind: str) -> float:
+    assert served.log is not None
+    return float(served.log.amount_V[served.log.of_kind(kind)].sum())
 
 
 def _little(name: str, served: Served) -> dict[str, Any]:
     """Time-average number in the system, integrated over the log, against arrival rate times mean time in it."""
     log = served.log
-    if log is None:
-        return _figure(f"Little's law, {name}", math.inf, _EXACT)
+    assert log is not None
     come, go = log.of_kind("arrival"), log.of_kind("finish")
     at = np.concatenate([log.start_s_V[come], log.start_s_V[go]])
     change = np.concatenate([np.ones(come.sum()), -np.ones(go.sum())])

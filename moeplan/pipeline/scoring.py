@@ -31,18 +31,11 @@ def mean_error(predicted: ArrayLike, measured: ArrayLike) -> float | None:
     return float(errors.mean()) if errors.size else None
 
 
-def _ranks(values: ArrayLike) -> Floats:
-    """Ranks from 1, the mean rank where values are equal."""
-    given = np.asarray(values, float)
-    _, place, counts = np.unique(given, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: Floats = (last - (counts - 1) / 2)[place]
-    return ranks
-
-
 def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
     """Spearman's rank correlation (Pearson's of the ranks); None with fewer than two rows or no spread."""
-    x, y = _ranks(a), _ranks(b)
+    from scipy.stats import rankdata
+
+    x, y = rankdata(a), rankdata(b)
     if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])

@@ -44,10 +44,6 @@ _DEEPEP: tuple[Exchange, ...] = ("gathered", "sent", "sent_normal")  # by Launch
 _AT_LEAST = frozenset(["tpot_spearman", "coverage"])
 
 
-def _models() -> dict[str, ModelSpec]:
-    return {name: find_model(name) for _, name, _ in FAMILIES.values()}
-
-
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Milliseconds of one row, or why there are none."""
@@ -66,7 +62,7 @@ class SiliconModel:
         self._profiles: dict[str, HardwareProfile] = {}
         self._shared: dict[Any, Any] = {}
         self._times: dict[Any, PassTimes] = {}
-        self._models = _models()
+        self._models = {name: find_model(name) for _, name, _ in FAMILIES.values()}
 
     def _profile(self, system: str) -> HardwareProfile:
         if system not in self._profiles:
@@ -142,7 +138,7 @@ def _drafts_stall(row: Measured, model: ModelSpec) -> bool:
     return latent and row.backend == "sglang" and row.launch is not None and row.launch.decode_attention == "flashinfer"
 
 
-def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int, kernels: str = "") -> EngineSetup:
+def setup_of(row: Measured, workers: Workers, model: ModelSpec, drafts: int, kernels: str) -> EngineSetup:
     """The engine of a row. Of a quantised checkpoint attention stays in bf16 but in fp8 ones, and of 4-bit ones only
     DeepSeek's has 4-bit dense and shared parts (hf_quant_config.json of nvidia's NVFP4 checkpoints). The cache of
     fp8 and fp4 checkpoints is fp8 on TensorRT-LLM and on Blackwell, else bf16, as the benchmark's scripts set it.
@@ -296,9 +292,7 @@ def measured_rows() -> list[Measured]:
 
 
 def validate_silicon(
-    rows_out: Path | None = None,
-    progress: Progress = lambda _what, _done: None,
-    constants: Constants = CALIBRATED,
+    rows_out: Path | None = None, progress: Progress = lambda _what, _done: None
 ) -> dict[str, Any]:
     """Every figure with its target; ``rows_out`` gets id, split and prediction of each row, also of those set aside
     (split ``dropped``) and of repeated ones (``duplicate``).
@@ -309,7 +303,7 @@ def validate_silicon(
     everything = measured_rows()
     rows = [row for row in everything if not row.why_not]
     slow = told_apart(rows)
-    model = SiliconModel(constants)
+    model = SiliconModel()
     ours: dict[str, Prediction] = {}
     told: dict[str, Prediction] = {}
     jobs = [(row, ours) for row in everything] + [(row, told) for row in slow.values()]
@@ -350,7 +344,7 @@ def validate_silicon(
             "told_undrafted": {part: sum(row.part == part for row in slow.values()) for part in "abc"},
             "not_predicted": dict(Counter(ours[row.id].reason for row in rows if ours[row.id].reason)),
         },
-        "constants": asdict(constants),
+        "constants": asdict(CALIBRATED),
         "figures": figures,
         "parts": parts,
         "nearest_row_of_a": nearest_scores,

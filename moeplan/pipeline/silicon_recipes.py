@@ -48,14 +48,13 @@ _WIDTHS_SAID = datetime(2025, 11, 5, tzinfo=UTC)  # rows measured before say tp 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a recipe starts its engine: decode steps between polls for requests, tokens between streamed answers, whether
-    tokens go through DeepEP (1; 2: by its normal kernels in decode too), redundant experts or balanced slots, prompt
-    tokens per pass of a rank, sequences that a decode worker takes (0: unlimited), the library of expert kernels of
-    prefill and decode ("": unsaid), SGLang's attention backend of decode ("": unsaid), the widths that the launch file
-    has, which are the true ones where they differ from the recipe's (None: unsaid)."""
+    """How a recipe starts its engine: decode steps between polls for requests, whether tokens go through DeepEP (1; 2:
+    by its normal kernels in decode too), redundant experts or balanced slots, prompt tokens per pass of a rank,
+    sequences that a decode worker takes (0: unlimited), the library of expert kernels of prefill and decode ("":
+    unsaid), SGLang's attention backend of decode ("": unsaid), the widths that the launch file has, which are the true
+    ones where they differ from the recipe's (None: unsaid)."""
 
     poll_steps: int
-    stream_tokens: int
     deepep: int
     redundant_experts: int
     prompt_tokens: int
@@ -161,14 +160,14 @@ def _recipes() -> dict[tuple[Any, ...], list[Recipe]]:
 
 
 def _launch(backend: str, widths: Sequence[int], values: Sequence[Any]) -> Launch:
-    poll, stream, deepep, redundant, tokens, running, prefill, decode, attention, true_widths = values
+    poll, _, deepep, redundant, tokens, running, prefill, decode, attention, true_widths = values
     widths = true_widths or widths
     ranks, dp = (widths[1], widths[3]) if len(widths) == 8 else (widths[0], widths[2])
     if backend == "sglang" and dp:
         tokens //= ranks  # a worker's chunk, shared by its attention groups
     true_widths = tuple(true_widths) if true_widths else None
     kernels = prefill, decode, attention
-    return Launch(poll, stream, deepep, redundant, max(0, tokens), running, *kernels, true_widths)
+    return Launch(poll, deepep, redundant, max(0, tokens), running, *kernels, true_widths)
 
 
 def _plain(image: str) -> str:

@@ -144,12 +144,7 @@ def impossible(row: Mapping[str, str], model: ModelSpec) -> str:
 
 def _fits(row: Mapping[str, str], model: ModelSpec, ranks: int) -> bool:
     """Whether ``ranks`` together hold the weights, all in the row's precision."""
-    return _parameters(model.name) * DTYPE_BYTES[_precision(row)] <= ranks * _memory(row["system"])
-
-
-@cache
-def _parameters(name: str) -> int:
-    return find_model(name).total_parameters
+    return model.total_parameters * DTYPE_BYTES[_precision(row)] <= ranks * _memory(row["system"])
 
 
 @cache

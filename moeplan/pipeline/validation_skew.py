@@ -25,6 +25,7 @@ from moeplan.costs.skew import (
 __all__ = ["Row", "skew_rows"]
 
 _DRAWS = 32
+_MANY = 4096  # tokens from which on rows count
 _RECORDED_DRAWS, _NEAREST = 64, 8  # where a table records how many tokens its draw sent
 _WIDE, _BALANCED_OF_WIDE = "wideep_compute", "moe_torch_flow_cutlass"  # the wide-EP file has no balanced rows
 _SHAPE = ("backend", "dtype", "hidden", "inter", "num_experts", "top_k", "tp")
@@ -75,7 +76,7 @@ def _vectors(tokens: int, top_k: int, experts: int, alpha: float, ep: int, slots
     return busiest_rank_eplb(counts, ep, slots, tokens) if slots else busiest_rank(counts, ep, tokens)
 
 
-def skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[Row]:
+def skew_rows(profile: HardwareProfile) -> list[Row]:
     """Each skewed row at EP >= 8 and many tokens: measured ratio, ours, and the two baselines'."""
     rows = _experts(profile).to_pylist()
     logit_s = _router_logit_s(rows)
@@ -90,7 +91,7 @@ def skew_rows(profile: HardwareProfile, min_tokens: int = 4096) -> list[Row]:
     for row in rows:
         ep, tokens, experts = row["ep"], row["tokens"], row["num_experts"]
         name = row["distribution"]
-        if name == "balanced" or not name.startswith("power_law") or ep < 8 or tokens < min_tokens or experts % ep:
+        if name == "balanced" or not name.startswith("power_law") or ep < 8 or tokens < _MANY or experts % ep:
             continue
         wide = row["kernel"].startswith(_WIDE)
         key = (*(row[c] for c in _SHAPE), _BALANCED_OF_WIDE if wide else row["kernel"], _release(row))

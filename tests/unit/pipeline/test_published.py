@@ -78,7 +78,7 @@ def test_h20_takes_links_of_h100_and_no_kernels() -> None:
 
 def test_imbalance_falls_to_the_scatter_of_draws() -> None:
     c = ROWS["imbalance-ep32-288"]["config"]
-    rank_LR = module._skewed(c["without"], 32, 32 * 1024).reshape(58, 32, -1).sum(2)
+    rank_LR = module._skewed(c["without"]).reshape(58, 32, -1).sum(2)
     assert (rank_LR.max(1) / rank_LR.mean(1) - 1).mean() == pytest.approx(1.564, abs=0.02)
     # The largest of 32 Poisson counts of mean 1024 is about 2.07 standard deviations above it: 0.065.
     assert 0.03 < module._predict_imbalance(c) < 0.2

@@ -108,7 +108,7 @@ PLAIN = Measured(
 def test_drafts_bring_nothing_where_their_planning_waits_for_the_device(
     model: str, backend: str, attention: str, drafts: int
 ) -> None:
-    launch = Launch(1, 1, 0, 0, 2048, 64, decode_attention=attention)
+    launch = Launch(1, 0, 0, 2048, 64, decode_attention=attention)
     row = replace(PLAIN, registry_name=model, backend=backend, draft_tokens=2, launch=launch)
     assert pools_of(row, find_model(model))[0].setup.draft_tokens == drafts
     assert pools_of(replace(row, launch=None), find_model(model))[0].setup.draft_tokens == 2
