@@ -88,10 +88,6 @@ def _newest(files: Iterable[aic.AicFile]) -> list[aic.AicFile]:
 
 def _subset(name: str, table: pa.Table, models: list[ModelSpec]) -> pa.Table:
     """Rows the main models need."""
-
-    def member(column: str, values: Iterable[Any]) -> Any:
-        return pc.is_in(table[column], value_set=pa.array(sorted(set(values)), type=table.schema.field(column).type))
-
     if name == "experts":
         keys = {(m.routed_hidden_size, m.expert_intermediate_size, m.num_experts, m.top_k) for m in models}
         shape = zip(*(table[c].to_pylist() for c in ("hidden", "inter", "num_experts", "top_k")), strict=True)
@@ -110,7 +106,7 @@ def _subset(name: str, table: pa.Table, models: list[ModelSpec]) -> pa.Table:
         shape = zip(*(table[c].to_pylist() for c in ("kind", "heads", "kv_heads", "head_dim")), strict=True)
         return table.filter(pa.array([key in heads or key[0] not in ("gqa", "mla") for key in shape], pa.bool_()))
     if name == "gemm":
-        return table.filter(member("m", _GEMM_M))
+        return table.filter(pc.is_in(table["m"], value_set=pa.array(_GEMM_M, type=table.schema.field("m").type)))
     return table
 
 

@@ -28,9 +28,10 @@ from moeplan.costs.evaluation import evaluate
 from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import InputError
 from moeplan.files import write_text
-from moeplan.pipeline.inputs import on_model_layers, profile_of, windows_of
+from moeplan.pipeline.inputs import on_model_layers, profile_of
 from moeplan.pipeline.optimize import optimize
 from moeplan.routing.drift import Drift, drift_between
+from moeplan.routing.loads import expert_load
 from moeplan.routing.readers.npz import save_npz
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.scenario import Scenario
@@ -173,7 +174,7 @@ class Controller:
         """Fit both parts of the costs to the window; the seconds of a step that plans can change."""
         assert window.trace is not None
         trace = on_model_layers(window.trace, self.model)
-        load = replace(windows_of(trace, "all"), top_k=self.model.top_k)
+        load = replace(expert_load(trace), top_k=self.model.top_k)
         workload, objective = self._workload(costs), self.scenario.objective
         linear = layer_costs(self.model, self.cluster, workload, objective, self.profile)
         found = evaluate(load, placement, linear, objective)

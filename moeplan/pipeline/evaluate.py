@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.artifacts.plan import LayerEvaluation
+from moeplan.artifacts.plan import IMPORTED, LayerEvaluation, plan_file
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
 from moeplan.costs.operating_point import layer_costs
-from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_of, read_routing, windows_of
+from moeplan.errors import SpecError, UnknownNameError
+from moeplan.pipeline.exports import load_placement, own_plan
+from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_of, read_routing
 from moeplan.pipeline.optimize import layer_evaluations, speeds
+from moeplan.routing.loads import expert_load
 from moeplan.specs.clusters import DEFAULT_CLUSTER, sized_cluster
 from moeplan.specs.models import find_model
 from moeplan.specs.workload import Objective, Phase, Workload
@@ -83,16 +85,8 @@ def evaluate_plan(
     Raises:
         InputError: a file is wrong, or plan and trace are of different models.
     """
-    from moeplan.artifacts.plan import Plan, plan_file
-    from moeplan.errors import SpecError, UnknownNameError
-    from moeplan.files import read_json
-
     path = plan_file(plan_path)
-    own: Plan | None = None
-    if path.suffix == ".json":
-        document = read_json(path)
-        if isinstance(document, dict) and {"schema_version", "planner"} <= set(document):
-            own = Plan.parse(document, str(path))
+    own = own_plan(path) if path.suffix == ".json" else None
     if model_name is None and own is None:
         raise SpecError(f"{path} is not a plan of ours and does not name its model; give --model")
     try:
@@ -114,7 +108,7 @@ def evaluate_plan(
     batch = {"batch_per_rank": batch_per_rank} if batch_per_rank else {}
     workload = workload.model_copy(update={"phase": actual} | batch)
     objective = objective or (own.objective if own else Objective())
-    load = windows_of(routing, windows)
+    load = expert_load(routing, windows)
     bundle = Bundle(
         model=model,
         cluster=cluster,
@@ -128,7 +122,7 @@ def evaluate_plan(
     found = evaluate(load, placement, costs, objective, speeds(cluster))
     return Score(
         model=model.name,
-        format=loaded.format,
+        format=loaded.planner.removeprefix(IMPORTED) if own is None and loaded.is_imported else "plan",
         evaluation=found,
         objective=objective,
         workload=workload,

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import IMPORTED, Plan, placement_fields
 from moeplan.errors import InputError, PlanError, SpecError
-from moeplan.exports.base import (
-    ExportContext,
-    Exporter,
-    ImportContext,
-    ImportedPlacement,
-)
+from moeplan.exports.base import ExportContext, Exporter, ImportContext, ImportedPlacement
 from moeplan.exports.documents import read_placement_document
 from moeplan.files import sha256_file
 from moeplan.registry import load_plugin, plugin_names
@@ -25,18 +18,7 @@ from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model, model_names
 from moeplan.specs.workload import Objective, Workload
 
-__all__ = ["LoadedPlacement", "export_formats", "export_plan", "import_plan", "load_placement"]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedPlacement:
-    """A placement from ``plan.json`` or any foreign file; ``notes`` are what a person should know of it."""
-
-    placement: Placement
-    layer_ids: tuple[int, ...]
-    format: str
-    notes: tuple[str, ...]
-    plan: Plan | None = None
+__all__ = ["export_formats", "export_plan", "import_plan", "load_placement", "own_plan"]
 
 
 def export_formats() -> dict[str, str]:
@@ -122,10 +104,19 @@ def import_plan(
     )
 
 
-def load_placement(
-    path: Path, *, model: ModelSpec, num_ranks: int | None = None, num_nodes: int = 1
-) -> LoadedPlacement:
-    """A placement from ``plan.json`` or any foreign file, recognised by its content.
+def own_plan(path: Path) -> Plan | None:
+    """The plan in a file of ours; None where the file is another engine's.
+
+    Raises:
+        InputError: unreadable. PlanError: not a valid plan.
+    """
+    document = read_placement_document(path)
+    ours = isinstance(document, dict) and {"schema_version", "planner"} <= set(document)
+    return Plan.parse(document, str(path)) if ours else None
+
+
+def load_placement(path: Path, *, model: ModelSpec, num_ranks: int | None = None, num_nodes: int = 1) -> Plan:
+    """The plan in ``plan.json``, or one made from any foreign file, recognised by its content.
 
     ``num_ranks`` is needed for foreign files, which do not say it; where a plan says another number, that is
     an error.
@@ -134,23 +125,18 @@ def load_placement(
         InputError: unreadable or of no known format. PlanError: it does not fit the model or ranks.
     """
     path = path / "plan.json" if (path / "plan.json").is_file() else path
-    document = read_placement_document(path)
-    if isinstance(document, dict) and {"schema_version", "planner"} <= set(document):
-        plan = Plan.parse(document, str(path))
+    if (plan := own_plan(path)) is not None:
         _require_model(plan, path, model)
         if num_ranks is not None and num_ranks != plan.num_ranks:
             raise PlanError(
                 f"{path}: num_ranks ({plan.num_ranks}) is not --ranks ({num_ranks}); leave --ranks out"
             )
-        return LoadedPlacement(plan.placement, plan.layer_ids, "plan", plan.notes, plan)
+        return plan
     if num_ranks is None:
         raise SpecError(
             f"{path} is a file of another engine, which does not say the number of ranks; give --ranks"
         )
-    plan = import_plan(path, model=model, num_ranks=num_ranks, num_nodes=num_nodes)
-    return LoadedPlacement(
-        plan.placement, plan.layer_ids, plan.planner.removeprefix(IMPORTED), plan.notes, plan
-    )
+    return import_plan(path, model=model, num_ranks=num_ranks, num_nodes=num_nodes)
 
 
 def _recognise(document: Any, path: Path) -> Exporter:

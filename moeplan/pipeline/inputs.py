@@ -18,7 +18,7 @@ from moeplan.costs.frameworks import require_backend
 from moeplan.costs.memory import max_redundant_experts
 from moeplan.errors import TraceError
 from moeplan.routing.io import read_trace
-from moeplan.routing.loads import expert_load, pick_tokens
+from moeplan.routing.loads import pick_tokens
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
@@ -27,13 +27,13 @@ from moeplan.specs.workload import Phase, Workload
 __all__ = [
     "DECODE_BATCH",
     "backend_notes",
+    "even_load_LE",
     "in_phase",
     "on_model_layers",
     "profile_notes",
     "profile_of",
     "read_routing",
     "slots_of_ranks",
-    "windows_of",
 ]
 
 DECODE_BATCH = 128
@@ -79,13 +79,9 @@ def in_phase(routing: RoutingTrace | ExpertLoad, asked: Phase | None) -> tuple[R
     return pick_tokens(routing, routing.phase_T == PHASES.index(asked)), asked
 
 
-def windows_of(routing: RoutingTrace | ExpertLoad, windows: str) -> ExpertLoad:
-    """Loads per window (``all``, ``domain``, ``phase`` or ``time:N``).
-
-    Raises:
-        TraceError: the trace has no such windows.
-    """
-    return expert_load(routing, windows)
+def even_load_LE(model: ModelSpec) -> NDArray[np.float64]:
+    """Every expert of a layer alike; 0 beyond the experts that a layer has."""
+    return (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)
 
 
 def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:

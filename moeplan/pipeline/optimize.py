@@ -36,7 +36,6 @@ from moeplan.pipeline.inputs import (
     profile_of,
     read_routing,
     slots_of_ranks,
-    windows_of,
 )
 from moeplan.pipeline.show import evidence_of
 from moeplan.planning.bounds import bounds_of
@@ -48,7 +47,7 @@ from moeplan.planning.verdict import judge
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.reports.plan_page import render_plan_page
 from moeplan.reports.summary import Evidence
-from moeplan.routing.loads import split_trace
+from moeplan.routing.loads import expert_load, split_trace
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
@@ -178,7 +177,7 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
         )
     if scenario.target is not None and "replica_split" not in objective.model_fields_set:
         objective = objective.model_copy(update={"replica_split": _SPLIT_OF_TARGET.get(scenario.target, "even")})
-    load = windows_of(routing, windows)
+    load = expert_load(routing, windows)
     if load.top_k is None:
         load = replace(load, top_k=model.top_k)
     slots_R, num_redundant = slots_of_ranks(model, cluster, workload, scenario.redundant, scenario.kv_reserve)
@@ -242,7 +241,6 @@ def _optimize(job: _Job, windows: str, domain: str | None, progress: Progress) -
     placement = result.placement
     if job.current is not None and job.max_moves is None:
         placement = align(job.current, placement, problem)
-        result = replace(result, placement=placement)
     placement = _with_shares(problem, placement)
     result = replace(result, placement=placement)
     interrupted = result.status == "interrupted"
@@ -386,7 +384,7 @@ def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement
     elif isinstance(routing, RoutingTrace) and routing.num_tokens >= least:
         seen, unseen = split_trace(routing)
         count = min(HELD_OUT_WINDOWS, unseen.num_tokens // (MIN_HELD_OUT_TOKENS // HELD_OUT_WINDOWS))
-        first, rest = windows_of(seen, "all"), windows_of(unseen, f"time:{count}")
+        first, rest = expert_load(seen), expert_load(unseen, f"time:{count}")
         words = f"the second half of the trace in {count} windows, planned on the first"
     elif len(load.windows) >= 4:
         half = len(load.windows) // 2

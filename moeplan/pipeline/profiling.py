@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
     if not models:
         notes.append("experts: not measured, they need --hidden, --inter, --experts and --top-k, or --model")
         return []
-    dtypes = _able("experts", request.dtypes, device, notes)
+    dtypes = [dtype for dtype in request.dtypes if _made(f"experts in {dtype}", partial(device.dtype, dtype), notes)]
     for model in models:
         if not model.gated_ffn:
             notes.append(f"experts of {model.name}: not gated (SwiGLU), the only form measured here")
@@ -123,11 +123,6 @@ def _made(what: str, make: Callable[[], Bench], notes: list[str]) -> list[Bench]
         note = f"{what}: not measured, {error}"
         notes += [note] if note not in notes else []
         return []
-
-
-def _able(what: str, dtypes: Iterable[str], device: Any, notes: list[str]) -> list[str]:
-    """Those of ``dtypes`` that the device can; a note says why it cannot the others."""
-    return [dtype for dtype in dtypes if _made(f"{what} in {dtype}", partial(device.dtype, dtype), notes)]
 
 
 def _plain(what: str, request: ProfileRequest, notes: list[str]) -> list[str]:
@@ -399,6 +394,10 @@ def _rows(table: str, rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table({c: [row.get(c, spec.default) for row in rows] for c, spec in schema.items()})
 
 
+def _point(table: str, row: dict[str, Any]) -> str:
+    return point_key(table, {c: row[c] for c in columns_of(table) if c not in (*MEASURED, "source", "mark")})
+
+
 def _save(
     request: ProfileRequest,
     out: Path,
@@ -421,14 +420,12 @@ def _save(
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     old = HardwareProfile.open(out) if (out / "profile.json").exists() else None
     for table in old.table_names if old else ():
-        identity = [c for c in columns_of(table) if c not in (*MEASURED, "source", "mark")]
         for row in old.table(table).to_pylist() if old else ():
-            rows.setdefault(table, {})[point_key(table, {c: row[c] for c in identity})] = row
+            rows.setdefault(table, {})[_point(table, row)] = row
     for table, row, samples in journal.points.values():
         full = {c: row.get(c, spec.default) for c, spec in columns_of(table).items()}
-        identity = [c for c in full if c not in (*MEASURED, "source", "mark")]
         full |= {**statistics(samples), "source": key, "mark": ""}
-        rows.setdefault(table, {})[point_key(table, {c: full[c] for c in identity})] = full
+        rows.setdefault(table, {})[_point(table, full)] = full
     source = Source(
         kind="measured",
         title="moeplan profile",

@@ -6,6 +6,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,6 @@ _Recorded = tuple[RoutingTrace, RunError | KeyboardInterrupt | None]
 
 
 def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_tokens: int) -> _Recorded:
-    from dataclasses import replace
-
     from moeplan.profiling.sglang_recorder import SglangServer
 
     if dump_dir is None or not prompts:

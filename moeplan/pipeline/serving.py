@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,17 +27,17 @@ from moeplan.costs.serving import ServingCosts
 from moeplan.costs.technique import Technique
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import backend_notes, profile_notes, profile_of, read_routing, slots_of_ranks, windows_of
+from moeplan.pipeline.inputs import backend_notes, even_load_LE, profile_notes, profile_of, read_routing, slots_of_ranks
 from moeplan.pipeline.optimize import speeds
 from moeplan.pipeline.serving_limits import coverage_notes, faults_fit, slo_possible
 from moeplan.planning.migration import align, migration_of
 from moeplan.planning.problem import PlanningProblem
 from moeplan.planning.simple import contiguous
 from moeplan.registry import load_plugin
-from moeplan.routing.loads import pick_tokens
+from moeplan.routing.loads import expert_load, pick_tokens
 from moeplan.simulation.arrivals import make_requests
 from moeplan.simulation.detailed_costs import DetailedCosts
-from moeplan.simulation.expert_loads import ExpertLoads
+from moeplan.simulation.expert_loads import ExpertLoads, Phase
 from moeplan.simulation.instance import Role
 from moeplan.simulation.request_readers import read_requests
 from moeplan.simulation.service import Pool, Replan, Replanned
@@ -52,7 +51,6 @@ from moeplan.specs.workload import Workload
 __all__ = ["Service", "build_service"]
 
 Floats = NDArray[np.float64]
-PhaseName = Literal["prefill", "decode"]
 _Tokens = tuple[RoutingTrace, NDArray[np.int64]]  # a trace and which of its tokens
 _COUNTED_TOKENS = 8192  # of one load, on which its traffic is counted
 _SAMPLED_WINDOWS = 1024  # windows after which the sequence of draws begins again
@@ -152,10 +150,9 @@ def _loads(
 ) -> tuple[ExpertLoads, ExpertLoad | None, list[str]]:
     experts = spec.experts
     if experts.mode == "balanced":
-        even = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)
-        return ExpertLoads({"decode": [even]}, experts.window), None, []
+        return ExpertLoads({"decode": [even_load_LE(model)]}, experts.window), None, []
     routing = read_routing(scenario.recording, model, format=scenario.trace_format)
-    whole = windows_of(routing, "all")
+    whole = expert_load(routing)
     if whole.num_layers != model.num_moe_layers or whole.num_experts != model.num_experts:
         cluster = scenario.cluster_spec()
         require(run_checks(Bundle(model=model, cluster=cluster, workload=scenario.workload, load=whole)))
@@ -163,8 +160,8 @@ def _loads(
         tokens = [_few(routing, np.arange(routing.num_tokens))] if isinstance(routing, RoutingTrace) else [None]
         return ExpertLoads({"decode": [whole.load_LE]}, experts.window, None, _lookup({"decode": tokens})), whole, []
     notes: list[str] = []
-    by_phase: dict[PhaseName, list[Floats]] = {}
-    behind: dict[PhaseName, list[_Tokens | None]] = {}
+    by_phase: dict[Phase, list[Floats]] = {}
+    behind: dict[Phase, list[_Tokens | None]] = {}
     for phase, part in _phases(routing):
         found = (
             _windows(part, experts.windows) if experts.mode == "replay"
@@ -184,20 +181,20 @@ def _few(part: RoutingTrace, chosen_T: NDArray[np.int64]) -> _Tokens:
     return part, chosen_T[even]
 
 
-def _lookup(behind: Mapping[PhaseName, Sequence[_Tokens | None]]) -> Callable[[PhaseName, int], RoutingTrace | None]:
-    def tokens(phase: PhaseName, number: int) -> RoutingTrace | None:
+def _lookup(behind: Mapping[Phase, Sequence[_Tokens | None]]) -> Callable[[Phase, int], RoutingTrace | None]:
+    def tokens(phase: Phase, number: int) -> RoutingTrace | None:
         found = behind[phase][number]
         return None if found is None else found[0].tokens(found[1])
 
     return tokens
 
 
-def _phases(routing: RoutingTrace | ExpertLoad) -> list[tuple[PhaseName, RoutingTrace | ExpertLoad]]:
+def _phases(routing: RoutingTrace | ExpertLoad) -> list[tuple[Phase, RoutingTrace | ExpertLoad]]:
     """The parts of a trace that have phases; all of it as decode where it has none."""
     if not isinstance(routing, RoutingTrace) or routing.phase_T is None:
         return [("decode", routing)]
     present = np.unique(routing.phase_T)
-    names: list[PhaseName] = ["prefill", "decode"]
+    names: list[Phase] = ["prefill", "decode"]
     return [(names[p], pick_tokens(routing, routing.phase_T == p)) for p in present if PHASES[p] in names]
 
 
@@ -205,7 +202,7 @@ def _windows(part: RoutingTrace | ExpertLoad, windows: int) -> list[tuple[Floats
     """Loads of a trace cut in time, with their tokens; counts keep the windows they were recorded in."""
     if not isinstance(part, RoutingTrace):
         return [(each, None) for each in part.load_WLE if (each.sum(1) > 0).all()]
-    load = windows_of(part, f"time:{min(windows, part.num_tokens)}")
+    load = expert_load(part, f"time:{min(windows, part.num_tokens)}")
     window_T = np.zeros(part.num_tokens, np.int64) if load.window_T is None else load.window_T
     found = [(each, _few(part, np.flatnonzero(window_T == w))) for w, each in enumerate(load.load_WLE)]
     return [(each, tokens) for each, tokens in found if (each.sum(1) > 0).all()]
@@ -290,7 +287,7 @@ def _placement(
         loaded = load_placement(file, model=model, num_ranks=stage.num_ranks, num_nodes=stage.num_nodes)
         return loaded.placement, list(loaded.notes)
     slots_R, _ = slots_of_ranks(model, stage, scenario.workload, scenario.redundant, scenario.kv_reserve)
-    problem = _problem(scenario, model, stage, slots_R, load, None, None)
+    problem = _problem(scenario, model, stage, slots_R, load, None)
     return contiguous(problem).placement, ["no placement is given (current): experts stand in order, contiguous"]
 
 
@@ -300,12 +297,10 @@ def _problem(
     stage: ClusterSpec,
     slots_R: NDArray[np.int64],
     load: ExpertLoad | None,
-    current: Placement | None,
     profile: HardwareProfile | None,
 ) -> PlanningProblem:
     if load is None:
-        even = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)
-        load = ExpertLoad(even[None], ("all",), model.moe_layer_ids, model.top_k)
+        load = ExpertLoad(even_load_LE(model)[None], ("all",), model.moe_layer_ids, model.top_k)
     if load.top_k is None:
         load = replace(load, top_k=model.top_k)
     return PlanningProblem(
@@ -318,7 +313,6 @@ def _problem(
         objective=scenario.objective,
         seed=scenario.seed,
         num_groups=model.n_group or 1,
-        current=current,
     )
 
 
@@ -387,7 +381,7 @@ def _replanner(
         slots_R, _ = slots_of_ranks(model, cluster, scenario.workload, redundant, None)
         room = kv_room(model, cluster, scenario.workload, pool.engine, slots_R)
         load = ExpertLoad(load_LE[None], ("recent",), model.moe_layer_ids, model.top_k)
-        problem = _problem(scenario, model, cluster, slots_R, load, None, profile)
+        problem = _problem(scenario, model, cluster, slots_R, load, profile)
         found = load_plugin("planners", planner or usual)(problem).placement
         found = align(current, found, problem)
         moves = [_layer_moves(current, found, layer, expert_bytes, device) for layer in range(len(load_LE))]
@@ -405,9 +399,7 @@ def _layer_moves(
 
     def row(placement: Placement) -> Placement:
         rows = placement.physical_to_logical_LP[layer : layer + 1]
-        return Placement(
-            rows, placement.rank_of_slot_P, placement.num_experts, placement.num_ranks, placement.ranks_per_node
-        )
+        return replace(placement, physical_to_logical_LP=rows, share_LP=None)
 
     up, nic = device.scale_up_bandwidth or device.nic_bandwidth, device.nic_bandwidth
     found = migration_of(row(before), row(after), (layer,), np.zeros(1), expert_bytes, up, nic)

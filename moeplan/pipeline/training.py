@@ -19,7 +19,8 @@ from moeplan.costs.traffic import counted_reach, expected_reach
 from moeplan.costs.training import TrainingCosts, expert_group
 from moeplan.errors import InfeasibleError, MoeplanError, SpecError
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import profile_notes, profile_of, read_routing, windows_of
+from moeplan.pipeline.inputs import even_load_LE, profile_notes, profile_of, read_routing
+from moeplan.routing.loads import expert_load
 from moeplan.simulation.training import TrainingResult
 from moeplan.simulation.training import simulate_training as play
 from moeplan.specs.cluster import ClusterSpec
@@ -90,10 +91,10 @@ def simulate_training(
     notes = profile_notes(profile, cluster)
     load = None
     if spec.experts == "balanced":
-        load_WLE = (np.arange(model.num_experts) < np.array(model.experts_L)[:, None]).astype(np.float64)[None]
+        load_WLE = even_load_LE(model)[None]
     else:
         routing = read_routing(scenario.recording, model, format=scenario.trace_format)
-        load = windows_of(routing, f"time:{spec.windows}" if spec.windows > 1 else "all")
+        load = expert_load(routing, f"time:{spec.windows}" if spec.windows > 1 else "all")
         notes += require(run_checks(Bundle(model=model, cluster=group, workload=scenario.workload, load=load)))
         load_WLE = load.load_WLE
     placement = _placement(scenario, model, group)

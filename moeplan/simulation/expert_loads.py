@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.routing_trace import RoutingTrace
 
-__all__ = ["ExpertLoads"]
+__all__ = ["ExpertLoads", "Phase"]
 
 Floats = NDArray[np.float64]
 Phase = Literal["prefill", "decode"]

@@ -7,8 +7,8 @@ instances, transfers of KV caches, re-balancing, faults.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from moeplan.costs.kv_cache import kv_transfer_s
 from moeplan.costs.run_traffic import RunTraffic, Wire
 from moeplan.errors import InfeasibleError, SpecError
 from moeplan.simulation.clock import Clock, Order, nanoseconds
-from moeplan.simulation.expert_loads import ExpertLoads
+from moeplan.simulation.expert_loads import ExpertLoads, Phase
 from moeplan.simulation.instance import Hooks, Instance, Role, StepCosts
 from moeplan.simulation.request import Request
 from moeplan.specs.cluster import ClusterSpec, RankSpec
@@ -367,7 +367,7 @@ class _Service:
 
     def _rebalance(self, spec: RebalanceSpec, instance: Instance, pool: Pool) -> Generator[Any, Any, None]:
         clock, replan = self.clock, self._planned(pool)
-        phase: Literal["prefill", "decode"] = "prefill" if pool.role == "prefill" else "decode"
+        phase: Phase = "prefill" if pool.role == "prefill" else "decode"
         for turn in range(1, 10**9):
             yield clock.at(nanoseconds(spec.interval * turn), Order.REBALANCE)
             if instance.moves or int(clock.now) < instance.blocked_until_ns:
@@ -395,10 +395,7 @@ class _Service:
             if shares is not None and found.placement.share_LP is not None:
                 shares = shares.copy()
                 shares[layer] = found.placement.share_LP[layer]
-            before = instance.placement
-            mixed = Placement(
-                rows, before.rank_of_slot_P, before.num_experts, before.num_ranks, before.ranks_per_node, shares
-            )
+            mixed = replace(instance.placement, physical_to_logical_LP=rows, share_LP=shares)
             instance.moves.append((layer, mixed, float(found.seconds_L[layer]), float(found.bytes_L[layer])))
 
     def _put(self, instance: Instance, found: Replanned, stages: Sequence[int]) -> None:
@@ -440,7 +437,7 @@ class _Service:
         d, tp = number // instance.spec.tp, instance.spec.tp
         lost = instance.lose_group(d) if broken else []
         now = self.clock.now_s
-        phase: Literal["prefill", "decode"] = "prefill" if pool.role == "prefill" else "decode"
+        phase: Phase = "prefill" if pool.role == "prefill" else "decode"
         load_LE = instance.loads.over(max(0.0, now - 1.0), max(now, 1e-9), phase)
         found = self._planned(pool)(load_LE, changed, placement, None)
         self._put(instance, found, (place,))

@@ -16,7 +16,7 @@ from moeplan.costs.evaluation import evaluate
 from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import InputError
 from moeplan.pipeline.control import Calibration, Controller, _scaled_sheet, watch
-from moeplan.pipeline.inputs import windows_of
+from moeplan.routing.loads import expert_load
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
@@ -121,7 +121,7 @@ def test_recalibrated_costs_predict_what_the_window_measured(tmp_path):
     controller.decide(seen)
     workload = SCENARIO.workload.model_copy(update={"batch_per_rank": 512 // R})
     costs = layer_costs(MODEL, _scaled_sheet(CLUSTER, controller.calibration), workload, SCENARIO.objective)
-    load = replace(windows_of(replace(seen.trace, layer_ids=(1, 2)), "all"), top_k=K)
+    load = replace(expert_load(replace(seen.trace, layer_ids=(1, 2))), top_k=K)
     found = evaluate(load, CONTIGUOUS, costs, SCENARIO.objective)
     assert found.expert_WL.sum() == pytest.approx(seen.costs.expert_s, rel=1e-6)
     assert found.exchange_WL.sum() == pytest.approx(seen.costs.exchange_s, rel=1e-6)

@@ -40,16 +40,16 @@ def test_a_built_in_model_needs_no_options_either_way(name, tmp_path):
         found.save(tmp_path / "again.json")
         assert Plan.load(tmp_path / "again.json") == found
     loaded = load_placement(out, model=MODEL, num_ranks=8, num_nodes=2)
-    assert loaded.format == name
+    assert loaded.planner == f"imported:{name}"
     assert np.array_equal(loaded.placement.physical_to_logical_LP, plan.physical_to_logical_map)
 
 
 def test_a_plan_is_loaded_as_it_is(plan_path):
     loaded = load_placement(plan_path, model=MODEL)
-    assert (loaded.format, loaded.plan) == ("plan", Plan.load(plan_path))
+    assert loaded == Plan.load(plan_path)
     (directory := plan_path.parent / "out").mkdir()
     (directory / "plan.json").write_bytes(plan_path.read_bytes())
-    assert load_placement(directory, model=MODEL).plan == loaded.plan
+    assert load_placement(directory, model=MODEL) == loaded
     assert export_plan(directory, "sglang", directory / "a.json") == [directory / "a.json"]
     with pytest.raises(PlanError, match=r"num_ranks \(8\) is not --ranks \(4\)"):
         load_placement(plan_path, model=MODEL, num_ranks=4)
