@@ -91,7 +91,7 @@ def rank_main(folder: Path, steps: int, every: int, save_every: int, moves: bool
             log.write(f"[{trainer.steps_done}, {loss!r}]\n")
             if moves and trainer.steps_done % every == 0:
                 trainer.migrator.submit(_placement(trainer.steps_done // every, spec.num_moe_layers, copies))
-            report = trainer.boundary(0.01)
+            report = trainer.migrator.at_step_boundary(0.01)
             if report is not None:
                 entry = {"step": trainer.steps_done, "moved": report.moved_experts, "failure": report.failure}
                 log.write(json.dumps(entry | {"longest_stall_s": max(report.stalls_s)}) + "\n")
@@ -99,7 +99,7 @@ def rank_main(folder: Path, steps: int, every: int, save_every: int, moves: bool
                 _save(trainer, folder, save_checkpoint)
             log.flush()
         while trainer.migrator.under_way:
-            trainer.boundary(None)
+            trainer.migrator.at_step_boundary()
     norms = trainer.expert_norms().tolist()
     if mesh.world.rank == 0:
         (folder / "norms.json").write_text(json.dumps(norms))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,14 @@ class Placement:
             raise PlanError(
                 f"share {self.share_LP.shape} does not have the shape of physical_to_logical_map {p2l.shape}"
             )
+
+    @classmethod
+    def contiguous(cls, layers: int, experts: int, ranks: int, ranks_per_node: int) -> Self:
+        """Expert ``e`` in slot ``e``, slots spread evenly over the ranks: where training frameworks put them."""
+        slots_R = np.full(ranks, experts // ranks)
+        slots_R[: experts % ranks] += 1
+        rows = np.tile(np.arange(experts, dtype=np.int32), (layers, 1))
+        return cls(rows, np.repeat(np.arange(ranks, dtype=np.int32), slots_R), experts, ranks, ranks_per_node)
 
     @property
     def num_layers(self) -> int:
@@ -107,12 +116,6 @@ class Placement:
             self.ranks_per_node * degree,
             None if self.share_LP is None else self.share_LP[:, order] / degree,
         )
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every rank has the same number of slots and none is empty: what serving engines accept."""
-        sizes = np.bincount(self.rank_of_slot_P, minlength=self.num_ranks)
-        return bool((sizes == sizes[0]).all() and (self.physical_to_logical_LP != EMPTY).all())
 
     def duplicates(self) -> list[tuple[int, int, int]]:
         """``(row, rank, expert)`` wherever a rank holds an expert more than once: the further copies are wasted."""

@@ -50,7 +50,8 @@ class ExpertShape:
         """This rank's ``W`` of the numbers of a whole expert ``[..., 3 * H * F_model]``; a copy."""
         if self.tp == 1:
             return row_W.clone()
-        gate_up, down = self._whole(row_W)
+        gate_up, down = split_row(row_W, self.hidden, self.intermediate)
+        gate_up = gate_up.unflatten(-2, (2, self.intermediate))
         part = slice(self.tp_rank * self.local_intermediate, (self.tp_rank + 1) * self.local_intermediate)
         return torch.cat([gate_up[..., part, :].flatten(-3), down[..., part].flatten(-2)], -1)
 
@@ -61,10 +62,6 @@ class ExpertShape:
         pairs = [split_row(part, self.hidden, self.local_intermediate) for part in parts]
         gate_up = torch.cat([gu.unflatten(-2, (2, self.local_intermediate)) for gu, _ in pairs], -2)
         return torch.cat([gate_up.flatten(-3), torch.cat([down for _, down in pairs], -1).flatten(-2)], -1)
-
-    def _whole(self, row_W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_up, down = split_row(row_W, self.hidden, self.intermediate)
-        return gate_up.unflatten(-2, (2, self.intermediate)), down
 
 
 def split_row(row_W: torch.Tensor, hidden: int, intermediate: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ weights outside the experts are the same on every rank, so they are reduced over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,8 @@ def build_mesh(tp: int = 1, edp: int = 1, ranks_per_node: int | None = None, dev
     def axis(*kept: int) -> Axis:
         """Groups along the dimensions ``kept`` of the grid; new_group is collective, so all are made."""
         others = [dimension for dimension in range(4) if dimension not in kept]
-        rows: list[list[int]] = grid.permute(*others, *kept).reshape(-1, _size(grid, kept)).tolist()
+        size = math.prod(grid.shape[dimension] for dimension in kept)
+        rows: list[list[int]] = grid.permute(*others, *kept).reshape(-1, size).tolist()
         mine: Axis | None = None
         for row in rows:
             group = None
@@ -121,10 +122,3 @@ def build_mesh(tp: int = 1, edp: int = 1, ranks_per_node: int | None = None, dev
         inter=axis(1),
         device=torch.device(device),
     )
-
-
-def _size(grid: torch.Tensor, kept: Sequence[int]) -> int:
-    size = 1
-    for dimension in kept:
-        size *= grid.shape[dimension]
-    return size

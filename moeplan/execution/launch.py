@@ -62,12 +62,11 @@ def _join(store: Any, rank: int, world: int, launch: Launch) -> None:
     import torch
     import torch.distributed as dist
 
-    place = "moeplan/joined"
-    store.set(f"{place}/{rank}", "1")
+    store.set(f"moeplan/joined/{rank}", "1")
     until = time.monotonic() + launch.join_timeout_s
     missing = [other for other in range(world) if other != rank]
     while missing:
-        missing = [other for other in missing if not store.check([f"{place}/{other}"])]
+        missing = [other for other in missing if not store.check([f"moeplan/joined/{other}"])]
         if missing and time.monotonic() > until:
             names = ", ".join(map(str, missing))
             raise RunError(
@@ -112,7 +111,7 @@ def join_torchrun(launch: Launch) -> Rank:
 
 
 def run_torchrun(
-    launch: Launch, target: Callable[..., Any], *args: Any, on_message: Callable[[int, Any], None] = lambda _r, _m: None
+    launch: Launch, target: Callable[..., Any], *args: Any, on_message: Callable[[int, Any], None]
 ) -> Any:
     """Be the rank that torchrun made this process: what ``target(rank: Rank, *args)`` answers.
 
@@ -130,38 +129,37 @@ def run_torchrun(
         )
     me = join_torchrun(launch)
     store = dist.distributed_c10d._get_default_store()
-    place = "moeplan"
     try:
         answer = target(Rank(rank, world, me.device, lambda m: None if rank else on_message(rank, m)), *args)
         dist.barrier()
         dist.destroy_process_group()
         return answer
     except MoeplanError as error:
-        if _first_to_speak(store, place):
+        if _first_to_speak(store):
             raise
         raise RunError("") from error
     except (RuntimeError, OSError) as error:
-        missing = _missing(store, place, rank, world)
-        if _first_to_speak(store, place):
+        missing = _missing(store, rank, world)
+        if _first_to_speak(store):
             raise RunError(f"{missing}: {_first_line(error)} ({_where(error)})") from error
         raise RunError("") from error
 
 
-def _first_to_speak(store: Any, place: str) -> bool:
+def _first_to_speak(store: Any) -> bool:
     try:
-        return bool(store.add(f"{place}/spoken", 1) == 1)
+        return bool(store.add("moeplan/spoken", 1) == 1)
     except (RuntimeError, OSError):
         return True  # the store is gone, nobody else can know
 
 
-def _missing(store: Any, place: str, rank: int, world: int) -> str:
+def _missing(store: Any, rank: int, world: int) -> str:
     """Survivors report to the store; who does not within the grace time is gone."""
     try:
-        store.set(f"{place}/alive/{rank}", "1")
+        store.set(f"moeplan/alive/{rank}", "1")
         until = time.monotonic() + _GRACE_S
         gone = list(range(world))
         while gone and time.monotonic() < until:
-            gone = [other for other in gone if not store.check([f"{place}/alive/{other}"])]
+            gone = [other for other in gone if not store.check([f"moeplan/alive/{other}"])]
             time.sleep(0.05)
         return f"rank {', '.join(map(str, gone))} died" if gone else f"rank {rank} failed"
     except (RuntimeError, OSError):
@@ -228,12 +226,11 @@ def run_ranks(
     target: Callable[..., Any],
     *args: Any,
     on_message: Callable[[int, Any], None] = lambda _rank, _message: None,
-    started: Callable[[list[int]], None] = lambda _pids: None,
 ) -> list[Any]:
     """Start ``launch.ranks`` processes and return what ``target(rank: Rank, *args)`` answered on each.
 
     ``target`` must be importable by name, and answer plain values or arrays (tensors cannot outlive their process).
-    The default process group stands while it runs. ``on_message`` gets what a rank sends, ``started`` the process ids.
+    The default process group stands while it runs. ``on_message`` gets what a rank sends.
 
     Raises:
         RunError: a rank died, failed or never joined; the others are ended. An error of :mod:`moeplan.errors` that a
@@ -256,7 +253,6 @@ def run_ranks(
             there.close()
             links.append(here)
             processes.append(process)
-        started([process.pid or 0 for process in processes])
         return _supervise(processes, links, on_message)
     finally:
         for process in processes:

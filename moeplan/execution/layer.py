@@ -128,10 +128,10 @@ class _ToAll(torch.autograd.Function):
 class SharedExpert(nn.Module):
     """A SwiGLU that every token takes, whole on every rank; several shared experts are one wide one."""
 
-    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False, dtype=dtype, device=device)
-        self.down = nn.Linear(intermediate, hidden, bias=False, dtype=dtype, device=device)
+        self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False, dtype=dtype)
+        self.down = nn.Linear(intermediate, hidden, bias=False, dtype=dtype)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         """``down(silu(gate x) * up x)``."""

@@ -6,7 +6,7 @@ size, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -122,19 +122,8 @@ class LanguageModel(nn.Module):
         self.spec, self.mesh, self.options = spec, mesh, options
         self.clock = clock or Clock()
         o, H = options, spec.hidden_size
-        router = RouterOptions(
-            top_k=spec.top_k,
-            score=o.router.score,
-            normalize=o.router.normalize,
-            scale=o.router.scale,
-            n_group=spec.n_group or 1,
-            topk_group=spec.topk_group or 1,
-            group_top=o.router.group_top,
-            capacity_factor=o.router.capacity_factor,
-            drop=o.router.drop,
-            aux_loss=o.router.aux_loss,
-            bias_rate=o.router.bias_rate,
-            expert_choice=o.router.expert_choice,
+        router = replace(
+            o.router, top_k=spec.top_k, n_group=spec.n_group or 1, topk_group=spec.topk_group or 1
         )
         dispatcher = make_dispatcher(o.dispatch, mesh, self.clock)
         with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ from moeplan.execution.groups import Mesh
 from moeplan.specs.catalogue import slug
 from moeplan.specs.model import ModelSpec
 
-__all__ = ["Fetch", "fetches_of", "moves_of", "require_fits", "require_ranks"]
+__all__ = ["Fetch", "fetches_of", "require_fits", "require_ranks"]
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
@@ -45,12 +45,6 @@ def fetches_of(old: Placement, new: Placement, row: int, sent_R: list[int]) -> l
         sent_R[source] += source != rank
         found.append(Fetch(expert, rank, slot, source, held))
     return found
-
-
-def moves_of(old: Placement, new: Placement) -> int:
-    """Expert copies that have to travel from one rank to another."""
-    sent_R = [0] * old.num_ranks
-    return sum(int(f.rank != f.source_rank) for row in range(new.num_layers) for f in fetches_of(old, new, row, sent_R))
 
 
 def require_fits(plan: Plan, model: ModelSpec, mesh: Mesh) -> None:

@@ -33,6 +33,7 @@ from moeplan.routing.overhead import paired_slowdown
 
 __all__ = ["RoutingSink", "live_rank", "record_held_out", "recording_overhead"]
 
+_DECODE_TOKENS = 16  # recorded after the first batch of held-out text
 _WARM_STEPS = 2  # left out of rates: first touches of memory and connections
 
 
@@ -62,7 +63,7 @@ def latest(folder: Path) -> Path:
     return folder
 
 
-def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any] | None = None) -> dict[str, Any]:
+def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> dict[str, Any]:
     """Run ``job`` as one rank; the answer is rank 0's, other ranks return the same figures.
 
     Raises:
@@ -81,7 +82,7 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any] | No
         sink.close()
     if job.generate is not None:
         answer["text"] = _generate(trainer, job.generate, job.new_tokens)
-    if job.record_tokens and record is not None:
+    if job.record_tokens:
         answer["recorded"] = record(trainer, job.record_tokens)
     events = gather_events(trainer, {"model": job.options.model.name, "seed": job.options.seed, "steps": job.steps})
     if job.out is not None and events is not None:
@@ -226,7 +227,7 @@ def _recorded(trainer: Trainer, sink: RoutingSink) -> Iterator[None]:
 
 
 @torch.no_grad()
-def recording_overhead(trainer: Trainer, sink: RoutingSink, pairs: int = 8) -> tuple[float, float | None]:
+def recording_overhead(trainer: Trainer, sink: RoutingSink) -> tuple[float, float | None]:
     """:func:`~moeplan.routing.overhead.paired_slowdown` of a prefill pass by recording into ``sink``, a throwaway.
 
     A pass is the slowest rank's; every rank calls this.
@@ -251,15 +252,13 @@ def recording_overhead(trainer: Trainer, sink: RoutingSink, pairs: int = 8) -> t
 
     enabled, trainer.clock.enabled = trainer.clock.enabled, False  # these passes are no events of the run
     try:
-        return paired_slowdown(seconds, pairs)
+        return paired_slowdown(seconds)
     finally:
         trainer.clock.enabled = enabled
 
 
 @torch.no_grad()
-def record_held_out(
-    trainer: Trainer, sink: RoutingSink, tokens: int, decode_tokens: int = 16
-) -> NDArray[np.int64]:
+def record_held_out(trainer: Trainer, sink: RoutingSink, tokens: int) -> NDArray[np.int64]:
     """Route ``tokens`` held-out bytes as prefill, then a few of each batch's as decode, into ``sink`` (a recorder).
 
     Returns the domain of each recorded token of this rank, in the order recorded.
@@ -273,7 +272,7 @@ def record_held_out(
             with sink.step("prefill", [length] * len(rows_BT)):
                 logits = trainer.model(rows_BT[:, :length], cache)
             domains.append(np.repeat(domain_B, length))
-            for _ in range(decode_tokens if number == 0 else 0):
+            for _ in range(_DECODE_TOKENS if number == 0 else 0):
                 step = logits[:, -1:].argmax(-1)
                 with sink.step("decode", [1] * len(rows_BT)):
                     logits = trainer.model(step, cache)

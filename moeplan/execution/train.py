@@ -20,13 +20,13 @@ from moeplan.errors import SpecError
 from moeplan.execution.clock import Clock
 from moeplan.execution.groups import Mesh, build_mesh
 from moeplan.execution.layer import MoELayer
-from moeplan.execution.migrate import MigrationReport, Migrator
+from moeplan.execution.migrate import Migrator
 from moeplan.execution.model import LanguageModel, ModelOptions
 from moeplan.execution.optimizer import AdamOptions, MoEAdamW
 from moeplan.execution.options import TrainOptions
 from moeplan.execution.text import Corpus
 
-__all__ = ["StepMetrics", "Trainer", "contiguous_placement", "gather_events"]
+__all__ = ["StepMetrics", "Trainer", "gather_events"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -68,15 +68,6 @@ class StepMetrics:
         }
 
 
-def contiguous_placement(layers: int, experts: int, ranks: int, ranks_per_node: int) -> Placement:
-    """Expert ``e`` in slot ``e``, slots spread evenly over the ranks: where training frameworks put them."""
-    slots_R = np.full(ranks, experts // ranks)
-    slots_R[: experts % ranks] += 1
-    rank_of_slot = np.repeat(np.arange(ranks, dtype=np.int32), slots_R)
-    rows = np.tile(np.arange(experts, dtype=np.int32), (layers, 1))
-    return Placement(rows, rank_of_slot, experts, ranks, ranks_per_node)
-
-
 class Trainer:
     """A model, its optimizer and its migrator on this rank; every rank makes one, with the same options.
 
@@ -103,7 +94,7 @@ class Trainer:
         self.clock = Clock(self.mesh.world.rank, enabled=True, cuda=self.mesh.device.type == "cuda")
         if placement is None:
             spec = o.model
-            placement = contiguous_placement(
+            placement = Placement.contiguous(
                 spec.num_moe_layers, spec.num_experts, self.mesh.ep.size, self.mesh.ranks_per_node
             )
         left_open = ModelOptions(o.dispatch, o.split, o.router, DTYPES[o.dtype], o.seed)
@@ -119,11 +110,6 @@ class Trainer:
     def moe_layers(self) -> list[MoELayer]:
         """The model's MoE layers."""
         return self.model.moe_layers
-
-    def load_of_step(self) -> torch.Tensor:
-        """Choices of each expert in each layer ``[L, E]`` of the latest step, all ranks together; on every rank."""
-        rows = [moe.last.load_E for moe in self.moe_layers if moe.last is not None]
-        return self.mesh.dp.sum_(torch.stack(rows))
 
     def rows(self, step: int, *, held_out: bool = False, sequences: int | None = None) -> tuple[torch.Tensor, Any]:
         """This rank's sequences ``[B, T + 1]`` of a step and their domains: the same batch on any number of ranks."""
@@ -175,14 +161,6 @@ class Trainer:
         busiest = max(pairs_R) * len(pairs_R) / max(1.0, sum(pairs_R))
         # Nothing is computed while tokens travel: all of the exchange is exposed.
         return StepMetrics(number, mean, max(step_R), tokens, expert_R, exchange_R, exchange_R, busiest)
-
-    def apply(self, placement: Placement, layer_order: list[int] | None = None) -> None:
-        """Move to ``placement`` at the coming step boundaries, see :meth:`boundary`."""
-        self.migrator.submit(placement, layer_order)
-
-    def boundary(self, budget_s: float | None = None) -> MigrationReport | None:
-        """What is due between two steps: a part of a migration. Its report once it has ended."""
-        return self.migrator.at_step_boundary(budget_s)
 
     @torch.no_grad()
     def evaluate(self, batches: int = 4) -> float:

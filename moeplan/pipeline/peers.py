@@ -87,9 +87,7 @@ def _even() -> tuple[Placement, Any]:
     """Contiguous experts, every one alike."""
     model = find_model("deepseek-v3")
     L, E = model.num_moe_layers, model.num_experts
-    rows = np.tile(np.arange(E, dtype=np.int32), (L, 1))
-    place = Placement(rows, np.repeat(np.arange(_RANKS, dtype=np.int32), E // _RANKS), E, _RANKS, _RANKS // _NODES)
-    return place, np.ones((L, E))
+    return Placement.contiguous(L, E, _RANKS, _RANKS // _NODES), np.ones((L, E))
 
 
 def _technique() -> Technique:
@@ -165,9 +163,8 @@ def _like_frontier(given: dict[str, Any]) -> dict[str, Any]:
     engine = {"max_num_seqs": 128, "max_num_batched_tokens": 1024}
     requests = {"arrivals": "poisson", "rate": "2 /s", "count": 200, "input_tokens": 256, "output_tokens": 64}
     spec = ServingSpec.parse({"requests": requests, "engine": engine}, "peers")
-    rank = np.zeros(1, np.int32)
     pool = Pool(
-        "both", 1, spec.engine, cluster_for("h100", 1, 1), Placement(rank[None], rank, 1, 1, 1),
+        "both", 1, spec.engine, cluster_for("h100", 1, 1), Placement.contiguous(1, 1, 1, 1),
         ExpertLoads({"decode": [np.ones((1, 1))]}, 1.0), lambda c: PlainCosts(c, given["step_s"], 0.0), 10**6, 1.0,
     )  # fmt: skip
     start, cpu = time.perf_counter(), time.process_time()

@@ -43,10 +43,8 @@ def _pool(
     groups: int, engine: dict[str, Any], base_s: float, per_token_s: float, role: Role, capacity: int = 10**9
 ) -> Pool:
     cluster = cluster_for("h100", 1, groups)
-    every = np.arange(groups, dtype=np.int32)
-    placement = Placement(every[None], every, groups, groups, groups)
     return Pool(
-        role, 1, EngineSpec.parse(engine, "engine"), cluster, placement,
+        role, 1, EngineSpec.parse(engine, "engine"), cluster, Placement.contiguous(1, groups, groups, groups),
         ExpertLoads({"decode": [np.ones((1, groups))]}, 1.0),
         lambda changed: PlainCosts(changed, base_s, per_token_s), capacity, 100.0, 1e9, 1e-5,
     )  # fmt: skip

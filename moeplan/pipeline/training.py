@@ -256,8 +256,4 @@ def _placement(scenario: Scenario, model: ModelSpec, group: ClusterSpec) -> Plac
             f"training.ep ({ranks}) does not divide num_experts ({model.num_experts}); choose a divisor, or give"
             " a placement with current"
         )
-    slots = np.arange(model.num_experts, dtype=np.int32)
-    place = np.repeat(np.arange(ranks, dtype=np.int32), model.num_experts // ranks)
-    return Placement(
-        np.tile(slots, (model.num_moe_layers, 1)), place, model.num_experts, ranks, group.ranks_per_node
-    )
+    return Placement.contiguous(model.num_moe_layers, model.num_experts, ranks, group.ranks_per_node)

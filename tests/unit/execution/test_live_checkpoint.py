@@ -172,8 +172,8 @@ def _killed_while_moving(me: Rank, folder: Path) -> None:
         send_batch(out, into, axis)
 
     trainer.migrator.send = die
-    trainer.apply(_placement(4, 0, 2))
-    trainer.boundary()
+    trainer.migrator.submit(_placement(4, 0, 2))
+    trainer.migrator.at_step_boundary()
 
 
 def test_a_rank_killed_while_experts_move(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from moeplan.errors import PlanError
 from moeplan.execution.groups import single_mesh
 from moeplan.execution.launch import Launch, Rank, run_ranks
 from moeplan.execution.migrate import Migrator, torch_state
-from moeplan.execution.moves import moves_of
+from moeplan.execution.moves import fetches_of
 from moeplan.execution.parcels import pack, send_batch, unpack
 from moeplan.execution.train import Trainer
 
@@ -39,12 +39,14 @@ def _losses(
         if step == AT and placement is not None:
             before = _everything(trainer)
             old = trainer.migrator.placement
-            seen["expected_moves"] = moves_of(old, placement)
-            trainer.apply(placement)
+            sent_R = [0] * old.num_ranks
+            fetches = [f for row in range(old.num_layers) for f in fetches_of(old, placement, row, sent_R)]
+            seen["expected_moves"] = sum(f.rank != f.source_rank for f in fetches)
+            trainer.migrator.submit(placement)
             if break_prepare and trainer.mesh.world.rank == 1:
                 trainer.migrator._prepare = _no_memory
         while trainer.migrator.under_way:
-            report = trainer.boundary(budget_s)
+            report = trainer.migrator.at_step_boundary(budget_s)
             seen["boundaries"] += 1
             if report is None and step < STEPS - 2:
                 break  # the rest after the next step
@@ -120,7 +122,7 @@ def _refusals(options) -> list[str]:
     rank = trainer.mesh.world.rank
     for placement in (_placement(2, 2, 0, 1), _placement(4, 4, 0, 1 if rank < 2 else 2), _placement(4, 2, 0, 1)):
         with pytest.raises(PlanError, match=r".") as error:
-            trainer.apply(placement)
+            trainer.migrator.submit(placement)
         said.append(str(error.value))
     return said
 

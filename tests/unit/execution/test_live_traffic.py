@@ -78,8 +78,8 @@ def _placed_anew(me: Rank) -> Any:
     first = trainer.migrator.placement
     half = SPEC.num_experts // 2
     rows = np.roll(first.physical_to_logical_LP, half, axis=1)
-    trainer.apply(replace(first, physical_to_logical_LP=rows))
-    assert trainer.boundary() is not None
+    trainer.migrator.submit(replace(first, physical_to_logical_LP=rows))
+    assert trainer.migrator.at_step_boundary() is not None
     trainer.clock.placed_anew()
     for _ in range(2):
         trainer.step()

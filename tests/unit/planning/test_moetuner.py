@@ -130,7 +130,7 @@ def test_mixtral_size_on_four_and_eight_ranks() -> None:
         problem = make_problem(layers=32, experts=8, ranks=ranks, ranks_per_node=per_node, tokens=500)
         result = moetuner(problem)
         result.placement.require_valid()
-        assert result.placement.is_uniform
+        assert len(set(np.bincount(result.placement.rank_of_slot_P))) == 1
         assert any("32 of 32 layers within 2.5%" in note for note in result.notes)
         assert any(how in note for note in result.notes)
 
