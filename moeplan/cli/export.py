@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,19 +32,7 @@ __all__ = ["command"]
     "--num-groups", type=click.IntRange(1), help="megatron, deepspeed: groups of group-limited routing."
 )
 @output_options
-def command(
-    plan: Path,
-    format_name: str,
-    out: Path,
-    variant: str | None,
-    model: str | None,
-    num_layers: int | None,
-    model_class: str | None,
-    checkpoint: Path | None,
-    num_groups: int | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def command(plan: Path, format_name: str, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write PLAN (plan.json) as a placement file of a serving engine, or apply it to a training checkpoint.
 
     \b
@@ -55,18 +44,7 @@ def command(
     from moeplan.pipeline.exports import export_plan
 
     with progress_bar(quiet or as_json) as progress:
-        written = export_plan(
-            plan,
-            format_name,
-            out,
-            model=model,
-            num_layers=num_layers,
-            variant=variant,
-            model_class=model_class,
-            checkpoint=checkpoint,
-            num_groups=num_groups,
-            progress=progress,
-        )
+        written = export_plan(plan, format_name, out, **options, progress=progress)
     if as_json:
         print_json({"format": format_name, "written": [str(path) for path in written]})
     elif not quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,35 +15,29 @@ __all__ = ["show"]
 @click.command()
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option(
-    "--trace", type=click.Path(path_type=Path), help="Routing or expert counts, for the load of every rank."
+    "--trace",
+    "trace_path",
+    type=click.Path(path_type=Path),
+    help="Routing or expert counts, for the load of every rank.",
 )
 @click.option(
     "--trace-format", metavar="NAME", help="Name of a trace reader; recognised from the file when left out."
 )
-@click.option("--domain", metavar="NAME", help="Load of one domain of the trace. [the one planned on]")
+@click.option("--domain", "trace_domain", metavar="NAME", help="Load of one domain of the trace. [the one planned on]")
 @click.option(
     "--before",
+    "before_path",
     type=click.Path(path_type=Path),
     help="A plan to compare with; the contiguous placement when left out.",
 )
 @click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page here."
+    "--html", "html_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a self-contained page here."
 )
 @click.option(
-    "--svg", type=click.Path(path_type=Path, dir_okay=False), help="Write a picture that stands alone here."
+    "--svg", "svg_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a picture that stands alone here."
 )
 @output_options
-def show(
-    plan: Path,
-    trace: Path | None,
-    trace_format: str | None,
-    domain: str | None,
-    before: Path | None,
-    html: Path | None,
-    svg: Path | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def show(plan: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Show PLAN, a plan.json or the directory that holds it: verdict, figures, layers, load.
 
     \b
@@ -50,15 +45,7 @@ def show(
     """
     from moeplan.pipeline.show import show_plan, view_of
 
-    shown = show_plan(
-        plan,
-        trace_path=trace,
-        trace_format=trace_format,
-        trace_domain=domain,
-        before_path=before,
-        html_path=html,
-        svg_path=svg,
-    )
+    shown = show_plan(plan, **options)
     if not quiet:
         for message in (*shown.messages, *(f"wrote {path}" for path in shown.written)):
             click.echo(message, err=True)

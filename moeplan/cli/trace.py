@@ -41,17 +41,7 @@ _num_experts = click.option(
 @click.option("--out", type=_PATH, help="Write pictures (SVG) to this directory; older ones there are replaced.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws the shuffled control.")
 @output_options
-def inspect(
-    file: Path,
-    format_name: str | None,
-    domain: str | None,
-    num_experts: int | None,
-    windows: str | None,
-    out: Path | None,
-    seed: int,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def inspect(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure FILE: skew, drift, co-activation, dependency between layers.
 
     \b
@@ -60,16 +50,7 @@ def inspect(
     from moeplan.pipeline.traces import inspect_trace
 
     with progress_bar(quiet) as progress:
-        found = inspect_trace(
-            file,
-            format_name=format_name,
-            domain=domain,
-            num_experts=num_experts,
-            windows=windows,
-            out=out,
-            seed=seed,
-            progress=progress,
-        )
+        found = inspect_trace(file, **options, progress=progress)
     if as_json:
         print_json(found.to_json())
     elif not quiet:
@@ -122,15 +103,7 @@ def _show(found: dict[str, Any]) -> None:
 @_domain
 @_num_experts
 @output_options
-def convert(
-    file: Path,
-    out: Path,
-    format_name: str | None,
-    domain: str | None,
-    num_experts: int | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def convert(file: Path, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write FILE as OUT, a .npz or .parquet trace of this project's own form.
 
     \b
@@ -139,7 +112,7 @@ def convert(
     from moeplan.pipeline.traces import convert as run
 
     with progress_bar(quiet) as progress:
-        done = run(file, out, format_name=format_name, domain=domain, num_experts=num_experts, progress=progress)
+        done = run(file, out, **options, progress=progress)
     if as_json:
         print_json(done)
     elif not quiet:
@@ -153,15 +126,7 @@ def convert(
 @_num_experts
 @output_options
 @click.pass_context
-def validate(
-    ctx: click.Context,
-    file: Path,
-    format_name: str | None,
-    domain: str | None,
-    num_experts: int | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def validate(ctx: click.Context, /, file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Look for what is wrong with FILE: duplicates, repeated or misaligned layers, interleaved sequences.
 
     Exit code 2 if there are errors, 0 with warnings only.
@@ -172,9 +137,7 @@ def validate(
     from moeplan.pipeline.traces import validate_trace
 
     with progress_bar(quiet) as progress:
-        findings = validate_trace(
-            file, format_name=format_name, domain=domain, num_experts=num_experts, progress=progress
-        )
+        findings = validate_trace(file, **options, progress=progress)
     errors = [finding for finding in findings if finding.severity == "error"]
     if as_json:
         fields = ("code", "severity", "message", "evidence")
