@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
+from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import Bound
+from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_loads
 from moeplan.costs.evaluation import Evaluation, aggregate, copy_seconds, evaluate, transitions_of
 from moeplan.planning.balance import LayerLoad, load_bound
@@ -43,14 +45,14 @@ def _layer_load(problem: PlanningProblem, cost_EC: NDArray[np.float64]) -> Layer
 
 def _most_copies(problem: PlanningProblem, layer: int) -> int:
     spare = problem.num_slots - int(problem.experts_L[layer])
-    return max(1, min(int((problem.slots_R > 0).sum()), spare + 1))
+    return max(1, min(int(problem.live_R.sum()), spare + 1))
 
 
 def _token_load_bound(problem: PlanningProblem, layer: int, value: float) -> float:
     """Bound on max/mean tokens of a layer, all windows together; ``value`` is the plan's."""
     experts = int(problem.experts_L[layer])
     load_E = problem.load.load_LE[layer, :experts]
-    scaled = load_E / load_E.sum() * float(problem.speed_R[problem.slots_R > 0].sum())
+    scaled = load_E / load_E.sum() * problem.live_speed
     most = _most_copies(problem, layer)
     bound = load_bound(_layer_load(problem, scaled[:, None] / np.arange(1, most + 1)))
     if _alike(problem) and problem.num_slots > experts and value > bound * 1.005:
@@ -115,22 +117,18 @@ def pairs_bound(together_EE: NDArray[np.float64], groups: int, size: int) -> flo
     return float(min(value(found.x)[0], together_EE.sum())) / 2
 
 
-def _together(problem: PlanningProblem, layer: int) -> tuple[NDArray[np.float64], float, float]:
+def _together(load: ExpertLoad, trace: RoutingTrace, layer: int) -> tuple[NDArray[np.float64], float, float]:
     """Times two experts are chosen by one token ``[E, E]``, distinct experts, and whether any: means per token.
 
     Windows count alike, whatever their tokens, as they do in a plan's figures.
     """
-    trace = problem.load.trace
-    if trace is None:
-        raise ValueError("needs tokens")
     chosen = trace.experts_TLK[:, layer].astype(np.int64)
     weight_T = np.full(len(chosen), 1.0 / len(chosen))
-    if problem.load.window_T is not None:
-        window_T = problem.load.window_T
-        weight_T = 1.0 / np.bincount(window_T)[window_T] / len(problem.load.windows)
+    if load.window_T is not None:
+        weight_T = 1.0 / np.bincount(load.window_T)[load.window_T] / len(load.windows)
     rows = np.repeat(np.arange(len(chosen)), chosen.shape[1])
     used = chosen.ravel() >= 0
-    shape = (len(chosen), problem.load.num_experts)
+    shape = (len(chosen), load.num_experts)
     hits = csr_array((np.ones(int(used.sum())), (rows[used], chosen.ravel()[used])), shape=shape)
     hits.data[:] = np.minimum(hits.data, 1.0)
     together = np.asarray((hits.T @ (hits * weight_T[:, None])).todense())
@@ -141,12 +139,13 @@ def _together(problem: PlanningProblem, layer: int) -> tuple[NDArray[np.float64]
 
 def _groups_bound(problem: PlanningProblem, layer: int, groups: int) -> float:
     """Bound on the mean distinct groups of a token; the part of tokens with any expert where the argument ends."""
-    if problem.load.trace is None:
+    trace = problem.load.trace
+    if trace is None:
         return 1.0
     experts = int(problem.experts_L[layer])
     top_k = problem.load.top_k or 1
     equal = problem.num_slots == experts and experts % groups == 0 and len(set(problem.slots_R.tolist())) == 1
-    together, mean, any_expert = _together(problem, layer)
+    together, mean, any_expert = _together(problem.load, trace, layer)
     # With padding or repeated choices a token has fewer than top-k distinct experts: the envelope does not hold.
     if not equal or groups == 1 or mean < top_k - 1e-9:
         return any_expert
@@ -208,10 +207,9 @@ def _exchange_bound(
         # Where leaving the node is the cheaper hop, what stays in the node had better stay on the rank.
         kept = on_node if node_s >= rank_s else on_rank
         return T * top_k * max(0.0, (kept - on_rank) * rank_s + (1 - kept) * node_s)
-    homes = problem.load.trace is not None and problem.load.trace.source_rank_T is not None
-    if objective.dispatch == "allgather" or homes or objective.replica_split == "nearest":
+    if objective.dispatch == "allgather" or problem.knows_homes or objective.replica_split == "nearest":
         return 0.0
-    live = int((problem.slots_R > 0).sum())
+    live = int(problem.live_R.sum())
     if objective.dispatch == "per_expert":
         return T * top_k * max(costs.per_node_copy_s * (1 - 1 / nodes) / nodes, costs.per_rank_copy_s / live)
     on_node = groups if objective.dispatch == "per_node" else 1.0
@@ -243,8 +241,7 @@ def bounds_of(
     found = evaluation or evaluate(problem.load, plan, problem.costs, objective, problem.speed_R)
     L, W = plan.num_layers, len(problem.load.windows)
     loads = count_loads(problem.load.load_LE[None], plan)[0] / problem.speed_R
-    capacity = float(problem.speed_R[problem.slots_R > 0].sum())
-    load_value = loads.max(axis=1) / (problem.load.load_LE.sum(axis=1) / capacity)
+    load_value = loads.max(axis=1) / (problem.load.load_LE.sum(axis=1) / problem.live_speed)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         load_floor = np.asarray(list(pool.map(lambda l: _token_load_bound(problem, l, float(load_value[l])), range(L))))
     answers = []

@@ -46,7 +46,7 @@ def within_budget(ready: Prepared, current: Placement, max_moves: int) -> tuple[
     def trail(layer: int) -> Rows:
         row_P = start_LP[layer]
         data = layer_tokens(ready, layer, row_P)
-        trail_SP, _ = descend(
+        trail_SP = descend(
             data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
             problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R, held[layer],
             float(ready.seconds_L[layer]), data.node_price, data.rank_price, most, problem.seed * 3001 + layer,

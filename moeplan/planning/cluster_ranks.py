@@ -21,19 +21,9 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from moeplan.errors import InfeasibleError
 from moeplan.planning.milp import Answer, solve, values, variables
 
-__all__ = ["by_dynamic_programming", "by_program", "by_sweeps", "slowest_pairs"]
+__all__ = ["by_dynamic_programming", "by_program", "by_sweeps"]
 
 Floats = NDArray[np.float64]
-
-
-def slowest_pairs(traffic_LGG: Floats, cost_GG: Floats, cluster_LG: NDArray[np.int64]) -> float:
-    """What is minimised, of a given answer."""
-    return float(
-        sum(
-            (traffic_GG[np.ix_(cluster_LG[layer], cluster_LG[layer + 1])] * cost_GG).max()
-            for layer, traffic_GG in enumerate(traffic_LGG)
-        )
-    )
 
 
 def by_program(

@@ -68,16 +68,8 @@ def cluster_experts(
             model.addConstraint(cost_C[c] >= 1 - load)
         else:
             model.addConstraint(cost_C[0] >= load)
-    if (
-        len(set(size_G.tolist())) == 1
-    ):  # clusters are alike: the i-th heaviest expert is in one of the first i
-        for i, e in enumerate(order_E[: clusters - 1]):
-            for variable in x_CE[i + 1 :, e]:
-                variable.upBound = 0
     start_E = _swapped(_heaviest_first(scaled_E, order_E, size_G, reserve=smallest), scaled_E, clusters)
-    if (
-        len(set(size_G.tolist())) == 1
-    ):  # clusters are alike: the i-th heaviest expert is in one of the first i
+    if (size_G == size_G[0]).all():  # clusters are alike: the i-th heaviest expert is in one of the first i
         for i, e in enumerate(order_E[: clusters - 1]):
             for variable in x_CE[i + 1 :, e]:
                 variable.upBound = 0

@@ -200,12 +200,12 @@ def _layer_costs(ready: Prepared, rank_AE: NDArray[np.int64]) -> NDArray[np.floa
 def _applies(ready: Prepared) -> bool:
     problem = ready.problem
     objective, load = problem.objective, problem.load
-    experts, slots = load.num_experts, problem.slots_R
-    equal = len(set(slots.tolist())) == 1 and len(set(problem.speed_R.tolist())) == 1
-    homes = load.trace is not None and load.trace.source_rank_T is not None
-    homes_count = objective.return_mode == "return_home" and (homes or objective.replica_split == "nearest")
+    experts = load.num_experts
+    homes_count = objective.return_mode == "return_home" and (
+        problem.knows_homes or objective.replica_split == "nearest"
+    )
     return (
-        equal
+        problem.ranks_alike
         and experts <= MAX_EXPERTS
         and problem.num_slots == experts
         and (problem.experts_L == experts).all()

@@ -109,7 +109,7 @@ def _heaviest_first(
     """Copies, heaviest first, each to the rank with room (and without a copy) that would then finish
     first.
     """
-    experts, live_R = len(weight_E), problem.slots_R > 0
+    experts, live_R = len(weight_E), problem.live_R
     room_R = used_slots(problem.slots_R, experts).copy()
     copies_E = np.ones(experts, dtype=np.int64)
     for _ in range(int(room_R.sum()) - experts):
@@ -144,19 +144,17 @@ def greedy(problem: PlanningProblem) -> PlanningResult:
     """
     require_room(problem)
     rank_of_slot_P = problem.rank_of_slot_P
-    same = len(set(problem.slots_R.tolist())) == 1 and len(set(problem.speed_R.tolist())) == 1
     hierarchical = problem.num_groups % problem.num_nodes == 0
     tally = {"swaps": 0, "replacements": 0, "general": 0, "ungrouped": 0}
     rows = []
     for load_E, experts in zip(problem.load.load_LE, problem.experts_L, strict=True):
         weight_E = load_E[:experts]
-        if same and problem.slots_R[0] <= experts:
+        if problem.ranks_alike and problem.slots_R[0] <= experts:
             groups = problem.num_groups if experts % problem.num_groups == 0 else 1
             nodes = problem.num_nodes if hierarchical and groups == problem.num_groups else 1
             tally["ungrouped"] += nodes < problem.num_nodes
-            row_P = rebalance_experts(weight_E[None], problem.num_slots, groups, nodes, problem.num_ranks)[0][
-                0
-            ]
+            rows_LP, _, _ = rebalance_experts(weight_E[None], problem.num_slots, groups, nodes, problem.num_ranks)
+            row_P = rows_LP[0]
             node_size = problem.ranks_per_node if nodes > 1 else None
         else:
             tally["general"] += 1

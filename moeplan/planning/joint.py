@@ -145,13 +145,13 @@ def _plan(ready: Prepared, clock: _Clock) -> PlanningResult:
         lambda l: balance_layer(ready.layers[l], BALANCE_PROPOSALS, problem.seed * 1009 + l),
     )
     base = problem.placement(base_LP)
-    notes: list[str] = []
     if problem.objective.kind == "load":
-        return PlanningResult(base, clock.status, notes=tuple(notes))
+        return PlanningResult(base, clock.status)
     exact = exact_placement(ready)
     if exact is not None:
         quantity = STEP_TIME if problem.objective.kind == "time" else "dispatch and combine time"
         return PlanningResult(problem.placement(exact.row_LP), "optimal", quantity, argument=exact.argument)
+    notes: list[str] = []
     try:
         traffic = _stay if problem.objective.return_mode == "stay" else _home
         found_LP = traffic(ready, base_LP, clock, notes)
@@ -182,7 +182,7 @@ class _Limits:
 def _limits(ready: Prepared, layer: int, row_P: Rows) -> _Limits:
     load, seconds = ready.layers[layer], float(ready.seconds_L[layer])
     base_W = rank_loads(load.copy_WEC, row_P, load.rank_of_slot_P, load.speed_R).max(axis=1)
-    ranks = int((ready.problem.slots_R > 0).sum())
+    ranks = int(ready.problem.live_R.sum())
     by_traffic = ready.problem.objective.kind == "traffic"
     return _Limits(
         base_W=base_W,
@@ -218,8 +218,7 @@ def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
 
 def _nodes_alike(problem: PlanningProblem) -> bool:
     """Whether experts can be spread over nodes first: several, of equal slots and speeds."""
-    even = (problem.slots_R == problem.slots_R[0]).all() and len(set(problem.speed_R.tolist())) == 1
-    return problem.num_nodes > 1 and bool(even)
+    return problem.num_nodes > 1 and problem.ranks_alike
 
 
 def _node_of_slot(problem: PlanningProblem) -> NDArray[np.int32]:
@@ -293,7 +292,7 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
         return base_LP
     flow = transitions / transitions.sum(axis=(1, 2), keepdims=True)
     back = np.ascontiguousarray(flow.transpose(0, 2, 1))
-    costs, nodes, ranks = problem.costs, problem.num_nodes, int((problem.slots_R > 0).sum())
+    costs, nodes, ranks = problem.costs, problem.num_nodes, int(problem.live_R.sum())
     copies = costs.tokens_per_step * (problem.load.top_k or 1)
     rank_value = copies * costs.per_rank_copy_s / problem.num_ranks
     node_value = max(copies * costs.per_node_copy_s / nodes - rank_value, 0.0) if nodes > 1 else 0.0

@@ -40,9 +40,7 @@ def align(current: Placement, target: Placement, problem: PlanningProblem) -> Pl
     if current.num_slots != target.num_slots or (current.rank_of_slot_P != target.rank_of_slot_P).any():
         return target
     rows = target.physical_to_logical_LP
-    alike = len(set(problem.slots_R.tolist())) == 1 and len(set(problem.speed_R.tolist())) == 1
-    homes = problem.load.trace is not None and problem.load.trace.source_rank_T is not None
-    if alike and not homes:
+    if problem.ranks_alike and not problem.knows_homes:
         overlap_LRR = np.einsum("lre,lse->lrs", held_experts(current).astype(float), held_experts(target).astype(float))
         if problem.objective.return_mode == "stay":
             overlap_LRR = np.broadcast_to(overlap_LRR.sum(axis=0), overlap_LRR.shape)

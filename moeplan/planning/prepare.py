@@ -22,7 +22,6 @@ __all__ = [
     "Prepared",
     "copy_costs",
     "layer_tokens",
-    "live_speed",
     "merges_or_knows_homes",
     "objective_value",
     "prepare",
@@ -61,11 +60,6 @@ class Prepared:
         return 0.05 if self.problem.num_nodes > 1 else 0.0
 
 
-def live_speed(problem: PlanningProblem) -> float:
-    """Summed speed of the ranks that have slots."""
-    return float(problem.speed_R[problem.slots_R > 0].sum())
-
-
 def _windows(
     problem: PlanningProblem,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None, NDArray[np.int64] | None]:
@@ -102,10 +96,10 @@ def prepare(problem: PlanningProblem, weight_W: NDArray[np.float64] | None = Non
     """
     load_WLE, token_T, window_T = _windows(problem)
     costs, objective = problem.costs, problem.objective
-    live = int((problem.slots_R > 0).sum())
+    live = int(problem.live_R.sum())
     spread_nodes = objective.replica_split == "nearest" and problem.num_nodes > 1
     group_R = np.arange(problem.num_ranks) // (problem.ranks_per_node if spread_nodes else 1)
-    groups = len(np.unique(group_R[problem.slots_R > 0]))
+    groups = len(np.unique(group_R[problem.live_R]))
     spare = max(0, problem.num_slots - int(problem.experts_L.min()))
     most = max(1, min(groups, spare + 1))
     top_k = problem.load.top_k or 1
@@ -124,7 +118,7 @@ def prepare(problem: PlanningProblem, weight_W: NDArray[np.float64] | None = Non
         copy_WEC = np.stack(table, axis=2)
         if weight_W is not None:
             copy_WEC *= (weight_W * len(weight_W))[:, None, None]
-        unit = float(copy_WEC[:, :, 0].sum(axis=1).mean()) / live_speed(problem)
+        unit = float(copy_WEC[:, :, 0].sum(axis=1).mean()) / problem.live_speed
         layers.append(
             LayerLoad(
                 copy_WEC=np.ascontiguousarray(copy_WEC / unit),
@@ -178,8 +172,7 @@ class LayerTokens:
 
 def _homes_apart(problem: PlanningProblem) -> bool:
     """Whether tokens are known to come from this node or that."""
-    trace = problem.load.trace
-    return trace is not None and trace.source_rank_T is not None and problem.num_nodes > 1
+    return problem.knows_homes and problem.num_nodes > 1
 
 
 def merges_or_knows_homes(problem: PlanningProblem) -> bool:
@@ -205,7 +198,7 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
         weight_W = np.full(len(cost_WP), 1.0 / len(cost_WP))
         away_NM = np.zeros((problem.num_nodes, 0), np.uint64)
         return LayerTokens(bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, 0.0, 0.0)
-    home_T = home_ranks(problem.load, np.flatnonzero(problem.slots_R > 0))[token_T]
+    home_T = home_ranks(problem.load, np.flatnonzero(problem.live_R))[token_T]
     slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even")
     weight_W = 1.0 / np.maximum(np.bincount(window_T, minlength=len(cost_WP)), 1) / len(cost_WP)
     if dispatch == "per_expert":  # every pair is a token of its own

@@ -72,6 +72,26 @@ class PlanningProblem:
         """Rank of each slot: a rank's slots stand together, in rank order."""
         return np.repeat(np.arange(self.num_ranks, dtype=np.int32), self.slots_R)
 
+    @property
+    def ranks_alike(self) -> bool:
+        """Whether every rank has the same slots and speed."""
+        return bool((self.slots_R == self.slots_R[0]).all() and (self.speed_R == self.speed_R[0]).all())
+
+    @property
+    def live_R(self) -> NDArray[np.bool_]:
+        """Ranks that have slots."""
+        return self.slots_R > 0
+
+    @property
+    def live_speed(self) -> float:
+        """Summed speed of those."""
+        return float(self.speed_R[self.live_R].sum())
+
+    @property
+    def knows_homes(self) -> bool:
+        """Whether the rank that each token comes from is recorded."""
+        return self.load.trace is not None and self.load.trace.source_rank_T is not None
+
     def placement(self, physical_to_logical_LP: NDArray[np.integer]) -> Placement:
         """The placement over this problem's slots."""
         return Placement(

@@ -61,7 +61,7 @@ def descend(
         steps: swaps at most; ends earlier where no swap saves anything.
 
     Returns:
-        The arrangements after each step ``[S, P]``, and the experts brought to a new rank by then ``[S]``.
+        The arrangements after each step ``[S, P]``.
     """
     np.random.seed(seed)
     slots, ranks, nodes = len(copy_of_slot_P), len(speed_R), len(node_first_N) - 1
@@ -69,7 +69,6 @@ def descend(
     all_1M = ~np.zeros((1, words), np.uint64)
     copy_of_slot_P = copy_of_slot_P.copy()
     trail_SP = np.zeros((steps, slots), np.int64)
-    moves_S = np.zeros(steps, np.int64)
     load_WR = np.zeros((windows, ranks))
     holds_RE = np.zeros(held_RE.shape, np.bool_)
     for s in range(slots):
@@ -93,7 +92,6 @@ def descend(
     for r in range(ranks):
         live += rank_first_R[r + 1] > rank_first_R[r]
     pairs = slots * (slots - 1) // 2
-    moved = 0
     done = 0
     for step in range(steps):
         for w in range(windows):
@@ -105,7 +103,6 @@ def descend(
         best_rate = 1e-9
         best_1 = -1
         best_2 = -1
-        best_brought = 0
         for i in range(min(pairs, PAIRS)):
             if pairs <= PAIRS:
                 # The i-th pair of slots.
@@ -163,7 +160,7 @@ def descend(
             # Going back brings nothing new; it may cost seconds, but never saves moves for nothing.
             rate = (now - then) / (brought if brought > 0 else 0.5)
             if rate > best_rate:
-                best_rate, best_1, best_2, best_brought = rate, s1, s2, brought
+                best_rate, best_1, best_2 = rate, s1, s2
         if best_1 < 0:
             break
         c1, c2 = copy_of_slot_P[best_1], copy_of_slot_P[best_2]
@@ -184,8 +181,6 @@ def descend(
             fill_group(bits_PM, copy_of_slot_P, first, last, away_NM[n], node_occ[n], node_once[n])
         node_WN = group_arrivals(bits_PM, copy_of_slot_P, node_first_N, away_NM, start_W)
         rank_WR = group_arrivals(bits_PM, copy_of_slot_P, rank_first_R, all_1M, start_W)
-        moved += best_brought
         trail_SP[step] = copy_of_slot_P
-        moves_S[step] = moved
         done = step + 1
-    return trail_SP[:done], moves_S[:done]
+    return trail_SP[:done]

@@ -211,6 +211,6 @@ def finish_rows(
     notes = []
     if copies:
         notes.append(f"{copies} spare slots filled afterwards with copies of the most loaded experts")
-    if len(set(problem.speed_R[problem.slots_R > 0].tolist())) > 1:
+    if len(set(problem.speed_R[problem.live_R].tolist())) > 1:
         notes.append("ranks of unequal speed: this method does not look at speeds")
     return problem.placement(np.stack(rows)), tuple(notes)

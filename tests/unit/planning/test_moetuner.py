@@ -7,7 +7,7 @@ import pytest
 
 from moeplan.artifacts.placement import EMPTY
 from moeplan.errors import InfeasibleError, TraceError
-from moeplan.planning.cluster_ranks import by_dynamic_programming, by_program, by_sweeps, slowest_pairs
+from moeplan.planning.cluster_ranks import by_dynamic_programming, by_program, by_sweeps
 from moeplan.planning.clustering import cluster_experts
 from moeplan.planning.moetuner import moetuner
 from moeplan.testing.problems import make_problem
@@ -59,6 +59,12 @@ def test_a_node_limit_gives_a_gap_that_is_not_called_proven() -> None:
 def test_sizes_that_hold_too_little_are_named() -> None:
     with pytest.raises(InfeasibleError, match=r"num_experts \(7\) do not fit 3 clusters of 0 to 2"):
         cluster_experts(np.ones(7), np.array([2, 2, 2]))
+
+
+def slowest_pairs(traffic_LGG: np.ndarray, cost_GG: np.ndarray, cluster_LG: np.ndarray) -> float:
+    """What the programs minimise, of a given answer."""
+    pairs = zip(traffic_LGG, cluster_LG, cluster_LG[1:], strict=False)
+    return sum(float((traffic_GG[np.ix_(before, after)] * cost_GG).max()) for traffic_GG, before, after in pairs)
 
 
 def _chain(seed: int, layers: int, ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
