@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.errors import TraceError
+from moeplan.files import atomic_path
 
 __all__ = [
     "MAX_ARRAY_BYTES",
@@ -128,8 +129,6 @@ def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDAr
 
 def write_npz(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     """Write a compressed ``.npz`` atomically; equal arrays give equal bytes (no time of day inside)."""
-    from moeplan.files import atomic_path
-
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import TraceError
+from moeplan.routing.loads import pick_tokens
 
 __all__ = [
     "MAX_EXPERTS",
@@ -160,31 +161,17 @@ def drop_padding(trace: RoutingTrace) -> RoutingTrace:
     real_TLK = trace.experts_TLK >= 0
     if real_TLK.all():
         return trace
-    keep_T, keep_L, keep_K = real_TLK.any((1, 2)), real_TLK.any((0, 2)), real_TLK.any((0, 1))
+    keep_T, keep_L, keep_K = (np.logical_or.reduce(real_TLK, axis) for axis in ((1, 2), (0, 2), (0, 1)))
     if not keep_T.any():
         raise TraceError("the trace holds nothing but padding (-1); did the recorder run during requests?")
 
-    def cut(array_TLK: NDArray[Any] | None) -> NDArray[Any] | None:
-        return None if array_TLK is None else array_TLK[keep_T][:, keep_L][:, :, keep_K]
-
-    def per_token(array_T: NDArray[Any] | None) -> NDArray[Any] | None:
-        return None if array_T is None else array_T[keep_T]
-
-    seq_lens_S = trace.seq_lens_S
-    if seq_lens_S is not None:
-        starts_S = np.concatenate(([0], np.cumsum(seq_lens_S)[:-1]))
-        seq_lens_S = np.add.reduceat(keep_T, starts_S, dtype=np.int64)
-        seq_lens_S = seq_lens_S[seq_lens_S > 0]
-    experts_TLK = trace.experts_TLK[keep_T][:, keep_L][:, :, keep_K]
+    part = pick_tokens(trace, keep_T)
+    scores_TLK = part.scores_TLK
     return replace(
-        trace,
-        experts_TLK=compact_ids(experts_TLK, trace.num_experts),
+        part,
+        experts_TLK=compact_ids(part.experts_TLK[:, keep_L][:, :, keep_K], trace.num_experts),
         layer_ids=tuple(int(i) for i in np.array(trace.layer_ids)[keep_L]),
-        scores_TLK=cut(trace.scores_TLK),
-        seq_lens_S=seq_lens_S,
-        phase_T=per_token(trace.phase_T),
-        source_rank_T=per_token(trace.source_rank_T),
-        domain_T=per_token(trace.domain_T),
+        scores_TLK=None if scores_TLK is None else scores_TLK[:, keep_L][:, :, keep_K],
         dropped_padding=trace.dropped_padding + int((~real_TLK).sum()),
     )
 

@@ -1,4 +1,4 @@
-"""The large form: Parquet, one row per token, read and written in batches.
+"""The large form: Parquet, one row per token, read in batches.
 
 Column ``experts`` is a fixed-size list of ``layers * k`` integers, layer by layer; so a batch of rows is
 one flat arrow buffer that numpy sees without copying, and no Python object is made per token. Optional
@@ -11,7 +11,7 @@ key ``moeplan.trace`` holds JSON: ``version``, ``layer_ids``, ``top_k``, ``num_e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from moeplan.routing.joining import join_traces
 from moeplan.routing.loads import pick_tokens
 from moeplan.routing.readers.base import ReadOptions, compact_ids, count_experts
 
-__all__ = ["ParquetReader", "reader", "save_parquet", "write_batches"]
+__all__ = ["ParquetReader", "reader", "save_parquet"]
 
 BATCH_TOKENS = 65_536
 _KEY = b"moeplan.trace"
@@ -188,57 +188,6 @@ def _list_column(array_TLK: NDArray[Any]) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
 
 
-def write_batches(
-    batches: Iterable[RoutingTrace], path: Path, progress: Callable[[int], None] = lambda _tokens: None
-) -> None:
-    """Write a trace that comes in parts (of whole sequences); ``progress(tokens)`` is called after each.
-
-    The first part decides which columns there are and the integer type of ids.
-
-    Raises:
-        TraceError: no part, or parts differ.
-        InputError: ``path`` cannot be written.
-    """
-    with atomic_path(path) as temporary:
-        writer: Any = None
-        first: RoutingTrace | None = None
-        sequences = tokens = 0
-        try:
-            for part in batches:
-                if first is None:
-                    first = part
-                    kind = np.int16 if part.num_experts < 2**15 else np.int32
-                if (part.layer_ids, part.top_k, part.num_experts) != (
-                    first.layer_ids,
-                    first.top_k,
-                    first.num_experts,
-                ):
-                    raise TraceError("parts of a trace differ in layers, top-k or number of experts")
-                columns = {"experts": _list_column(part.experts_TLK.astype(kind))}
-                if part.scores_TLK is not None and first.scores_TLK is not None:
-                    columns["scores"] = _list_column(part.scores_TLK.astype(np.float32))
-                if part.seq_lens_S is not None and first.seq_lens_S is not None:
-                    numbers_S = np.arange(len(part.seq_lens_S)) + sequences
-                    columns["sequence"] = pa.array(np.repeat(numbers_S, part.seq_lens_S))
-                    sequences += len(part.seq_lens_S)
-                for name, arrow_type in _PER_TOKEN.items():
-                    if getattr(part, f"{name}_T") is not None:
-                        columns[name] = pa.array(getattr(part, f"{name}_T"), type=arrow_type)
-                table = pa.table(columns).replace_schema_metadata({_KEY: _metadata(part)})
-                if writer is None:
-                    writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
-                elif table.schema.names != writer.schema.names:
-                    raise TraceError(f"parts of a trace have different columns: {table.schema.names}")
-                writer.write_table(table, row_group_size=BATCH_TOKENS)
-                tokens += part.num_tokens
-                progress(tokens)
-        finally:
-            if writer is not None:
-                writer.close()
-        if first is None:
-            raise TraceError("there are no tokens to write")
-
-
 def _metadata(trace: RoutingTrace) -> str:
     fields = {
         "version": 1,
@@ -258,7 +207,17 @@ def save_parquet(trace: RoutingTrace, path: Path) -> None:
     Raises:
         InputError: ``path`` cannot be written.
     """
-    write_batches([trace], path)
+    columns = {"experts": _list_column(trace.experts_TLK.astype(np.int16 if trace.num_experts < 2**15 else np.int32))}
+    if trace.scores_TLK is not None:
+        columns["scores"] = _list_column(trace.scores_TLK.astype(np.float32))
+    if trace.seq_lens_S is not None:
+        columns["sequence"] = pa.array(np.repeat(np.arange(len(trace.seq_lens_S)), trace.seq_lens_S))
+    for name, arrow_type in _PER_TOKEN.items():
+        if (array_T := getattr(trace, f"{name}_T")) is not None:
+            columns[name] = pa.array(array_T, type=arrow_type)
+    table = pa.table(columns).replace_schema_metadata({_KEY: _metadata(trace)})
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=BATCH_TOKENS)
 
 
 reader = ParquetReader()
