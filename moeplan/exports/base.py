@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -120,13 +120,7 @@ def uniform_refusals(plan: Plan) -> list[str]:
     if (placement.physical_to_logical_LP == EMPTY).any():
         reasons.append("some slots are empty; the target needs an expert in every slot")
     if plan.share is not None:
-        even = Placement(
-            placement.physical_to_logical_LP,
-            placement.rank_of_slot_P,
-            plan.num_experts,
-            plan.num_ranks,
-            plan.ranks_per_node,
-        ).slot_share_LP
+        even = replace(placement, share_LP=None).slot_share_LP
         if not np.allclose(placement.slot_share_LP, even, rtol=0, atol=1e-9):
             reasons.append(
                 "copies of an expert take unequal shares of its tokens; the target splits by its own rule"

@@ -69,8 +69,9 @@ class SafetensorsFile:
                 tensors[name] = Tensor(path, str(entry["dtype"]), shape, start + int(begin), start + int(end))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"cannot read {path}: its safetensors header is damaged ({error})") from error
+        ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
         position = start
-        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        for name, tensor in ordered.items():
             if tensor.begin != position or tensor.end < tensor.begin:
                 raise InputError(
                     f"cannot read {path}: data_offsets of {name} leave a hole or overlap; the file is damaged"
@@ -80,7 +81,6 @@ class SafetensorsFile:
             raise InputError(
                 f"cannot read {path}: {size} bytes where its header says {position}; the file is truncated"
             )
-        ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
         return cls(path, length.to_bytes(8, "little") + head, ordered)
 
 

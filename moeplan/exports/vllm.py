@@ -81,7 +81,8 @@ class VllmExporter:
         reasons = uniform_refusals(plan) + moe_rows_refusals(plan, context)
         if context.variant == "rank-map":
             reasons += replica_refusals(plan)
-            if not reasons and any((row != _rank_map(plan)[0]).any() for row in _rank_map(plan)):
+            ranks_LE = _rank_map(plan)
+            if not reasons and (ranks_LE != ranks_LE[0]).any():
                 reasons.append(
                     "layers place experts on different ranks; expert_to_ep_rank is one map for all layers"
                 )
@@ -151,15 +152,12 @@ class VllmExporter:
         if not isinstance(record, dict) or "physical_to_logical_map" not in record:
             raise PlanError(f"{where} has no physical_to_logical_map")
         map_LP = expert_map(record["physical_to_logical_map"], f"{where}: physical_to_logical_map", experts)
-        stated = (
-            record.get("num_moe_layers"),
-            record.get("num_logical_experts"),
-            record.get("num_physical_experts"),
-        )
-        actual = (len(map_LP), experts, map_LP.shape[1])
-        names = ("num_moe_layers", "num_logical_experts", "num_physical_experts")
-        for name, said, is_ in zip(names, stated, actual, strict=True):
-            if said is not None and said != is_:
+        for name, is_ in (
+            ("num_moe_layers", len(map_LP)),
+            ("num_logical_experts", experts),
+            ("num_physical_experts", map_LP.shape[1]),
+        ):
+            if (said := record.get(name)) is not None and said != is_:
                 raise PlanError(f"{where}: {name} ({said!r}) is not {is_}; is it a file of another model?")
         return moe_rows(map_LP, where, context)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -59,9 +60,7 @@ def read_requests(path: Path, format: str | None = None) -> RequestTrace:
         raise TraceError(f"{path} {said}; name its format: {', '.join(names)}")
     found = claims[0].read(path)
     origin = {"format": claims[0].name, "file": path.name, "sha256": sha256_file(path)}
-    return RequestTrace(
-        found.input_tokens_Q, found.output_tokens_Q, found.arrival_s_Q, found.prefix_Q, found.prefix_tokens, origin
-    )
+    return replace(found, origin=origin)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
