@@ -71,37 +71,6 @@ class Topology:
         links = tuple(self.links[i] for i in steps[steps >= 0][::-1])
         return Route(links, float(self.bandwidth_RR[a, b]), float(self.latency_RR[a, b]))
 
-    def bottleneck(self, a: int, b: int) -> Link | None:
-        """The narrowest link from rank ``a`` to rank ``b``, the first of several; None from a rank to itself.
-
-        Raises:
-            SpecError: one of them has failed or is not in the cluster.
-        """
-        return min(self.route(a, b).links, key=lambda link: link.bandwidth_bytes_per_s, default=None)
-
-    def link_loads(self, traffic_RR: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Bytes on each link (order of ``links``) when ``traffic_RR[a, b]`` bytes go from rank ``a`` to
-        rank ``b``.
-
-        Raises:
-            SpecError: the matrix has another shape, or gives a failed rank traffic.
-        """
-        if traffic_RR.shape != (self.num_ranks, self.num_ranks):
-            raise SpecError(
-                f"traffic {traffic_RR.shape} is not [{self.num_ranks}, {self.num_ranks}], ranks by ranks"
-            )
-        lost = np.argwhere((traffic_RR > 0) & (self.bandwidth_RR == 0))
-        if len(lost):
-            raise SpecError(
-                f"traffic from rank {lost[0][0]} to rank {lost[0][1]}, but one of them has failed"
-            )
-        return np.asarray(self.incidence @ traffic_RR.ravel(), dtype=np.float64)
-
-    def transfer_s(self, traffic_RR: NDArray[np.floating]) -> float:
-        """Lower bound on the seconds to move ``traffic_RR``: the busiest link's bytes over its bandwidth."""
-        capacity = np.array([link.bandwidth_bytes_per_s for link in self.links])
-        return float((self.link_loads(traffic_RR) / capacity).max(initial=0.0))
-
 
 def build(cluster: ClusterSpec) -> Topology:
     """Draw the cluster and find the route of every pair of ranks.
