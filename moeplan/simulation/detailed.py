@@ -6,10 +6,9 @@ links of the topology, which share them max-min fairly (:mod:`moeplan.simulation
 the cost model's exchange reaches on it: the bytes of a copy over its seconds. Half of an exchange's fixed part
 comes before dispatch, half before combine.
 
-``sync="phases"`` is what the step mode assumes: nobody goes on before an exchange has ended for everybody.
-``sync="none"`` lets a rank go on as soon as its own tokens are there.
+As the step mode assumes, nobody goes on before an exchange has ended for everybody.
 
-With ``phases`` both modes agree where the step mode's formulas hold: copies between nodes spread over a node's NICs
+Both modes agree where the step mode's formulas hold: copies between nodes spread over a node's NICs
 (``per_node`` and ``allgather`` do; ``per_rank`` and ``per_expert`` load the NIC of the busiest rank, which the step
 mode takes as the node's mean), and under ``two_batch`` even load and one of computing and exchanging always busy. Else
 the step mode's two-batch time is a bound from below (neither is always busy) or above (stragglers of one layer are
@@ -22,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import simpy
@@ -38,10 +37,9 @@ from moeplan.errors import InputError
 from moeplan.simulation.links import Links
 from moeplan.simulation.network import Network
 
-__all__ = ["DetailedStep", "Sync", "play_step", "simulate_step"]
+__all__ = ["DetailedStep", "play_step", "simulate_step"]
 
 Floats = NDArray[np.float64]
-Sync = Literal["phases", "none"]
 _Process = Generator[simpy.Event, Any, None]
 
 
@@ -64,9 +62,7 @@ def simulate_step(
     load_LE: Floats,
     traffic: Traffic | None = None,
     *,
-    sync: Sync = "phases",
     link_speed: Mapping[tuple[str, str], float] | None = None,
-    origin: Mapping[str, Any] | None = None,
 ) -> DetailedStep:
     """Play one step of ``model`` under ``placement`` and ``load_LE`` (any scale).
 
@@ -85,7 +81,7 @@ def simulate_step(
     if traffic is not None and traffic.inside_LRR.shape != (L, R, R):
         raise InputError(f"traffic {traffic.inside_LRR.shape} is not [{L} layers, {R} ranks, {R} ranks]")
     batches, network = model.batches(placement, load_LE), Network(model.cluster, link_speed)
-    return play_step(model, batches, np.full(R, model.other_s), network, traffic, sync=sync, origin=origin)
+    return play_step(model, batches, np.full(R, model.other_s), network, traffic)
 
 
 def play_step(
@@ -97,8 +93,6 @@ def play_step(
     *,
     home_R: Floats | None = None,
     overlap: Overlap | None = None,
-    sync: Sync = "phases",
-    origin: Mapping[str, Any] | None = None,
 ) -> DetailedStep:
     """Play ``batches`` on the cluster of ``model`` after ``other_s_R`` seconds of everything that is no MoE layer.
 
@@ -110,20 +104,18 @@ def play_step(
         share_LR = parts.pairs_LR / (parts.tokens * top_k)
         traffic = expected_traffic(share_LR, model.cluster, model.technique.dispatch, top_k, home_R)
     fullest = 1 / model.live.sum() if home_R is None else float(home_R.max())
-    step = _Step(model, batches, other_s_R, network, traffic, overlap or model.technique.overlap, sync, fullest)
-    return step.run(origin or {})
+    return _Step(model, batches, other_s_R, network, traffic, overlap or model.technique.overlap, fullest).run()
 
 
 class _Exchange:
-    """One dispatch or combine of one batch: who has come in, and what is still on its way to whom."""
+    """One dispatch or combine of one batch: how many have come in, and how much is still on its way."""
 
     def __init__(self, step: _Step, kind: str, layer: int, batch: int) -> None:
         self.step, self.kind, self.layer, self.batch = step, kind, layer, batch
         env, R = step.env, step.num_ranks
         self.ready_R = [env.event() for _ in range(R)]
-        self.entered = 0
+        self.entered = self.missing = 0
         self.start_s = 0.0
-        self.missing_R = np.zeros(R, np.int64)
         parts = step.batches[batch]
         share = step.wire[kind] * parts.tokens
         between_RR, inside_RR = step.traffic.between_LRR[layer] * share, step.traffic.inside_LRR[layer] * share
@@ -133,15 +125,13 @@ class _Exchange:
         for matrix_RR, latency_s in ((inside_RR, step.latency_s[0]), (between_RR, step.latency_s[1])):
             source_F, target_F = np.nonzero(matrix_RR)
             self.hops.append((source_F, target_F, matrix_RR[source_F, target_F], latency_s))
-            np.add.at(self.missing_R, target_F, 1)
+            self.missing += len(target_F)
         self.sent_R = inside_RR.sum(1) + between_RR.sum(1)
 
     def enter(self, rank: int) -> simpy.Event:
         """Rank comes in; the event is its leave to go on."""
         self.entered += 1
-        if self.step.sync == "none":
-            self.step.env.process(self._send(rank))
-        elif self.entered == self.step.num_live:
+        if self.entered == self.step.num_live:
             self.step.env.process(self._together())
         return self.ready_R[rank]
 
@@ -149,38 +139,29 @@ class _Exchange:
         with self.step.wire_in_use.request() as turn:
             yield turn
             self.start_s = self.step.env.now
-            yield self.step.env.process(self._send(None))
+            yield self.step.env.process(self._send())
             yield self.step.env.all_of(self.ready_R)
 
-    def _send(self, rank: int | None) -> _Process:
-        """Start the transfers of one rank, or of all; each path after its own fixed part."""
+    def _send(self) -> _Process:
+        """Start the transfers of all ranks, each path's after its own fixed part."""
         env, was = self.step.env, 0.0
         for source_F, target_F, size_F, latency_s in sorted(self.hops, key=lambda hop: hop[3]):
             yield env.timeout(latency_s - was)
             was = latency_s
-            mine = np.ones(len(size_F), bool) if rank is None else source_F == rank
-            if mine.any():
-                self.step.send(self.kind, source_F[mine], target_F[mine], size_F[mine], self._arrived)
-        for target in range(self.step.num_ranks) if rank is None else (rank,):
-            if not self.missing_R[target]:
-                self._let_go(target)
+            if len(size_F):
+                self.step.send(self.kind, source_F, target_F, size_F, self._arrived)
+        self._let_go()
 
-    def _arrived(self, target: int) -> None:
-        self.missing_R[target] -= 1
-        if not self.missing_R[target]:
-            self._let_go(target)
+    def _arrived(self, _target: int) -> None:
+        self.missing -= 1
+        self._let_go()
 
-    def _let_go(self, rank: int) -> None:
-        """In ``phases`` nobody goes before all are through."""
-        if self.step.sync == "phases":
-            if self.missing_R.any():
-                return
-            ranks = range(self.step.num_ranks)
-        else:
-            ranks = range(rank, rank + 1)
-        for r in ranks:
-            if not self.ready_R[r].triggered:
-                self.ready_R[r].succeed()
+    def _let_go(self) -> None:
+        """Nobody goes before all are through."""
+        if not self.missing:
+            for ready in self.ready_R:
+                if not ready.triggered:
+                    ready.succeed()
 
 
 class _Step:
@@ -194,11 +175,10 @@ class _Step:
         network: Network,
         traffic: Traffic,
         overlap: Overlap,
-        sync: Sync,
         fullest: float,
     ) -> None:
         self.model, self.batches, self.other_s_R = model, batches, other_s_R
-        self.network, self.traffic, self.overlap, self.sync = network, traffic, overlap, sync
+        self.network, self.traffic, self.overlap = network, traffic, overlap
         self.cluster, self.num_ranks = model.cluster, model.cluster.num_ranks
         self.live = [int(r) for r in np.flatnonzero(model.live)]
         self.num_live = len(self.live)
@@ -231,9 +211,8 @@ class _Step:
         if key not in self.exchanges:
             self.exchanges[key] = _Exchange(self, kind, layer, batch)
         exchange = self.exchanges[key]
-        came = self.env.now
         yield exchange.enter(rank)
-        start = exchange.start_s if self.sync == "phases" else came
+        start = exchange.start_s
         self.recorder.add(
             kind, start, self.env.now - start, rank=rank, layer=layer, step=0, amount=float(exchange.sent_R[rank])
         )
@@ -297,16 +276,14 @@ class _Step:
         self.busy_s_R[rank] += seconds
         yield self.env.all_of([self.env.process(self._layers(rank, b)) for b in range(len(self.batches))])
 
-    def run(self, origin: Mapping[str, Any]) -> DetailedStep:
+    def run(self) -> DetailedStep:
         """Play it to its end."""
         done = self.env.all_of([self.env.process(self._rank(r)) for r in self.live])
         self.env.run(until=done)
         total = self.env.now
         tokens = sum(parts.tokens for parts in self.batches)
         self.recorder.add("step", 0.0, total, step=0, amount=float(tokens))
-        log = self.recorder.build(
-            "simulated", self.num_ranks, self.cluster.num_nodes, {"fidelity": "detailed", "sync": self.sync, **origin}
-        )
+        log = self.recorder.build("simulated", self.num_ranks, self.cluster.num_nodes, {"fidelity": "detailed"})
         return DetailedStep(
             total, log, self.network.links_X, self.links.moved_X, self.busy_s_R, _covered(self.spans)
         )

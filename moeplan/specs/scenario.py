@@ -148,7 +148,7 @@ class Scenario(Spec):
             InputError: unreadable; SpecError: any field is wrong.
         """
         if path.is_dir():
-            inside = sorted(place for place in path.glob("*.yaml"))
+            inside = sorted(path.glob("*.yaml"))
             named = path / "scenario.yaml" if path / "scenario.yaml" in inside else next(iter(inside), None)
             remedy = f"name the file in it: {named}" if named else "it holds no .yaml file; name a scenario"
             raise SpecError(f"{path} is a directory; {remedy}")

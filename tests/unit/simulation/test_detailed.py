@@ -76,10 +76,6 @@ def test_agrees_with_the_step_mode_within_two_per_cent(case: dict[str, Any]) -> 
     whole = step.step(placement, load_LE)
     assert whole.exchange_s_L.sum() > 0.02 * whole.total_s  # the exchange matters in every case
     assert simulate_step(step, placement, load_LE).total_s == pytest.approx(whole.total_s, rel=0.02)
-    loose = simulate_step(step, placement, load_LE, sync="none").total_s
-    assert loose <= whole.total_s * 1.01  # transfers of two layers may meet on a link
-    busiest = whole.total_s - whole.exchange_s_L.sum()  # a rank cannot do without its own work
-    assert loose >= min(busiest, whole.other_s + whole.attention_s * 6)
 
 
 @pytest.mark.parametrize(("cluster", "nic"), [(("h100", 1, 8), 1.0), (("h100", 4, 8), 0.1)], ids=["compute", "network"])
