@@ -239,8 +239,7 @@ def slots_for_memory(b: Bundle) -> Iterator[Finding]:
         yield error(f"{parts}: {binds} exceed it by {_gib(split)}; {remedy}", InfeasibleError)
     elif whole > 0:
         yield warning(
-            f"{parts} only if other weights are split over ranks: whole they exceed it by {_gib(whole)};"
-            f" {remedy}"
+            f"{parts} only if other weights are split over ranks: whole they exceed it by {_gib(whole)}; {remedy}"
         )
 
 

@@ -58,8 +58,7 @@ def command(
         )
     elif not quiet:
         click.echo(
-            f"wrote {out}: {plan.planner}, {plan.model}, {len(plan.layer_ids)} layers, {plan.num_experts}"
-            " experts in"
+            f"wrote {out}: {plan.planner}, {plan.model}, {len(plan.layer_ids)} layers, {plan.num_experts} experts in"
             f" {len(plan.rank_of_slot)} slots on {plan.num_ranks} ranks"
         )
         for note in plan.notes:

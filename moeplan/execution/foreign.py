@@ -110,8 +110,7 @@ def parallelise(
     for name, module in modules.items():
         if len(module.down_proj) != placement.num_experts:
             raise PlanError(
-                f"placement has {placement.num_experts} experts, {name} {len(module.down_proj)};"
-                " plan for this model"
+                f"placement has {placement.num_experts} experts, {name} {len(module.down_proj)}; plan for this model"
             )
     layers = []
     for row, (name, module) in enumerate(modules.items()):

@@ -144,8 +144,7 @@ def replica_refusals(plan: Plan) -> list[str]:
     if len(plan.rank_of_slot) == plan.num_experts:
         return []
     return [
-        f"the plan has {len(plan.rank_of_slot)} slots for {plan.num_experts} experts; the target holds every"
-        " expert"
+        f"the plan has {len(plan.rank_of_slot)} slots for {plan.num_experts} experts; the target holds every expert"
         " exactly once (plan with --redundant 0)"
     ]
 
@@ -190,8 +189,7 @@ def expert_map(value: Any, where: str, num_experts: int) -> NDArray[np.int32]:
     if rows.min() < 0 or rows.max() >= num_experts:
         layer, slot = (int(i[0]) for i in np.nonzero((rows < 0) | (rows >= num_experts)))
         raise PlanError(
-            f"{where}[{layer}][{slot}] ({rows[layer, slot]}) is outside 0..{num_experts - 1} (the model's"
-            " experts)"
+            f"{where}[{layer}][{slot}] ({rows[layer, slot]}) is outside 0..{num_experts - 1} (the model's experts)"
         )
     return rows.astype(np.int32)
 

@@ -60,8 +60,7 @@ def permute_checkpoint(
     for path in paths:
         if _SHARDED.fullmatch(path.name):
             raise ExportError(
-                f"checkpoint: {path.name} is one rank's flat or sharded state, in which experts have no"
-                " names;"
+                f"checkpoint: {path.name} is one rank's flat or sharded state, in which experts have no names;"
                 " consolidate the checkpoint (weights and optimizer by parameter name) first"
             )
         if path.name == RECORD_NAME:
@@ -152,8 +151,7 @@ class _Job:
             if missing:
                 raise InputError(
                     f"checkpoint {source}: layer {layer} has no expert {missing[0]} ({len(missing)} of"
-                    f" {self.num_experts}"
-                    " are missing); a shard is missing, or the plan is of another model"
+                    f" {self.num_experts} are missing); a shard is missing, or the plan is of another model"
                 )
             if layer not in experts and layer not in stacked:
                 raise InputError(
@@ -161,8 +159,7 @@ class _Job:
                 )
             if layer not in routers:
                 raise InputError(
-                    f"checkpoint {source}: layer {layer} has no router; without its rows the model would"
-                    " change"
+                    f"checkpoint {source}: layer {layer} has no router; without its rows the model would change"
                 )
 
     def write(self, path: Path, copied: Path) -> None:

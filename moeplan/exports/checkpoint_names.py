@@ -90,7 +90,6 @@ def is_stacked(name: str, shape: Sequence[int], num_experts: int) -> bool:
         return True
     raise ExportError(
         f"checkpoint: {name} {list(shape)} belongs to routed experts but its first axis is not num_experts"
-        f" ({num_experts}); it cannot be permuted (a plan of another model, a part of a sharded checkpoint,"
-        " or a form"
+        f" ({num_experts}); it cannot be permuted (a plan of another model, a part of a sharded checkpoint, or a form"
         " that is not known)"
     )

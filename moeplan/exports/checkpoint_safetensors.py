@@ -112,10 +112,8 @@ def write_permuted(
                     )
                 if (source.dtype, source.shape) != (tensor.dtype, tensor.shape):
                     raise ExportError(
-                        f"checkpoint: {wanted} ({source.dtype} {list(source.shape)}) cannot take the place"
-                        f" of {name}"
-                        f" ({tensor.dtype} {list(tensor.shape)}); experts of one layer must have one type"
-                        " and shape"
+                        f"checkpoint: {wanted} ({source.dtype} {list(source.shape)}) cannot take the place of {name}"
+                        f" ({tensor.dtype} {list(tensor.shape)}); experts of one layer must have one type and shape"
                     )
                 _copy(source.path, [(source.begin, source.end)], target)
             elif is_stacked(name, tensor.shape, num_experts):

@@ -50,8 +50,7 @@ def _labels(node: dict[Any, Any], path: Path) -> Mapping[Any, str]:
         ):
             raise ExportError(
                 f"{path}: the optimizer state is keyed by number, not by parameter name, so its experts"
-                " cannot be found;"
-                " save it with names (an optimizer made from named_parameters()) or leave it out"
+                " cannot be found; save it with names (an optimizer made from named_parameters()) or leave it out"
             )
         names.update(zip(group["params"], group["param_names"], strict=True))
     return names
@@ -138,8 +137,7 @@ def write_permuted(
                 source = find(source_name(name, part, permutations))
                 if _form(source) != _form(value):
                     raise ExportError(
-                        f"checkpoint: experts of layer {part.layer} differ in type or shape"
-                        f" ({name.lstrip('.')});"
+                        f"checkpoint: experts of layer {part.layer} differ in type or shape ({name.lstrip('.')});"
                         " they cannot change places"
                     )
                 changed[key] = source

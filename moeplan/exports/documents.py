@@ -100,8 +100,7 @@ def torch_load(path: Path, *, mmap: bool = False) -> Any:
             )
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"cannot read {path}: it is damaged or holds objects other than tensors and plain values, which"
-            " are never"
+            f"cannot read {path}: it is damaged or holds objects other than tensors and plain values, which are never"
             " loaded; save it again as plain tensors"
         ) from error
     except OSError as error:

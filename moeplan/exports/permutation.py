@@ -57,10 +57,8 @@ class PermutationExporter:
             group_GS = (np.asarray(row) // size).reshape(groups, size)
             if (group_GS != group_GS[:, :1]).any():
                 return [
-                    f"routing is limited to groups of {size} experts, and layer {layer} of the plan mixes"
-                    " experts of"
-                    " different groups, which would change the model; a permutation must keep each group"
-                    " together"
+                    f"routing is limited to groups of {size} experts, and layer {layer} of the plan mixes experts of"
+                    " different groups, which would change the model; a permutation must keep each group together"
                 ]
         return []
 
@@ -75,8 +73,7 @@ class PermutationExporter:
         if _groups(context) is None:
             raise ExportError(
                 f"the model '{plan.model}' is not known and there is no config.json beside the checkpoint,"
-                " so group-limited"
-                " routing cannot be ruled out; give --model, or --num-groups (1: no groups)"
+                " so group-limited routing cannot be ruled out; give --model, or --num-groups (1: no groups)"
             )
         require_expressible(self.name, self.refusals(plan, context))
         fields = {
@@ -101,8 +98,7 @@ class PermutationExporter:
             write_text(out, record_text(fields))
         else:
             raise SpecError(
-                f"--out ({out}) must end in .json or .npz for a permutation; for weights give --checkpoint"
-                " too"
+                f"--out ({out}) must end in .json or .npz for a permutation; for weights give --checkpoint too"
             )
         return [out]
 

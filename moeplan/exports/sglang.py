@@ -85,8 +85,7 @@ class SglangExporter:
         map_LP = expert_map(document[_KEY], f"{where}: {_KEY}", model.num_experts)
         if len(map_LP) != model.num_layers:
             raise PlanError(
-                f"{where}: {_KEY} has {len(map_LP)} rows but {model.name} has {model.num_layers} decoder"
-                " layers"
+                f"{where}: {_KEY} has {len(map_LP)} rows but {model.name} has {model.num_layers} decoder layers"
                 " (SGLang files have one row for each, dense layers too); is it a file of another model?"
             )
         return placement_of(map_LP[np.asarray(model.moe_layer_ids)], where, context, model.moe_layer_ids)

@@ -193,8 +193,7 @@ def _offline(plan: Plan, model_class: str | None) -> dict[str, Any]:
         model_class = _CLASSES[max(starts, key=len)] if starts else None
     if model_class is None:
         raise ExportError(
-            "vllm (offline) files a map under the model's class; give it as --model-class, e.g."
-            " DeepseekV2ForCausalLM"
+            "vllm (offline) files a map under the model's class; give it as --model-class, e.g. DeepseekV2ForCausalLM"
             " ('architectures' in the model's config.json)"
         )
     slots = len(plan.rank_of_slot)
@@ -224,8 +223,7 @@ def _from_expert_map(places_LRE: NDArray[Any], where: str, context: ImportContex
     layers, ranks, experts = places_LRE.shape
     if (ranks, experts) != (context.num_ranks, context.model.num_experts) or places_LRE.dtype.kind != "i":
         raise PlanError(
-            f"{where} is [layers, ranks, experts] {places_LRE.shape} of {places_LRE.dtype}; expected"
-            " integers for"
+            f"{where} is [layers, ranks, experts] {places_LRE.shape} of {places_LRE.dtype}; expected integers for"
             f" {context.num_ranks} ranks and {context.model.num_experts} experts"
         )
     width = int(places_LRE.max()) + 1

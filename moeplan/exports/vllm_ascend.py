@@ -92,8 +92,7 @@ class VllmAscendExporter:
         for position, devices in enumerate(rows):
             if len(devices) != context.num_ranks:
                 raise PlanError(
-                    f"{where}: layer_list[{position}] has {len(devices)} devices but num_ranks is"
-                    f" {context.num_ranks};"
+                    f"{where}: layer_list[{position}] has {len(devices)} devices but num_ranks is {context.num_ranks};"
                     " give the --ranks the file was made for"
                 )
             if not all(isinstance(experts, list) and len(experts) == len(devices[0]) for experts in devices):

@@ -156,8 +156,7 @@ def _misaligned_layers(trace: RoutingTrace) -> Iterator[Finding]:
             yield Finding(
                 "misaligned-layers",
                 "error",
-                f"layer {b} at token t + ({shifts[best]}) depends on layer {a} at token t"
-                f" ({bits[best]:.2f} bits)"
+                f"layer {b} at token t + ({shifts[best]}) depends on layer {a} at token t ({bits[best]:.2f} bits)"
                 f" more than at the same token ({bits[0]:.2f} bits); their token axes are shifted",
                 {"layers": [a, b], "shift": shifts[best], "bits": bits[best], "bits_unshifted": bits[0]},
             )
