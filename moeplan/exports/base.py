@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.plan import Plan
 from moeplan.errors import ExportError, PlanError
+from moeplan.progress import Progress, no_progress
 from moeplan.specs.model import ModelSpec
 
 __all__ = [
@@ -45,7 +45,7 @@ class ExportContext:
     model_class: str | None = None
     checkpoint: Path | None = None
     num_groups: int | None = None
-    progress: Callable[[str, float], None] = field(default=lambda _what, _done: None)
+    progress: Progress = no_progress
 
 
 @dataclass(frozen=True, slots=True)

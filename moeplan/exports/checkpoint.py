@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moeplan.exports.checkpoint_names import Permutations, expert_part
 from moeplan.exports.checkpoint_safetensors import SafetensorsFile, Tensor
 from moeplan.exports.checkpoint_torch import TorchFile
 from moeplan.files import atomic_directory, atomic_path, read_json, require_place
+from moeplan.progress import Progress
 
 __all__ = ["RECORD_NAME", "permute_checkpoint"]
 
@@ -36,7 +37,7 @@ def permute_checkpoint(
     permutations: Permutations,
     num_experts: int,
     record: str,
-    progress: Callable[[str, float], None],
+    progress: Progress,
 ) -> list[Path]:
     """Write ``source`` to ``out`` with the experts of each planned layer in their new order.
 
@@ -92,9 +93,7 @@ def permute_checkpoint(
 class _Job:
     """The opened files of one checkpoint and where each expert's tensors are."""
 
-    def __init__(
-        self, permutations: Permutations, num_experts: int, progress: Callable[[str, float], None]
-    ) -> None:
+    def __init__(self, permutations: Permutations, num_experts: int, progress: Progress) -> None:
         self.permutations, self.num_experts, self.progress = permutations, num_experts, progress
         self.safetensors: dict[Path, SafetensorsFile] = {}
         self.torch: dict[Path, TorchFile] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moeplan.files import require_place
 from moeplan.pipeline.profile_request import MAIN_MODELS
 from moeplan.profiling import aic
 from moeplan.profiling.sanity import group_ids, mark_host_bound, mark_rows, too_fast
+from moeplan.progress import Progress, no_progress
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
@@ -206,7 +207,7 @@ def import_aic(
     systems: list[str],
     out: Path,
     subset: bool = False,
-    progress: Callable[[str, float], None] = lambda _w, _d: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write one profile directory per system under ``out``; all systems where none is named.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from moeplan.errors import InputError, PlanError, SpecError
 from moeplan.exports.base import ExportContext, Exporter, ImportContext, ImportedPlacement
 from moeplan.exports.documents import read_placement_document
 from moeplan.files import sha256_file
+from moeplan.progress import Progress, no_progress
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.specs.catalogue import slug
 from moeplan.specs.model import ModelSpec
@@ -37,7 +37,7 @@ def export_plan(
     model_class: str | None = None,
     checkpoint: Path | None = None,
     num_groups: int | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress = no_progress,
 ) -> list[Path]:
     """Write a plan as a file of another engine; the files written.
 
@@ -63,9 +63,7 @@ def export_plan(
     spec = find_model(model) if model is not None else _built_in(plan.model)
     if spec is not None:
         _require_model(plan, plan_path, spec)
-    if progress is not None:
-        given["progress"] = progress
-    return exporter.export(plan, out, ExportContext(model=spec, **given))
+    return exporter.export(plan, out, ExportContext(model=spec, **given, progress=progress))
 
 
 def import_plan(

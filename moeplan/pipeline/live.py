@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import numpy as np
 from moeplan.artifacts.plan import Plan
 from moeplan.errors import InputError, PlanError, RunError, SpecError
 from moeplan.files import read_json, write_text
+from moeplan.progress import Progress, no_progress
 from moeplan.routing.io import save_trace
 from moeplan.routing.joining import join_traces
 from moeplan.specs.catalogue import slug
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from moeplan.execution.train import Trainer
 
 __all__ = ["LiveRequest", "apply_plan", "run_live"]
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ class LiveRequest:
     timeout_s: float = 300.0
 
 
-def run_live(request: LiveRequest, progress: Progress = lambda _w, _d: None) -> dict[str, Any] | None:
+def run_live(request: LiveRequest, progress: Progress = no_progress) -> dict[str, Any] | None:
     """Train on ranks started here, or as the rank that torchrun started; None on ranks other than 0.
 
     Raises:

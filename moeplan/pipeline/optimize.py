@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,10 +39,11 @@ from moeplan.pipeline.inputs import (
 from moeplan.pipeline.show import evidence_of
 from moeplan.planning.bounds import bounds_of
 from moeplan.planning.migration import align, migration_of
-from moeplan.planning.problem import PlanningProblem, PlanningResult, no_progress
+from moeplan.planning.problem import PlanningProblem, PlanningResult
 from moeplan.planning.shares import weighted_shares
 from moeplan.planning.simple import contiguous
 from moeplan.planning.verdict import judge
+from moeplan.progress import Progress, no_progress
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.reports.plan_page import render_plan_page
 from moeplan.reports.summary import Evidence
@@ -67,8 +67,6 @@ _SPLIT_OF_TARGET: dict[str, ReplicaSplit] = {
     "vllm-ascend": "even",
     "trtllm": "even",
 }
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,6 +38,7 @@ from moeplan.costs.serving import Batch, ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.errors import InputError
+from moeplan.progress import Progress, no_progress
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.oracles import PlainCosts
 from moeplan.simulation.outcome import outcome_of
@@ -50,7 +51,6 @@ from moeplan.specs.workload import Workload
 
 __all__ = ["INFERSIM_SERVICE", "operating_points", "service_scenario", "validate_peers"]
 
-Progress = Callable[[str, float], None]
 _TIMEOUT_S = 600
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 _BATCHES = tuple(range(32, 97))  # of a micro-batch on a rank; the middle one is the peer's example
@@ -332,7 +332,7 @@ def validate_peers(
     frontier: Path | None,
     infersim_python: str = sys.executable,
     frontier_python: str = sys.executable,
-    progress: Progress = lambda _what, _done: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Outputs and run times of each peer and ours; a peer without a checkout is listed as not run.
 

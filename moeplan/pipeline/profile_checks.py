@@ -26,12 +26,12 @@ from moeplan.costs.roofline import matmul_flops
 from moeplan.errors import ProfileError, SpecError, UnknownNameError
 from moeplan.files import write_text
 from moeplan.profiling.sanity import SIZE_AXIS, group_ids, mark_rows
+from moeplan.progress import Progress, no_progress
 from moeplan.specs.clusters import find_accelerator
 
 __all__ = ["check_profile", "diff_profiles", "show_profile"]
 
 Floats = NDArray[np.float64]
-Progress = Callable[[str, float], None]
 _NOT_KEY = {*MEASURED, "source", "mark"}
 _FOLLOWS = {"experts": {"rank_pairs", "active_experts", "rank_tokens", "vector"}, "attention": {"query_tokens"}}
 
@@ -101,7 +101,7 @@ def _vectors(profile: HardwareProfile) -> dict[str, Any] | None:
 
 
 def check_profile(
-    directory: Path, every: int = 4, fresh_s: float | None = None, progress: Progress = lambda _w, _d: None
+    directory: Path, every: int = 4, fresh_s: float | None = None, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Read every table, count doubtful rows, predict every ``every``-th size from the others.
 
@@ -136,7 +136,7 @@ def check_profile(
     }
 
 
-def fresh_sample(profile: HardwareProfile, budget_s: float, progress: Progress = lambda _w, _d: None) -> dict[str, Any]:
+def fresh_sample(profile: HardwareProfile, budget_s: float, progress: Progress = no_progress) -> dict[str, Any]:
     """Measure expert FFNs between the profile's sizes now, and compare with what the profile predicts.
 
     Some of the profile's own sizes are timed again in the same passes: ``drift`` is how much slower the machine

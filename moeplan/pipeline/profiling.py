@@ -20,13 +20,12 @@ from moeplan.files import require_place
 from moeplan.pipeline.profile_request import PARTS, PRESETS, ProfileRequest, Sizes, profile_request
 from moeplan.profiling.journal import Journal, point_key
 from moeplan.profiling.protocol import Bench, CpuTimer, CudaTimer, Rig, run_benches, statistics
+from moeplan.progress import Progress, no_progress
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.model import AttentionSpec, ModelSpec
 from moeplan.specs.models import find_model
 
 __all__ = ["PARTS", "PRESETS", "ProfileRequest", "Sizes", "measure_profile", "profile_request"]
-
-Progress = Callable[[str, float], None]
 
 _PLAIN = ("fp32", "bf16", "fp16")  # types that arithmetic other than products is done in
 _MOST_SENT = 1024  # tokens per rank of an exchange
@@ -246,7 +245,7 @@ def _traffic(path: Path, world: int) -> tuple[tuple[float, ...], ...]:
 
 
 def measure_profile(
-    request: ProfileRequest, out: Path, resume: bool = False, progress: Progress = lambda _w, _d: None
+    request: ProfileRequest, out: Path, resume: bool = False, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Measure and write (or extend) the profile directory ``out``; what was measured, as JSON values.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from moeplan.pipeline.published_predict import CONSTANTS, eplb_ratio, predict, step_s
+from moeplan.progress import Progress, no_progress
 
 __all__ = ["published_rows", "validate_published"]
-
-Progress = Callable[[str, float], None]
 
 _WITHIN, _SHARE = 0.15, 0.70
 
@@ -96,7 +94,7 @@ def _ablations() -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- all of it
 
 
-def validate_published(progress: Progress = lambda _what, _done: None) -> dict[str, Any]:
+def validate_published(progress: Progress = no_progress) -> dict[str, Any]:
     """Every row with its prediction and error, the share within 15 %, and whether the target is reached."""
     answer = []
     rows = published_rows()

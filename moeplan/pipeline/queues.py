@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.request_trace import RequestTrace
+from moeplan.progress import Progress, no_progress
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.instance import Role
 from moeplan.simulation.oracles import PlainCosts, token_by_token
@@ -31,7 +32,6 @@ from moeplan.specs.serving import EngineSpec, ServingSpec
 __all__ = ["validate_queues"]
 
 Floats = NDArray[np.float64]
-Progress = Callable[[str, float], None]
 
 _SERVICE_S = 1e-3  # mean, of one server
 _TOKENS = 20_000  # of a mean prompt: what rounding to tokens adds is far below the targets
@@ -253,7 +253,7 @@ def _tiny(cases: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------- all of it
 
 
-def validate_queues(progress: Progress = lambda _what, _done: None, scale: float = 1.0) -> dict[str, Any]:
+def validate_queues(progress: Progress = no_progress, scale: float = 1.0) -> dict[str, Any]:
     """Every figure with its target; ``scale`` shortens the simulated runs."""
     rng = np.random.default_rng(16)
     count = max(500, round(20_000 * scale))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,11 @@ import numpy as np
 
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import MissingExtraError, MoeplanError, RunError, SpecError, TraceError
+from moeplan.progress import Progress, no_progress
 from moeplan.routing.io import read_trace, save_trace
 from moeplan.routing.overhead import slowdown
 
 __all__ = ["record_routing"]
-
-Progress = Callable[[str, float], None]
 
 _TOLD = ("rank_files", "ranks", "overhead", "overhead_spread")  # of the origin, in the answer
 
@@ -34,7 +33,7 @@ def record_routing(
     max_new_tokens: int = 16,
     device: str | None = None,
     seed: int = 0,
-    progress: Progress = lambda _w, _d: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Record from a Hugging Face model (``hf``) or a running server (``sglang``); what was written.
 

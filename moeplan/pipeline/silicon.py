@@ -26,14 +26,13 @@ from moeplan.pipeline.aic import read_system
 from moeplan.pipeline.scoring import Features, nearest, scores
 from moeplan.pipeline.silicon_rows import FAMILIES, Measured, Workers, read_measured
 from moeplan.profiling import aic
+from moeplan.progress import Progress, no_progress
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.models import find_model
 
 __all__ = ["PEER_FILE", "TARGETS", "SiliconModel", "measured_rows", "told_apart", "validate_silicon"]
-
-Progress = Callable[[str, float], None]
 
 PEER_FILE = Path("baselines", "aiconfigurator_0.12.0_on_silicon_sample.csv")
 TARGETS: dict[str, dict[str, float]] = {
@@ -292,7 +291,7 @@ def measured_rows() -> list[Measured]:
 
 
 def validate_silicon(
-    rows_out: Path | None = None, progress: Progress = lambda _what, _done: None
+    rows_out: Path | None = None, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Every figure with its target; ``rows_out`` gets id, split and prediction of each row, also of those set aside
     (split ``dropped``) and of repeated ones (``duplicate``).

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,7 @@ from moeplan.files import (
 from moeplan.pipeline.executor import Executor, Failure, executor_for
 from moeplan.pipeline.serving import build_service
 from moeplan.pipeline.training import TRAINING_DIRECTIONS, TRAINING_EXACT, simulate_training
+from moeplan.progress import Progress, no_progress
 from moeplan.simulation.detailed_costs import SAMPLED_LAYERS, first_layers
 from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of, share_deviations
 from moeplan.simulation.service import simulate_service
@@ -46,7 +47,6 @@ __all__ = ["SIMULATION_PLACE", "Simulated", "Sweep", "cases_of", "simulate", "sw
 SIMULATION_PLACE = ("a simulation", ("result.json", "events.parquet"))
 """What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 
-Progress = Callable[[str, float], None]
 _FIELDS_OF_FILES = ("trace", "current")
 
 
@@ -110,7 +110,7 @@ class Sweep:
 # ---------------------------------------------------------------------- one case
 
 
-def _run(run: _Run, progress: Progress = lambda _what, _done: None) -> _Answer:
+def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
     scenario = run.scenario
     if scenario.training is not None:
         return _trained(run, progress)
@@ -259,7 +259,7 @@ def simulate(
     seeds: int = 3,
     workers: int = 1,
     keep_log: bool = True,
-    progress: Progress = lambda _what, _done: None,
+    progress: Progress = no_progress,
 ) -> Simulated:
     """Simulate one case; ``seeds`` runs from ``scenario.seed`` on, and two for the costs' interval.
 
@@ -335,7 +335,7 @@ def sweep(
     seeds: int = 3,
     workers: int = 1,
     executor: Executor | None = None,
-    progress: Progress = lambda _what, _done: None,
+    progress: Progress = no_progress,
 ) -> Sweep:
     """Simulate every case into ``out/cases``; cases that are there already, made from the same inputs, are kept.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import SpecError, TraceError
 from moeplan.files import atomic_directory, require_place
+from moeplan.progress import Progress, no_progress
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.reports.trace_figures import (
     coactivation_picture,
@@ -37,12 +37,7 @@ __all__ = [
     "validate_trace",
 ]
 
-Progress = Callable[[str, float], None]
 _PICTURES_PLACE = ("pictures of a trace", ("skew.svg", "drift.svg", "coactivation.svg", "dependency.svg"))
-
-
-def _silent(_what: str, _done: float) -> None:
-    """Report nothing."""
 
 
 def trace_formats() -> dict[str, str]:
@@ -78,7 +73,7 @@ def inspect_trace(
     windows: str | None = None,
     out: Path | None = None,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = no_progress,
 ) -> Inspection:
     """Measure a trace or a load; with ``out``, a directory of pictures takes its place.
 
@@ -124,7 +119,7 @@ def convert(
     format_name: str | None = None,
     domain: str | None = None,
     num_experts: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write any readable trace as ``.npz`` or ``.parquet``, by suffix.
 
@@ -140,7 +135,7 @@ def validate_trace(
     format_name: str | None = None,
     domain: str | None = None,
     num_experts: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = no_progress,
 ) -> list[Finding]:
     """What is wrong or doubtful about a trace or load, errors first.
 
@@ -156,7 +151,7 @@ def synthesise_trace(
     model: str | None = None,
     like: Path | None = None,
     options: dict[str, Any],
-    progress: Progress = _silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Make a trace and write it; a summary of what it came out as.
 

@@ -18,11 +18,10 @@ from moeplan.errors import ProfileError
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
 from moeplan.pipeline.validation_live import cpu_figures, find_measured, h200_figure
 from moeplan.pipeline.validation_skew import Row, skew_rows
+from moeplan.progress import Progress, no_progress
 from moeplan.specs.clusters import find_accelerator
 
 __all__ = ["PUBLISHED_DEEPEP", "validate_kernels"]
-
-Progress = Callable[[str, float], None]
 
 _TABLES = {"experts": "MoE GEMM", "alltoall": "all-to-all", "attention": "attention", "gemm": "GEMM"}
 _MEDIAN, _P90, _SKEW, _DEEPEP = 0.02, 0.10, 0.10, 0.15
@@ -180,7 +179,7 @@ def validate_kernels(
     profile: str | Path | None = None,
     cpu: Path | None = None,
     live_s: float | None = None,
-    progress: Progress = lambda _what, _done: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Every figure with its target. Inputs: the public tables of ``systems``, or one profile directory or name.
 

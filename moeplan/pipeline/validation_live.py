@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moeplan.pipeline.profile_checks import check_profile
 from moeplan.pipeline.profile_request import profile_request
+from moeplan.progress import Progress
 
 __all__ = ["CPU_TARGET", "cpu_figures", "find_measured", "h200_figure"]
-
-Progress = Callable[[str, float], None]
 
 CPU_TARGET, _H200_TARGET = 0.10, 0.05
 _CPU_TABLES = {"experts": "expert FFN", "alltoall": "gloo all-to-all"}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,19 +12,13 @@ from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import Status
 from moeplan.costs.layer import LayerCosts
+from moeplan.progress import Progress, no_progress
 from moeplan.specs.workload import Objective
 
-__all__ = ["STEP_TIME", "Planner", "PlanningProblem", "PlanningResult", "Progress", "no_progress"]
+__all__ = ["STEP_TIME", "Planner", "PlanningProblem", "PlanningResult"]
 
 STEP_TIME = "step time"
 """``optimal_for`` of a plan whose predicted seconds, aggregated as the objective says, are proven least."""
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the finished fraction (0..1)."""
-
-
-def no_progress(_what: str, _done: float) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +43,7 @@ class PlanningProblem:
     time_limit_s: float | None = None
     current: Placement | None = None
     max_moves: int | None = None
-    progress: Progress = field(default=no_progress)
+    progress: Progress = no_progress
 
     @property
     def num_ranks(self) -> int:

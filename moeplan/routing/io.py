@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +12,7 @@ from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import InputError, TraceError
 from moeplan.files import sha256_file
+from moeplan.progress import Progress, no_progress
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.routing.loads import expert_load, stream_load
 from moeplan.routing.readers.base import ReadOptions, TraceReader, is_glob
@@ -137,7 +138,7 @@ def convert_trace(
     format: str | None = None,
     domain: str | None = None,
     num_experts: int | None = None,
-    progress: Callable[[str, float], None] = lambda _what, _done: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Read any trace and write it as ``.npz`` or ``.parquet``; what was written, as JSON values.
 

@@ -11,7 +11,6 @@ information), not dependency.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.progress import Progress, no_progress
 from moeplan.routing.loads import expert_load
 from moeplan.routing.pairs import coactivation_pairs, transition_pairs
 
@@ -209,7 +209,7 @@ def describe(
     source: RoutingTrace | ExpertLoad,
     windows: str | None = None,
     seed: int = 0,
-    progress: Callable[[str, float], None] = lambda _what, _done: None,
+    progress: Progress = no_progress,
 ) -> Statistics:
     """Measure everything.
 
@@ -244,9 +244,7 @@ def describe(
     )
 
 
-def _pair_statistics(
-    trace: RoutingTrace, seed: int, progress: Callable[[str, float], None]
-) -> dict[str, Floats | None]:
+def _pair_statistics(trace: RoutingTrace, seed: int, progress: Progress) -> dict[str, Floats | None]:
     E, L = trace.num_experts, trace.num_layers
     rng = np.random.default_rng(seed)
     names = ("mutual_information_M", "control_information_M", "top_share_M", "control_share_M")

@@ -14,7 +14,6 @@ raised further, and co-activation comes out higher than asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import SpecError
+from moeplan.progress import Progress, no_progress
 from moeplan.routing.choice import choose, fit_weights
 from moeplan.routing.pairs import coactivation_pairs, transition_pairs
 from moeplan.routing.popularity import solve
@@ -33,7 +33,6 @@ from moeplan.routing.targets import SynthSpec, SynthTargets, targets_of
 __all__ = ["synthesise"]
 
 Floats = NDArray[np.float64]
-Progress = Callable[[str, float], None]
 _FIT_SELECTIONS = 2**20  # tokens x experts that weights are fitted on; more tokens are drawn with the fitted weights
 _MAX_LOG_BOOST = 9.0
 
@@ -98,7 +97,7 @@ def _deal_topics(load_E: Floats, topics: int, rng: np.random.Generator) -> NDArr
 
 
 def synthesise(
-    spec: SynthSpec, targets: SynthTargets | None = None, progress: Progress = lambda _what, _done: None
+    spec: SynthSpec, targets: SynthTargets | None = None, progress: Progress = no_progress
 ) -> RoutingTrace:
     """A trace with the statistics of ``targets`` (those of the spec if not given); same seed, same trace.
 

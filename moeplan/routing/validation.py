@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.progress import Progress, no_progress
 from moeplan.routing.loads import count_selections
 from moeplan.routing.pairs import lag_overlap, transition_pairs
 from moeplan.routing.statistics import mutual_information
@@ -37,9 +38,7 @@ class Finding:
     evidence: dict[str, Any] = field(default_factory=dict)
 
 
-def validate(
-    source: RoutingTrace | ExpertLoad, progress: Callable[[str, float], None] = lambda _what, _done: None
-) -> list[Finding]:
+def validate(source: RoutingTrace | ExpertLoad, progress: Progress = no_progress) -> list[Finding]:
     """All findings, errors first. Counts are checked for what counts can show."""
     if isinstance(source, ExpertLoad):
         return list(_loads(source.load_LE, source.layer_ids, source.origin.get("num_experts_from")))

@@ -19,6 +19,7 @@ from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.costs.kv_cache import kv_transfer_s
 from moeplan.costs.run_traffic import RunTraffic, Wire
 from moeplan.errors import InfeasibleError, SpecError
+from moeplan.progress import Progress, no_progress
 from moeplan.simulation.clock import Clock, Order, nanoseconds
 from moeplan.simulation.expert_loads import ExpertLoads, Phase
 from moeplan.simulation.instance import Hooks, Instance, Role, StepCosts
@@ -29,7 +30,6 @@ from moeplan.specs.serving import EngineSpec, FaultSpec, RebalanceSpec, ServingS
 __all__ = ["Pool", "Replan", "Replanned", "Served", "simulate_service"]
 
 Floats = NDArray[np.float64]
-Progress = Callable[[str, float], None]
 _FULL = np.iinfo(np.int64).max
 _SLACK_RATIO, _SLACK = 1.5, 8  # prefix-aware: a group may hold this times the mean load, and so many more requests
 
@@ -96,7 +96,7 @@ def simulate_service(
     keep_log: bool = True,
     errors: int = 0,
     origin: dict[str, Any] | None = None,
-    progress: Progress = lambda _what, _done: None,
+    progress: Progress = no_progress,
 ) -> Served:
     """Serve the requests to the end. ``errors``: -1, 0 or 1, the end of the costs' interval that every step takes.
 
