@@ -15,8 +15,8 @@ from dataclasses import replace
 import numpy as np
 
 from moeplan.costs.served import CALIBRATED, Constants
-from moeplan.pipeline.silicon import SiliconModel, measured_rows
-from moeplan.pipeline.silicon_rows import Measured
+from moeplan.validation.silicon import SiliconModel, measured_rows
+from moeplan.validation.silicon_rows import Measured
 
 _MAPS = (
     "prefill_factor",

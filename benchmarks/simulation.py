@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.pipeline.peers import INFERSIM_SERVICE
+from moeplan.validation.peers import INFERSIM_SERVICE
 
 SEED = 0
 LAYERS, EXPERTS = 58, 256
@@ -148,7 +148,7 @@ def main() -> None:
     ]  # fmt: skip
     peers = None
     if given.infersim or given.frontier:
-        from moeplan.pipeline.peers import validate_peers
+        from moeplan.validation.peers import validate_peers
 
         peers = validate_peers(given.infersim, given.frontier, sys.executable, given.frontier_python)
         figures.append(peers["figures"][-1])

@@ -32,7 +32,7 @@ _plot_option = click.option(
 
 def _plot(answer: dict[str, Any], title: str, plot: Path | None) -> None:
     if plot is not None:
-        from moeplan.pipeline.validation_plot import plot_validation
+        from moeplan.validation.plots import plot_validation
 
         plot_validation(answer, title, plot)
 
@@ -83,7 +83,7 @@ def kernels(
     \b
     Example: moeplan validate kernels --systems h200 --json
     """
-    from moeplan.pipeline.validation import validate_kernels
+    from moeplan.validation.kernels import validate_kernels
 
     names = [name.strip() for name in systems.split(",") if name.strip()]
     if systems and not names:
@@ -115,7 +115,7 @@ def queues(plot: Path | None, as_json: bool, quiet: bool) -> None:
     \b
     Example: moeplan validate queues --json
     """
-    from moeplan.pipeline.queues import validate_queues
+    from moeplan.validation.queues import validate_queues
 
     with progress_bar(quiet or as_json) as report:
         answer = validate_queues(report)
@@ -147,8 +147,8 @@ def silicon(rows: str | None, plot: Path | None, as_json: bool, quiet: bool) -> 
     \b
     Example: moeplan validate silicon --rows rows.csv
     """
-    from moeplan.pipeline.silicon import validate_silicon
-    from moeplan.pipeline.validation_plot import plot_silicon
+    from moeplan.validation.plots import plot_silicon
+    from moeplan.validation.silicon import validate_silicon
 
     with tempfile.TemporaryDirectory() as folder:
         written = Path(rows or Path(folder) / "rows.csv")
@@ -208,8 +208,8 @@ def peers(
     """
     import sys
 
-    from moeplan.pipeline.peers import validate_peers
-    from moeplan.pipeline.validation_plot import plot_peers
+    from moeplan.validation.peers import validate_peers
+    from moeplan.validation.plots import plot_peers
 
     with progress_bar(quiet or as_json) as report:
         answer = validate_peers(
@@ -257,7 +257,7 @@ def published(plot: Path | None, as_json: bool, quiet: bool) -> None:
     \b
     Example: moeplan validate published --json
     """
-    from moeplan.pipeline.published import validate_published
+    from moeplan.validation.published import validate_published
 
     with progress_bar(quiet or as_json) as report:
         answer = validate_published(report)

@@ -1,4 +1,4 @@
 """The corridor: one function per job, each the whole way from inputs to results.
 
-The only room that knows two workshops at once; the command line calls nothing else.
+The only room below ``validation`` that knows two workshops at once; the command line calls these two alone.
 """

@@ -32,7 +32,7 @@ def test_published_rows_are_told_apart_and_explained_below(monkeypatch: pytest.M
     figures = [{"figure": "share within 15 %, all rows", "rows": 3, "value": 0.3, "median_error": 0.1, "target": 0.7,
                 "reached": False}]  # fmt: skip
     answer = {"rows": rows, "figures": figures}
-    monkeypatch.setattr("moeplan.pipeline.published.validate_published", lambda _report: answer)
+    monkeypatch.setattr("moeplan.validation.published.validate_published", lambda _report: answer)
     lines = _printed("validate", "published")
     names = "".join(line.partition(" ")[0] for line in lines)
     assert all(row["id"] in names for row in rows)

@@ -327,6 +327,6 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_nothing_of_this_needs_torch() -> None:
     import subprocess
 
-    code = "import sys, moeplan.pipeline.simulate, moeplan.pipeline.queues; print('torch' in sys.modules)"
+    code = "import sys, moeplan.pipeline.simulate, moeplan.validation.queues; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from moeplan.cli import cli
 from moeplan.errors import InputError
-from moeplan.pipeline import peers
-from moeplan.pipeline.peers import validate_peers
-from moeplan.pipeline.validation_plot import plot_peers
+from moeplan.validation import peers
+from moeplan.validation.peers import validate_peers
+from moeplan.validation.plots import plot_peers
 
 INFERSIM = """
 import argparse, time

@@ -27,7 +27,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeplan.errors import InputError
-from moeplan.pipeline.silicon_recipes import (
+from moeplan.specs.attention_layers import attention_layers
+from moeplan.specs.clusters import find_accelerator
+from moeplan.specs.model import DTYPE_BYTES, ModelSpec
+from moeplan.specs.models import find_model
+from moeplan.validation.silicon_recipes import (
     Launch,
     Recipe,
     choose_recipes,
@@ -38,10 +42,6 @@ from moeplan.pipeline.silicon_recipes import (
     number,
     widths_of,
 )
-from moeplan.specs.attention_layers import attention_layers
-from moeplan.specs.clusters import find_accelerator
-from moeplan.specs.model import DTYPE_BYTES, ModelSpec
-from moeplan.specs.models import find_model
 
 __all__ = ["FAMILIES", "Measured", "Workers", "distinct", "impossible", "part_of", "read_measured"]
 

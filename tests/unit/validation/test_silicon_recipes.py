@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from moeplan.pipeline.silicon_recipes import Recipe, choose_recipes, late, measured_on, split_run
+from moeplan.validation.silicon_recipes import Recipe, choose_recipes, late, measured_on, split_run
 
 NAMES = {"deepseek-ai/DeepSeek-R1": "dsr1"}
 ONE = {

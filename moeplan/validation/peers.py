@@ -186,7 +186,7 @@ _OURS: dict[str, Callable[[Any], Any]] = {
 
 def _cold(what: str, given: Any, repeats: int = 1) -> dict[str, Any]:
     """One of ours in a process of its own, its whole time as ``process_s``, the median of several."""
-    code = f"import sys, json; from moeplan.pipeline import peers; given = json.load(sys.stdin);\
+    code = f"import sys, json; from moeplan.validation import peers; given = json.load(sys.stdin);\
 print(json.dumps(peers._OURS[{what!r}](given)))"
     walls = []
     for _ in range(repeats):

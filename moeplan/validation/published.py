@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.pipeline.published_predict import CONSTANTS, eplb_ratio, predict, step_s
 from moeplan.progress import Progress, no_progress
+from moeplan.validation.published_predict import CONSTANTS, eplb_ratio, predict, step_s
 
 __all__ = ["published_rows", "validate_published"]
 

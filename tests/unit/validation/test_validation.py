@@ -14,9 +14,9 @@ from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
 from moeplan.cli.validate import command
 from moeplan.costs.heldout import hidden_rows, hold_out, pooled
 from moeplan.errors import MoeplanError, ProfileError
-from moeplan.pipeline import validation
-from moeplan.pipeline.validation_live import cpu_figures
-from moeplan.pipeline.validation_skew import _fit, _router_logit_s, skew_rows
+from moeplan.validation import kernels
+from moeplan.validation.own_profiles import cpu_figures
+from moeplan.validation.skew import _fit, _router_logit_s, skew_rows
 
 SOURCES = {"s": Source(kind="measured", title="a test")}
 META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none", sources=SOURCES)
@@ -194,7 +194,7 @@ def deepep(mode: str, phase: str, nodes: int, latency: float) -> dict[str, objec
 def figures_of(rows: list[dict[str, object]]) -> dict[str, dict[str, object]]:
     meta = META.model_copy(update={"accelerator": "H200-SXM-141GB"})
     profile = HardwareProfile(meta, {"alltoall": pa.Table.from_pylist(rows)})
-    return {figure["figure"]: figure for figure in validation._deepep(profile)}
+    return {figure["figure"]: figure for figure in kernels._deepep(profile)}
 
 
 def test_published_exchanges_are_compared_in_their_own_unit() -> None:
@@ -286,7 +286,7 @@ def test_a_profile_without_tables_to_hold_out_is_refused(tmp_path: Path) -> None
 
 def test_a_missing_cpu_profile_is_told_before_tables_are_read(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"has no profile\.json"):
-        validation.validate_kernels(["nosuch"], cpu=tmp_path)
+        kernels.validate_kernels(["nosuch"], cpu=tmp_path)
 
 
 def test_a_picture_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:

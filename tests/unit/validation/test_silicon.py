@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from moeplan.pipeline.scoring import Features, mean_error, median_error, nearest, scores, spearman
-from moeplan.pipeline.silicon import pools_of, told_apart
-from moeplan.pipeline.silicon_recipes import Launch
-from moeplan.pipeline.silicon_rows import Measured, Workers, distinct, impossible, part_of, read_measured
 from moeplan.specs.models import find_model
+from moeplan.validation.scoring import Features, mean_error, median_error, nearest, scores, spearman
+from moeplan.validation.silicon import pools_of, told_apart
+from moeplan.validation.silicon_recipes import Launch
+from moeplan.validation.silicon_rows import Measured, Workers, distinct, impossible, part_of, read_measured
 
 ROW = {
     "id": "one",

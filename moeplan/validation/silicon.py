@@ -23,14 +23,14 @@ from moeplan.costs.served import CALIBRATED, Constants, ServedPool, pass_times, 
 from moeplan.errors import MoeplanError
 from moeplan.files import write_text
 from moeplan.pipeline.aic import read_system
-from moeplan.pipeline.scoring import Features, nearest, scores
-from moeplan.pipeline.silicon_rows import FAMILIES, Measured, Workers, read_measured
 from moeplan.profiling import aic
 from moeplan.progress import Progress, no_progress
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.models import find_model
+from moeplan.validation.scoring import Features, nearest, scores
+from moeplan.validation.silicon_rows import FAMILIES, Measured, Workers, read_measured
 
 __all__ = ["PEER_FILE", "TARGETS", "SiliconModel", "measured_rows", "told_apart", "validate_silicon"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from moeplan.artifacts.profile import shipped_profiles
-from moeplan.pipeline import published
-from moeplan.pipeline import published_predict as module
-from moeplan.pipeline.published import published_rows, validate_published
-from moeplan.pipeline.published_predict import CONSTANTS
+from moeplan.validation import published
+from moeplan.validation import published_predict as module
+from moeplan.validation.published import published_rows, validate_published
+from moeplan.validation.published_predict import CONSTANTS
 
 ROWS = {row["id"]: row for row in published_rows()}
 

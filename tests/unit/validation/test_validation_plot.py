@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from moeplan.cli.validate import command
 from moeplan.errors import InputError
-from moeplan.pipeline import validation_plot
-from moeplan.pipeline.validation_plot import plot_validation
+from moeplan.validation import plots
+from moeplan.validation.plots import plot_validation
 
 
 def test_rows_and_figures_are_drawn(tmp_path: Path) -> None:
@@ -41,11 +41,11 @@ def test_measured_rows_are_drawn_by_part_and_backend(tmp_path: Path, monkeypatch
     """Five rows: two of (b), one of (c), one tuned on, one nobody measured; one without a first token."""
     rows = [SimpleNamespace(id=f"r{n}", backend="xyx"[n], tpot_ms=10.0, ttft_ms=1000.0) for n in range(3)]
     tuned = SimpleNamespace(id="t", backend="x", tpot_ms=10.0, ttft_ms=1000.0)
-    monkeypatch.setattr(validation_plot, "measured_rows", lambda: [*rows, tuned])
+    monkeypatch.setattr(plots, "measured_rows", lambda: [*rows, tuned])
     lines = ["id,split,predicted_ttft_ms,predicted_tpot_ms", "r0,b,1100,12", "r1,b,,10.5", "r2,c,700,10", "t,a,1000,1",
              "gone,b,1,1"]  # fmt: skip
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
-    validation_plot.plot_silicon(tmp_path / "rows.csv", tmp_path / "rows.svg")
+    plots.plot_silicon(tmp_path / "rows.csv", tmp_path / "rows.svg")
     root = ET.parse(tmp_path / "rows.svg").getroot()
     label = root.attrib["aria-label"]
     for words in (
@@ -57,7 +57,7 @@ def test_measured_rows_are_drawn_by_part_and_backend(tmp_path: Path, monkeypatch
         assert words in label
     (tmp_path / "other.csv").write_text("id,split\nr0,a\n")
     with pytest.raises(InputError, match="holds no predictions"):
-        validation_plot.plot_silicon(tmp_path / "other.csv", tmp_path / "other.svg")
+        plots.plot_silicon(tmp_path / "other.csv", tmp_path / "other.svg")
 
 
 def test_another_picture_format_is_refused_before_the_work() -> None:

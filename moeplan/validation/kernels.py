@@ -16,10 +16,10 @@ from moeplan.costs.heldout import AXES, PARTS, HeldOut, hold_out, pooled
 from moeplan.costs.waves import steps_of
 from moeplan.errors import ProfileError
 from moeplan.pipeline.aic import MAIN_SYSTEMS, full_profile
-from moeplan.pipeline.validation_live import cpu_figures, find_measured, h200_figure
-from moeplan.pipeline.validation_skew import Row, skew_rows
 from moeplan.progress import Progress, no_progress
 from moeplan.specs.clusters import find_accelerator
+from moeplan.validation.own_profiles import cpu_figures, find_measured, h200_figure
+from moeplan.validation.skew import Row, skew_rows
 
 __all__ = ["PUBLISHED_DEEPEP", "validate_kernels"]
 

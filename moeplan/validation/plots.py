@@ -8,8 +8,8 @@ from typing import Any
 
 from moeplan.errors import InputError
 from moeplan.files import write_text
-from moeplan.pipeline.silicon import measured_rows
 from moeplan.reports.validation_figures import errors_picture, rows_picture, targets_picture, times_picture
+from moeplan.validation.silicon import measured_rows
 
 __all__ = ["plot_peers", "plot_silicon", "plot_validation"]
 
