@@ -1,7 +1,10 @@
 """What training keeps of a layer for its backward, and what it computes again instead.
 
 Kept per token are inputs of every product and of the attention kernel, in the type of activations (Korthikanti et al.
-2022, arXiv 2205.05198, section 4, without dropout and with FlashAttention). Parts that are computed again bear the
+2022, arXiv 2205.05198, section 4, without dropout and with FlashAttention). Under ``recompute: attention`` the kernel
+runs again on the queries, keys and values that are kept, and its output is not, as with PyTorch's selective
+checkpointing of all but products. (Megatron-Core's ``core_attn`` keeps that too, for the projection behind it: beside
+FlashAttention it frees next to nothing.) Parts that are computed again bear the
 names of Megatron-Core's ``recompute_modules``: ``layernorm`` is both norms of a layer, ``moe_act`` the gated activation
 of routed experts, ``mla_up_proj`` the products from latents to queries, keys and values, ``mlp`` the block of a dense
 layer.
@@ -30,12 +33,14 @@ def activation_bytes(
         return wide * hidden
     norm = 0.0 if "layernorm" in modules else wide * hidden
     kept = 2.0 * wide * hidden + norm  # residual stream and norm's input, and the product's
-    if (a := model.attention) is not None and recompute != "attention":
+    if (a := model.attention) is not None:
         nope, rope = a.qk_nope_head_dim or a.head_dim, a.qk_rope_head_dim or 0
         keys = a.num_heads if a.is_mla else a.num_kv_heads
         if "mla_up_proj" not in modules:
             kept += wide * (a.num_heads * (nope + rope) + keys * (nope + rope + a.head_dim))
-        kept += wide * a.num_heads * a.head_dim + wide * ((a.q_lora_rank or 0) + (a.kv_lora_rank or 0))
+        kept += wide * ((a.q_lora_rank or 0) + (a.kv_lora_rank or 0))
+        if recompute != "attention":
+            kept += wide * a.num_heads * a.head_dim
     gates = 2 if model.gated_ffn else 1
 
     def ffn(inter: float, rows: float, activated: bool = True) -> float:

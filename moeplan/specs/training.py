@@ -38,7 +38,11 @@ class TrainingSpec(Spec):
         description="sharded over copies: 1 optimizer state, 2 gradients, 3 weights; gradients from 2 on are reduced in"
         " every micro-batch, weights at 3 gathered for every forward and every backward",
     )
-    recompute: Recompute = Field("none", description="what backward computes again instead of keeping it")
+    recompute: Recompute = Field(
+        "none",
+        description="what backward computes again instead of keeping it: nothing; the attention kernel, whose output is"
+        " not kept; whole layers",
+    )
     recompute_modules: tuple[RecomputeModule, ...] = Field(
         (),
         description="parts of a layer that are computed again too, as Megatron-Core names them: norms, routed experts'"
