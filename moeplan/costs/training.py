@@ -227,15 +227,15 @@ class TrainingCosts:
         # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch,
         # where a forward's product reads the weights.
         self._slots = int(np.bincount(placement.rank_of_slot_P).max())
-        tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
-        self._dense_parameters = (model.non_expert_parameters_on(spec.tp) - tables / spec.tp) / model.num_layers
+        self._parameters = model.layer_parameters_on(spec.tp)  # outside the experts, of a dense and of a MoE layer
         self._bandwidth = roofline.MEMORY_EFFICIENCY * cluster.accelerator.memory_bandwidth
         once_s = (2 * DTYPE_BYTES[spec.gradient_dtype] - DTYPE_BYTES[weight_dtype]) / self._bandwidth
-        added = once_s * self._dense_parameters, once_s * self._slots * float(model.expert_parameters)
-        attention = self.attention_s = (attention[0], attention[1] + sum(added))
+        added_dense, added_moe = (once_s * parameters for parameters in self._parameters)
+        added_moe += once_s * self._slots * model.expert_parameters
+        self.attention_s = attention[0], attention[1] + added_moe
         hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
         self._moe_forward_WL = attention[0] + shared + expert_s_WL
-        self._moe_backward_WL = attention[1] + self.shared_back_s + self.experts_back * expert_s_WL
+        self._moe_backward_WL = self.attention_s[1] + self.shared_back_s + self.experts_back * expert_s_WL
         self._moe_backward_WL += exchange_s_WL if full else 0.0
         self._moe_backward_WL += parts_s.get("moe_act", 0.0)
         self._exchange_WL = exchange_s_WL - hidden_s_WL
@@ -243,7 +243,7 @@ class TrainingCosts:
         block = dense.ffn(rows, hidden, inter / spec.tp, model.gated_ffn).total if inter else 0.0
         # A dense layer permutes nothing and has no router.
         more = block - fixed.routing_s
-        dense_backward = attention[1] - added[1] + self.products_back * more + self.reduces_back * reduce
+        dense_backward = attention[1] + added_dense + self.products_back * more + self.reduces_back * reduce
         self._dense = attention[0] + more + reduce, dense_backward + parts_s.get("mlp", 0.0)
         head = dense.product(rows, model.vocab_size / spec.tp, hidden).total
         loss = 2 * self._wide * _HEAD_PASSES * rows * model.vocab_size / spec.tp / self._bandwidth
@@ -312,7 +312,7 @@ class TrainingCosts:
         model, spec, ranks = self.model, self.spec, self.cluster.num_ranks
         tables = model.vocab_size * model.hidden_size
         ends = (layers[0] == 0) + (layers[-1] == len(kinds) - 1)
-        dense = self._dense_parameters * len(layers) + tables * ends / spec.tp
+        dense = sum(self._parameters[kinds[layer]] for layer in layers) + tables * ends / spec.tp
         expert = sum(kinds[layer] for layer in layers) * self._slots * float(model.expert_parameters)
         groups = [
             (dense, ranks // (spec.pp * spec.tp), spec.tp),

@@ -193,6 +193,17 @@ class ModelSpec(Spec):
                 extra = 2 * self.num_layers * self.hidden_size * a.head_dim * more
         return (self.non_expert_parameters - copied) / tp + copied + extra
 
+    def layer_parameters_on(self, tp: int) -> tuple[float, float]:
+        """Those of one dense and of one MoE layer; what no field tells apart (``extra_parameters``) is spread evenly."""
+        matrices, hidden = 3 if self.gated_ffn else 2, self.hidden_size
+        dense = matrices * hidden * self.dense_intermediate_size / tp
+        moe = matrices * hidden * self.shared_intermediate_size / tp
+        moe += hidden * (self.num_experts + 2 * (self.expert_hidden_size or 0))
+        tables = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2) / tp
+        num_dense = self.num_layers - self.num_moe_layers
+        alike = self.non_expert_parameters_on(tp) - tables - num_dense * dense - self.num_moe_layers * moe
+        return alike / self.num_layers + dense, alike / self.num_layers + moe
+
     def kv_bytes_per_token(self, dtype: Dtype = "bf16", tp: int = 1) -> float | None:
         """KV-cache bytes per token over all layers on each of ``tp`` ranks that share attention; None where it is not
         known. Grouped-query heads are split over the ranks down to one head each, a latent is whole on every one."""

@@ -1,0 +1,53 @@
+"""Weights, gradients and optimizer state of a stage, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.training import TrainingCosts, expert_group
+from moeplan.specs.clusters import cluster_for
+from moeplan.specs.model import ModelSpec
+from moeplan.specs.models import find_model
+from moeplan.specs.training import TrainingSpec
+
+DEEPSEEK = find_model("deepseek-v3")
+ATTENTION = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
+DENSE, MOE = 3 * 7168 * 18432, 3 * 7168 * 2048 + 7168 * 256  # block; shared expert and router
+TABLE = 129280 * 7168
+
+
+def _costs(model: ModelSpec, nodes: int, **fields: Any) -> TrainingCosts:
+    cluster, spec = cluster_for("h100", nodes, 8), TrainingSpec.parse({"global_batch": 1024, **fields}, "test")
+    layers, experts = model.num_moe_layers, model.num_experts
+    rows = np.tile(np.arange(experts, dtype=np.int32), (layers, 1))
+    ranks = np.repeat(np.arange(spec.ep, dtype=np.int32), experts // spec.ep)
+    group = expert_group(cluster, spec.ep)
+    placement = Placement(rows, ranks, experts, spec.ep, group.ranks_per_node)
+    return TrainingCosts(model, cluster, None, placement, np.ones((1, layers, experts)), spec)
+
+
+def test_dense_layers_weigh_where_they_are() -> None:
+    costs = _costs(DEEPSEEK, 64, pp=16, ep=32, zero=0)
+    for chunk in costs.chunks():
+        dense = sum(layer < 3 for layer in chunk.layers)
+        moe = len(chunk.layers) - dense
+        parameters = len(chunk.layers) * ATTENTION + dense * DENSE + moe * MOE
+        parameters += TABLE * ((chunk.layers[0] == 0) + (chunk.layers[-1] == 60))
+        experts = moe * 8 * DEEPSEEK.expert_parameters  # which have no copies
+        assert chunk.sync_bytes == pytest.approx(4 * parameters)
+        assert chunk.state_bytes == pytest.approx(18 * (parameters + experts))  # bf16, fp32 gradients, 12 of Adam
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+def test_layers_and_tables_are_all_there_is(tp: int) -> None:
+    for name in ("deepseek-v3", "kimi-k3", "mixtral-8x7b", "hunyuan-a13b"):
+        model = find_model(name)
+        dense, moe = model.layer_parameters_on(tp)
+        tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size / tp
+        count = model.num_moe_layers
+        whole = (model.num_layers - count) * dense + count * moe + tables
+        assert whole == pytest.approx(model.non_expert_parameters_on(tp))
