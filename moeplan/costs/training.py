@@ -310,9 +310,10 @@ class TrainingCosts:
         self, layers: range, kinds: list[bool], forward_W: Floats, backward_W: Floats, exchange_W: Floats
     ) -> Chunk:
         model, spec, ranks = self.model, self.spec, self.cluster.num_ranks
-        tables = model.vocab_size * model.hidden_size
-        ends = (layers[0] == 0) + (layers[-1] == len(kinds) - 1)
-        dense = sum(self._parameters[kinds[layer]] for layer in layers) + tables * ends / spec.tp
+        embeds, heads = layers[0] == 0, layers[-1] == len(kinds) - 1
+        tables = embeds or heads if model.tie_word_embeddings else embeds + heads
+        dense = sum(self._parameters[kinds[layer]] for layer in layers)
+        dense += tables * model.vocab_size * model.hidden_size / spec.tp
         expert = sum(kinds[layer] for layer in layers) * self._slots * float(model.expert_parameters)
         groups = [
             (dense, ranks // (spec.pp * spec.tp), spec.tp),

@@ -51,3 +51,13 @@ def test_layers_and_tables_are_all_there_is(tp: int) -> None:
         count = model.num_moe_layers
         whole = (model.num_layers - count) * dense + count * moe + tables
         assert whole == pytest.approx(model.non_expert_parameters_on(tp))
+
+
+@pytest.mark.parametrize(("pp", "tables"), [(1, 1), (2, 2)])
+def test_a_table_that_embedding_and_head_share_is_held_once_a_stage(pp: int, tables: int) -> None:
+    model = find_model("hunyuan-a13b")
+    assert model.tie_word_embeddings
+    state = sum(chunk.state_bytes for chunk in _costs(model, 2, pp=pp, ep=8, zero=0).chunks())
+    experts = model.num_moe_layers * model.num_experts // 8 * model.expert_parameters
+    more = (tables - 1) * model.vocab_size * model.hidden_size
+    assert state == pytest.approx(18 * (model.non_expert_parameters + more + experts))
