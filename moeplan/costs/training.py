@@ -21,6 +21,8 @@
   al. 2020, arXiv 1910.02054 count the same 16 bytes of state); ZeRO stage 1 shards that, 2 gradients too, 3
   weights too. Gradients are set to zero, checked, scaled and normed, too.
 - Activations kept, and what is computed again instead: :mod:`moeplan.costs.activations`.
+- A multi-token prediction layer joins the last hidden state and the next token's embedding by a product of ``2 H x H``
+  (DeepSeek-V3, arXiv 2412.19437, section 2.2); its stage holds embedding and head too, and logits of each prediction.
 
 ``W`` windows of load, ``L`` MoE layers, ``E`` experts, ``H`` hidden, ``T`` tokens of a micro-batch on one rank.
 """
@@ -248,6 +250,8 @@ class TrainingCosts:
         head = dense.product(rows, model.vocab_size / spec.tp, hidden).total
         loss = 2 * self._wide * _HEAD_PASSES * rows * model.vocab_size / spec.tp / self._bandwidth
         self._head = (head + loss / 2, ratio.products * head + loss / 2)
+        joined = dense.product(rows, hidden / spec.tp, 2 * hidden).total
+        self._joining = joined, ratio.products * joined
         self.links = CollectiveCosts(cluster, profile)
         self._link_error = 0.0
 
@@ -295,6 +299,8 @@ class TrainingCosts:
                 part = [np.full(windows, self._dense[0]), np.full(windows, self._dense[1]), np.zeros(windows)]
             if layer >= model.num_layers or layer == model.num_layers - 1:
                 part = [part[0] + self._head[0], part[1] + self._head[1], part[2]]
+            if layer >= model.num_layers:
+                part = [part[0] + self._joining[0], part[1] + self._joining[1], part[2]]
             host = spec.host_per_layer
             if host:  # a third of the launches are forward's
                 part = [part[0] + host / 3, part[1] + 2 * host / 3, part[2]]
@@ -310,10 +316,12 @@ class TrainingCosts:
         self, layers: range, kinds: list[bool], forward_W: Floats, backward_W: Floats, exchange_W: Floats
     ) -> Chunk:
         model, spec, ranks = self.model, self.spec, self.cluster.num_ranks
-        embeds, heads = layers[0] == 0, layers[-1] == len(kinds) - 1
-        tables = embeds or heads if model.tie_word_embeddings else embeds + heads
+        hidden, predicting = model.hidden_size, sum(layer >= model.num_layers for layer in layers)
+        heads = predicting + (model.num_layers - 1 in layers)
+        embeds, unembeds = layers[0] == 0 or predicting > 0, heads > 0
+        tables = embeds or unembeds if model.tie_word_embeddings else embeds + unembeds
         dense = sum(self._parameters[kinds[layer]] for layer in layers)
-        dense += tables * model.vocab_size * model.hidden_size / spec.tp
+        dense += (tables * model.vocab_size + predicting * 2 * hidden) * hidden / spec.tp
         expert = sum(kinds[layer] for layer in layers) * self._slots * float(model.expert_parameters)
         groups = [
             (dense, ranks // (spec.pp * spec.tp), spec.tp),
@@ -335,8 +343,8 @@ class TrainingCosts:
         kind = activations_beside(self.weight_dtype)
         by_kind = [activation_bytes(model, moe, spec.recompute, kind, again) for moe in (False, True)]
         kept = sum(by_kind[kinds[layer]] for layer in layers) * self.tokens
-        if layers[-1] == len(kinds) - 1:  # logits and their softmax in fp32
-            kept += self.tokens * spec.tp * model.vocab_size / spec.tp * 4
+        kept += heads * self.tokens * model.vocab_size * 4  # logits and their softmax in fp32
+        kept += predicting * self.tokens * 2 * hidden * width
         return Chunk(
             layers=tuple(layers),
             moe_rows=tuple(min(sum(kinds[:l]), model.num_moe_layers - 1) for l in layers if kinds[l]),

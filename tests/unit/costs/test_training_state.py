@@ -61,3 +61,15 @@ def test_a_table_that_embedding_and_head_share_is_held_once_a_stage(pp: int, tab
     experts = model.num_moe_layers * model.num_experts // 8 * model.expert_parameters
     more = (tables - 1) * model.vocab_size * model.hidden_size
     assert state == pytest.approx(18 * (model.non_expert_parameters + more + experts))
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_a_prediction_layer_has_its_join_and_logits(pp: int) -> None:
+    plain, more = (_costs(DEEPSEEK, 32, pp=pp, ep=32, zero=0, mtp_layers=mtp).chunks() for mtp in (0, 1))
+    layer = ATTENTION + MOE + 8 * DEEPSEEK.expert_parameters + 2 * 7168**2
+    layer += TABLE if pp == 2 else 0  # its stage has no embedding otherwise
+    assert sum(c.state_bytes for c in more) - sum(c.state_bytes for c in plain) == pytest.approx(18 * layer)
+    kept = sum(c.activation_bytes for c in more) - sum(c.activation_bytes for c in plain)
+    attention = 2 * (3 * 7168 + 128 * (192 + 192 + 128 + 128) + 1536 + 512)
+    moe = 2 * (8 * (2 * 7168 + 3 * 2048) + 3 * 2048)
+    assert kept == pytest.approx(4096 * (attention + moe + 2 * 2 * 7168 + 4 * 129280))
