@@ -8,8 +8,9 @@
   buffer that is reduced instead: as many bytes.
 - 1F1B with ``p`` stages, ``m`` micro-batches and ``v`` chunks per stage idles ``(p - 1) / (v m)`` of the work
   (Narayanan et al. 2021, arXiv 2104.04473); the simulation plays the schedule, :func:`training_step` uses this.
-- Gradients are reduce-scattered and weights all-gathered over the ranks that hold copies: ``ranks / (pp tp)`` for
-  the dense parts, ``ranks / (pp ep)`` for experts. Once a step up to ZeRO stage 1, which adds up gradients where
+- Gradients are reduced over the ranks that hold copies: ``ranks / (pp tp)`` for the dense parts, ``ranks / (pp ep)``
+  for experts. Without ZeRO they are all-reduced, every copy updates all its weights, and nothing is gathered; else
+  gradients are reduce-scattered and weights all-gathered. Once a step up to ZeRO stage 1, which adds up gradients where
   they are. From stage 2 on a rank keeps its part of them alone, so those of every micro-batch are reduce-scattered
   (DeepSpeed's ``allreduce_gradients``: stage 2 and above communicate off the boundaries of accumulation as well).
   Stage 3 gathers weights for every forward, frees them, gathers them again for every backward, which serves what
@@ -136,7 +137,7 @@ class Chunk:
     """Consecutive layers of one pipeline chunk. Seconds of one micro-batch, by window of load; bytes on a rank.
 
     ``moe_rows``: rows of the load that its MoE layers have.
-    ``exchange_s_W``: dispatch and combine of one direction. ``sync_s``: reduce-scatter of gradients, ``gather_s``:
+    ``exchange_s_W``: dispatch and combine of one direction. ``sync_s``: reduction of gradients, ``gather_s``:
     all-gather of weights, each of them once; ``optimizer_s``: the update. ``activation_bytes`` of one micro-batch.
     """
 
@@ -329,12 +330,14 @@ class TrainingCosts:
         ]
         width, grad = self._wide, DTYPE_BYTES[spec.gradient_dtype]
         sync = gather = own = held = moved = 0.0
+        reduction = "reduce_scatter" if spec.zero else "all_reduce"
         for parameters, copies, stride in groups:
-            reduced = self.links.seconds("reduce_scatter", copies, parameters * grad, stride)
-            gathered = self.links.seconds("all_gather", copies, parameters * width, stride)
+            shards = copies if spec.zero else 1
+            reduced = self.links.seconds(reduction, copies, parameters * grad, stride)
+            gathered = self.links.seconds("all_gather", shards, parameters * width, stride)
             sync, gather = sync + reduced.total, gather + gathered.total
             self._link_error = max(self._link_error, reduced.relative_error, gathered.relative_error)
-            own += parameters / (copies if spec.zero else 1)
+            own += parameters / shards
             held += parameters
             moved += parameters * grad * (copies > 1)
         adam = _ADAM_MOVED_BYTES - _COPY_OUT_BYTES * (width == 4) + _OWN_GRADIENT_PASSES * grad

@@ -35,8 +35,9 @@ class TrainingSpec(Spec):
     ep: int = Field(1, gt=0, description="expert-parallel ranks: split the experts of a layer")
     zero: Literal[0, 1, 2, 3] = Field(
         1,
-        description="sharded over copies: 1 optimizer state, 2 gradients, 3 weights; gradients from 2 on are reduced in"
-        " every micro-batch, weights at 3 gathered for every forward and every backward",
+        description="sharded over copies: 0 nothing, gradients are all-reduced; 1 optimizer state, 2 gradients, 3"
+        " weights; gradients from 2 on are reduced in every micro-batch, weights at 3 gathered for every forward and"
+        " every backward",
     )
     recompute: Recompute = Field(
         "none",

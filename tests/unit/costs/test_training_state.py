@@ -73,3 +73,14 @@ def test_a_prediction_layer_has_its_join_and_logits(pp: int) -> None:
     attention = 2 * (3 * 7168 + 128 * (192 + 192 + 128 + 128) + 1536 + 512)
     moe = 2 * (8 * (2 * 7168 + 3 * 2048) + 3 * 2048)
     assert kept == pytest.approx(4096 * (attention + moe + 2 * 2 * 7168 + 4 * 129280))
+
+
+def test_without_sharding_gradients_are_all_reduced_and_nothing_is_gathered() -> None:
+    plain, sharded = (_costs(find_model("mixtral-8x7b"), 4, ep=8, zero=zero) for zero in (0, 1))
+    (one,), (two,) = plain.chunks(), sharded.chunks()
+    model = plain.model
+    sizes = (model.non_expert_parameters, 32, 1), (32 * model.expert_parameters, 4, 8)
+    reduced = sum(plain.links.seconds("all_reduce", n, 4 * size, stride).total for size, n, stride in sizes)
+    assert (one.sync_s, one.gather_s) == (pytest.approx(reduced), 0.0)
+    assert one.sync_s == pytest.approx(2 * two.sync_s, rel=1e-3)
+    assert two.gather_s > 0
