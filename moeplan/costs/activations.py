@@ -17,7 +17,7 @@ from moeplan.errors import InputError
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
 from moeplan.specs.training import Recompute, RecomputeModule
 
-__all__ = ["activation_bytes", "recomputed_s"]
+__all__ = ["activation_bytes", "pair_bytes", "recomputed_s"]
 
 
 def activation_bytes(
@@ -27,7 +27,7 @@ def activation_bytes(
     dtype: Dtype = "bf16",
     modules: tuple[RecomputeModule, ...] = (),
 ) -> float:
-    """Bytes kept per token for the backward of one layer; ``dtype`` of activations."""
+    """Bytes kept per token for the backward of one layer where loads are even; ``dtype`` of activations."""
     hidden, wide = model.hidden_size, DTYPE_BYTES[dtype]
     if recompute == "full":
         return wide * hidden
@@ -41,16 +41,25 @@ def activation_bytes(
         kept += wide * ((a.q_lora_rank or 0) + (a.kv_lora_rank or 0))
         if recompute != "attention":
             kept += wide * a.num_heads * a.head_dim
-    gates = 2 if model.gated_ffn else 1
-
-    def ffn(inter: float, rows: float, activated: bool = True) -> float:
-        return rows * inter * wide * (gates + activated)
-
+    columns = wide * ((2 if model.gated_ffn else 1) + 1)  # of a block's first products, and activated
     if not moe:
-        return kept + norm + (0.0 if "mlp" in modules else ffn(model.dense_intermediate_size, 1))
-    routed = model.top_k * 2 * wide * model.routed_hidden_size  # as they arrive, and as they return
-    routed += ffn(model.expert_intermediate_size, model.top_k, "moe_act" not in modules)
-    return kept + routed + ffn(model.shared_intermediate_size, 1)
+        return kept + norm + (0.0 if "mlp" in modules else columns * model.dense_intermediate_size)
+    routed = model.top_k * pair_bytes(model, recompute, dtype, modules)
+    return kept + routed + columns * model.shared_intermediate_size
+
+
+def pair_bytes(
+    model: ModelSpec,
+    recompute: Recompute,
+    dtype: Dtype = "bf16",
+    modules: tuple[RecomputeModule, ...] = (),
+) -> float:
+    """The part of it that is kept where the experts are, for each (token, expert) pair they work on."""
+    if recompute == "full":
+        return 0.0
+    activated = "moe_act" not in modules
+    inner = ((2 if model.gated_ffn else 1) + activated) * model.expert_intermediate_size
+    return DTYPE_BYTES[dtype] * (2 * model.routed_hidden_size + inner)  # as it arrives, and as it returns
 
 
 def recomputed_s(

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
-from moeplan.costs.activations import activation_bytes, recomputed_s
+from moeplan.costs.activations import activation_bytes, pair_bytes, recomputed_s
 from moeplan.costs.backward import backward_over_forward
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
@@ -98,17 +98,16 @@ def expert_group(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
 
 
 def capacity(load_WLE: Floats, factor: float | None, pad: bool) -> tuple[Floats, Floats]:
-    """(part of each expert's pairs that it works on [W, L, E], dropped share of all pairs [W, L]).
+    """(load that each expert works on [W, L, E], dropped share of all pairs [W, L]).
 
     An expert takes at most ``factor`` times the mean number of pairs; with ``pad`` each works on exactly so many.
     """
     if factor is None:
-        return np.ones_like(load_WLE), np.zeros(load_WLE.shape[:2])
+        return load_WLE, np.zeros(load_WLE.shape[:2])
     most = factor * load_WLE.mean(2, keepdims=True)
     kept = np.minimum(load_WLE, most)
     dropped = 1 - kept.sum(2) / load_WLE.sum(2)
-    worked = np.broadcast_to(most, load_WLE.shape) if pad else kept
-    return worked / np.maximum(load_WLE, 1e-9 * most), dropped
+    return np.broadcast_to(most, load_WLE.shape) if pad else kept, dropped
 
 
 def model_flops_per_token(model: ModelSpec, sequence: int, mtp_layers: int = 0) -> float:
@@ -138,7 +137,8 @@ class Chunk:
 
     ``moe_rows``: rows of the load that its MoE layers have.
     ``exchange_s_W``: dispatch and combine of one direction. ``sync_s``: reduction of gradients, ``gather_s``:
-    all-gather of weights, each of them once; ``optimizer_s``: the update. ``activation_bytes`` of one micro-batch.
+    all-gather of weights, each of them once; ``optimizer_s``: the update. ``activation_bytes_WR`` of one micro-batch on
+    each rank of an expert-parallel group, which works on as many pairs as its experts get.
     """
 
     layers: tuple[int, ...]
@@ -151,7 +151,7 @@ class Chunk:
     optimizer_s: float
     sync_bytes: float
     state_bytes: float
-    activation_bytes: float
+    activation_bytes_WR: Floats
 
 
 class TrainingCosts:
@@ -189,9 +189,11 @@ class TrainingCosts:
         )
         how = Technique(dispatch=dispatch, tp=spec.tp, cp=spec.cp)
         step = self.step = StepModel(model, group, work, how, profile)
-        taken_WLE, self.dropped_WL = capacity(load_WLE, spec.capacity_factor, spec.overflow == "pad")
+        worked_WLE, self.dropped_WL = capacity(load_WLE, spec.capacity_factor, spec.overflow == "pad")
+        taken_WL = worked_WLE.sum(2, keepdims=True) / load_WLE.sum(2, keepdims=True)  # of all pairs, more if padded
         self.batches_W = batches = [
-            step.batches(placement, load_LE, taken_LE)[0] for load_LE, taken_LE in zip(load_WLE, taken_WLE, strict=True)
+            step.batches(placement, worked_LE, taken_L)[0]
+            for worked_LE, taken_L in zip(worked_WLE, taken_WL, strict=True)
         ]
         expert_s_WL = np.stack([batch.expert_s_LR.max(1) for batch in batches])
         exchange_s_WL = np.stack([batch.exchange_s_L for batch in batches])
@@ -348,9 +350,12 @@ class TrainingCosts:
         kept = sum(by_kind[kinds[layer]] for layer in layers) * self.tokens
         kept += heads * self.tokens * model.vocab_size * 4  # logits and their softmax in fp32
         kept += predicting * self.tokens * 2 * hidden * width
+        rows = tuple(min(sum(kinds[:l]), model.num_moe_layers - 1) for l in layers if kinds[l])
+        pairs_WR = np.stack([batch.pairs_LR[list(rows)].sum(0) for batch in self.batches_W])
+        beyond_WR = pairs_WR - len(rows) * self.tokens * model.top_k  # an even load
         return Chunk(
             layers=tuple(layers),
-            moe_rows=tuple(min(sum(kinds[:l]), model.num_moe_layers - 1) for l in layers if kinds[l]),
+            moe_rows=rows,
             forward_s_W=forward_W,
             backward_s_W=backward_W,
             exchange_s_W=exchange_W,
@@ -359,7 +364,7 @@ class TrainingCosts:
             optimizer_s=updated / self._adam.bytes_per_s,
             sync_bytes=moved,
             state_bytes=_state_bytes(spec, [(parameters, copies) for parameters, copies, _ in groups], width),
-            activation_bytes=kept,
+            activation_bytes_WR=kept + pair_bytes(model, spec.recompute, kind, again) * beyond_WR,
         )
 
     @property

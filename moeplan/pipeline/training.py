@@ -51,7 +51,8 @@ TRAINING_DIRECTIONS: dict[str, tuple[str, str]] = {
 # headlines without an interval -> what they are counted from
 TRAINING_EXACT: dict[str, str] = {
     "dropped_share": "counted from the loads of the trace and the capacity",
-    "peak_memory_bytes": "counted: weights, gradients, optimizer state, and activations in the order of the schedule",
+    "peak_memory_bytes": "counted: weights, gradients, optimizer state, and activations in the order of the schedule,"
+    " of the rank with most of them",
 }
 
 

@@ -38,7 +38,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageMemory:
-    """Bytes on one rank of a stage: ``state_bytes`` always, and activations from each ``time_s`` on."""
+    """Bytes on the rank of a stage that needs most: ``state_bytes`` always, and activations from each ``time_s`` on."""
 
     stage: int
     state_bytes: float
@@ -201,21 +201,23 @@ class _Play:
         spent["optimizer"] += update
         return reduced + update + gather
 
-    def memory(self, timed: list[Timed]) -> tuple[StageMemory, ...]:
-        """Activations kept from each forward's start to its backward's end."""
-        answer = []
+    def memory(self, number: int, timed: list[Timed]) -> list[StageMemory]:
+        """Activations of a step kept from each forward's start to its backward's end."""
+        first, answer = number * self.costs.micro_batches, []
         for stage in range(self.p):
-            changes: list[tuple[float, int, float]] = []
+            changes: list[tuple[float, bool, Floats]] = []
             for t in timed:
                 if t.stage == stage:
-                    size = self.chunks[self.chunk(stage, t.op)].activation_bytes
+                    window = (first + t.op.micro_batch) % self.windows
+                    size_R = self.chunks[self.chunk(stage, t.op)].activation_bytes_WR[window]
                     forward = t.op.kind == "forward"
-                    changes.append((t.start_s, 1, size) if forward else (t.end_s, 0, -size))
-            changes.sort()
-            held = np.cumsum([change[2] for change in changes])
+                    changes.append((t.start_s, True, size_R) if forward else (t.end_s, False, -size_R))
+            changes.sort(key=lambda change: change[:2])
+            held_R = np.cumsum([size_R for _, _, size_R in changes], axis=0).T
             state = sum(chunk.state_bytes for chunk in self.chunks[stage :: self.p])
-            answer.append(StageMemory(stage, state, np.array([change[0] for change in changes]), held))
-        return tuple(answer)
+            most = held_R[held_R.max(1).argmax()]
+            answer.append(StageMemory(stage, state, np.array([change[0] for change in changes]), most))
+        return answer
 
 
 def simulate_training(
@@ -237,9 +239,10 @@ def simulate_training(
         )
     play, spec, cluster = _Play(costs, fidelity == "detailed", factor or {}), costs.spec, costs.cluster
     now, steps, totals = 0.0, [], dict.fromkeys(("work", "exchange", "sync", "optimizer"), 0.0)
-    timed: list[Timed] = []
+    memory: list[list[StageMemory]] = []
     for number in range(spec.steps):
         seconds, timed, spent = play.step(number, now)
+        memory.append(play.memory(number, timed))
         steps.append(seconds)
         now += seconds
         for name, value in spent.items():
@@ -267,7 +270,7 @@ def simulate_training(
         exposed_sync_share=totals["sync"] / whole,
         optimizer_share=totals["optimizer"] / whole,
         dropped_share=float(costs.dropped_WL.mean()),
-        memory=play.memory(timed),
+        memory=tuple(max(stages, key=lambda stage: stage.peak_bytes) for stages in zip(*memory, strict=True)),
         memory_bytes=limit,
         log=play.recorder.build("simulated", cluster.num_ranks, cluster.num_nodes, {**ranks, **(origin or {})}),
         source=costs.source,

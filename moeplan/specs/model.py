@@ -194,7 +194,7 @@ class ModelSpec(Spec):
         return (self.non_expert_parameters - copied) / tp + copied + extra
 
     def layer_parameters_on(self, tp: int) -> tuple[float, float]:
-        """Those of one dense and of one MoE layer; what no field tells apart (``extra_parameters``) is spread evenly."""
+        """Those of one dense and of one MoE layer; ``extra_parameters``, whose layers are not known, spread evenly."""
         matrices, hidden = 3 if self.gated_ffn else 2, self.hidden_size
         dense = matrices * hidden * self.dense_intermediate_size / tp
         moe = matrices * hidden * self.shared_intermediate_size / tp
