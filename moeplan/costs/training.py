@@ -48,7 +48,7 @@ from moeplan.costs.step import StepModel
 from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique
 from moeplan.errors import InputError
-from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside, dense_beside
 from moeplan.specs.training import TrainingSpec
 from moeplan.specs.workload import DispatchKind, Workload
@@ -82,18 +82,29 @@ _HEAD_PASSES = 8  # of logits in bf16: cross entropy forward and backward in fp3
 
 
 def expert_group(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
-    """The first ``ranks`` neighbours of a cluster: one expert-parallel group.
+    """``ranks`` neighbours of a cluster: one expert-parallel group, each of them as slow as the slowest that has its
+    place in any group of any stage, since all wait for each other.
 
     Raises:
-        InputError: they do not fill nodes evenly.
+        InputError: they do not fill nodes evenly, or a rank of the cluster has failed.
     """
+    for rank, spec in cluster.ranks.items():
+        if spec.failed:
+            raise InputError(
+                f"cluster.ranks.{rank}.failed (true), but a training job needs every rank; leave it out of the cluster"
+                " (ranks, nodes), or failed out"
+            )
     per_node = min(ranks, cluster.ranks_per_node)
     if ranks % per_node or ranks > cluster.num_ranks or cluster.topology == "explicit":
         raise InputError(
             f"training.ep ({ranks}) does not fill nodes of cluster.ranks_per_node ({cluster.ranks_per_node}) evenly,"
             " or the cluster has explicit links; choose a divisor or a multiple, and a preset topology"
         )
-    own = {rank: spec for rank, spec in cluster.ranks.items() if rank < ranks}
+    own = {}
+    for place in {rank % ranks for rank in cluster.ranks}:
+        peers = [cluster.rank(rank) for rank in range(place, cluster.num_ranks, ranks)]
+        slowest = {name: min(getattr(peer, name) for peer in peers) for name in ("speed", "link_speed")}
+        own[place] = RankSpec.model_validate(slowest)
     return cluster.model_copy(update={"num_nodes": ranks // per_node, "ranks_per_node": per_node, "ranks": own})
 
 

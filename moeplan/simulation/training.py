@@ -253,7 +253,7 @@ def simulate_training(
     flops = per_rank * model_flops_per_token(costs.model, spec.sequence, spec.mtp_layers)
     whole = now * spec.pp
     idle = whole - totals["work"] - totals["sync"] - totals["optimizer"]
-    limit = min(cluster.rank_memory_bytes(r) for r in range(cluster.num_ranks) if not cluster.rank(r).failed)
+    limit = min(cluster.rank_memory_bytes(r) for r in range(cluster.num_ranks))
     ranks = {"ranks": "one for each pipeline stage", "fidelity": "schedule"}
     if fidelity == "detailed":
         ranks = {"ranks": "one expert-parallel group for each pipeline stage", "fidelity": "detailed"}

@@ -1,0 +1,44 @@
+"""Ranks of a training job that are slower than the others, or are not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.training import Chunk, TrainingCosts, expert_group
+from moeplan.errors import InputError
+from moeplan.specs.cluster import RankSpec
+from moeplan.specs.clusters import cluster_for
+from moeplan.specs.models import find_model
+from moeplan.specs.training import TrainingSpec
+
+LITE = find_model("deepseek-v2-lite")  # 27 layers, the first dense; 64 experts
+JOB = cluster_for("h100", 4, 8)
+
+
+def _chunks(ranks: dict[int, RankSpec], **fields: Any) -> list[Chunk]:
+    cluster = JOB.model_copy(update={"ranks": ranks})
+    spec = TrainingSpec.parse({"global_batch": 64, "ep": 8, "pp": 2, **fields}, "test")
+    rows = np.tile(np.arange(64, dtype=np.int32), (26, 1))
+    placement = Placement(rows, np.repeat(np.arange(8, dtype=np.int32), 8), 64, 8, 8)
+    return TrainingCosts(LITE, cluster, None, placement, np.ones((1, 26, 64)), spec).chunks()
+
+
+def test_a_slow_rank_counts_wherever_it_is() -> None:
+    plain = _chunks({})
+    for slow in ({"speed": 0.5}, {"link_speed": 0.5}):
+        first, other = (_chunks({rank: RankSpec.model_validate(slow)}) for rank in (3, 27))
+        for one, two, usual in zip(first, other, plain, strict=True):
+            taken = [c.forward_s_W[0] + c.backward_s_W[0] + c.exchange_s_W[0] for c in (one, two, usual)]
+            assert taken[0] == taken[1] > taken[2]
+    group = expert_group(JOB.model_copy(update={"ranks": {3: RankSpec(speed=0.5), 27: RankSpec(link_speed=0.7)}}), 8)
+    assert group.ranks == {3: RankSpec(speed=0.5, link_speed=0.7)}
+
+
+def test_a_failed_rank_is_refused() -> None:
+    for rank in (3, 27):
+        with pytest.raises(InputError, match=rf"cluster\.ranks\.{rank}\.failed \(true\), but .*; leave it out"):
+            _chunks({rank: RankSpec(failed=True)})
