@@ -230,41 +230,43 @@ class TrainingCosts:
         hidden, rows = model.hidden_size, self.tokens * spec.tp
         moved = 2 * self._wide * PASSES * self.tokens * hidden  # a third of it in forward
         forward, backward = moved / 3 / onward.bytes_per_s, 2 * moved / 3 / back_stream.bytes_per_s
+        pace = self._pace = float(step.speed_R.min())  # in every layer ranks wait for the slowest; links do not
         kernel, reduce = fixed.kernel_s, fixed.reduce_s
         plain = fixed.layer_s - kernel - reduce
-        again = {"none": 0.0, "attention": kernel, "full": fixed.layer_s + forward}[spec.recompute]
+        whole_s = plain + kernel + forward
+        again = {"none": 0.0, "attention": kernel, "full": whole_s}[spec.recompute]
         parts_s = recomputed_s(spec.recompute_modules, model, self.tokens, spec.tp, dense, onward.bytes_per_s)
         again += parts_s.get("layernorm", 0.0) + parts_s.get("mla_up_proj", 0.0)
-        attention_back = ratio.products * plain + ratio.attention * kernel + reduce + backward + again
-        attention = fixed.layer_s + forward, attention_back
-        full = spec.recompute == "full"
-        shared, shared_reduce = fixed.shared_s, fixed.shared_reduce_s
-        self.shared_back_s = self.products_back * (shared - shared_reduce) + self.reduces_back * shared_reduce
+        attention_back = ratio.products * plain + ratio.attention * kernel + backward + again
+        attention = whole_s / pace + reduce, attention_back / pace + self.reduces_back * reduce
+        shared, shared_reduce = (fixed.shared_s - fixed.shared_reduce_s) / pace, fixed.shared_reduce_s
+        self.shared_s = shared + shared_reduce
+        self.shared_back_s = self.products_back * shared + self.reduces_back * shared_reduce
         # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch,
         # where a forward's product reads the weights.
         self._slots = int(np.bincount(placement.rank_of_slot_P).max())
         self._parameters = model.layer_parameters_on(spec.tp)  # outside the experts, of a dense and of a MoE layer
-        self._bandwidth = roofline.MEMORY_EFFICIENCY * cluster.accelerator.memory_bandwidth
-        once_s = (2 * DTYPE_BYTES[spec.gradient_dtype] - DTYPE_BYTES[weight_dtype]) / self._bandwidth
+        bandwidth = pace * roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
+        once_s = (2 * DTYPE_BYTES[spec.gradient_dtype] - DTYPE_BYTES[weight_dtype]) / bandwidth
         added_dense, added_moe = (once_s * parameters for parameters in self._parameters)
         added_moe += once_s * self._slots * model.expert_parameters
         self.attention_s = attention[0], attention[1] + added_moe
-        hidden_s_WL = np.minimum(exchange_s_WL, shared) if spec.overlap == "shared_expert" else np.zeros((1, 1))
-        self._moe_forward_WL = attention[0] + shared + expert_s_WL
+        hidden_s_WL = np.minimum(exchange_s_WL, self.shared_s) if spec.overlap == "shared_expert" else np.zeros((1, 1))
+        self._moe_forward_WL = attention[0] + self.shared_s + expert_s_WL
         self._moe_backward_WL = self.attention_s[1] + self.shared_back_s + self.experts_back * expert_s_WL
-        self._moe_backward_WL += exchange_s_WL if full else 0.0
-        self._moe_backward_WL += parts_s.get("moe_act", 0.0)
+        self._moe_backward_WL += exchange_s_WL if spec.recompute == "full" else 0.0
+        self._moe_backward_WL += parts_s.get("moe_act", 0.0) / pace
         self._exchange_WL = exchange_s_WL - hidden_s_WL
         inter = model.dense_intermediate_size
         block = dense.ffn(rows, hidden, inter / spec.tp, model.gated_ffn).total if inter else 0.0
         # A dense layer permutes nothing and has no router.
-        more = block - fixed.routing_s
+        more = (block - fixed.routing_s) / pace
         dense_backward = attention[1] + added_dense + self.products_back * more + self.reduces_back * reduce
-        self._dense = attention[0] + more + reduce, dense_backward + parts_s.get("mlp", 0.0)
-        head = dense.product(rows, model.vocab_size / spec.tp, hidden).total
-        loss = 2 * self._wide * _HEAD_PASSES * rows * model.vocab_size / spec.tp / self._bandwidth
+        self._dense = attention[0] + more + reduce, dense_backward + parts_s.get("mlp", 0.0) / pace
+        head = dense.product(rows, model.vocab_size / spec.tp, hidden).total / pace
+        loss = 2 * self._wide * _HEAD_PASSES * rows * model.vocab_size / spec.tp / bandwidth
         self._head = (head + loss / 2, ratio.products * head + loss / 2)
-        joined = dense.product(rows, hidden / spec.tp, 2 * hidden).total
+        joined = dense.product(rows, hidden / spec.tp, 2 * hidden).total / pace
         self._joining = joined, ratio.products * joined
         self.links = CollectiveCosts(cluster, profile)
         self._link_error = 0.0
@@ -372,7 +374,7 @@ class TrainingCosts:
             exchange_s_W=exchange_W,
             sync_s=sync,
             gather_s=gather,
-            optimizer_s=updated / self._adam.bytes_per_s,
+            optimizer_s=updated / self._adam.bytes_per_s / self._pace,
             sync_bytes=moved,
             state_bytes=_state_bytes(spec, [(parameters, copies) for parameters, copies, _ in groups], width),
             activation_bytes_WR=kept + pair_bytes(model, spec.recompute, kind, again) * beyond_WR,
