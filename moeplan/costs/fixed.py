@@ -72,7 +72,8 @@ def fixed_costs(
     all-reduce the results of attention, of dense blocks and of the embedding; logits are gathered. Shared experts are
     split as well, so tokens that are sent to routed ones rank by rank (:class:`Technique`) are gathered for them and
     their results scattered, as Megatron-Core does. Norms and the router see a rank's own tokens; all of them where
-    experts' results are all-reduced in place.
+    experts' results are all-reduced in place. Keys and values that ranks of one sequence (``cp``) gather are not among
+    them: those ranks need not be of this cluster alone (:mod:`moeplan.costs.training`).
 
     Raises:
         InputError: ``launches_per_layer`` is given and the profile has no launch latency.
@@ -92,16 +93,13 @@ def fixed_costs(
     parts: dict[str, list[Seconds]] = {"attention": [], "norms": [], "router and permutation": [], "links": []}
     if model.attention is not None:
         sorts = attention_by_window(model, device, decode, dense, kv_dtype, profile, tp, backend)
-        # Prefill: sequences of `context` tokens, cut among cp ranks whose keys and values are gathered.
+        # Prefill: sequences of `context` tokens, cut among cp ranks.
         length = workload.context if decode else min(workload.context, tokens * cp)
         sequences = tokens if decode else max(1.0, tokens * cp / length)
         for share, attention in sorts:  # of the mean layer
             kernel = attention.kernel(sequences, length)
             value = kernel.value * share / (1 if decode else cp)
             parts["attention"].append(Seconds(value, kernel.relative_error, kernel.source, kernel.extrapolated))
-        if not decode and cp > 1:
-            gathered = tokens * cp * model.attention.kv_elements_per_token * wide
-            parts["links"].append(links.seconds("all_gather", cp, gathered))
         kernel_s = sum(kernel.total for kernel in parts["attention"])
         parts["attention"].append(sorts[0][1].projections(tokens))
     own = tokens if reduces_in_place(how.dispatch, tp, cluster) else tokens / tp

@@ -146,7 +146,7 @@ class StepModel:
         self._link_R = np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)])
         self._link_N = self._link_R.reshape(cluster.num_nodes, -1).mean(1)
         self._tokens = tokens
-        of = {"tp": cluster.num_ranks, "cp": cluster.num_ranks, "expert_tp": cluster.ranks_per_node}
+        of = {"tp": cluster.num_ranks, "expert_tp": cluster.ranks_per_node}
         for name, number in of.items():
             degree = getattr(self.technique, name)
             if degree < 1 or number % degree:

@@ -21,6 +21,8 @@
 - Adam reads and writes 4-byte master weights and two moments, reads gradients, writes weights (Rajbhandari et
   al. 2020, arXiv 1910.02054 count the same 16 bytes of state); ZeRO stage 1 shards that, 2 gradients too, 3
   weights too. Gradients are set to zero, checked, scaled and normed, too.
+- Ranks that split a sequence (``cp``, ``tp`` apart) gather keys and values of their own heads, in backward once more,
+  and scatter the gradients (Llama 3, arXiv 2407.21783, section 3.3.2).
 - Activations kept, and what is computed again instead: :mod:`moeplan.costs.activations`.
 - A multi-token prediction layer joins the last hidden state and the next token's embedding by a product of ``2 H x H``
   (DeepSeek-V3, arXiv 2412.19437, section 2.2); its stage holds embedding and head too, and logits of each prediction.
@@ -216,12 +218,18 @@ class TrainingCosts:
             model, accelerator, weight_dtype, profile, self.tokens, spec.sequence, spec.tp, pairs,
             model.num_experts / spec.ep,
         )  # fmt: skip
+        self.links, self._link_error = CollectiveCosts(cluster, profile), 0.0
+        # Of a layer, by the ranks of one sequence, which lie tp apart.
+        key_bytes = (model.kv_bytes_per_token(activations_beside(weight_dtype), spec.tp) or 0.0) / model.num_layers
+        key_bytes *= spec.micro_batch * spec.sequence
+        gathered = self.links.seconds("all_gather", spec.cp, key_bytes, spec.tp)
         onward, back_stream = (stream(profile, accelerator, "norm", way) for way in ("forward", "backward"))
         self._adam = stream(profile, accelerator, "optimizer", "forward")
         self.source = {
             **whole.source,
             "backward": ratio.source + f"; its passes {back_stream.source}" * back_stream.measured,
             "optimizer": self._adam.source if self._adam.measured else "modelled from bytes moved",
+            **({"keys and values": gathered.source} if spec.cp > 1 else {}),
         }
         guessed = {"backward": len(ratio.measured) < 3, "optimizer": not self._adam.measured}
         self.extrapolated = (*whole.extrapolated, *(name for name, guess in guessed.items() if guess))
@@ -231,14 +239,16 @@ class TrainingCosts:
         moved = 2 * self._wide * PASSES * self.tokens * hidden  # a third of it in forward
         forward, backward = moved / 3 / onward.bytes_per_s, 2 * moved / 3 / back_stream.bytes_per_s
         pace = self._pace = float(step.speed_R.min())  # in every layer ranks wait for the slowest; links do not
-        kernel, reduce = fixed.kernel_s, fixed.reduce_s
+        kernel, reduce, keys = fixed.kernel_s, fixed.reduce_s, gathered.total
         plain = fixed.layer_s - kernel - reduce
         whole_s = plain + kernel + forward
         again = {"none": 0.0, "attention": kernel, "full": whole_s}[spec.recompute]
         parts_s = recomputed_s(spec.recompute_modules, model, self.tokens, spec.tp, dense, onward.bytes_per_s)
         again += parts_s.get("layernorm", 0.0) + parts_s.get("mla_up_proj", 0.0)
         attention_back = ratio.products * plain + ratio.attention * kernel + backward + again
-        attention = whole_s / pace + reduce, attention_back / pace + self.reduces_back * reduce
+        # Backward gathers keys and values again, and scatters their gradients.
+        back_links = self.reduces_back * (reduce + keys) + keys
+        attention = whole_s / pace + reduce + keys, attention_back / pace + back_links
         shared, shared_reduce = (fixed.shared_s - fixed.shared_reduce_s) / pace, fixed.shared_reduce_s
         self.shared_s = shared + shared_reduce
         self.shared_back_s = self.products_back * shared + self.reduces_back * shared_reduce
@@ -268,8 +278,6 @@ class TrainingCosts:
         self._head = (head + loss / 2, ratio.products * head + loss / 2)
         joined = dense.product(rows, hidden / spec.tp, 2 * hidden).total / pace
         self._joining = joined, ratio.products * joined
-        self.links = CollectiveCosts(cluster, profile)
-        self._link_error = 0.0
 
     @property
     def experts_back(self) -> float:
