@@ -9,10 +9,11 @@
 - 1F1B with ``p`` stages, ``m`` micro-batches and ``v`` chunks per stage idles ``(p - 1) / (v m)`` of the work
   (Narayanan et al. 2021, arXiv 2104.04473); the simulation plays the schedule, :func:`training_step` uses this.
 - Gradients are reduced over the ranks that hold copies: ``ranks / (pp tp)`` for the dense parts, ``ranks / (pp ep)``
-  for experts. Without ZeRO they are all-reduced, every copy updates all its weights, and nothing is gathered; else
-  gradients are reduce-scattered and weights all-gathered. Once a step up to ZeRO stage 1, which adds up gradients where
-  they are. From stage 2 on a rank keeps its part of them alone, so those of every micro-batch are reduce-scattered
-  (DeepSpeed's ``allreduce_gradients``: stage 2 and above communicate off the boundaries of accumulation as well).
+  for experts, times their copies inside a group where a placement has some. Without ZeRO they are all-reduced, every
+  copy updates all its weights, and nothing is gathered; else gradients are reduce-scattered and weights all-gathered.
+  Once a step up to ZeRO stage 1, which adds up gradients where they are. From stage 2 on a rank keeps its part of them
+  alone, so those of every micro-batch are reduce-scattered (DeepSpeed's ``allreduce_gradients``:
+  stage 2 and above communicate off the boundaries of accumulation as well).
   Stage 3 gathers weights for every forward, frees them, gathers them again for every backward, which serves what
   that computes again too, and gathers none after the update: what PyTorch's ``fully_shard`` and Megatron-FSDP
   (``mfsdp_design.md``, "Flow") do unless told otherwise, in one micro-batch half as much again as stage 2 moves
@@ -38,7 +39,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.activations import activation_bytes, pair_bytes, recomputed_s
@@ -108,6 +109,17 @@ def expert_group(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
         slowest = {name: min(getattr(peer, name) for peer in peers) for name in ("speed", "link_speed")}
         own[place] = RankSpec.model_validate(slowest)
     return cluster.model_copy(update={"num_nodes": ranks // per_node, "ranks_per_node": per_node, "ranks": own})
+
+
+def _copied(placement: Placement) -> tuple[float, int]:
+    """(slots whose expert has copies, on the rank with most of them in the mean layer; how many, in the mean)."""
+    experts_LP = placement.physical_to_logical_LP
+    copies_LP = np.take_along_axis(placement.replicas_LE, np.maximum(experts_LP, 0), axis=1)
+    several_LP = (copies_LP > 1) & (experts_LP != EMPTY)
+    if not several_LP.any():
+        return 0.0, 1
+    slots = float(np.bincount(placement.rank_of_slot_P, several_LP.mean(0)).max())
+    return slots, min(round(copies_LP[several_LP].mean()), placement.num_ranks)
 
 
 def capacity(load_WLE: Floats, factor: float | None, pad: bool) -> tuple[Floats, Floats]:
@@ -254,7 +266,7 @@ class TrainingCosts:
         self.shared_back_s = self.products_back * shared + self.reduces_back * shared_reduce
         # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch,
         # where a forward's product reads the weights.
-        self._slots = int(np.bincount(placement.rank_of_slot_P).max())
+        self._slots, self._copied = int(np.bincount(placement.rank_of_slot_P).max()), _copied(placement)
         self._parameters = model.layer_parameters_on(spec.tp)  # outside the experts, of a dense and of a MoE layer
         bandwidth = pace * roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
         once_s = (2 * DTYPE_BYTES[spec.gradient_dtype] - DTYPE_BYTES[weight_dtype]) / bandwidth
@@ -346,11 +358,14 @@ class TrainingCosts:
         tables = embeds or unembeds if model.tie_word_embeddings else embeds + unembeds
         dense = sum(self._parameters[kinds[layer]] for layer in layers)
         dense += (tables * model.vocab_size + predicting * 2 * hidden) * hidden / spec.tp
-        expert = sum(kinds[layer] for layer in layers) * self._slots * float(model.expert_parameters)
-        groups = [
+        slot = sum(kinds[layer] for layer in layers) * float(model.expert_parameters)
+        alike, copied, copies = ranks // (spec.pp * spec.ep), *self._copied
+        sorts = [  # parameters, ranks that hold them, and how far these lie apart
             (dense, ranks // (spec.pp * spec.tp), spec.tp),
-            (expert, ranks // (spec.pp * spec.ep), spec.ep),
+            ((self._slots - copied) * slot, alike, spec.ep),
+            (copied * slot, alike * copies, spec.ep // copies),
         ]
+        groups = [group for group in sorts if group[0]]
         width, grad = self._wide, DTYPE_BYTES[spec.gradient_dtype]
         sync = gather = own = held = moved = 0.0
         reduction = "reduce_scatter" if spec.zero else "all_reduce"

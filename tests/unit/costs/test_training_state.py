@@ -84,3 +84,27 @@ def test_without_sharding_gradients_are_all_reduced_and_nothing_is_gathered() ->
     assert (one.sync_s, one.gather_s) == (pytest.approx(reduced), 0.0)
     assert one.sync_s == pytest.approx(2 * two.sync_s, rel=1e-3)
     assert two.gather_s > 0
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_copies_of_an_expert_reduce_their_gradients(zero: int) -> None:
+    """128 experts in order on 8 ranks, each with a 17th slot: a copy of an expert that is four ranks away."""
+    model, cluster = find_model("qwen3-30b-a3b"), cluster_for("h100", 2, 8)
+    spec = TrainingSpec.parse({"global_batch": 16, "ep": 8, "zero": zero}, "test")
+    ranks = [[*range(16 * rank, 16 * rank + 16), (16 * rank + 64) % 128] for rank in range(8)]
+    rows = np.tile(np.array(ranks, np.int32).ravel(), (48, 1))
+    placement = Placement(rows, np.repeat(np.arange(8, dtype=np.int32), 17), 128, 8, 8)
+    costs = TrainingCosts(model, cluster, None, placement, np.ones((1, 48, 128)), spec)
+    (plain,), (chunk,) = _costs(model, 2, ep=8, zero=zero).chunks(), costs.chunks()
+    slot = 48 * model.expert_parameters
+    way = "reduce_scatter" if zero else "all_reduce"
+
+    def reduced(slots: int, ranks: int, stride: int) -> float:
+        return costs.links.seconds(way, ranks, 4 * slots * slot, stride).total
+
+    # 15 slots are alike on 2 ranks, 2 on 4; before 16 on 2.
+    more = reduced(15, 2, 8) + reduced(2, 4, 4) - reduced(16, 2, 8)
+    assert chunk.sync_s - plain.sync_s == pytest.approx(more)
+    assert more > 0
+    adam = 12 * slot * ((15 / 2 + 2 / 4 - 16 / 2) if zero else 1)
+    assert chunk.state_bytes - plain.state_bytes == pytest.approx(6 * slot + adam)
