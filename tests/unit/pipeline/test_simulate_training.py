@@ -64,7 +64,7 @@ def _guide(tmp_path: Path) -> dict[str, Any]:
     page = (Path(__file__).parents[3] / "docs" / "guides" / "training.md").read_text(encoding="utf-8")
     document: dict[str, Any] = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
     trace = tmp_path / document["trace"]
-    np.savez(trace, experts=np.random.default_rng(0).random((64, 58, 256)).argsort(axis=2)[..., :8])
+    np.savez(trace, experts=np.random.default_rng(0).random((1024, 58, 256)).argsort(axis=2)[..., :8])
     return {**document, "trace": str(trace)}
 
 
