@@ -265,7 +265,10 @@ class EngineCosts:
 
     # ------------------------------------------------------------------ a pass
 
-    def _pass(self, decode: bool, batch: Any, context: Any, busy: Any, tokens_per_sequence: float = 1.0) -> Floats:
+    def _pass(
+        self, decode: bool, batch: Any, context: Any, busy: Any, tokens_per_sequence: float = 1.0
+    ) -> tuple[Floats, Floats]:
+        """Seconds of all layers, and of the head."""
         s, m = self.setup, self.setup.model
         batch, context, busy = np.broadcast_arrays(*(np.asarray(x, float) for x in (batch, context, busy)))
         tokens = batch * (tokens_per_sequence if decode else context)  # per attention group
@@ -287,23 +290,26 @@ class EngineCosts:
         if num_dense and m.dense_intermediate_size:
             block = num_dense * (self._ffn(tokens, m.dense_intermediate_size) + reduce)
         head = plain.product(tokens if decode else batch, m.vocab_size / s.tp, m.hidden_size).value
-        total: Floats = attention + m.num_layers * reduce + m.num_moe_layers * moe + block + head
-        return total
+        layers: Floats = attention + m.num_layers * reduce + m.num_moe_layers * moe + block
+        return layers, head
 
     def decode_s(self, batch: Any, context: Any) -> Floats:
         """Seconds of one decode step of ``batch`` sequences per attention group over ``context`` cached tokens.
 
         With drafts a step checks ``1 + draft_tokens`` tokens per sequence and then drafts anew, each draft with one
-        more layer.
+        more layer and the head (DeepSeek-V3, arXiv 2412.19437, section 2.2).
         """
         drafts = self.setup.draft_tokens
-        step = self._pass(True, batch, context, self.setup.dp, 1.0 + drafts)
+        layers, head = self._pass(True, batch, context, self.setup.dp, 1.0 + drafts)
+        step = layers + head
         if drafts:
-            step = step + drafts * self._pass(True, batch, context, self.setup.dp) / self.setup.model.num_layers
+            layers, head = self._pass(True, batch, context, self.setup.dp)
+            step = step + drafts * (layers / self.setup.model.num_layers + head)
         return step
 
     def prefill_s(self, prompts: Any, length: Any) -> Floats:
         """Seconds of a prefill of ``prompts`` of ``length`` tokens over the worker, spread over attention groups."""
         prompts = np.asarray(prompts, float)
         busy = np.minimum(prompts, self.setup.dp)
-        return self._pass(False, np.ceil(prompts / self.setup.dp), length, busy)
+        layers, head = self._pass(False, np.ceil(prompts / self.setup.dp), length, busy)
+        return layers + head

@@ -171,6 +171,17 @@ def test_drafts_make_a_step_longer_but_less_than_in_proportion() -> None:
     assert plain < drafted < 4 * plain
 
 
+def test_a_draft_takes_a_layer_and_the_head() -> None:
+    # A vocabulary 100 times as large: a draft takes that much longer too, by the whole product, not by a 61st of it.
+    model = find_model("deepseek-v3")
+    more = []
+    for vocabulary in (1, 100):
+        wide = model.model_copy(update={"vocab_size": vocabulary * model.vocab_size})
+        plain, drafted = (engine(model=wide, draft_tokens=k).decode_s(1.0, 1000.0).item() for k in (0, 1))
+        more.append((plain, drafted - plain))
+    assert more[1][1] - more[0][1] > 0.9 * (more[1][0] - more[0][0])
+
+
 def test_drafts_multiply_products_and_work_but_read_the_cache_once() -> None:
     # Linear attention keeps a state per drafted token, so its recurrence is done once for each.
     for name in ("deepseek-v3", "qwen3.5-397b-a17b"):
