@@ -10,6 +10,8 @@ experts of the busiest rank:
 - ``two_batch``: two half batches, one computing while the other exchanges: max(2 (a + s + e)', 2 x') with the
   halves' times; ``shortcut`` (ScMoE, arXiv 2404.05019): max(a + s, x + e).
 
+``a`` and ``s`` are those of the slowest live rank: all wait for it.
+
 ``L`` MoE layers, ``P`` slots, ``E`` experts, ``R`` ranks, ``N`` nodes, ``T`` tokens over all ranks.
 """
 
@@ -49,7 +51,8 @@ class StepCost:
 
     ``layer_s_L`` MoE layers at their busiest rank; ``expert_s_LR`` experts by rank; ``exchange_s_L``;
     ``node_bytes_LN`` into each node from others and ``rank_bytes_LR`` into each rank, dispatch and combine;
-    ``other_s`` dense layers, embedding and head; ``low_s`` and ``high_s`` bound ``total_s`` by the residuals.
+    ``attention_s`` and ``shared_s`` of one layer, ``other_s`` dense layers, embedding and head, all at the pace of the
+    slowest rank; ``low_s`` and ``high_s`` bound ``total_s`` by the residuals.
     """
 
     total_s: float
@@ -152,6 +155,9 @@ class StepModel:
             if degree < 1 or number % degree:
                 whose = f"ranks of a node ({number})" if name == "expert_tp" else f"number of ranks ({number})"
                 raise InputError(f"technique.{name} ({degree}) does not divide the {whose}; choose a divisor")
+        # Ranks that split attention keep the pace of their slowest, all layers that of the slowest group.
+        self._pace_R = self.speed_R.reshape(-1, self.technique.tp).min(1).repeat(self.technique.tp)
+        self._pace = float(self._pace_R[self.live].min())
         self._slots_R = np.zeros(0, np.int64)
         self._memory: tuple[RankMemory, ...] = ()
         self._whole = self._part(1.0)
@@ -262,6 +268,11 @@ class StepModel:
         )
         return np.asarray(exchange, float)
 
+    def _combined(self, exchange_L: Floats, expert_L: Floats, part: _Part) -> Floats:
+        """Seconds ``[L]`` of layers; attention and shared experts at the pace of the slowest rank."""
+        attention_s, shared_s = part.fixed.layer_s / self._pace, part.fixed.shared_s / self._pace
+        return combine(self.technique.overlap, attention_s, shared_s, exchange_L, expert_L)
+
     def step(self, placement: Placement, load_LE: Floats, traffic: Traffic | None = None) -> StepCost:
         """Cost ``placement`` under ``load_LE`` (any scale). ``traffic``: copies from rank to rank where they were
         counted on a trace; left out, choices are independent and homes even.
@@ -281,11 +292,11 @@ class StepModel:
         fixed = whole.fixed
         if self.technique.overlap == "two_batch":
             half_expert, half_exchange, _, _ = self._layers(placement, load_LE, self._half, traffic)
-            half = self._half.fixed
-            layer = combine("two_batch", half.layer_s, half.shared_s, half_exchange, half_expert.max(1))
+            layer = self._combined(half_exchange, half_expert.max(1), self._half)
         else:
-            layer = combine(self.technique.overlap, fixed.layer_s, fixed.shared_s, exchange, expert.max(1))
-        total = float(layer.sum()) + fixed.other_s
+            layer = self._combined(exchange, expert.max(1), whole)
+        attention_s, shared_s, other_s = (s / self._pace for s in (fixed.layer_s, fixed.shared_s, fixed.other_s))
+        total = float(layer.sum()) + other_s
         wire = token_bytes(self.model.routed_hidden_size, self.workload.activation_dtype)
         wire += returned_bytes(self.model.routed_hidden_size, self.workload.activation_dtype)
         slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
@@ -293,10 +304,7 @@ class StepModel:
         parts = {
             "experts": (float(expert.max(1).sum()), whole.experts.extrapolated),
             "exchange": (float(exchange.sum()), slower.told(whole.tokens / self.live.sum())[1]),
-            "attention and dense parts": (
-                fixed.layer_s * L + fixed.shared_s * L + fixed.other_s,
-                fixed.extrapolated,
-            ),
+            "attention and dense parts": ((attention_s + shared_s) * L + other_s, fixed.extrapolated),
         }
         everything = sum(seconds for seconds, _ in parts.values())
         error = sum(seconds * errors[name] for name, (seconds, _) in parts.items()) / everything
@@ -316,9 +324,9 @@ class StepModel:
             layer_s_L=layer,
             expert_s_LR=expert,
             exchange_s_L=exchange,
-            attention_s=fixed.layer_s,
-            shared_s=fixed.shared_s,
-            other_s=fixed.other_s,
+            attention_s=attention_s,
+            shared_s=shared_s,
+            other_s=other_s,
             node_bytes_LN=node * wire,
             rank_bytes_LR=rank * wire,
             memory=self._memory,
@@ -354,8 +362,7 @@ class StepModel:
             pairs_LP = self._pairs_LP(placement, load_LE, part, taken_LE)
             pairs_LR = np.zeros((len(pairs_LP), self.cluster.num_ranks))
             np.add.at(pairs_LR.T, placement.rank_of_slot_P, pairs_LP.T)
-            attention_R = np.full(self.cluster.num_ranks, part.fixed.layer_s)
-            shared_R = np.full(self.cluster.num_ranks, part.fixed.shared_s)
+            attention_R, shared_R = part.fixed.layer_s / self._pace_R, part.fixed.shared_s / self._pace_R
             return BatchParts(part.tokens, attention_R, shared_R, expert, exchange_s_L, pairs_LR, part.exchange)
 
         return (parts(self._half),) * 2 if self.technique.overlap == "two_batch" else (parts(self._whole),)
@@ -373,7 +380,7 @@ class StepModel:
 
     @property
     def fixed(self) -> FixedCosts:
-        """What no placement changes."""
+        """What no placement changes, on a rank of speed 1."""
         return self._whole.fixed
 
     @property
@@ -382,9 +389,10 @@ class StepModel:
         return self._whole.exchange
 
     @property
-    def other_s(self) -> float:
-        """Dense layers, embedding and head of a step."""
-        return self._whole.fixed.other_s
+    def other_s_R(self) -> Floats:
+        """Dense layers, embedding and head of a step, on each rank."""
+        seconds_R: Floats = self._whole.fixed.other_s / self._pace_R
+        return seconds_R
 
     # ------------------------------------------------------------------ incremental
 
@@ -423,8 +431,7 @@ class StepModel:
         self, rank_of_slot_P: NDArray[np.int32], pairs_P: Floats, pairs_R: Floats, expert_s_R: Floats, part: _Part
     ) -> LayerState:
         exchange_L = self._exchange_s(*self._arrivals(pairs_R[None], part), part)
-        fixed, slowest_L = part.fixed, expert_s_R.max(keepdims=True)
-        layer_L = combine(self.technique.overlap, fixed.layer_s, fixed.shared_s, exchange_L, slowest_L)
+        layer_L = self._combined(exchange_L, expert_s_R.max(keepdims=True), part)
         return LayerState(rank_of_slot_P, pairs_P, pairs_R, expert_s_R, float(exchange_L[0]), float(layer_L[0]))
 
 

@@ -81,7 +81,7 @@ def simulate_step(
     if traffic is not None and traffic.inside_LRR.shape != (L, R, R):
         raise InputError(f"traffic {traffic.inside_LRR.shape} is not [{L} layers, {R} ranks, {R} ranks]")
     batches, network = model.batches(placement, load_LE), Network(model.cluster, link_speed)
-    return play_step(model, batches, np.full(R, model.other_s), network, traffic)
+    return play_step(model, batches, model.other_s_R, network, traffic)
 
 
 def play_step(

@@ -123,6 +123,15 @@ def test_slow_and_failed_ranks() -> None:
     plan, load = placement(16, 256), np.ones((L, E))
     cost = StepModel(MODEL, slow, WORK).step(plan, load)
     np.testing.assert_allclose(cost.expert_s_LR[:, 3], 2 * cost.expert_s_LR[:, 2])
+    # Everything but the exchange waits for it.
+    usual = StepModel(MODEL, cluster, WORK).step(plan, load)
+    computed, waited = (found.total_s - found.exchange_s_L.sum() for found in (usual, cost))
+    assert waited == pytest.approx(2 * computed)
+    for tp, paces in ((1, [1, 1, 1, 2]), (2, [1, 1, 2, 2])):  # ranks that split attention keep one pace
+        model = StepModel(MODEL, slow, WORK, Technique(tp=tp))
+        batch = model.batches(plan, load)[0]
+        for seconds_R in (batch.attention_s_R, batch.shared_s_R, model.other_s_R):
+            np.testing.assert_allclose(seconds_R[:4] / seconds_R[4], paces)
 
 
 def test_ranks_that_share_experts_do_all_their_pairs_and_hold_their_weights() -> None:
