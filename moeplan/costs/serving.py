@@ -12,7 +12,8 @@ hold different batches takes, with ``m`` the tokens of the busiest group and ``n
 - combined layer by layer as the overlap mode says (:func:`moeplan.costs.step.combine`).
 
 A chunk of ``q`` tokens after ``p`` that are in the cache attends to ``q p + q^2 / 2`` pairs: the kernel over ``p + q``
-tokens less the kernel over ``p``, the launch paid once per step.
+tokens less the kernel over ``p``, both read by straight lines over the square of the context, the launch paid once per
+step.
 
 ``B`` grid points, ``L`` MoE layers, ``E`` experts, ``R`` ranks, ``D`` attention data-parallel groups.
 """
@@ -164,6 +165,7 @@ class ServingCosts:
     def _attention(self, max_seqs: int, max_context: int) -> None:
         model, how = self.model, self.technique
         self._seqs, self._context = _Curve(grid(max_seqs)), _Curve(grid(max(16, max_context)))
+        self._squares = _Curve(self._context.points**2)  # over which prefill grows by nearly straight lines
         shape = (len(self._seqs.points), len(self._context.points))
         self._decode_s, self._chunk_s, self._launch_s = np.zeros(shape), np.zeros(shape[1]), 0.0
         self._chunk_list = self._chunk_s.tolist()
@@ -267,9 +269,9 @@ class ServingCosts:
 
     def chunk_s(self, before: int, new: int) -> float:
         """Prefill attention of one layer over ``new`` tokens after ``before``, without the launch."""
-        context, seconds = self._context, self._chunk_list
-        i, w = context.place(before)
-        j, v = context.place(before + new)
+        squares, seconds = self._squares, self._chunk_list
+        i, w = squares.place(before**2)
+        j, v = squares.place((before + new) ** 2)
         start = seconds[i] + w * (seconds[i + 1] - seconds[i])
         return float(seconds[j] + v * (seconds[j + 1] - seconds[j]) - start)
 

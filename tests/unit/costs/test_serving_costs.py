@@ -117,6 +117,16 @@ def test_chunks_of_a_prompt_add_up_to_it() -> None:
     assert found.chunk_s(0, 4096) == pytest.approx(whole, rel=0.01)
 
 
+def test_a_chunk_after_a_long_context_takes_what_the_kernel_takes_longer() -> None:
+    found = ServingCosts(MODEL, CLUSTER, WORK, Technique(dispatch="per_expert"), PROFILE, 8192, 16, 131072)
+    dense = DenseCosts(CLUSTER.accelerator, "fp8", PROFILE)
+    assert MODEL.attention is not None
+    direct = AttentionCosts(MODEL.attention, MODEL.hidden_size, CLUSTER.accelerator, False, dense, "bf16", PROFILE)
+    before = np.arange(16384, 129024, 2048)
+    shorter, longer = (direct.kernel(np.ones(len(before)), before + more).value for more in (0, 2048))
+    np.testing.assert_allclose([found.chunk_s(int(tokens), 2048) for tokens in before], longer - shorter, rtol=0.03)
+
+
 def test_the_fullest_group_sets_the_pace_and_the_others_wait() -> None:
     found = costs()
     even, uneven = decode(RANKS, 100.0, 4000.0), decode(RANKS, 97.0, 4000.0)
