@@ -17,6 +17,7 @@ experts of the busiest rank:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -166,8 +167,8 @@ class StepModel:
     def _part(self, share: float) -> _Part:
         model, cluster, work, how = self.model, self.cluster, self.workload, self.technique
         ranks = int(self.live.sum())
-        batch = max(1, round(work.batch_per_rank * share))
-        tokens = batch * ranks if self._tokens is None else self._tokens * share
+        batch = math.ceil(work.batch_per_rank * share)  # of an odd one the larger half
+        tokens = (work.batch_per_rank * ranks if self._tokens is None else self._tokens) * share
         mean = tokens * model.top_k / model.num_experts
         groups = max(1, ranks // how.expert_tp)
         arriving = 1.0 if how.dispatch == "allgather" else touched(groups, model.top_k) / groups

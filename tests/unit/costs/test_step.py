@@ -117,6 +117,15 @@ def test_two_batches_hide_the_shorter_side() -> None:
     assert all("roofline" in text for text in both.source.values())
 
 
+@pytest.mark.parametrize("batch", [1, 3, 31])
+def test_two_halves_are_the_whole(batch: int) -> None:
+    work = WORK.model_copy(update={"batch_per_rank": batch})
+    model = StepModel(MODEL, cluster_for("h100", 2, 8), work, Technique(overlap="two_batch"))
+    halves = model.batches(placement(16, 256), skewed())
+    assert sum(half.tokens for half in halves) == batch * 16
+    np.testing.assert_allclose(sum(half.pairs_LR.sum(1) for half in halves), batch * 16 * MODEL.top_k)
+
+
 def test_slow_and_failed_ranks() -> None:
     cluster = cluster_for("h100", 2, 8).model_copy(deep=True)
     slow = type(cluster).model_validate({**cluster.model_dump(), "ranks": {3: {"speed": 0.5}}})
