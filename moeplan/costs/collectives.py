@@ -2,7 +2,8 @@
 
 Ring and tree algorithms move ``2 (n - 1) / n`` of the buffer per rank for an all-reduce, ``(n - 1) / n`` for
 all-gather, reduce-scatter and all-to-all, all of it point to point (Thakur et al. 2005, IJHPCA 19(1)). Rings that
-span nodes enter and leave a node over the NICs of all its members (NCCL's channels), so its members' NICs add up.
+span nodes enter and leave a node over the NICs of all its members (NCCL's channels), so its members' NICs add up; of an
+all-to-all each sends what other nodes get over its own.
 
 Where only smaller groups are measured, a larger one in the same domain takes longer as that law says; one that spans
 domains starts in its domain, crosses between them, ends in the other, and then moves its bytes as the law says, but
@@ -52,7 +53,8 @@ class _Group:
 
     def transfer_s(self, size: Floats) -> Floats:
         """Seconds of the bytes alone."""
-        part = 1.0 if self.op == "p2p" else self.ways * (self.ranks - 1) / self.ranks
+        stays = self.members if self.op == "alltoall" and self.nodes > 1 else 1
+        part = 1.0 if self.op == "p2p" else self.ways * (self.ranks - stays) / self.ranks
         seconds: Floats = part * size / self.bandwidth
         return seconds
 
@@ -116,7 +118,7 @@ class CollectiveCosts:
         nic = chip.nic_bandwidth
         if cluster.topology == "explicit":
             nic = internode_bandwidth(cluster) / cluster.ranks_per_node
-        bandwidth = min(bandwidth, members * nic)
+        bandwidth = min(bandwidth, nic if op == "alltoall" else members * nic)
         nodes = min(ranks, -(-span // cluster.ranks_per_node))
         return _Group(op, ranks, nodes, members, cluster.nic_latency, bandwidth)
 

@@ -81,6 +81,12 @@ def test_between_nodes_a_small_message_starts_and_ends_inside_and_a_large_one_ta
     assert large - small == pytest.approx(2 * 15 / 16 * 2**30 / (8 * chip.nic_bandwidth), rel=0.01)
 
 
+def test_all_to_all_leaves_a_node_over_every_ranks_own_nic() -> None:
+    size, nic = 2**33, find_accelerator("h100").nic_bandwidth
+    found = CollectiveCosts(flat(8, 8), load_profile("h100-sxm")).seconds("alltoall", 64, size)
+    assert found.total == pytest.approx(56 / 64 * size / nic, rel=0.01)
+
+
 def test_an_engine_and_a_step_pay_the_same() -> None:
     setup = EngineSetup(find_model("mixtral-8x7b"), find_accelerator("h100"), "trtllm", tp=8)
     shipped = load_profile("h100-sxm")
