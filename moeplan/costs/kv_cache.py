@@ -1,7 +1,7 @@
 """Bytes and seconds of the KV cache of a serving engine: what fits, and what moves.
 
-A group of ``tp`` ranks keeps one cache (:meth:`moeplan.specs.model.ModelSpec.kv_bytes_per_token`). ``pp`` stages keep
-their own layers' part.
+A group of ``tp`` ranks keeps one cache (:func:`moeplan.specs.attention_layers.kept_kv_bytes_per_token`). ``pp`` stages
+keep their own layers' part.
 
 What is left for it on a rank, with ``f`` the part of memory that the engine may use,
 
@@ -23,6 +23,7 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.memory import non_expert_bytes, slot_bytes, workspace_bytes
 from moeplan.costs.tables import TableCosts
 from moeplan.errors import InfeasibleError
+from moeplan.specs.attention_layers import kept_kv_bytes_per_token
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec, cache_beside
 from moeplan.specs.serving import EngineSpec
@@ -49,21 +50,25 @@ class KvRoom:
     tokens: int | None
 
 
-def kv_bytes_per_token(model: ModelSpec, engine: EngineSpec, weights: Dtype = "bf16") -> float | None:
-    """Bytes on one rank per token in the cache, over the layers of its stage; None where attention is not known."""
-    whole = model.kv_bytes_per_token(cache_beside(weights, engine.kv_dtype), engine.tp)
+def kv_bytes_per_token(
+    model: ModelSpec, engine: EngineSpec, weights: Dtype = "bf16", context: float = 1
+) -> float | None:
+    """Bytes on one rank per token in the cache, over the layers of its stage, of sequences of ``context`` tokens; None
+    where attention is not known."""
+    whole = kept_kv_bytes_per_token(model, context, cache_beside(weights, engine.kv_dtype), engine.tp)
     return None if whole is None else whole / engine.pp
 
 
 def kv_rooms(
     model: ModelSpec, cluster: ClusterSpec, workload: Workload, engine: EngineSpec, slots_R: NDArray[np.integer]
 ) -> list[KvRoom]:
-    """Memory of every rank that works. ``cluster`` and ``slots_R`` are those of one pipeline stage."""
+    """Memory of every rank that works. ``cluster`` and ``slots_R`` are those of one pipeline stage, sequences hold
+    ``workload.context`` tokens."""
     batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
     other = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp
     workspace = workspace_bytes(model, batch)
     per_slot = slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp
-    per_token = kv_bytes_per_token(model, engine, workload.weight_dtype)
+    per_token = kv_bytes_per_token(model, engine, workload.weight_dtype, workload.context)
     rooms = []
     for rank, slots in enumerate(slots_R):
         if cluster.rank(rank).failed:
@@ -104,7 +109,7 @@ def ranks_that_hold(model: ModelSpec, cluster: ClusterSpec, workload: Workload, 
     do."""
     batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
     fixed = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp + workspace_bytes(model, batch)
-    fixed += (kv_bytes_per_token(model, engine, workload.weight_dtype) or 0.0) * engine.block_size
+    fixed += (kv_bytes_per_token(model, engine, workload.weight_dtype, workload.context) or 0.0) * engine.block_size
     room = engine.memory_fraction * cluster.accelerator.memory - fixed
     slots = int(room // (slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp))
     if slots < 1:

@@ -11,7 +11,7 @@ With ``slots`` expert slots per MoE layer on the rank, ``L`` MoE layers and ``B`
   each with its token as it arrives, its result and the expert's intermediate rows (two where the FFN is gated, one
   otherwise), these in bf16, in fp32 beside fp32;
 - what is left holds the KV cache of the ``shards`` ranks that share attention, on each
-  :meth:`moeplan.specs.model.ModelSpec.kv_bytes_per_token` of it.
+  :func:`moeplan.specs.attention_layers.kept_kv_bytes_per_token` of it at the workload's context.
 
 Where the model's attention is not known, neither its weights (beyond ``extra_parameters``) nor its KV cache
 are counted, and ``notes`` says so.
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.errors import InfeasibleError
+from moeplan.specs.attention_layers import kept_kv_bytes_per_token
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside, cache_beside, dense_beside
 from moeplan.specs.workload import Workload
@@ -110,7 +111,8 @@ def memory_report(
         workspace_bytes(model, workload),
     )
     per_slot = slot_bytes(model, workload.weight_dtype)
-    per_token = model.kv_bytes_per_token(cache_beside(workload.weight_dtype, kv_dtype), shards)
+    dtype = cache_beside(workload.weight_dtype, kv_dtype)
+    per_token = kept_kv_bytes_per_token(model, workload.context, dtype, shards)
     notes = (
         ()
         if per_token
@@ -145,7 +147,8 @@ def max_redundant_experts(
     Raises:
         InfeasibleError: the experts do not fit, or the KV cache is not known and no reserve is given.
     """
-    per_token = model.kv_bytes_per_token(activations_beside(workload.weight_dtype), shards)
+    dtype = activations_beside(workload.weight_dtype)
+    per_token = kept_kv_bytes_per_token(model, workload.context, dtype, shards)
     if kv_reserve_bytes is None:
         if per_token is None:
             raise InfeasibleError(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moeplan.costs.closed_loop import Latencies, PassTimes, Pools, closed_loop, lengths
 from moeplan.costs.engine import EngineCosts, EngineSetup
 from moeplan.errors import InputError
-from moeplan.specs.attention_layers import attention_layers
+from moeplan.specs.attention_layers import attention_layers, kept_kv_bytes_per_token
 from moeplan.specs.model import DTYPE_BYTES
 
 __all__ = ["CALIBRATED", "Constants", "ServedPool", "kv_capacity_tokens", "pass_times", "served"]
@@ -113,8 +113,8 @@ CALIBRATED = Constants(
 )
 
 
-def kv_capacity_tokens(setup: EngineSetup, memory_share: float) -> float:
-    """Tokens of KV cache that one attention group holds beside the weights.
+def kv_capacity_tokens(setup: EngineSetup, memory_share: float, context: float = 1) -> float:
+    """Tokens of KV cache that one attention group holds beside the weights, of sequences of ``context`` tokens.
 
     Raises:
         InputError: the weights leave no room.
@@ -128,7 +128,7 @@ def kv_capacity_tokens(setup: EngineSetup, memory_share: float) -> float:
             f"weights of {m.name} ({(experts + others) / 1e9:.0f} GB per rank) exceed {memory_share:.0%} of the memory"
             f" of {setup.accelerator.name} ({setup.accelerator.memory / 1e9:.0f} GB); use more than {setup.ranks} ranks"
         )
-    per_token = m.kv_bytes_per_token(setup.kv_dtype, setup.tp)
+    per_token = kept_kv_bytes_per_token(m, context, setup.kv_dtype, setup.tp)
     return np.inf if per_token is None else free / per_token
 
 
@@ -188,7 +188,7 @@ def served(
     held = mean_in + mean_out / 2  # tokens of cache per running sequence
     times = _with_constants(times, decode, constants, mean_in)
     drafts = setup.draft_tokens
-    capacity = kv_capacity_tokens(setup, constants.memory_share)
+    capacity = kv_capacity_tokens(setup, constants.memory_share, held)
     if capacity < held:
         raise InputError(
             f"KV cache of an attention group of {setup.accelerator.name} ({capacity:.0f} tokens) is below one request's"

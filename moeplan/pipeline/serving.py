@@ -88,7 +88,8 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     backends = backend_notes(scenario, profile)
     loads, load, notes = _loads(scenario, spec, model, np.random.default_rng([seed, 12]))
     notes += profile_notes(profile, cluster) + backends
-    longest = int((requests.input_tokens_Q + requests.output_tokens_Q).max())
+    tokens_Q = requests.input_tokens_Q + requests.output_tokens_Q
+    longest, work = int(tokens_Q.max()), scenario.workload.model_copy(update={"context": round(tokens_Q.mean())})
     assumptions: list[tuple[str, str, str]] = []
     pools: list[Pool] = []
     rooms: list[tuple[KvRoom, float]] = []
@@ -99,7 +100,6 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         notes += said
         used_P = (place.physical_to_logical_LP >= 0).any(0)
         slots_R = np.bincount(place.rank_of_slot_P[used_P], minlength=stage.num_ranks)
-        work = scenario.workload
         notes += require(run_checks(Bundle(model=model, cluster=stage, workload=work, load=load, current=place)))
         notes += coverage_notes(scenario, model, stage, role, _technique(scenario, engine), profile)
         room = kv_room(model, stage, work, engine, slots_R)
@@ -107,7 +107,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         if room.tokens is None:
             notes.append(f"{model.name}: attention is not known; its time and KV cache are not counted")
         factory = _costs(scenario, model, engine, profile, longest)
-        per_token = kv_bytes_per_token(model, engine, work.weight_dtype) or 0.0
+        per_token = kv_bytes_per_token(model, engine, work.weight_dtype, work.context) or 0.0
         pools.append(
             Pool(
                 role, instances, engine, stage, place, loads, factory, capacity, per_token,
@@ -116,7 +116,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
             )
         )  # fmt: skip
         rooms += [(each, capacity * per_token) for each in kv_rooms(model, stage, work, engine, slots_R)]
-        pools[-1] = replace(pools[-1], replan=_replanner(scenario, model, pools[-1], profile))
+        pools[-1] = replace(pools[-1], replan=_replanner(scenario, model, pools[-1], profile, work))
         size = f"{capacity:,} tokens, {capacity * per_token / 2**30:.1f} GiB on each of its ranks"
         assumptions.append((f"KV cache of a group ({role})", size, "modelled: what memory leaves"))
     faults_fit(spec, pools)
@@ -368,7 +368,7 @@ def _compiled(
 
 
 def _replanner(
-    scenario: Scenario, model: ModelSpec, pool: Pool, profile: HardwareProfile | None
+    scenario: Scenario, model: ModelSpec, pool: Pool, profile: HardwareProfile | None, work: Workload
 ) -> Replan:
     own_R = np.bincount(pool.placement.rank_of_slot_P, minlength=pool.cluster.num_ranks)
     usual = scenario.planner if "planner" in scenario.model_fields_set else "greedy"
@@ -379,7 +379,7 @@ def _replanner(
         live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
         redundant = max(0, int(own_R[live_R].sum()) - model.num_experts)
         slots_R, _ = slots_of_ranks(model, cluster, scenario.workload, redundant, None)
-        room = kv_room(model, cluster, scenario.workload, pool.engine, slots_R)
+        room = kv_room(model, cluster, work, pool.engine, slots_R)
         load = ExpertLoad(load_LE[None], ("recent",), model.moe_layer_ids, model.top_k)
         problem = _problem(scenario, model, cluster, slots_R, load, profile)
         found = load_plugin("planners", planner or usual)(problem).placement

@@ -1,7 +1,8 @@
 """Attention layer by layer, for models whose layers differ: full, windowed, sparse, or linear.
 
-:class:`~moeplan.specs.model.AttentionSpec` describes one layer and memory is counted from it; what a layer of
-each sort costs in time needs how many layers there are of it. Facts from the models' published ``config.json``.
+:class:`~moeplan.specs.model.AttentionSpec` describes one layer and weights are counted from it; what a layer of each
+sort costs in time and what a cache keeps of it need the number of such layers. Facts from the models' published
+``config.json``.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moeplan.specs.model import AttentionSpec, ModelSpec
+from moeplan.specs.model import AttentionSpec, Dtype, ModelSpec
 
-__all__ = ["AttentionLayers", "attention_layers"]
+__all__ = ["AttentionLayers", "attention_layers", "kept_kv_bytes_per_token"]
 
 LayerKind = Literal["gqa", "mla", "sparse_mla", "gated_delta"]
 
@@ -52,3 +53,13 @@ def attention_layers(model: ModelSpec) -> tuple[AttentionLayers, ...]:
         windowed = replace(whole, count=half, window=_WINDOWS[model.name])
         return (windowed, replace(whole, count=model.num_layers - half))
     return (whole,)
+
+
+def kept_kv_bytes_per_token(model: ModelSpec, context: float, dtype: Dtype = "bf16", tp: int = 1) -> float | None:
+    """Those of :meth:`~moeplan.specs.model.ModelSpec.kv_bytes_per_token` that are kept of sequences of ``context``
+    tokens, in the mean: layers with a window keep its tokens alone, as in vLLM's hybrid KV cache manager."""
+    whole = model.kv_bytes_per_token(dtype, tp)
+    if whole is None:
+        return None
+    kept = sum(part.count * min(1.0, part.window / context if part.window else 1.0) for part in attention_layers(model))
+    return whole * kept / model.num_layers

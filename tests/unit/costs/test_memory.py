@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.kv_cache import kv_bytes_per_token
+from moeplan.costs.engine_tables import EngineSetup
+from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room
 from moeplan.costs.memory import (
     kv_tokens_needed,
     max_redundant_experts,
@@ -13,6 +14,7 @@ from moeplan.costs.memory import (
     slot_bytes,
     workspace_bytes,
 )
+from moeplan.costs.served import kv_capacity_tokens
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.errors import InfeasibleError
@@ -88,6 +90,21 @@ def test_the_cache_of_ranks_that_share_attention(name, tp, kv_dtype, by_hand):
     load_LE = np.ones((model.num_moe_layers, model.num_experts))
     step = StepModel(model, cluster, work, Technique(tp=tp, kv_dtype=kv_dtype)).step(placement, load_LE)
     assert step.memory[0] == report
+
+
+def test_layers_with_a_window_keep_its_tokens_alone():
+    """18 of GPT-OSS-120B's 36 layers see 128 tokens: 8 heads of 64, keys and values, 2 bytes."""
+    model, cluster, engine = find_model("gpt-oss-120b"), cluster_for("h100", 1, 8), EngineSpec()
+    for context, by_hand in ((100, 36 * 2048), (128, 36 * 2048), (8192, 18 * 2048 * (1 + 128 / 8192))):
+        work = Workload(phase="decode", batch_per_rank=8, context=context, weight_dtype="fp4")
+        report = memory_report(model, cluster, work, np.full(8, 16))[0]
+        assert report.kv_tokens == int(report.free_bytes // by_hand)
+        room = kv_room(model, cluster, work, engine, np.full(8, 16))
+        assert room.tokens == int(room.free_bytes // by_hand)
+        assert kv_bytes_per_token(model, engine, "fp4", context) == pytest.approx(by_hand)
+    setup = EngineSetup(model, cluster.accelerator, "vllm", expert_dtype="fp4", dense_dtype="bf16")
+    longer = kv_capacity_tokens(setup, 0.9, 8192)
+    assert longer == pytest.approx(kv_capacity_tokens(setup, 0.9, 128) * 2 / (1 + 128 / 8192))
 
 
 def test_what_is_not_known_is_said():
