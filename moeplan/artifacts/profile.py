@@ -42,6 +42,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 PROFILE_PLACE = ("a profile", ("profile.json", *(f"{table}.{end}" for table in TABLES for end in ("parquet", "csv"))))
 """What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
+BUSY = 0.1  # share of the CPU that went to other programs, above which a CPU's times say little of the machine
 USABLE_MARKS = ("", "copied")  # a copied row is a measurement, of another machine: its source says so
 
 # Tables that one device cannot measure, and what tells places in them apart.
@@ -280,6 +281,18 @@ class HardwareProfile:
     def sha256(self) -> str:
         """Digest of all table hashes: what results made with this profile name."""
         return sha256_bytes("".join(f"{k}:{v.sha256}\n" for k, v in sorted(self.meta.tables.items())).encode())
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against every time of a CPU profile: that other programs ran meanwhile. One sentence, or none."""
+        share = float(self.meta.system.get("foreign_cpu_share", 0.0))
+        if self.meta.accelerator != "cpu" or share <= BUSY:
+            return []
+        return [
+            f"profile {self.meta.name} was measured while other programs took {share:.0%} of the CPU"
+            f" (foreign_cpu_share {share:g}, above {BUSY:g}): its times are too long; measure it again on an idle"
+            " machine, into another --out"
+        ]
 
     # ------------------------------------------------------------------ coverage
 

@@ -105,6 +105,7 @@ def _measure(part: str) -> click.Command:
             raise
         if not answer:
             return  # a rank other than the first
+        _warn(answer, quiet)
         if as_json:
             print_json(answer)
         elif not quiet:
@@ -126,6 +127,11 @@ def _measure(part: str) -> click.Command:
     made = click.command(part)(_options(run))
     made.params = [o for o in made.params if part == "all" or changes(o.name or "", part)]
     return made
+
+
+def _warn(answer: dict[str, Any], quiet: bool) -> None:
+    for line in answer["warnings"] if not quiet else ():
+        click.echo(f"warning: {line}", err=True)
 
 
 def _show(answer: dict[str, Any]) -> None:
@@ -206,6 +212,7 @@ def check(profile: Path, hold_out: int, fresh_s: float | None, as_json: bool, qu
 
     with progress_bar(quiet, single=True) as report:
         answer = check_profile(profile, hold_out, fresh_s, report)
+    _warn(answer, quiet)
     if as_json:
         print_json(answer)
         return
@@ -234,6 +241,7 @@ def check(profile: Path, hold_out: int, fresh_s: float | None, as_json: bool, qu
         console.print(
             f"the machine takes {found['drift']:.2f} times as long now at sizes of the profile ({priority} priority)"
         )
+    console.print("not worth keeping: see the warnings" if answer["warnings"] else "nothing speaks against it")
 
 
 @click.command()
@@ -249,6 +257,7 @@ def show(profile: Path, out: Path, as_json: bool, quiet: bool) -> None:
     from moeplan.pipeline.profile_checks import show_profile
 
     answer = show_profile(profile, out)
+    _warn(answer, quiet)
     if as_json:
         print_json(answer)
     elif not quiet:

@@ -102,7 +102,8 @@ def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:
 
 
 def profile_notes(profile: HardwareProfile | None, cluster: ClusterSpec) -> list[str]:
-    """Where the profile asked for is of another accelerator than the cluster's, and what another one stands in for."""
+    """Where the profile asked for is of another accelerator than the cluster's, what another one stands in for, and what
+    speaks against its times."""
     if profile is None:
         return []
     accelerator, several = cluster.accelerator.name, cluster.num_nodes > 1
@@ -111,7 +112,7 @@ def profile_notes(profile: HardwareProfile | None, cluster: ClusterSpec) -> list
         f" stand in, measured by others on such machines; measure your own: {measure_command(table, {})}"
         for table, (lender, nodes) in profile.lent.items()
         if (of := nodes if several else nodes & {1})
-    ]
+    ] + profile.warnings
     if profile.meta.accelerator != accelerator:
         notes.append(
             f"costs are those of profile {profile.meta.name}, measured on {profile.meta.accelerator}, where the"

@@ -32,6 +32,7 @@ from moeplan.specs.clusters import find_accelerator
 __all__ = ["check_profile", "diff_profiles", "show_profile"]
 
 Floats = NDArray[np.float64]
+_PREDICTED = 0.10  # of a table worth keeping held-out sizes are off by no more in the median
 _NOT_KEY = {*MEASURED, "source", "mark"}
 _FOLLOWS = {"experts": {"rank_pairs", "active_experts", "rank_tokens", "vector"}, "attention": {"query_tokens"}}
 
@@ -103,7 +104,8 @@ def _vectors(profile: HardwareProfile) -> dict[str, Any] | None:
 def check_profile(
     directory: Path, every: int = 4, fresh_s: float | None = None, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Read every table, count doubtful rows, predict every ``every``-th size from the others.
+    """Read every table, count doubtful rows, predict every ``every``-th size from the others. ``warnings`` say what
+    speaks against keeping the profile.
 
     With ``fresh_s`` sizes between the profile's are measured now, on the machine at hand.
 
@@ -125,12 +127,19 @@ def check_profile(
             "held_out": {**_figures(own), "plain_median": _figures(plain)["median"]},
             "median_spread": float(np.median(known)) if len(known) else None,
         }
+    warnings = profile.warnings + [
+        f"held-out sizes of {name} are predicted to {median:.0%} in the median, above {_PREDICTED:.0%}: the grid is too"
+        " coarse or the times too noisy; measure with a larger --budget"
+        for name, entry in tables.items()
+        if (median := entry["held_out"]["median"]) is not None and median > _PREDICTED
+    ]
     return {
         "name": profile.meta.name,
         "device": profile.meta.device,
         "command": profile.meta.command,
         "foreign_cpu_share": profile.meta.system.get("foreign_cpu_share"),
         "tables": tables,
+        "warnings": warnings,
         "vectors": _vectors(profile),
         "fresh": None if fresh_s is None else fresh_sample(profile, fresh_s, progress),
     }
@@ -295,8 +304,10 @@ def show_profile(directory: Path, out: Path, most: int = 8) -> dict[str, Any]:
     for key, value in meta.system.items():
         facts.append((key.replace("_", " "), value if isinstance(value, str) else f"{value:,.12g}"))
     facts += [("roofline", _peaks(profile)[2]), ("note", meta.note), ("left out", "; ".join(meta.left_out))]
+    facts += [("warning", warning) for warning in profile.warnings]
     write_text(out, page(f"Profile {meta.name}", [fact for fact in facts if fact[1]], sections))
-    return {"out": str(out), "pictures": sum(len(pictures) for _, pictures in sections)}
+    pictures = sum(len(pictures) for _, pictures in sections)
+    return {"out": str(out), "pictures": pictures, "warnings": profile.warnings}
 
 
 def _pictures(profile: HardwareProfile, name: str, most: int) -> list[tuple[str, list[Any]]]:

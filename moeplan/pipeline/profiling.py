@@ -301,6 +301,7 @@ def measure_profile(
         "resumed_points": journal.resumed,
         "rows": {table: entry.rows for table, entry in profile.meta.tables.items()},
         "left_out": notes,
+        "warnings": profile.warnings,
         "system": facts,
         "median_spread": _median_spread(journal),
     }

@@ -223,6 +223,31 @@ def test_a_share_of_the_cpu_needs_ticks_enough(monkeypatch):
     assert system.CpuClock().foreign_share() == 0.5
 
 
+def test_times_taken_beside_other_programs_are_warned_of_wherever_they_are_used(measured, tmp_path, monkeypatch):
+    from moeplan.pipeline.inputs import profile_notes
+    from moeplan.specs.clusters import sized_cluster
+
+    monkeypatch.setattr(system.CpuClock, "foreign_share", lambda _self: 0.502)
+    out = tmp_path / "p"
+    done = _cli("memory", "--device", "cpu", "--budget", "0.2s", "--out", str(out), "--json")
+    said = (
+        "profile p was measured while other programs took 50% of the CPU (foreign_cpu_share 0.502, above 0.1): its"
+        " times are too long; measure it again on an idle machine, into another --out"
+    )
+    assert json.loads(done.stdout)["warnings"] == [said]
+    assert f"warning: {said}\n" in done.stderr
+    checked = _cli("check", str(out))
+    assert f"warning: {said}\n" in checked.stderr
+    assert "not worth keeping" in checked.stdout
+    shown = _cli("show", str(out), "--out", str(tmp_path / "p.html"))
+    assert f"warning: {said}\n" in shown.stderr
+    assert "foreign_cpu_share 0.502, above" in (tmp_path / "p.html").read_text()
+    assert said in profile_notes(load_profile(out), sized_cluster(ranks=2))
+    _changed(out, system={"foreign_cpu_share": 0.1})
+    assert load_profile(out).warnings == []
+    assert "nothing speaks against it" in _cli("check", str(_law(tmp_path / "law", None))).stdout
+
+
 def test_one_progress_over_benches_and_exchanges(tmp_path: Path, monkeypatch):
     def exchanges(_job, _world, _journal, report):
         report("exchange", 0.5)
