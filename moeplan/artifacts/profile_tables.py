@@ -62,7 +62,9 @@ COMMON: dict[str, Column] = {
     "backend": _s("framework whose code ran: moeplan, sglang, trtllm, vllm, nccl, gloo, deepep"),
     "kernel": _s("kernel or library call that was timed"),
     "latency_us": Column("float", "median of the measured times"),
-    "spread": Column("float", "(90th - 10th percentile) / median of the measured times; nan: not published", _NAN),
+    "spread": Column(
+        "float", "(90th - 10th percentile) / median of the measured times; nan: one sample, or not published", _NAN
+    ),
     "min_us": Column("float", "shortest of the measured times; nan: not published", _NAN),
     "p20_us": Column("float", "20th percentile of the measured times; nan: not published", _NAN),
     "samples": Column("int", "measured times; 0: not published", 0),

@@ -146,8 +146,9 @@ def _show(answer: dict[str, Any]) -> None:
     console.print(grid)
     foreign = answer["system"].get("foreign_cpu_share")
     console.print(
-        f"{answer['points']} points ({answer['resumed_points']} from the journal), median spread"
-        f" {answer['median_spread']:.1%}"
+        f"{answer['points']} points ({answer['resumed_points']} from the journal), median spread "
+        + ("not known" if answer["median_spread"] is None else f"{answer['median_spread']:.1%}")
+        + (f", {single} of one sample, whose spread is not known" if (single := answer["single_samples"]) else "")
         + ("" if foreign is None else f", other programs took {foreign:.0%} of the CPU")
     )
     for line in answer["left_out"]:

@@ -304,6 +304,7 @@ def measure_profile(
         "warnings": profile.warnings,
         "system": facts,
         "median_spread": _median_spread(journal),
+        "single_samples": sum(len(samples) == 1 for _, _, samples in journal.points.values()),
     }
 
 
@@ -365,9 +366,9 @@ def _measure(
             notes += ranks.run_local_ranks(job, world, journal, report)
 
 
-def _median_spread(journal: Journal) -> float:
-    spreads = [statistics(samples)["spread"] for _, _, samples in journal.points.values()]
-    return round(float(np.median(spreads)), 4) if spreads else 0.0
+def _median_spread(journal: Journal) -> float | None:
+    spreads = [statistics(samples)["spread"] for _, _, samples in journal.points.values() if len(samples) > 1]
+    return round(float(np.median(spreads)), 4) if spreads else None
 
 
 def _require_extendable(out: Path, device: str, versions: dict[str, str], facts: Mapping[str, float | str]) -> None:

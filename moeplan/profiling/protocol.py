@@ -158,13 +158,14 @@ class Rig:
 
 
 def statistics(samples: Sequence[float]) -> dict[str, float]:
-    """Measured columns of a point: median, spread, minimum, 20th percentile, number of samples."""
+    """Measured columns of a point: median, spread (of one sample nan: not known), minimum, 20th percentile, number of
+    samples."""
     values = np.asarray(samples)
     low, high = np.percentile(values, [10, 90])
     median = float(np.median(values))
     return {
         "latency_us": median,
-        "spread": float(high - low) / median,
+        "spread": float(high - low) / median if len(values) > 1 else math.nan,
         "min_us": float(values.min()),
         "p20_us": float(np.percentile(values, 20)),
         "samples": len(values),
@@ -368,8 +369,9 @@ class _Run:
                 if case[0] == index and (samples := self.samples(case)):
                     stats = statistics(samples)
                     us[case[1]] = stats["latency_us"]
-                    if stats["spread"] > NOISY and len(samples) < MAX_SAMPLES:
-                        noisy.append((stats["spread"], [case]))
+                    spread = stats["spread"] if len(samples) > 1 else math.inf
+                    if spread > NOISY and len(samples) < MAX_SAMPLES:
+                        noisy.append((spread, [case]))
             if series.refine:
                 for (a, b), error in interval_errors(us).items():
                     middle = midpoint(a, b)

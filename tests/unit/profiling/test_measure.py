@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -536,6 +537,16 @@ def test_ctrl_c_says_that_points_are_kept(tmp_path: Path, monkeypatch):
     journal = tmp_path / "p.journal.jsonl"
     assert f"1 points measured until now are kept in {journal}; the same command with --resume goes on" in done.stderr
     assert len(journal.read_text().splitlines()) == 2
+
+
+def test_points_of_one_sample_have_no_spread_and_are_counted(tmp_path: Path, monkeypatch):
+    def once(_benches, rig, *_):
+        rig.journal.add("memory", {"backend": "b", "kernel": "k", "op": "allocate", "message_size_bytes": 1}, [1.0])
+
+    monkeypatch.setattr("moeplan.pipeline.profiling.run_benches", once)
+    done = _cli("memory", "--device", "cpu", "--out", str(tmp_path / "p"))
+    assert "median spread not known, 1 of one sample, whose spread is not known" in " ".join(done.stdout.split())
+    assert math.isnan(load_profile(tmp_path / "p").table("memory")["spread"][0].as_py())
 
 
 def test_unknown_names_are_errors_of_the_tree(tmp_path: Path):

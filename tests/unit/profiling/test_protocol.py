@@ -178,6 +178,7 @@ def test_between_ranks_an_error_ends_the_run():
 def test_statistics_against_known_samples():
     stats = statistics([float(n) for n in range(1, 102)])
     assert stats == {"latency_us": 51.0, "spread": 80 / 51, "min_us": 1.0, "p20_us": 21.0, "samples": 101}
+    assert math.isnan(statistics([7.0])["spread"]), "one sample does not tell how far others would lie"
 
 
 def test_a_killed_run_goes_on_from_its_journal(tmp_path: Path):
