@@ -37,9 +37,14 @@ class RoutingRecorder:
         trace = recorder.trace()
 
     Tensors stay on their device until :meth:`trace`, so that recording does not wait for it.
+
+    Raises:
+        TraceError: ``num_experts``, the experts of a layer, is below 1.
     """
 
     def __init__(self, num_experts: int) -> None:
+        if num_experts < 1:
+            raise TraceError(f"num_experts ({num_experts}) must be 1 or above: the experts of a layer")
         self.num_experts = num_experts
         self._steps: list[tuple[str, NDArray[np.int64] | None, Any, dict[int, tuple[Any, Any]]]] = []
         self._open: dict[int, tuple[Any, Any]] | None = None
@@ -66,17 +71,34 @@ class RoutingRecorder:
             self._open = None
 
     def record(self, layer_id: int, experts_TK: Any, scores_TK: Any = None) -> None:
-        """The choices of one layer for all tokens of the step, as tensors or arrays.
+        """The choices of one layer for all tokens of the step, as tensors or arrays: whole numbers ``[T, K]``, and
+        their scores ``[T, K]``. ``layer_id`` counts all layers of the model, from 0.
 
         Raises:
-            TraceError: outside a step, or twice for one layer.
+            TraceError: outside a step, twice for one layer, a layer below 0, or another form than that, or than the
+                step's other layers have.
         """
         if self._open is None:
             raise TraceError("record() belongs inside 'with recorder.step(phase)'")
         if layer_id in self._open:
             raise TraceError(f"layer {layer_id} was recorded twice in one step; one step is one forward pass")
+        if layer_id < 0:
+            raise TraceError(f"layer_id ({layer_id}) must be 0 or above: layers count from the model's first")
         # Clones: the model may reuse its buffers before the trace is asked for.
-        self._open[layer_id] = tuple(None if x is None else _copy(x) for x in (experts_TK, scores_TK))  # type: ignore[assignment]
+        experts, scores = (None if x is None else _copy(x) for x in (experts_TK, scores_TK))
+        if experts.ndim != 2 or "int" not in str(experts.dtype):
+            raise TraceError(
+                f"experts of layer {layer_id} ({experts.dtype} {list(experts.shape)}) must be whole numbers of"
+                " [tokens, top_k]; give the ids that the router chose"
+            )
+        first = next(iter(self._open.values()), (experts, None))[0]
+        for what, part, like in (("experts", experts, first), ("scores", scores, experts)):
+            if part is not None and part.shape != like.shape:
+                raise TraceError(
+                    f"{what} of layer {layer_id} ({list(part.shape)}) must be [tokens, top_k] of the step's first layer"
+                    f" ({list(like.shape)}); one step is one forward pass of the same tokens"
+                )
+        self._open[layer_id] = experts, scores
 
     def drop_step(self) -> None:
         """Forget what the open step recorded."""
@@ -175,7 +197,8 @@ def cache_name(model: Any) -> str:
 
 
 def _choice(output: Any, block: Any, top_k: int | None) -> tuple[Any, Any]:
-    """(experts, scores) of a router's output: the integer tensor and its scores, or top-k of bare logits."""
+    """(experts_TK, scores_TK) of a router's output: the integer tensor and its scores, or top-k of bare logits, or of the
+    scores of all experts that come before these (Llama 4: 0 where not chosen)."""
     torch = torch_module()
     parts = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
     chosen = [x for x in parts if not x.is_floating_point()]
@@ -186,9 +209,14 @@ def _choice(output: Any, block: Any, top_k: int | None) -> tuple[Any, Any]:
                 return experts, score
         return experts, None
     k = getattr(block, "top_k", None) or top_k
-    if len(parts) != 1 or k is None:
-        raise TraceError(f"router of {type(block).__name__} returns neither expert ids nor logits with a known top-k")
-    top = parts[0].flatten(0, -2).float().softmax(-1).topk(int(k), -1)
+    if k is None or len(parts) not in (1, 2) or parts[0].shape != parts[-1].shape:
+        shapes = ", ".join(str(list(x.shape)) for x in parts)
+        raise TraceError(
+            f"router of {type(block).__name__} returns ({shapes or type(output).__name__}), neither expert ids nor logits"
+            f" with a known top-k ({k}); record it through RoutingRecorder.record instead"
+        )
+    score_TE = parts[0].flatten(0, -2).float()
+    top = (score_TE if len(parts) == 2 else score_TE.softmax(-1)).topk(int(k), -1)
     return top.indices, top.values
 
 
@@ -240,7 +268,8 @@ def hook_model(model: Any, recorder: RoutingRecorder | None = None) -> Iterator[
     A pass that extends a cache by one token per sequence is decode, any other is prefill; padding goes by
     ``attention_mask``, given by name or position. Routers that run outside a pass, as where backward recomputes a
     checkpointed layer, are not recorded. Layouts: routers that return expert ids (transformers 5: Mixtral, OLMoE,
-    Qwen-MoE, DeepSeek-V2/V3, gpt-oss), or bare logits beside a ``top_k`` (transformers 4).
+    Qwen-MoE, DeepSeek-V2/V3, gpt-oss), scores of all experts and logits (Llama 4), or bare logits beside a ``top_k``
+    (transformers 4).
 
     Raises:
         TraceError: the model has no routers that are understood; in a pass, a mask that does not tell the padding.
