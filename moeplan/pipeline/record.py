@@ -17,9 +17,11 @@ from moeplan.errors import MissingExtraError, MoeplanError, RunError, SpecError,
 from moeplan.progress import Progress, no_progress
 from moeplan.routing.io import read_trace, save_trace
 from moeplan.routing.overhead import slowdown
+from moeplan.specs.hf_config import model_from_hf_config
 
 __all__ = ["record_routing"]
 
+_OWN_CODE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # else transformers asks on stdout
 _TOLD = ("rank_files", "ranks", "overhead", "overhead_spread")  # of the origin, in the answer
 
 
@@ -164,7 +166,7 @@ def _token_ids(transformers: Any, path: Path, prompts: list[str]) -> list[Any]:
     """The tokens of each prompt, a batch of one. Of missing files transformers 5 makes tokenizers that know none."""
     folder = path if path.is_dir() else path.parent
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_OWN_CODE)
         batches = [tokenizer(text, return_tensors="pt")["input_ids"] for text in prompts]
         for text, ids in zip(prompts, batches, strict=True):
             if not ids.numel():
@@ -173,7 +175,31 @@ def _token_ids(transformers: Any, path: Path, prompts: list[str]) -> list[Any]:
     except Exception as error:  # whatever transformers meets in half a directory
         raise SpecError(
             f"hf ({folder}) has no tokenizer that can be loaded, and --prompts needs one; bring the model's tokenizer"
-            f" files: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            f" files: {_said(error)}"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    """The first paragraph of what a library says, on one line."""
+    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+
+
+@contextmanager
+def _loadable(path: Path, device: str, does: str) -> Iterator[None]:
+    """One error for whatever transformers and torch raise of a config or weights in the block; our own errors stand."""
+    try:
+        with _fitting(path, device):
+            yield
+    except MoeplanError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise SpecError(
+                f"hf ({path}) comes with its own code (auto_map in its config.json), which is not run; give a model of"
+                " transformers, or record it in your own program through RoutingRecorder.record"
+            ) from error
+        raise SpecError(
+            f"hf ({path}) {does}: {_said(error)}; correct its config.json, or give a model that this transformers has"
         ) from error
 
 
@@ -218,17 +244,16 @@ def _from_model(
         raise SpecError("--hf needs --prompts: routing of random tokens says nothing about real text")
     where = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu")).kind
     torch.manual_seed(seed)
+    with _loadable(path, where, "cannot be loaded"):
+        config = transformers.AutoConfig.from_pretrained(path, **_OWN_CODE)
+        model_from_hf_config(config.to_dict(), str(path))  # says what of the sizes cannot be
     batches = _token_ids(transformers, path, prompts) if prompts else []
-    try:
-        with _fitting(path, where):
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-            if random_init:
-                model = transformers.AutoModelForCausalLM.from_config(config)
-            else:
-                model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto")
-            model = model.to(where).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise SpecError(f"hf ({path}) cannot be loaded: {str(error).splitlines()[0]}") from error
+    with _loadable(path, where, "cannot be loaded"):
+        if random_init:
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", **_OWN_CODE)
+        model = model.to(where).eval()
     if not batches:
         generator = torch.Generator().manual_seed(seed)
         batches = [torch.randint(0, model.config.vocab_size, (1, 64), generator=generator) for _ in range(4)]
@@ -238,7 +263,7 @@ def _from_model(
         with torch.inference_mode():
             return model(input_ids=batches[0])
 
-    with _fitting(path, where):
+    with _loadable(path, where, "fails in its first pass"):
         overhead, spread = measure_overhead(prefill, model)
     cache = cache_name(model)
     done, ended = 0, None

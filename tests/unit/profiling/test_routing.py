@@ -82,7 +82,18 @@ def test_the_callback_refuses_misuse():
         recorder.record(0, [[1]])
         with pytest.raises(TraceError, match="layer 0 was recorded twice"):
             recorder.record(0, [[1]])
+        for layer, experts, scores, message in (
+            (-1, [[1]], None, r"layer_id \(-1\) must be 0 or above"),
+            (1, [[1.7]], None, r"experts of layer 1 \(float64 \[1, 1\]\) must be whole numbers of \[tokens, top_k\]"),
+            (1, torch.tensor([1]), None, r"experts of layer 1 \(torch.int64 \[1\]\) must be whole numbers"),
+            (1, [[1], [2]], None, r"experts of layer 1 \(\[2, 1\]\) must be .* first layer \(\[1, 1\]\)"),
+            (1, [[1]], [[0.5, 0.5]], r"scores of layer 1 \(\[1, 2\]\) must be .* \(\[1, 1\]\)"),
+        ):
+            with pytest.raises(TraceError, match=message):
+                recorder.record(layer, experts, scores)
         recorder.drop_step()
+    with pytest.raises(TraceError, match=r"num_experts \(0\) must be 1 or above"):
+        RoutingRecorder(0)
     with pytest.raises(TraceError, match="nothing was recorded"):
         recorder.trace()
     with pytest.raises(TraceError, match="has no module with 'experts'"), hook_model(torch.nn.Linear(2, 2)):
@@ -239,6 +250,28 @@ def test_bare_logits_beside_a_top_k():
     assert recorder.trace().experts_TLK[:, 0].tolist() == np.argsort(-logits, 1)[:, :2].tolist()
 
 
+def test_scores_of_all_experts_before_their_logits():
+    """Llama 4: the scores that it weighs its experts with, 0 where not chosen."""
+    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+    moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "interleave_moe_layer_step": 1, "intermediate_size": 32}
+    config = transformers.Llama4TextConfig(**SMALL, **moe, intermediate_size_mlp=32, head_dim=8, num_key_value_heads=2)
+    model, seen = transformers.Llama4ForCausalLM(config).eval(), []
+    model.model.layers[0].feed_forward.router.register_forward_hook(lambda *call: seen.append(call[2]))
+    with hook_model(model) as recorder, torch.inference_mode():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    trace, (score_TE, logit_TE) = recorder.trace(), seen[0]
+    assert trace.experts_TLK[:, 0].tolist() == logit_TE.topk(2, -1).indices.tolist()
+    assert trace.scores_TLK[:, 0] == pytest.approx(score_TE.topk(2, -1).values.numpy())
+
+
+def test_a_router_that_is_not_understood_is_named_with_the_way_round_it():
+    model = _bare_logits()
+    model.layers[0].top_k = None
+    message = r"router of Block returns \(\[1, 1, 6\]\), .* top-k \(None\); record it through RoutingRecorder.record"
+    with hook_model(model, RoutingRecorder(6)), pytest.raises(TraceError, match=message):
+        model(input_ids=torch.tensor([[0]]))
+
+
 def test_the_overhead_of_recording_a_model_is_that_of_its_recorder(monkeypatch):
     """On a clock of its own: a plain pass takes 1 s, with the n-th recorded (from 0) n/10 s more; hooking 5 s."""
     model, now_s, passes = _bare_logits(), 0.0, []
@@ -335,7 +368,7 @@ def test_recording_from_disk_asks_for_what_it_needs(tmp_path: Path):
     with pytest.raises(SpecError, match="--hf needs --prompts"):
         record_routing(tmp_path / "t.npz", hf=tmp_path)
     (tmp_path / "prompts.txt").write_text("hello")
-    with pytest.raises(SpecError, match=r"has no tokenizer that can be loaded, and --prompts needs one"):
+    with pytest.raises(SpecError, match=r"cannot be loaded: Unrecognized model .*config.json.*; correct its config.json"):
         record_routing(tmp_path / "t.npz", hf=tmp_path, prompts=tmp_path / "prompts.txt", device="cpu")
     _model("Olmoe").config.save_pretrained(tmp_path / "olmoe")  # of which transformers 5 makes an empty tokenizer
     with pytest.raises(SpecError, match=r"has no tokenizer that can be loaded, and --prompts needs one"):
@@ -343,6 +376,37 @@ def test_recording_from_disk_asks_for_what_it_needs(tmp_path: Path):
     if not torch.cuda.is_available():
         with pytest.raises(SpecError, match=r"device \(cuda\): torch .* sees no GPU"):
             record_routing(tmp_path / "t.npz", hf=tmp_path, random_init=True, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 9}, r"top_k \(9\) exceeds num_experts \(8\)"),
+        ({"num_local_experts": -4}, r"num_local_experts \(-4\) is not one whole number"),
+        ({"hidden_size": "big"}, r"cannot be loaded: .*'hidden_size' expected int, got str \(value: 'big'\); correct its"),
+        ({"num_attention_heads": 5, "head_dim": 8}, r"m\) fails in its first pass: .*; correct its config.json"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_error(tmp_path: Path, change, message):
+    _model("Mixtral").config.save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(SpecError, match=message):
+        record_routing(tmp_path / "t.npz", tmp_path / "m", True, device="cpu")
+    assert not (tmp_path / "t.npz").exists()
+
+
+def test_a_models_own_code_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch, capfd):
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    for name in ("config", "modeling"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    auto = {"AutoConfig": "config.C", "AutoModelForCausalLM": "modeling.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(SpecError, match=r"its own code \(auto_map in its config.json\), which is not run; give a model of"):
+        record_routing(tmp_path / "t.npz", tmp_path, True, device="cpu")
+    assert capfd.readouterr().out == ""
+    assert not (tmp_path / "ran").exists()
 
 
 def test_recording_asks_for_what_it_needs(tmp_path: Path):
