@@ -66,14 +66,17 @@ def require_place(path: Path, what: str, files: Sequence[str]) -> Path:
     ``files`` are patterns of the names such a directory is made of; the first is the one that tells it.
 
     Raises:
-        SpecError: ``path`` holds something else, or is the current directory. InputError: it is a file, or
-            cannot be read.
+        SpecError: ``path`` holds something else, or is the current directory. InputError: it is a file, a
+            mount point or read-only, or cannot be read.
     """
     place = path.resolve()
     if place.exists() and not place.is_dir():
         raise InputError(f"cannot write {path}: it is a file, not a directory; choose another --out")
     if place == Path.cwd():
         raise SpecError(f"--out ({path}) is the current directory, which cannot be replaced; name another")
+    if place.exists() and (place.is_mount() or not os.access(place, os.W_OK)):
+        why = "it is a mount point, which cannot be replaced" if place.is_mount() else "it is read-only"
+        raise InputError(f"cannot write {path}: {why}; choose another --out")
     try:
         if place.exists() and any(place.iterdir()) and not (place / files[0]).is_file():
             raise SpecError(

@@ -120,6 +120,15 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
         blocked.__enter__()
 
 
+def test_a_directory_that_cannot_be_replaced_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "plan.json").write_text("old")
+    for name, answer, why in (("is_mount", True, "it is a mount point"), ("access", False, "it is read-only")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path if name == "is_mount" else files.os, name, lambda *_, answer=answer: answer)
+            with pytest.raises(InputError, match=f"cannot write .*: {why}.*; choose another --out"):
+                files.require_place(tmp_path, *PLAN)
+
+
 def test_lines_are_read_and_long_ones_refused(tmp_path):
     path = tmp_path / "trace.jsonl"
     path.write_bytes(b"1234567\n12345678\nlast")
