@@ -6,6 +6,7 @@ default may be missing from a file; the others may not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,12 @@ class Column:
     def pattern(self) -> str:
         """Regular expression of the words."""
         return f"^({'|'.join(self.words)})$".replace("HASH", "[0-9a-f]+").replace("A", r"\d+(\.\d+)?")
+
+    def holds(self, value: Any) -> bool:
+        """Whether a ``str`` or ``int`` column may hold ``value``."""
+        if self.least is not None:
+            return type(value) is int and value >= self.least
+        return isinstance(value, str) and (not self.words or re.search(self.pattern, value) is not None)
 
 
 def _s(meaning: str, default: str | None = None, words: tuple[str, ...] = ()) -> Column:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from moeplan.artifacts.profile import PROFILE_PLACE, HardwareProfile, ProfileMeta, Source
 from moeplan.artifacts.profile_tables import MEASURED, TABLES, columns_of
-from moeplan.errors import ProfileError, SpecError
+from moeplan.errors import InputError, ProfileError, SpecError
 from moeplan.files import require_place
 from moeplan.pipeline.profile_request import PARTS, PRESETS, ProfileRequest, Sizes, profile_request
 from moeplan.profiling.journal import Journal, point_key
@@ -252,9 +252,10 @@ def measure_profile(
     Points go to ``<out>.journal.jsonl`` as they are measured; it is removed once they stand in the profile.
 
     Raises:
-        SpecError: the device cannot, sizes are missing, or ``out`` holds something else; ProfileError: an
-            interrupted run's journal is there and ``resume`` is false, ``out`` is corrupt, of another device or
-            of other threads, a rank died, or nothing was measured.
+        SpecError: the device cannot, sizes are missing, or ``out`` holds something else; InputError: ``out`` cannot
+            be replaced; ProfileError: an interrupted run's journal is there and ``resume`` is false, or it is of
+            another command, ``out`` is corrupt, of another device or of other threads, a rank died, nothing was
+            measured, or the profile cannot be written.
         MissingExtraError: torch is not installed.
     """
     from moeplan.profiling import system
@@ -272,7 +273,7 @@ def measure_profile(
         if not device.is_cuda and set(request.parts) - {"system", "collectives"}:
             facts["threads"] = float(threads)
         _require_extendable(place, name, versions, facts)
-        header = {"device": name, "libraries": versions, "threads": threads}
+        header = {"device": name, "libraries": versions, "threads": threads, "command": request.command}
         journal = Journal(place.with_name(place.name + ".journal.jsonl") if first else None, header, resume)
         clock = system.CpuClock()
         try:
@@ -280,10 +281,7 @@ def measure_profile(
         except KeyboardInterrupt as stop:
             if not journal.points or journal.path is None:
                 raise
-            raise KeyboardInterrupt(
-                f"{len(journal.points)} points measured until now are kept in {journal.path}; the same command with"
-                " --resume goes on"
-            ) from stop
+            raise KeyboardInterrupt(journal.kept) from stop
         finally:
             journal.close()
         # Under torchrun the other ranks are no children of this process.
@@ -292,7 +290,10 @@ def measure_profile(
         facts["realtime"] = float(request.realtime)
     if not first:
         return {}
-    profile = _save(request, place, journal, device, facts, notes)
+    try:
+        profile = _save(request, place, journal, device, facts, notes)
+    except InputError as error:
+        raise ProfileError("; ".join(filter(None, (str(error), journal.kept)))) from error
     journal.close(remove=True)
     return {
         "out": str(out),
@@ -342,6 +343,8 @@ def _measure(
             benches += of_part(request, device, models, notes)
     if not benches and not {"system", "collectives"} & set(request.parts):
         raise SpecError("; ".join(notes))
+    if exchange:
+        ranks.require_whole_nodes(world, request.ranks_per_node)
     what = _exchange(request, models, world, notes) if exchange else None
     split = 0.75 if exchange and benches else float(bool(benches))  # of the budget: benches, then exchanges
     if "system" in request.parts:

@@ -7,12 +7,13 @@ written whole and flushed at once; a last line cut short by a kill is dropped on
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeplan.artifacts.profile_tables import TABLES
+from moeplan.artifacts.profile_tables import MEASURED, columns_of
 from moeplan.errors import ProfileError
 from moeplan.files import canonical_json, read_lines
 
@@ -27,8 +28,24 @@ def _same_setup(path: Path, found: Any, expected: Mapping[str, Any]) -> None:
         if there != value:
             raise ProfileError(
                 f"{path}: {key} ({there}) is not this run's ({value}); points of two setups do not mix:"
-                " delete the file, or choose another --out"
+                f" {'give that command with --resume, ' * (key == 'command')}delete the file, or choose another --out"
             )
+
+
+def _point(entry: Any) -> tuple[str, dict[str, Any], list[float]]:
+    """Table, row and samples of a line. Raises ValueError, KeyError or TypeError where it is no measured point."""
+    row, samples = entry["row"], entry["us"]
+    own = {c: spec for c, spec in columns_of(entry["table"]).items() if c not in (*MEASURED, "source", "mark")}
+    if not (
+        isinstance(row, dict)
+        and row.keys() <= own.keys()
+        and all(spec.holds(row.get(name, spec.default)) for name, spec in own.items())
+        and isinstance(samples, list)
+        and samples
+        and all(type(value) in (int, float) and 0 < value < math.inf for value in samples)
+    ):
+        raise ValueError
+    return entry["table"], row, [float(value) for value in samples]
 
 
 def point_key(table: str, row: Mapping[str, Any]) -> str:
@@ -41,7 +58,7 @@ class Journal:
 
     Raises:
         ProfileError: another run's journal is there and ``resume`` is false; or it was written on another
-            device or by other versions; or it is corrupt before its last line.
+            device, by other versions or by another command; or it is corrupt before its last line.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any], resume: bool = False) -> None:
@@ -71,24 +88,36 @@ class Journal:
         except OSError as error:
             raise self._unwritable(error) from error
 
+    @property
+    def kept(self) -> str:
+        """What to say of the points of a run that ends early; empty where there are none."""
+        if not self.points:
+            return ""
+        where = f" in {self.path}" if self.path else ""
+        return (
+            f"{len(self.points)} points measured until then are kept{where}; the same command with --resume goes on"
+        )
+
     def _unwritable(self, error: OSError) -> ProfileError:
-        return ProfileError(f"cannot write {self.path}: {error.strerror or error}; choose another --out")
+        remedy = self.kept or "choose another --out"
+        return ProfileError(f"cannot write {self.path}: {error.strerror or error}; {remedy}")
 
     def _read(self, path: Path, header: Mapping[str, Any]) -> None:
         lines = list(read_lines(path))
         for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
-                if number == 0:
+            except ValueError:
+                if number == len(lines) - 1 and number > 0:
+                    return  # cut short by a kill
+                entry = None
+            try:
+                if number == 0 and entry is not None:
                     _same_setup(path, entry, header)
                     continue
-                samples = [float(value) for value in entry["us"]]
-                if entry["table"] not in TABLES or not samples:
-                    raise ValueError
-                self.points[point_key(entry["table"], entry["row"])] = entry["table"], entry["row"], samples
+                table, row, samples = _point(entry)
+                self.points[point_key(table, row)] = table, row, samples
             except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines) - 1 and number > 0:
-                    return
                 raise ProfileError(f"{path} line {number + 1} is not a measured point; delete the file") from error
 
     def _line(self, value: Mapping[str, Any]) -> None:
@@ -110,8 +139,8 @@ class Journal:
             ProfileError: the file cannot be written.
         """
         merged = self.samples(table, row) + [round(value, 3) for value in samples]
-        self.points[point_key(table, row)] = table, dict(row), merged
         self._line({"table": table, "row": row, "us": merged})
+        self.points[point_key(table, row)] = table, dict(row), merged
 
     def close(self, remove: bool = False) -> None:
         """Close the file; ``remove`` it once its points stand in a profile. A file without points is removed.

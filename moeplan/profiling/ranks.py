@@ -24,7 +24,7 @@ from moeplan.profiling.device import Device, find_device, torch_module
 from moeplan.profiling.journal import Journal
 from moeplan.profiling.protocol import Progress, Rig, run_benches
 
-__all__ = ["Job", "run_local_ranks", "run_torchrun_rank", "under_torchrun"]
+__all__ = ["Job", "require_whole_nodes", "run_local_ranks", "run_torchrun_rank", "under_torchrun"]
 
 
 class _ExchangeError(ProfileError):
@@ -68,8 +68,7 @@ class _Relay(Journal):
 
 def _kept(journal: Journal) -> str:
     """What to say of the points of a run that failed; nothing where there is none, and so nothing to go on from."""
-    count = len(journal.points)
-    return f"; {count} points measured until then are kept: go on with --resume" if count else ""
+    return f"; {journal.kept}" if journal.kept else ""
 
 
 def _node_of_ranks(job: Job, dist: Any, world: int) -> tuple[int, ...]:
@@ -83,9 +82,13 @@ def _node_of_ranks(job: Job, dist: Any, world: int) -> tuple[int, ...]:
     return tuple(order.index(name) for name in names)
 
 
-def _require_whole_nodes(job: Job, world: int) -> None:
-    if job.ranks_per_node and world % job.ranks_per_node:
-        raise SpecError(f"ranks ({world}) must divide by ranks_per_node ({job.ranks_per_node})")
+def require_whole_nodes(world: int, ranks_per_node: int) -> None:
+    """Raises SpecError where the ranks do not fill their nodes; 0 per node: as discovered."""
+    if ranks_per_node and world % ranks_per_node:
+        raise SpecError(
+            f"ranks ({world}) must divide by --ranks-per-node ({ranks_per_node}); give one that divides them, or leave"
+            " it out"
+        )
 
 
 def _measure(job: Job, rank: int, world: int, journal: Journal, report: Progress) -> list[str]:
@@ -133,7 +136,7 @@ def run_torchrun_rank(job: Job, journal: Journal, report: Progress) -> list[str]
     import torch.distributed as dist
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _require_whole_nodes(job, world)
+    require_whole_nodes(world, job.ranks_per_node)
     if job.device == "cuda":
         find_device("cuda")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -155,7 +158,7 @@ def run_torchrun_rank(job: Job, journal: Journal, report: Progress) -> list[str]
 
 
 def _told_to_end(_number: int, _frame: Any) -> None:
-    raise InterruptedError("ended by SIGTERM")
+    raise InterruptedError(f"rank {os.environ['RANK']} was told to end (SIGTERM)")
 
 
 def _missing_rank(store: Any, rank: int, world: int) -> str:
@@ -227,7 +230,7 @@ def run_local_ranks(
         ProfileError: a rank died or failed; the message names it, the others are ended, and the points
             measured until then stand in ``journal``.
     """
-    _require_whole_nodes(job, world)
+    require_whole_nodes(world, job.ranks_per_node)
     context = get_context("spawn")
     port = _free_port()
     links, processes = [], []

@@ -301,7 +301,7 @@ def test_a_dying_rank_ends_the_others_and_is_named(tmp_path: Path):
         killer.start()
 
     job = Job(Exchange(ops=("all_reduce", "alltoall"), max_bytes=1 << 12), "cpu", budget_s=60.0, timeout_s=30.0)
-    with pytest.raises(ProfileError, match=r"rank 1 died by signal 9 during .* points measured until then are kept"):
+    with pytest.raises(ProfileError, match=r"rank 1 died by signal 9 during .* until then are kept in .*j.jsonl; the same"):
         run_local_ranks(job, 3, journal, lambda _w, _d: None, started)
     killer.join()
     assert len(journal.points) >= 3
@@ -339,7 +339,7 @@ def test_ctrl_c_ends_all_ranks_with_one_word(tmp_path: Path):
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to the whole group
     said = parent.communicate(timeout=60)[1]
     assert parent.returncode == 130
-    assert "points measured until now are kept in" in said
+    assert "points measured until then are kept in" in said
     assert "Traceback" not in said
 
 
@@ -347,7 +347,7 @@ def test_one_rank_cannot_exchange(tmp_path: Path):
     with pytest.raises(SpecError, match="collectives need --ranks N of at least 2"):
         measure_profile(ProfileRequest(parts=("collectives",)), tmp_path / "p")
     job = Job(Exchange(), "cpu", 1.0, ranks_per_node=2)
-    with pytest.raises(SpecError, match=r"ranks \(3\) must divide by ranks_per_node \(2\)"):
+    with pytest.raises(SpecError, match=r"ranks \(3\) must divide by --ranks-per-node \(2\); give one"):
         run_local_ranks(job, 3, Journal(None, {}), lambda _w, _d: None)
 
 
@@ -400,6 +400,13 @@ def test_every_model_and_what_is_cut_off_is_said(tmp_path: Path):
         measure_profile(request, tmp_path / "p")
 
 
+def test_ranks_that_do_not_fill_their_nodes_are_refused_before_anything_is_measured(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("moeplan.pipeline.profiling.run_benches", lambda *_: pytest.fail("measured"))
+    request = ProfileRequest(parts=("memory", "collectives"), ranks=2, ranks_per_node=5)
+    with pytest.raises(SpecError, match=r"ranks \(2\) must divide by --ranks-per-node \(5\); give one that divides"):
+        measure_profile(request, tmp_path / "p")
+
+
 def test_another_number_of_ranks_than_the_launcher_started(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -439,4 +446,7 @@ def test_a_dying_rank_of_a_launcher_is_named_by_the_survivor(tmp_path: Path, ter
     assert first.returncode == 2
     assert "error: rank 1 died while measuring all_reduce" in errors
     assert errors.count("error:") == 1
+    if terminated and "SIGTERM" in errors:
+        assert ": rank 0 was told to end (SIGTERM); " in errors, "of rank 1 it is not known what ended it"
+    assert f"points measured until then are kept in {journal}; the same command with --resume goes on" in errors
     assert len(journal.read_text().splitlines()) > 3

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.cli import main
 from moeplan.cli.profile import command
-from moeplan.errors import MoeplanError, ProfileError, SpecError
+from moeplan.errors import InputError, MoeplanError, ProfileError, SpecError
 from moeplan.pipeline.profile_checks import check_profile, diff_profiles, show_profile
 from moeplan.pipeline.profiling import (
     PRESETS,
@@ -535,8 +535,23 @@ def test_ctrl_c_says_that_points_are_kept(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("moeplan.pipeline.profiling.run_benches", stop)
     done = _cli("memory", "--device", "cpu", "--out", str(tmp_path / "p"))
     journal = tmp_path / "p.journal.jsonl"
-    assert f"1 points measured until now are kept in {journal}; the same command with --resume goes on" in done.stderr
+    assert f"1 points measured until then are kept in {journal}; the same command with --resume goes on" in done.stderr
     assert len(journal.read_text().splitlines()) == 2
+
+
+def test_a_profile_that_cannot_be_written_keeps_its_points_for_the_same_command(tmp_path: Path, monkeypatch):
+    def full(*_):
+        raise InputError("cannot write p: No space left on device; choose another --out")
+
+    out, asked = tmp_path / "p", ProfileRequest(parts=("memory",), budget_s=0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(HardwareProfile, "save", full)
+        with pytest.raises(ProfileError, match=r"another --out; \d+ points measured until then are kept in .*p.journal"):
+            measure_profile(asked, out)
+    with pytest.raises(ProfileError, match=r"command \(moeplan profile memory .*0.2s.*\) is not this run's \(.*0.3s"):
+        measure_profile(ProfileRequest(parts=("memory",), budget_s=0.3), out, resume=True)
+    assert measure_profile(asked, out, resume=True)["resumed_points"] > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
 
 
 def test_points_of_one_sample_have_no_spread_and_are_counted(tmp_path: Path, monkeypatch):

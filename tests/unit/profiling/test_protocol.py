@@ -30,9 +30,14 @@ class FakeTimer:
         return [self.law(size)] * count
 
 
+POINT = {"backend": "b", "kernel": "k", "dtype": "fp32", "distribution": "balanced", "tokens": 1} | dict.fromkeys(
+    ("hidden", "inter", "num_experts", "top_k", "ep", "tp"), 1
+)
+
+
 def _series(high=1024, label="s", refine=True, points=5):
     def row(size):
-        return {"tokens": size, "label": label}
+        return POINT | {"tokens": size, "kernel": label}
 
     return Series("experts", label, row, 1, high, points, refine)
 
@@ -162,7 +167,7 @@ def test_a_kernel_that_the_device_lacks_is_named_and_the_rest_goes_on():
 
     rig = _run([_series(label="a"), _series(label="b", high=64)], FakeTimer(law), budget=3.0)
     assert rig.left_out == ["a: fails here from size 181 on: no kernel image is available"]
-    assert {row["label"] for _, row, _ in rig.journal.points.values()} == {"a", "b"}
+    assert {row["kernel"] for _, row, _ in rig.journal.points.values()} == {"a", "b"}
 
 
 def test_between_ranks_an_error_ends_the_run():
@@ -195,7 +200,7 @@ def test_a_killed_run_goes_on_from_its_journal(tmp_path: Path):
     killed.close()
     first = Journal(path, header, resume=True)
     assert first.resumed == 0, "scouting alone is no measurement"
-    first.add("experts", {"tokens": 1, "label": "s"}, [10.0] * 40)
+    first.add("experts", POINT | {"kernel": "s"}, [10.0] * 40)
     first.close()
     with path.open("a") as stream:
         stream.write('{"table":"experts","row":{"tok')  # the kill came while a line was written
@@ -219,10 +224,43 @@ def test_journal_refuses_what_does_not_belong(tmp_path: Path):
     with pytest.raises(ProfileError, match=r"device \(x\) is not this run's \(y\)"):
         Journal(path, {"device": "y"}, resume=True)
     text = path.read_text().splitlines()
+    with pytest.raises(ProfileError, match=r"command \(None\) is not .* give that command with --resume, delete the"):
+        Journal(path, {"device": "x", "command": "moeplan profile all"}, resume=True)
     for line in ("no json", '{"table":"magic","row":{},"us":[1.0]}', '{"table":"gemm","row":{},"us":[]}'):
         path.write_text("\n".join([text[0], line, text[1]]))
         with pytest.raises(ProfileError, match="line 2 is not a measured point"):
             Journal(path, {"device": "x"}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "us"),
+    [
+        ({}, [math.nan]),
+        ({}, [-5]),
+        ({}, [0]),
+        ({}, [math.inf]),
+        ({}, [True]),
+        ({}, ["1"]),
+        ({}, "12"),
+        ({"tokens": "x"}, [1]),
+        ({"tokens": 0}, [1]),
+        ({"tokens": None}, [1]),
+        ({"distribution": "magic"}, [1]),
+        ({"latency_us": 1.0}, [1]),
+        ({"bogus": 1}, [1]),
+    ],
+)
+def test_a_line_that_was_edited_is_no_measured_point(tmp_path: Path, row, us):
+    """Also the last one: what a kill cuts short is no JSON."""
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path, {})
+    journal.add("experts", POINT, [1.0])
+    journal.close()
+    Journal(path, {}, resume=True).close()
+    with path.open("a") as stream:
+        stream.write(json.dumps({"table": "experts", "row": POINT | row, "us": us}))
+    with pytest.raises(ProfileError, match=r"j.jsonl line 3 is not a measured point; delete the file"):
+        Journal(path, {}, resume=True)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -235,6 +273,24 @@ def test_a_full_disk_is_named(tmp_path: Path):
         with pytest.raises(ProfileError, match=r"cannot write .*j.jsonl: No space left on device; choose another"):
             write()
     journal.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_up_keeps_the_points_before(tmp_path: Path):
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path, {})
+    journal.add("experts", POINT, [1.0])
+    assert journal._stream is not None
+    with Path("/dev/full").open("w") as full:
+        os.dup2(full.fileno(), journal._stream.fileno())
+    message = r"No space left on device; 1 points measured until then are kept in .*j.jsonl; the same command with --res"
+    with pytest.raises(ProfileError, match=message):
+        journal.add("experts", POINT | {"tokens": 2}, [1.0])
+    with pytest.raises(ProfileError, match=message):
+        journal.close()
+    again = Journal(path, {}, resume=True)
+    again.close()
+    assert again.resumed == 1
 
 
 def test_progress_is_of_the_whole_run():
