@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeplan.errors import SpecError
+from moeplan.errors import SpecError, UnknownNameError
 from moeplan.specs.base import read_document
 from moeplan.specs.catalogue import Catalogue, names_a_file, slug
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec, TopologyPreset
@@ -43,6 +43,13 @@ def find_accelerator(name: str) -> AcceleratorSpec:
         UnknownNameError: the message lists the names there are.
     """
     return _ACCELERATORS.find(name)
+
+
+def _accelerator_of(cluster: str) -> AcceleratorSpec:
+    """The accelerator that a cluster is named by; where there is none, the error speaks of the cluster."""
+    if not _ACCELERATORS.knows(cluster):
+        raise UnknownNameError("cluster (neither an accelerator nor a file)", cluster, accelerator_names())
+    return find_accelerator(cluster)
 
 
 def cluster_for(
@@ -100,7 +107,7 @@ def find_cluster(
         InputError: the file cannot be read; SpecError: any field is wrong.
     """
     if _ACCELERATORS.knows(str(name)) or not names_a_file(name):
-        return cluster_for(str(name), num_nodes, ranks_per_node)
+        return cluster_for(_accelerator_of(str(name)), num_nodes, ranks_per_node)
     path = Path(name)
     document = read_document(path)
     if not isinstance(document, dict):
@@ -121,7 +128,7 @@ def sized_cluster(
     """
     if ranks is None or (not _ACCELERATORS.knows(str(name)) and names_a_file(name)):
         return find_cluster(name, nodes)
-    accelerator = find_accelerator(str(name))
+    accelerator = _accelerator_of(str(name))
     largest = max(accelerator.scale_up_domain, accelerator.ranks_per_node)
     count = nodes or -(-ranks // largest)
     if ranks % count:

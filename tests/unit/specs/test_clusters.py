@@ -46,6 +46,9 @@ def test_names_are_unique_and_every_entry_is_valid():
         assert find_cluster(name).num_ranks >= 1
     with pytest.raises(UnknownNameError, match=r"accelerator 'h1000' is not known; .*h100-sxm-80gb"):
         find_accelerator("h1000")
+    for find in (lambda: find_cluster("h1000"), lambda: sized_cluster("h1000", 8)):
+        with pytest.raises(UnknownNameError, match=r"cluster \(neither an accelerator nor a file\) 'h1000' is not"):
+            find()
 
 
 def test_facts_agree_with_the_public_list(data_dir: Path):
