@@ -53,6 +53,7 @@ def _row(figure: dict[str, Any]) -> tuple[str, str, str, str]:
     if "median" in figure:
         found = f"{percent(figure['median'])}, p90 {percent(figure['p90'])}"
         beside = f"plain line {percent(figure['plain_median'])}, {percent(figure['plain_p90'])}"
+        beside += f"; {figure['note']}" if "note" in figure else ""
         target = "2.0 %, p90 10.0 %"
     else:
         found, target = percent(figure["value"]), percent(figure["target"])

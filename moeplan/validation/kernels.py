@@ -62,6 +62,7 @@ def _held_out(table: str, where: str, answer: HeldOut) -> dict[str, Any]:
         "rows_that_serve": {key: serving[key] for key in ("held_out", "median", "p90")},
         "target": {"median": _MEDIAN, "p90": _P90, "not worse than the plain line": True},
         "reached": reached if total["median"] is not None else None,
+        **({} if better else {"note": "worse than the plain line where that one predicts"}),
         "backends": {str(b): answer.figures(str(b)) for b in np.unique(answer.backend)},
         PARTS[table]: {str(p): answer.figures(part=str(p)) for p in np.unique(answer.part)},
     }

@@ -62,6 +62,8 @@ def _checked(check: dict[str, Any], source: str) -> list[dict[str, Any]]:
             more |= {"held_out": found["held_out"]["points"], "p90": found["held_out"]["p90"]}
             more |= {"plain_line": found["held_out"]["plain_median"], "spread_of_samples": found["median_spread"]}
             more["foreign_cpu_share"] = check["foreign_cpu_share"]
+        if found is None or not found["held_out"]["points"]:
+            more["note"] = f"no table {table}" if found is None else f"too few rows in {table} to hold any out"
         figures.append(_figure(what, found["held_out"]["median"] if found else None, more))
     return figures
 

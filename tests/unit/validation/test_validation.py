@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source
+from moeplan.cli import validate as cli_validate
 from moeplan.cli.validate import command
 from moeplan.costs.heldout import hidden_rows, hold_out, pooled
 from moeplan.errors import MoeplanError, ProfileError
@@ -282,6 +284,22 @@ def test_a_profile_without_tables_to_hold_out_is_refused(tmp_path: Path) -> None
     row |= {"backend": "b", "kernel": "k", "source": "s"}
     HardwareProfile(META, {"memory": pa.Table.from_pylist([row])}).save(tmp_path / "p")
     assert "has tables memory, but none of experts" in answered(tmp_path / "p")[1]
+
+
+def test_a_row_that_does_not_reach_its_target_says_why(tmp_path: Path) -> None:
+    row = {"op": "device_copy", "message_size_bytes": 8, "latency_us": 1.0}
+    row |= {"backend": "b", "kernel": "k", "source": "s"}
+    HardwareProfile(META, {"memory": pa.Table.from_pylist([row])}).save(tmp_path / "p")
+    missing = cpu_figures(tmp_path / "p", None, lambda _what, _done: None)[1]
+    assert cli_validate._row(missing)[1] == "-  (no table alltoall)"
+    figures = {"median": 2e-4, "p90": 2e-4, "plain_median": 1e-4, "plain_p90": 1e-4}
+    figures |= {"median_on_plain": 2e-4, "p90_on_plain": 2e-4}
+    answer = SimpleNamespace(
+        figures=lambda *_, **__: figures | {"held_out": 2}, mismeasured=0, backend=np.array([]), part=np.array([])
+    )
+    worse = kernels._held_out("gemm", "p", answer)
+    assert worse["reached"] is False
+    assert cli_validate._row(worse)[1].endswith("; worse than the plain line where that one predicts)")
 
 
 def test_a_missing_cpu_profile_is_told_before_tables_are_read(tmp_path: Path) -> None:
