@@ -10,6 +10,7 @@ Tables are read when they are first asked for and checked against their hash.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -147,23 +148,31 @@ def _conform(name: str, table: pa.Table, where: str, sources: Collection[str] | 
 
 
 def _require_sense(name: str, table: pa.Table, where: str, sources: Collection[str] | None) -> None:
-    """Times above 0, sizes that can be, known words, ``sources`` that are listed, vectors of counts; or the first row
-    that is not so."""
+    """Times above 0, spreads from 0, sizes that can be, known words, ``sources`` that are listed, vectors of counts; or
+    the first row that is not so."""
     latency = table["latency_us"]
-    good = {"latency_us": (pc.and_(pc.is_finite(latency), pc.greater(latency, 0.0)), "finite and above 0")}
+    known = pc.or_(pc.is_nan(table["spread"]), pc.greater_equal(table["spread"], 0.0))
+    good = [
+        ("latency_us", pc.and_(pc.is_finite(latency), pc.greater(latency, 0.0)), "finite and above 0"),
+        ("spread", known, "0 or above, or nan"),
+    ]
+    for part, whole in (("top_k", "num_experts"), ("kv_heads", "heads")):
+        if whole in table.column_names and name != "elementwise":  # of which either may not apply
+            good.append((part, pc.less_equal(table[part], table[whole]), f"no more than {whole}"))
     for column, spec in columns_of(name).items():
         if spec.least is not None:
-            good[column] = pc.greater_equal(table[column], spec.least), f"{spec.least} or above"
+            good.append((column, pc.greater_equal(table[column], spec.least), f"{spec.least} or above"))
         elif spec.words:
             *others, last = (word or "empty" for word in spec.words)
             fits = partial(pc.match_substring_regex, pattern=spec.pattern)
-            good[column] = _by_word(table[column], fits), f"{', '.join(others)} or {last}"
+            good.append((column, _by_word(table[column], fits), f"{', '.join(others)} or {last}"))
         elif column == "source" and sources is not None:
             listed = partial(pc.is_in, value_set=pa.array(list(sources), pa.string()))
-            good[column] = _by_word(table[column], listed), "a key of sources in profile.json"
+            good.append((column, _by_word(table[column], listed), "a key of sources in profile.json"))
         elif column == "vector":
-            good[column] = pc.match_substring_regex(table[column], "^[0-9 ]*$"), "whole numbers with spaces between"
-    for column, (rows, what) in good.items():
+            counts = pc.match_substring_regex(table[column], "^[0-9 ]*$")
+            good.append((column, counts, "whole numbers with spaces between"))
+    for column, rows, what in good:
         row = pc.index(rows, False).as_py()
         if row >= 0:
             value = table[column][row].as_py()
@@ -247,7 +256,9 @@ class HardwareProfile:
             return self._tables[name]
         meta = self.meta.tables.get(name)
         if meta is None or self.directory is None:
-            raise ProfileError(f"profile {self.meta.name} has no table {name}; measure it: {measure_command(name, {})}")
+            raise ProfileError(
+                f"profile {self.meta.name} has no table {name}; measure it: {self.measure_command(name, {})}"
+            )
         path = self.directory / meta.file
         if path.parent != self.directory:
             raise ProfileError(f"{self.directory}: tables.{name}.file ({meta.file}) must be a plain file name")
@@ -281,6 +292,11 @@ class HardwareProfile:
     def sha256(self) -> str:
         """Digest of all table hashes: what results made with this profile name."""
         return sha256_bytes("".join(f"{k}:{v.sha256}\n" for k, v in sorted(self.meta.tables.items())).encode())
+
+    def measure_command(self, table: str, region: Mapping[str, Any]) -> str:
+        """The command that measures a region, into this very profile where it was measured and not imported."""
+        own = self.directory is not None and any(source.kind == "measured" for source in self.meta.sources.values())
+        return measure_command(table, {**region, **({"out": shlex.quote(str(self.directory))} if own else {})})
 
     @property
     def warnings(self) -> list[str]:
@@ -373,7 +389,7 @@ class HardwareProfile:
                     break
         raise ProfileError(
             f"profile {self.meta.name} does not cover {name} at {region}: {reason};"
-            f" measure it: {measure_command(name, {**where, **(command or {})})}"
+            f" measure it: {self.measure_command(name, {**where, **(command or {})})}"
         )
 
     # ------------------------------------------------------------------ writing

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.profile import HardwareProfile, load_profile, shipped_profile_for
-from moeplan.artifacts.profile_tables import measure_command
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.checks import layers_by_position
 from moeplan.costs.coverage import backend_gaps
@@ -102,17 +101,20 @@ def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:
 
 
 def profile_notes(profile: HardwareProfile | None, cluster: ClusterSpec) -> list[str]:
-    """Where the profile asked for is of another accelerator than the cluster's, what another one stands in for, and what
+    """Where the profile asked for is of another accelerator than the cluster's, what another one stands in for, what
     speaks against its times."""
     if profile is None:
         return []
     accelerator, several = cluster.accelerator.name, cluster.num_nodes > 1
     notes = [
         f"profile {profile.meta.name} has no {table} on {', '.join(map(str, sorted(of)))} nodes: those of {lender}"
-        f" stand in, measured by others on such machines; measure your own: {measure_command(table, {})}"
+        " stand in, measured by others on such machines"
         for table, (lender, nodes) in profile.lent.items()
         if (of := nodes if several else nodes & {1})
-    ] + profile.warnings
+    ]
+    if notes:  # one command measures both
+        notes[-1] += f"; measure your own: {profile.measure_command('collectives', {})}"
+    notes += profile.warnings
     if profile.meta.accelerator != accelerator:
         notes.append(
             f"costs are those of profile {profile.meta.name}, measured on {profile.meta.accelerator}, where the"

@@ -43,9 +43,11 @@ def coverage_notes(
         gaps += coverage_gaps(model, stage, workload, scenario.objective, profile, technique)
     gaps = list(dict.fromkeys(gaps))
     if gaps and scenario.profile is not None:
+        regions, commands = zip(*(gap.split("; measure it: ") for gap in gaps), strict=True)
         raise ProfileError(
-            f"profile ({scenario.profile}) does not cover this scenario in {len(gaps)} regions: {'; '.join(gaps)};"
-            " or leave profile out (nearest measured, said so) or write none (roofline)"
+            f"profile ({scenario.profile}) does not cover this scenario in {len(gaps)} regions: {'; '.join(regions)};"
+            f" measure them: {'; '.join(dict.fromkeys(commands))}; or leave profile out (nearest measured, said so) or"
+            " write none (roofline)"
         )
     return [f"scaled or modelled: {gap}" for gap in gaps]
 

@@ -56,6 +56,16 @@ def test_what_is_saved_is_read_back(tmp_path: Path, file_format: str) -> None:
     assert again.select("gemm", dtype="bf16", m=[1, 4]).num_rows == 1
 
 
+def test_what_an_own_profile_lacks_is_measured_into_it(tmp_path: Path) -> None:
+    HardwareProfile(META, {"gemm": gemm()}).save(tmp_path / "my profile")
+    own = load_profile(tmp_path / "my profile")
+    with pytest.raises(ProfileError, match=rf"moeplan profile memory --out '{tmp_path}/my profile'$"):
+        own.table("memory")
+    imported = META.model_copy(update={"sources": {"here": Source(kind="imported", title="a table")}})
+    with pytest.raises(ProfileError, match=r"--out DIR$"):
+        HardwareProfile(imported, {"gemm": gemm()}).save(tmp_path / "q").table("memory")
+
+
 def test_marked_rows_are_kept_and_not_used() -> None:
     profile = HardwareProfile(META, {"gemm": gemm(mark=["", "outlier", ""])})
     assert profile.table("gemm").num_rows == 3
@@ -184,6 +194,8 @@ EXPERTS |= {"backend": "moeplan", "kernel": "loop", "source": "here"}
         ({"direction": "sideways"}, r"direction of table experts must be forward or backward; row 2 holds 'sideways'"),
         ({"rank_pairs": -2}, r"rank_pairs of table experts must be -1 or above; row 2 holds -2"),
         ({"tokens": 0}, r"tokens of table experts must be 1 or above; row 2 holds 0"),
+        ({"top_k": 5}, r"top_k of table experts must be no more than num_experts; row 2 holds 5"),
+        ({"spread": -0.1}, r"spread of table experts must be 0 or above, or nan; row 2 holds -0.1"),
         ({"num_slots": -1}, r"num_slots of table experts must be 0 or above"),
         ({"mark": "strange"}, r"mark of table experts must be empty, non_monotone, .*; row 2 holds 'strange'"),
         ({"distribution": "even"}, r"distribution of table experts must be balanced, .*; row 2 holds 'even'"),
@@ -192,6 +204,7 @@ EXPERTS |= {"backend": "moeplan", "kernel": "loop", "source": "here"}
 )
 def test_rows_that_cannot_be_are_refused(wrong: dict[str, object], message: str) -> None:
     plain = EXPERTS | {"direction": "forward", "rank_pairs": -1, "num_slots": 0, "mark": "copied"}
+    plain |= {"spread": float("nan")}
     HardwareProfile(META, {"experts": pa.Table.from_pylist([plain, plain | {"vector": "", "rank_pairs": 0}])})
     with pytest.raises(ProfileError, match=message):
         HardwareProfile(META, {"experts": pa.Table.from_pylist([plain, plain | wrong])})
