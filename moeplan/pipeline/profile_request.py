@@ -15,11 +15,12 @@ __all__ = ["MAIN_MODELS", "PARTS", "PRESETS", "ProfileRequest", "Sizes", "change
 
 PARTS = ("system", "memory", "experts", "attention", "dense", "collectives")
 
+_HEADS = ("heads", "kv_heads", "head_dim")
 _LAYERS = ("experts", "attention", "dense")
 _CHANGES = {  # the parts that a field changes; one that is not here changes all
     **dict.fromkeys(("models", "dtypes", "max_tokens"), (*_LAYERS, "collectives")),
     **dict.fromkeys(("hidden", "experts", "top_k"), ("experts", "dense", "collectives")),
-    **dict.fromkeys(("heads", "kv_heads", "head_dim"), ("attention", "dense")),
+    **dict.fromkeys(_HEADS, ("attention", "dense")),
     **dict.fromkeys(("n", "k"), ("dense",)),
     "windows": ("attention",),
     **dict.fromkeys(("tp", "directions"), _LAYERS),
@@ -174,12 +175,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def _require_together(sizes: Sizes, parts: tuple[str, ...]) -> None:
+    """Raises SpecError where only some of the sizes of experts or of attention are given: none has a default."""
+    for of, any_of, names in (
+        (("experts",), ("inter",), ("hidden", "experts", "top_k")),
+        (("attention", "dense"), _HEADS, _HEADS),
+    ):
+        given = [name for name in any_of if getattr(sizes, name)]
+        missing = [_flag(name) for name in names if not getattr(sizes, name)]
+        if given and missing and set(of) & set(parts):
+            one = f"{_flag(given[0])} ({getattr(sizes, given[0])})"
+            raise SpecError(f"{one} needs {' and '.join(missing)} too; give them")
+
+
 def profile_request(part: str, preset: str | None, options: dict[str, Any]) -> ProfileRequest:
     """What is asked: the options over the preset over what suits the device. Options that are 0 or empty do not count.
 
     Raises:
-        SpecError: an option changes nothing that is measured; UnknownNameError: no such name, as in
-            :class:`ProfileRequest`.
+        SpecError: an option changes nothing that is measured, or needs others beside it; UnknownNameError: no such
+            name, as in :class:`ProfileRequest`.
     """
     options = {name: value for name, value in options.items() if value}
     sizes = {name: options.pop(name) for name in Sizes.__slots__ if name in options}
@@ -197,9 +211,9 @@ def profile_request(part: str, preset: str | None, options: dict[str, Any]) -> P
     chosen |= options
     if part != "all":
         chosen["parts"] = (part,)
-    elif "parts" not in chosen and not (sizes or chosen.get("models") or chosen.get("sizes")):
-        chosen["parts"] = ("system", "memory", "collectives")
     parts = chosen.get("parts", PARTS)
+    if not ("parts" in chosen or sizes or chosen.get("models") or chosen.get("sizes")):
+        parts = ("system", "memory", "collectives")  # the others are asked for too, and left out for want of sizes
     for name, value in {**options, **sizes}.items():
         if not any(changes(name, each) for each in parts):
             more = ", or give --models or sizes" if part == "all" and not preset else ""
@@ -215,6 +229,7 @@ def profile_request(part: str, preset: str | None, options: dict[str, Any]) -> P
     whole = replace(chosen.get("sizes", Sizes()), **sizes)
     names = [name for name in Sizes.__slots__ if any(changes(name, each) for each in parts)]
     chosen["sizes"] = Sizes(**{name: getattr(whole, name) for name in names})
+    _require_together(chosen["sizes"], parts)
     if "device" not in chosen:
         from moeplan.profiling.device import torch_module
 

@@ -65,7 +65,7 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
     from moeplan.profiling.expert_kernels import weight_bytes
     from moeplan.profiling.experts import ExpertShape, expert_bench
 
-    seen: set[Any] = set()
+    made: dict[Any, list[Bench]] = {}
     benches = []
     models = [model for model in models if model.expert_intermediate_size > 1]
     if not models:
@@ -84,28 +84,32 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
                 for asked in request.ep:
                     ep = asked
                     hidden, inter = model.routed_hidden_size, model.expert_intermediate_size
-                    if model.num_experts % ep or inter % tp:
-                        notes.append(
-                            f"experts of {model.name}: E {model.num_experts} or F {inter} do not divide"
-                            f" over ep {ep}, tp {tp}"
-                        )
+                    cuts = (("num_experts", model.num_experts, "--ep", ep), ("inter", inter, "--tp", tp))
+                    odd = [
+                        f"experts of {model.name}: not measured, {what} ({size}) must divide by {option} ({by}); give"
+                        f" another {option}"
+                        for what, size, option, by in cuts
+                        if size % by
+                    ]
+                    if odd:
+                        notes += [note for note in odd if note not in notes]
                         continue
                     while (
                         model.num_experts % (2 * ep) == 0
                         and held * weight_bytes(model.num_experts // ep, hidden, inter // tp, dtype) > device.free_bytes
                     ):
                         ep *= 2
-                    if ep != asked:
-                        notes.append(
-                            f"experts of {model.name} {dtype}: ep {asked} does not fit into memory, measured at ep {ep}"
-                        )
                     shape = ExpertShape(hidden, inter, model.num_experts, model.top_k, ep, tp)
-                    if (shape, dtype) not in seen:
-                        seen.add((shape, dtype))
+                    if (shape, dtype) not in made:
                         make = partial(
                             expert_bench, device, shape, dtype, kernels, own, request.max_tokens, request.seed
                         )
-                        benches += _made(f"experts of {model.name} in {dtype}", make, notes)
+                        made[shape, dtype] = _made(f"experts of {model.name} in {dtype}", make, notes)
+                        benches += made[shape, dtype]
+                    if ep != asked and made[shape, dtype]:
+                        notes.append(
+                            f"experts of {model.name} {dtype}: ep {asked} does not fit into memory, measured at ep {ep}"
+                        )
     return benches
 
 
