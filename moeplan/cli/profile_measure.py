@@ -63,22 +63,35 @@ def _options(function: Any) -> Any:
             )
         ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A GPU where torch sees one."),
-        click.option("--dtype", "dtypes", type=_Words(), metavar="NAMES", help="fp32, bf16, fp16, fp8, int8, int4."),
-        click.option("--kernel", "kernels", type=_Words(), help="grouped_mm, bmm, loop, triton."),
-        click.option("--ep", type=_Words(int, "NUMBERS"), help="Ranks the experts are spread over."),
-        click.option("--tp", type=_Words(int, "NUMBERS"), help="Ranks that share one expert."),
+        click.option(
+            "--dtype",
+            "dtypes",
+            type=_Words(),
+            metavar="NAMES",
+            help="fp32, bf16, fp16, fp8, int8, int4.  [default: bf16]",
+        ),
+        click.option("--kernel", "kernels", type=_Words(), help="grouped_mm, bmm, loop, triton.  [default: by type]"),
+        click.option("--ep", type=_Words(int, "NUMBERS"), help="Ranks the experts are spread over.  [default: 1]"),
+        click.option("--tp", type=_Words(int, "NUMBERS"), help="Ranks that share experts and heads.  [default: 1]"),
         click.option("--window", "windows", type=_Words(int, "TOKENS"), help="Sliding windows, besides the models'."),
-        click.option("--direction", "directions", type=_Words(), help="forward, backward or both."),
-        click.option("--max-tokens", type=_NUMBERS, help="Largest number of tokens."),
-        click.option("--budget", "budget_s", type=Seconds(), help="Time to spend, as in 60s or 20min."),
-        click.option("--threads", type=_NUMBERS, help="CPU threads, each pinned to a core."),
+        click.option("--direction", "directions", type=_Words(), help="forward, backward or both.  [default: forward]"),
+        click.option("--max-tokens", type=_NUMBERS, help="Largest number of tokens.  [default: 16384]"),
+        click.option("--budget", "budget_s", type=Seconds(), help="Time to spend, as in 60s or 20min.  [default: 60s]"),
+        click.option("--threads", type=_NUMBERS, help="CPU threads, each pinned to a core.  [default: torch's]"),
         click.option("--realtime", is_flag=True, default=None, help="Real-time priority, where that is allowed."),
-        click.option("--op", "ops", type=_Words(), help="Collectives: which ones."),
-        click.option("--max-bytes", type=click.IntRange(min=256), help="Collectives: largest message in bytes."),
+        click.option(
+            "--op",
+            "ops",
+            type=_Words(),
+            help="Collectives: all_reduce, all_gather, reduce_scatter, alltoall, p2p.  [default: all]",
+        ),
+        click.option(
+            "--max-bytes", type=click.IntRange(min=256), help="Collectives: largest message, bytes.  [default: 16777216]"
+        ),
         click.option("--ranks", type=_NUMBERS, help="Collectives: local processes to start."),
         click.option("--ranks-per-node", type=_NUMBERS, help="Collectives: where nodes cannot be told by name."),
         click.option("--trace", help="Collectives: routing whose traffic shapes uneven all-to-alls."),
-        click.option("--seed", type=_SEED, help="Of shuffles and skewed vectors."),
+        click.option("--seed", type=_SEED, help="Of shuffles and skewed vectors.  [default: 0]"),
         click.option("--preset", type=click.Choice(["cpu", "h200"]), help="What to measure there; options win."),
         click.option("--resume", is_flag=True, help="Go on from the journal of a run that was interrupted."),
         click.option("--out", type=_PATH, required=True, help="Profile directory; extended where it is there."),
@@ -151,8 +164,12 @@ def _show(answer: dict[str, Any]) -> None:
         + (f", {single} of one sample, whose spread is not known" if (single := answer["single_samples"]) else "")
         + ("" if foreign is None else f", other programs took {foreign:.0%} of the CPU")
     )
+    reasons: dict[str, list[str]] = {}
     for line in answer["left_out"]:
-        console.print(f"left out: {line}")
+        label, _, reason = line.partition(": ")
+        reasons.setdefault(reason, []).append(label)
+    for reason, labels in reasons.items():
+        console.print(f"left out: {', '.join(labels)}: {reason}")
 
 
 @click.command()
@@ -188,6 +205,8 @@ def routing(as_json: bool, quiet: bool, **options: Any) -> None:
     elif not quiet:
         phases = ", ".join(f"{n:,} {phase}" for phase, n in answer["phases"].items())
         spread = "of one prompt" if answer["overhead_spread"] is None else f"spread {answer['overhead_spread']:.1%}"
+        if abs(answer["overhead"]) <= (answer["overhead_spread"] or 0.0):
+            spread += ": no more than noise"
         ranks = ""
         if files := answer.get("rank_files"):
             of = "the server does not say of how many" if answer["ranks"] is None else f"of {answer['ranks']}"
@@ -222,14 +241,13 @@ def check(profile: Path, hold_out: int, fresh_s: float | None, as_json: bool, qu
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(
-        "table", "rows", "doubtful", "held out", "median", "90th", "plain log-log", "spread", title=answer["name"]
-    )
+    names = ("table", "rows", "doubtful", "held out", "median", "90th", "plain\nlog-log", "spread")
+    grid = Table(*names, title=answer["name"], box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name, entry in answer["tables"].items():
         held = entry["held_out"]
         cells = ["" if held[k] is None else f"{held[k]:.1%}" for k in ("median", "p90", "plain_median")]
         spread = "" if entry["median_spread"] is None else f"{entry['median_spread']:.1%}"
-        doubtful = ", ".join(f"{n} {why}" for why, n in entry["doubtful"].items())
+        doubtful = "\n".join(f"{n} {why}" for why, n in entry["doubtful"].items())
         grid.add_row(name, f"{entry['rows']:,}", doubtful, str(held["points"]), *cells, spread)
     console = Console(highlight=False)
     console.print(grid)
@@ -286,7 +304,8 @@ def diff(first: Path, second: Path, as_json: bool, quiet: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table("table", "shared", "only first", "only second", "median", "10th", "90th")
+    title = f"time of {second} over {first}"
+    grid = Table("table", "shared", "only first", "only second", "median", "10th", "90th", title=title)
     for name, entry in answer["tables"].items():
         ratios = ["" if entry[k] is None else f"{entry[k]:.3f}" for k in ("median", "p10", "p90")]
         grid.add_row(name, *(str(entry[k]) for k in ("shared", "only_first", "only_second")), *ratios)

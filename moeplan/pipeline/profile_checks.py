@@ -306,8 +306,8 @@ def show_profile(directory: Path, out: Path, most: int = 8) -> dict[str, Any]:
     facts += [("roofline", _peaks(profile)[2]), ("note", meta.note), ("left out", "; ".join(meta.left_out))]
     facts += [("warning", warning) for warning in profile.warnings]
     write_text(out, page(f"Profile {meta.name}", [fact for fact in facts if fact[1]], sections))
-    pictures = sum(len(pictures) for _, pictures in sections)
-    return {"out": str(out), "pictures": pictures, "warnings": profile.warnings}
+    count = sum(len(pictures) for _, pictures in sections)
+    return {"out": str(out), "pictures": count, "warnings": profile.warnings}
 
 
 def _pictures(profile: HardwareProfile, name: str, most: int) -> list[tuple[str, list[Any]]]:

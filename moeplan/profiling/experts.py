@@ -119,9 +119,10 @@ def expert_bench(
     held = (2 if backward else 1) * weight_bytes(shape.local_experts, shape.hidden, cut, dtype)  # and their gradients
     room = device.free_bytes - held
     if room <= 0:
+        larger = "--ep or --tp" if shape.local_experts > 1 else "--tp"
         raise SpecError(
             f"{shape.text}: weights{' and gradients' * backward} ({held / 2**30:.1f} GiB) do not fit into the memory"
-            f" that buffers may take ({device.free_bytes / 2**30:.1f} GiB); give a larger --ep or --tp"
+            f" that buffers may take ({device.free_bytes / 2**30:.1f} GiB); give a larger {larger}"
         )
     most_pairs = max(1, int(room / 2 // per_pair))
     high = max(1, min(max_tokens, int(most_pairs * shape.ep // shape.top_k)))

@@ -320,9 +320,8 @@ class _Run:
             if kept and not self.samples(case):
                 predicted_s = self.estimate_us[kept[-1]] / 1e6 * size / kept[-1][1]
                 if spent_s + (3 + 2 * LEAST_PASSES) * predicted_s > allowance_s:
-                    self.rig.left_out.append(
-                        f"{self.bench.series[index].label}: sizes from {size} to {sizes[-1]} do not fit the budget"
-                    )
+                    several = f"sizes from {size} to {sizes[-1]} do" if size < sizes[-1] else f"size {size} does"
+                    self.rig.left_out.append(f"{self.bench.series[index].label}: {several} not fit the budget")
                     break
             if not self.scout(case):
                 break

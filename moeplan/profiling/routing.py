@@ -85,7 +85,7 @@ class RoutingRecorder:
         if layer_id < 0:
             raise TraceError(f"layer_id ({layer_id}) must be 0 or above: layers count from the model's first")
         # Clones: the model may reuse its buffers before the trace is asked for.
-        experts, scores = (None if x is None else _copy(x) for x in (experts_TK, scores_TK))
+        experts, scores = _copy(experts_TK), None if scores_TK is None else _copy(scores_TK)
         if experts.ndim != 2 or "int" not in str(experts.dtype):
             raise TraceError(
                 f"experts of layer {layer_id} ({experts.dtype} {list(experts.shape)}) must be whole numbers of"
@@ -197,8 +197,8 @@ def cache_name(model: Any) -> str:
 
 
 def _choice(output: Any, block: Any, top_k: int | None) -> tuple[Any, Any]:
-    """(experts_TK, scores_TK) of a router's output: the integer tensor and its scores, or top-k of bare logits, or of the
-    scores of all experts that come before these (Llama 4: 0 where not chosen)."""
+    """(experts_TK, scores_TK) of a router's output: the integer tensor and its scores, or top-k of bare logits, or of
+    the scores of all experts that come before these (Llama 4: 0 where not chosen)."""
     torch = torch_module()
     parts = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
     chosen = [x for x in parts if not x.is_floating_point()]
@@ -212,8 +212,8 @@ def _choice(output: Any, block: Any, top_k: int | None) -> tuple[Any, Any]:
     if k is None or len(parts) not in (1, 2) or parts[0].shape != parts[-1].shape:
         shapes = ", ".join(str(list(x.shape)) for x in parts)
         raise TraceError(
-            f"router of {type(block).__name__} returns ({shapes or type(output).__name__}), neither expert ids nor logits"
-            f" with a known top-k ({k}); record it through RoutingRecorder.record instead"
+            f"router of {type(block).__name__} returns ({shapes or type(output).__name__}), neither expert ids nor"
+            f" logits with a known top-k ({k}); record it through RoutingRecorder.record instead"
         )
     score_TE = parts[0].flatten(0, -2).float()
     top = (score_TE if len(parts) == 2 else score_TE.softmax(-1)).topk(int(k), -1)

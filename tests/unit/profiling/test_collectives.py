@@ -301,7 +301,7 @@ def test_a_dying_rank_ends_the_others_and_is_named(tmp_path: Path):
         killer.start()
 
     job = Job(Exchange(ops=("all_reduce", "alltoall"), max_bytes=1 << 12), "cpu", budget_s=60.0, timeout_s=30.0)
-    with pytest.raises(ProfileError, match=r"rank 1 died by signal 9 during .* until then are kept in .*j.jsonl; the same"):
+    with pytest.raises(ProfileError, match=r"rank 1 died by signal 9 during .* until then are kept in .*j.jsonl; the"):
         run_local_ranks(job, 3, journal, lambda _w, _d: None, started)
     killer.join()
     assert len(journal.points) >= 3

@@ -27,7 +27,8 @@ from moeplan.pipeline.profiling import (
     profile_request,
 )
 from moeplan.profiling import system
-from moeplan.profiling.device import find_device
+from moeplan.profiling.collectives import OPS
+from moeplan.profiling.device import Device, find_device
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.models import find_model
 
@@ -173,6 +174,29 @@ def test_what_a_part_cannot_is_said_and_the_rest_is_measured(tmp_path: Path):
     assert left[1].startswith("dense products in int8: not measured, dtype (int8): dense products are measured in")
     assert left[1].endswith("add one of these to --dtype")
     assert "passes over tokens (router, norms, ...) in int8: not measured, bf16 in their place" in left
+
+
+def test_parts_without_their_sizes_are_asked_for_and_left_out(tmp_path: Path):
+    answer = measure_profile(profile_request("all", None, {"device": "cpu", "budget_s": 0.3}), tmp_path / "p")
+    assert [line.split(" or ")[0].rstrip(",") for line in answer["left_out"][:4]] == [
+        "collectives: not measured, they need --ranks N",
+        "experts: not measured, they need --hidden, --inter, --experts and --top-k",
+        "attention: not measured, it needs --heads, --kv-heads and --head-dim",
+        "dense: not measured, it needs --n and --k, --hidden",
+    ]
+    assert set(answer["rows"]) == {"memory", "elementwise"}
+
+
+def test_sizes_that_do_not_divide_or_fit_are_one_message_with_what_helps(tmp_path: Path, monkeypatch):
+    sizes = Sizes(hidden=64, inter=64, experts=8, top_k=1)
+    asked = {"parts": ("experts",), "sizes": sizes, "dtypes": ("fp32",), "max_tokens": 2}
+    with pytest.raises(SpecError) as error:
+        measure_profile(ProfileRequest(ep=(3,), tp=(5,), **asked), tmp_path / "p")
+    said = ("num_experts (8) must divide by --ep (3); give another --ep", "inter (64) must divide by --tp (5)")
+    assert all(text in str(error.value) for text in said)
+    monkeypatch.setattr(Device, "free_bytes", 1000)
+    with pytest.raises(SpecError, match=r"^experts of sizes in fp32: .* do not fit .*; give a larger --tp$"):
+        measure_profile(ProfileRequest(**asked), tmp_path / "p")
 
 
 def test_windows_are_those_of_the_layers_and_those_asked_for(tmp_path: Path):
@@ -421,6 +445,18 @@ def test_models_of_a_latent_width_are_permuted_at_it():
     assert (hidden["permute"], hidden["unpermute"], hidden["router"], hidden["norm"]) == (3584, 3584, 7168, 7168)
 
 
+def test_the_help_names_the_defaults():
+    helped, plain = " ".join(_cli("all", "--help").output.split()), ProfileRequest()
+    for option, default in (
+        ("budget TIME", f"{plain.budget_s:g}s"),
+        ("max-tokens INTEGER RANGE", plain.max_tokens),
+        ("max-bytes INTEGER RANGE", plain.max_bytes),
+        ("dtype NAMES", *plain.dtypes),
+    ):
+        assert f"[default: {default}]" in helped.partition(f"--{option} ")[2].partition(" --")[0]
+    assert all(op in helped for op in OPS)
+
+
 def test_presets_and_options_make_one_request():
     request = profile_request("experts", "cpu", {"max_tokens": 8, "hidden": 64})
     assert request.parts == ("experts",)
@@ -444,7 +480,8 @@ def test_command_line(tmp_path: Path):
     checked = json.loads(_cli("check", out, "--json").stdout)
     assert checked["command"].startswith("moeplan profile experts --hidden 32")
     assert _cli("check", out).exit_code == 0
-    assert _cli("diff", out, out).exit_code == 0
+    again = shutil.copytree(out, tmp_path / "again")
+    assert f"timeof{again}over{out}" in "".join(_cli("diff", out, str(again)).stdout.split())
     assert json.loads(_cli("show", out, "--out", str(tmp_path / "p.html"), "--json").stdout)["pictures"] == 1
 
 
@@ -470,7 +507,7 @@ def test_usage_errors(words, message):
 @pytest.mark.parametrize(
     "words",
     [
-        ("attention", "--heads", "8", "--kv-heads", "3", "--dtype", "fp32,bf16"),
+        ("attention", "--heads", "8", "--kv-heads", "3", "--head-dim", "16", "--dtype", "fp32,bf16"),
         ("all", "--preset", "cpu", "--kv-heads", "3"),
     ],
 )
@@ -508,6 +545,9 @@ def test_a_subcommand_offers_only_what_changes_it(part: str, option: str, tmp_pa
         ("dense", None, {"models": ("a", "b"), "hidden": 4}, r"--models \(a, b\) and --hidden \(4\) both give sizes"),
         ("all", None, {"windows": (8,)}, r"--window \(8\) changes nothing in .*memory.*--models or sizes"),
         ("attention", "cpu", {"windows": (8, 4096)}, r"window \(4096\) must .* below --max-tokens \(2048\).*larger"),
+        ("attention", None, {"heads": 8}, r"--heads \(8\) needs --kv-heads and --head-dim too; give them"),
+        ("dense", None, {"hidden": 8, "kv_heads": 2}, r"--kv-heads \(2\) needs --heads and --head-dim too"),
+        ("experts", None, {"inter": 8, "top_k": 1}, r"--inter \(8\) needs --hidden and --experts too; give them"),
         ("dense", None, {"n": 8}, r"--n \(8\) is one side of a dense product; give --k too"),
         ("collectives", None, {"ops": ("bogus",)}, r"op 'bogus' is not known.*all_reduce"),
         ("all", "cpu", {"kernels": ("bogus",)}, r"kernel 'bogus' is not known.*grouped_mm"),
@@ -546,7 +586,7 @@ def test_a_profile_that_cannot_be_written_keeps_its_points_for_the_same_command(
     out, asked = tmp_path / "p", ProfileRequest(parts=("memory",), budget_s=0.2)
     with monkeypatch.context() as patch:
         patch.setattr(HardwareProfile, "save", full)
-        with pytest.raises(ProfileError, match=r"another --out; \d+ points measured until then are kept in .*p.journal"):
+        with pytest.raises(ProfileError, match=r"another --out; \d+ points measured until then are kept in .*p.jour"):
             measure_profile(asked, out)
     with pytest.raises(ProfileError, match=r"command \(moeplan profile memory .*0.2s.*\) is not this run's \(.*0.3s"):
         measure_profile(ProfileRequest(parts=("memory",), budget_s=0.3), out, resume=True)

@@ -104,6 +104,11 @@ def test_sizes_beyond_the_budget_are_left_out_and_named():
     assert any("do not fit the budget" in line for line in rig.left_out)
 
 
+def test_a_single_size_beyond_the_budget_is_no_range():
+    rig = _run([_series(high=2, points=2, refine=False)], FakeTimer(lambda size: 1e5 * size), budget=0.1)
+    assert rig.left_out == ["s: size 2 does not fit the budget"]
+
+
 def test_out_of_memory_keeps_smaller_sizes_and_says_so():
     def law(size):
         if size > 100:
@@ -283,7 +288,7 @@ def test_a_disk_that_fills_up_keeps_the_points_before(tmp_path: Path):
     assert journal._stream is not None
     with Path("/dev/full").open("w") as full:
         os.dup2(full.fileno(), journal._stream.fileno())
-    message = r"No space left on device; 1 points measured until then are kept in .*j.jsonl; the same command with --res"
+    message = r"No space left on device; 1 points measured until then are kept in .*j.jsonl; the same command with"
     with pytest.raises(ProfileError, match=message):
         journal.add("experts", POINT | {"tokens": 2}, [1.0])
     with pytest.raises(ProfileError, match=message):

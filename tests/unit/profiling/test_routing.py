@@ -368,7 +368,7 @@ def test_recording_from_disk_asks_for_what_it_needs(tmp_path: Path):
     with pytest.raises(SpecError, match="--hf needs --prompts"):
         record_routing(tmp_path / "t.npz", hf=tmp_path)
     (tmp_path / "prompts.txt").write_text("hello")
-    with pytest.raises(SpecError, match=r"cannot be loaded: Unrecognized model .*config.json.*; correct its config.json"):
+    with pytest.raises(SpecError, match=r"cannot be loaded: Unrecognized model .*config.json.*; correct its config"):
         record_routing(tmp_path / "t.npz", hf=tmp_path, prompts=tmp_path / "prompts.txt", device="cpu")
     _model("Olmoe").config.save_pretrained(tmp_path / "olmoe")  # of which transformers 5 makes an empty tokenizer
     with pytest.raises(SpecError, match=r"has no tokenizer that can be loaded, and --prompts needs one"):
@@ -383,7 +383,7 @@ def test_recording_from_disk_asks_for_what_it_needs(tmp_path: Path):
     [
         ({"num_experts_per_tok": 9}, r"top_k \(9\) exceeds num_experts \(8\)"),
         ({"num_local_experts": -4}, r"num_local_experts \(-4\) is not one whole number"),
-        ({"hidden_size": "big"}, r"cannot be loaded: .*'hidden_size' expected int, got str \(value: 'big'\); correct its"),
+        ({"hidden_size": "big"}, r"cannot be loaded: .*'hidden_size' expected int, got str \(value: 'big'\); correct"),
         ({"num_attention_heads": 5, "head_dim": 8}, r"m\) fails in its first pass: .*; correct its config.json"),
     ],
 )
@@ -403,7 +403,7 @@ def test_a_models_own_code_is_neither_run_nor_asked_about(tmp_path: Path, monkey
     auto = {"AutoConfig": "config.C", "AutoModelForCausalLM": "modeling.M"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto}))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-    with pytest.raises(SpecError, match=r"its own code \(auto_map in its config.json\), which is not run; give a model of"):
+    with pytest.raises(SpecError, match=r"its own code \(auto_map in its config.json\), which is not run; give a mod"):
         record_routing(tmp_path / "t.npz", tmp_path, True, device="cpu")
     assert capfd.readouterr().out == ""
     assert not (tmp_path / "ran").exists()
@@ -527,7 +527,7 @@ def test_the_overhead_of_a_server_is_told_with_its_spread(server, tmp_path: Path
     words = [*map(str, ["--sglang", url, "--dump-dir", dump_dir, "--prompts", prompts, "--out", out])]
     told = CliRunner().invoke(routing_command, words, catch_exceptions=False).stdout
     assert ", dumps of 1 rank (the server does not say of how many), overhead" in told
-    assert re.search(rf", overhead of recording [+-]\d+\.\d% \({spread}\)\n$", told)
+    assert re.search(rf", overhead of recording [+-]\d+\.\d% \({spread}(: no more than noise)?\)\n$", told)
     (dump_dir / "expert_distribution_recorder_1.pt").unlink()
     answer = json.loads(CliRunner().invoke(routing_command, [*words, "--json"], catch_exceptions=False).stdout)
     assert (answer["overhead_spread"] is None) == (lines == "one\n")
