@@ -86,7 +86,9 @@ def _options(function: Any) -> Any:
             help="Collectives: all_reduce, all_gather, reduce_scatter, alltoall, p2p.  [default: all]",
         ),
         click.option(
-            "--max-bytes", type=click.IntRange(min=256), help="Collectives: largest message, bytes.  [default: 16777216]"
+            "--max-bytes",
+            type=click.IntRange(min=256),
+            help="Collectives: largest message in bytes.  [default: 16777216]",
         ),
         click.option("--ranks", type=_NUMBERS, help="Collectives: local processes to start."),
         click.option("--ranks-per-node", type=_NUMBERS, help="Collectives: where nodes cannot be told by name."),

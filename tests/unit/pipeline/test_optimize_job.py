@@ -118,6 +118,7 @@ def test_exchanges_that_one_gpu_cannot_measure_are_the_public_ones_and_said(toke
         "profile own has no alltoall on 1, 2, 4, 8 nodes: those of h100-sxm stand in" in note for note in found.notes
     )
     assert not any("stand in" in note for note in asked.notes)
+    assert sum("measure your own: " in note for note in found.notes) == 1, "one command measures all exchanges"
     assert found.prediction == asked.prediction
     lent, none = profile_of(str(tmp_path / "own"), "H100-SXM-80GB"), own.with_exchanges_of(own)
     assert lent.sha256 != own.sha256

@@ -206,7 +206,7 @@ def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
         ({"slo": {"ttft": "1 us"}}, {}, SpecError, r"slo.ttft .* no load meets it; allow"),
         ({"requests": REQUESTS | {"duration": "1 us"}}, {}, SpecError, r"zero arrivals within duration"),
         ({"warmup": "1 h"}, {}, SpecError, r"zero finished requests arrive after it"),
-        ({}, {"profile": "h100-sxm"}, ProfileError, r"does not cover .* measure it: moeplan profile experts"),
+        ({}, {"profile": "h100-sxm"}, ProfileError, r"does not cover .* measure them: moeplan profile experts"),
         ({"faults": [{"kind": "rank-loss", "at": "1 s", "rank": 8}]}, {}, SpecError, r"faults.0.rank \(8\) is outside"),
         ({"engine": {"expert_tp": 3}}, {}, SpecError, r"engine.expert_tp \(3\) does not divide the ranks of a node"),
         ({"engine": {"expert_tp": 2}}, {}, SpecError, r"need every token, but objective.dispatch is per_node"),

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.cli import main
 from moeplan.cli.profile import command
+from moeplan.cli.profile_measure import _show
 from moeplan.errors import InputError, MoeplanError, ProfileError, SpecError
 from moeplan.pipeline.profile_checks import check_profile, diff_profiles, show_profile
 from moeplan.pipeline.profiling import (
@@ -625,3 +626,18 @@ def test_the_committed_cpu_profile_predicts_sizes_it_is_not_shown():
         assert held["points"] >= least
         assert held["median"] <= 0.10
     assert answer["vectors"]["median"] <= 0.15
+
+
+def test_a_check_is_readable_in_80_columns():
+    shown = _cli("check", str(Path(__file__).parents[3] / "profiles" / "cpu-amd-epyc")).stdout
+    assert all(word in shown for word in ("non_monotone", "collectives", "elementwise"))
+    assert "…" not in shown
+
+
+def test_omissions_are_grouped_by_their_reason(capsys):
+    left_out = [f"gemm {n}: size 8 does not fit the budget" for n in (1, 2)] + ["dense: not measured"]
+    answer = {"out": "p", "device": "d", "rows": {}, "system": {}, "points": 1, "resumed_points": 0}
+    _show(answer | {"median_spread": 0.1, "single_samples": 0, "left_out": left_out})
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "left out: gemm 1, gemm 2: size 8 does not fit the budget", "left out: dense: not measured"
+    ]  # fmt: skip

@@ -534,6 +534,15 @@ def test_the_overhead_of_a_server_is_told_with_its_spread(server, tmp_path: Path
     assert [read_trace(out).origin[name] for name in OVERHEAD] == [answer[name] for name in OVERHEAD]
 
 
+@pytest.mark.parametrize(
+    ("overhead", "spread", "said"), [(-0.02, 0.05, "5.0%: no more than noise)"), (0.2, 0.05, "5.0%)")]
+)
+def test_an_overhead_within_its_spread_is_called_noise(monkeypatch, overhead, spread, said):
+    answer = {"out": "t.npz", "tokens": 1, "phases": {}, "overhead": overhead, "overhead_spread": spread}
+    monkeypatch.setattr("moeplan.pipeline.record.record_routing", lambda **_: answer)
+    assert CliRunner().invoke(routing_command, ["--out", "t.npz"]).stdout.endswith(f"{said}\n")
+
+
 def test_a_request_refused_before_recording_starts_no_recorder(server, tmp_path: Path):
     url, dump_dir, log = server
     prompts = tmp_path / "prompts.txt"
