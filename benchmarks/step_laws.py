@@ -23,7 +23,8 @@ import pyarrow as pa
 
 from moeplan.artifacts.profile import USABLE_MARKS, HardwareProfile
 from moeplan.artifacts.profile_tables import MISMEASURED
-from moeplan.costs.experts import _Kernel, kernel_fits
+from moeplan.costs.expert_law import kernel_fits
+from moeplan.costs.experts import _Kernel
 from moeplan.costs.heldout import hidden_rows, hold_out
 from moeplan.costs.tables import kernel_names
 from moeplan.pipeline.aic import full_profile
@@ -71,7 +72,7 @@ def _experts(profile: HardwareProfile) -> dict[str, Any]:
             told = fit.shared_s(each) + active[row] * fit.one_expert_s(each)
             kernel = kernels.setdefault(names[row], _Kernel(fit, fit, others, {c: column[c][row] for c in NAMES}))
             at = (column[c][row] for c in ("num_experts", "top_k", "tokens", "ep"))
-            law[row], step[row] = told / seconds[row] - 1, told * kernel.over_law(*at) / seconds[row] - 1
+            law[row], step[row] = told / seconds[row] - 1, told * kernel.over_law(*at)[0] / seconds[row] - 1
     mean = np.array(column["tokens"]) * np.array(column["top_k"]) / np.array(column["num_experts"])
     parts = {
         "all": asked,

@@ -20,7 +20,7 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from moeplan.costs.experts import ExpertCosts
+from moeplan.costs.expert_law import ExpertCosts
 
 __all__ = [
     "busiest_rank",

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.exchange import ExchangeCosts, exchange_costs, touched, touched_share
-from moeplan.costs.experts import ExpertCosts, expert_costs
+from moeplan.costs.expert_law import ExpertCosts
+from moeplan.costs.experts import expert_costs
 from moeplan.costs.fixed import FixedCosts, fixed_costs
 from moeplan.costs.memory import RankMemory, memory_report
 from moeplan.costs.roofline import returned_bytes, token_bytes

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.artifacts.profile_tables import MEASURED, columns_of
-from moeplan.costs.experts import fit_experts
+from moeplan.costs.expert_law import expert_weight_bytes, fit_experts
 from moeplan.costs.interpolation import GridInterpolator
 from moeplan.costs.number_formats import WEIGHT_BYTES
 from moeplan.costs.roofline import matmul_flops
@@ -90,10 +90,13 @@ def _vectors(profile: HardwareProfile) -> dict[str, Any] | None:
     skewed = np.array(table["distribution"].to_pylist()) == "explicit"
     pairs, active = (table[c].to_numpy().astype(float) for c in ("rank_pairs", "active_experts"))
     seconds, vectors = table["latency_us"].to_numpy() * 1e-6, table["vector"].to_pylist()
-    off = []
+    off, bandwidth = [], _peaks(profile)[0] or np.inf
     for group in np.unique(shape[skewed]):
-        rows = even & (shape == group) & (active > 0)
-        fit = fit_experts(pairs[rows], active[rows], seconds[rows], "") if rows.sum() >= 6 else None
+        rows = np.flatnonzero(even & (shape == group) & (active > 0))
+        if len(rows) < 6:
+            continue
+        weight_s = expert_weight_bytes(table.slice(int(rows[0]), 1).to_pylist()[0]) / bandwidth
+        fit = fit_experts(pairs[rows], active[rows], seconds[rows], "", weight_s)
         for row in np.flatnonzero(skewed & (shape == group)) if fit else ():
             vector = np.array(vectors[row].split(), float)
             if fit and len(vector):

@@ -61,5 +61,6 @@ def kept_kv_bytes_per_token(model: ModelSpec, context: float, dtype: Dtype = "bf
     whole = model.kv_bytes_per_token(dtype, tp)
     if whole is None:
         return None
-    kept = sum(part.count * min(1.0, part.window / context if part.window else 1.0) for part in attention_layers(model))
+    context = max(1.0, context)
+    kept = sum(part.count * min(1.0, (part.window or context) / context) for part in attention_layers(model))
     return whole * kept / model.num_layers

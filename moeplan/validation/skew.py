@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.artifacts.profile_tables import MISMEASURED
-from moeplan.costs.experts import ExpertCosts, fit_experts
+from moeplan.costs.expert_law import ExpertCosts, expert_weight_bytes, fit_experts
 from moeplan.costs.interpolation import line
 from moeplan.costs.skew import (
     busiest_rank,
@@ -21,6 +21,7 @@ from moeplan.costs.skew import (
     router_logit_s,
     skewed_over_balanced,
 )
+from moeplan.specs.clusters import find_accelerator
 
 __all__ = ["Row", "skew_rows"]
 
@@ -79,7 +80,7 @@ def _vectors(tokens: int, top_k: int, experts: int, alpha: float, ep: int, slots
 def skew_rows(profile: HardwareProfile) -> list[Row]:
     """Each skewed row at EP >= 8 and many tokens: measured ratio, ours, and the two baselines'."""
     rows = _experts(profile).to_pylist()
-    logit_s = _router_logit_s(rows)
+    logit_s, bandwidth = _router_logit_s(rows), find_accelerator(profile.meta.accelerator).memory_bandwidth
     balanced: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["distribution"] == "balanced":
@@ -101,7 +102,7 @@ def skew_rows(profile: HardwareProfile) -> list[Row]:
         if key not in fits:
             base = balanced.get(key, [])
             times = {(r["ep"], r["tokens"]): r["latency_us"] for r in base}
-            fits[key] = _fit(base), times
+            fits[key] = _fit(base, bandwidth), times
         fit, times = fits[key]
         if (ep, tokens) not in times or fit is None:
             continue
@@ -146,9 +147,10 @@ def skew_rows(profile: HardwareProfile) -> list[Row]:
     return answer
 
 
-def _fit(base: list[Row]) -> ExpertCosts | None:
+def _fit(base: list[Row], memory_bandwidth: float) -> ExpertCosts | None:
     spread = [r for r in base if r["ep"] > 1 and r["active_experts"] > 0]
     if len(spread) < 6:
         return None
     columns = [np.array([float(r[c]) for r in spread]) for c in ("rank_pairs", "active_experts", "latency_us")]
-    return fit_experts(columns[0], columns[1], columns[2] * 1e-6, "")
+    weight_s = expert_weight_bytes(spread[0]) / memory_bandwidth
+    return fit_experts(columns[0], columns[1], columns[2] * 1e-6, "", weight_s)

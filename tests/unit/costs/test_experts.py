@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile, shipped_profiles
-from moeplan.costs.experts import ExpertCosts, expert_costs, fit_experts
+from moeplan.costs.expert_law import ExpertCosts, expert_weight_bytes, fit_experts
+from moeplan.costs.experts import expert_costs
 from moeplan.costs.skew import busiest_rank, busiest_rank_eplb, draw_choices, nearest_draws, skewed_over_balanced
 from moeplan.errors import UnknownNameError
 from moeplan.specs.cluster import AcceleratorSpec
@@ -100,7 +101,7 @@ def test_an_intercept_that_noise_drove_to_zero_takes_little_from_the_others() ->
         if (row["tokens"], row["ep"]) not in {(512, 2), (512, 4), (512, 16)}
     ]
     columns = [np.array([float(row[c]) for row in bent]) for c in ("rank_pairs", "active_experts", "latency_us")]  # type: ignore[arg-type]
-    found = fit_experts(columns[0], columns[1], 1e-6 * columns[2], "s")
+    found = fit_experts(columns[0], columns[1], 1e-6 * columns[2], "s", 0.0)
     assert found is not None
     assert min(found.shared_m) > 10e-6  # 20 us and more, in truth
     vector = np.full(8, 32.0)  # 512 tokens: where one group alone was measured, nothing is counted twice
@@ -121,11 +122,25 @@ def test_experts_that_hid_behind_a_launch_take_what_memory_takes_to_give_their_w
     assert costs.rank_s(np.full(4, 16.0), 16.0) == pytest.approx(25e-6)
     many = expert_costs(MODEL, slow, "bf16", measured, mean_pairs=16.0, local_experts=16)
     assert float(many.one_expert_s(16)) == pytest.approx(6e-6)  # nothing, were what they hid taken for what they cost
+    assert many.shared_s(16) == pytest.approx((3 * 25 - (1 + 2 + 4) * 6) / 3 * 1e-6)  # what these leave of 25 us
     assert "and 4 experts on a rank" in many.source
     # A cache gave them in 25 us, where memory is slower still: what was measured stands.
     slower = slow.model_copy(update={"memory_bandwidth": 6144 * 2 / 20e-6})
     cached = expert_costs(MODEL, slower, "bf16", measured, mean_pairs=16.0, local_experts=4)
     assert float(cached.one_expert_s(16)) == pytest.approx(25e-6 / 4)
+
+
+def test_the_error_is_that_of_rows_around_the_load() -> None:
+    # Few tokens scatter by a fifth, many by nothing.
+    def noise(row: dict[str, object]) -> float:
+        return 1.0 if row["tokens"] > 256 else 1.2 if row["ep"] in (2, 8) else 0.8  # type: ignore[operator]
+
+    bent = [row | {"latency_us": row["latency_us"] * noise(row)} for row in rows()]  # type: ignore[operator]
+    found = fit_experts(*(np.array([float(row[c]) for row in bent]) for c in ("rank_pairs", "active_experts")),  # type: ignore[arg-type]
+                        1e-6 * np.array([float(row["latency_us"]) for row in bent]), "s", 0.0)  # type: ignore[arg-type]  # fmt: skip
+    assert found is not None
+    assert found.error_around(1024.0) < 0.5 * found.error_around(4.0)
+    assert found.error_around(1e9) == found.relative_error  # no rows near
 
 
 def test_of_several_kernels_the_one_that_is_fastest_at_the_shape_asked_for_serves() -> None:
@@ -247,6 +262,12 @@ def test_of_a_scaled_shape_launches_stay_and_weights_grow() -> None:
     assert costs.shared_s(1024) == pytest.approx(launches + 4 * (measured.shared_s(1024) - launches))
 
 
+def test_weights_of_a_row_without_a_gate_are_two_matrices() -> None:
+    row = {"hidden": 64, "inter": 32, "tp": 2, "dtype": "nvfp4", "kernel": "k"}
+    assert expert_weight_bytes(row) == 3 * 64 * 32 / 2 / 2
+    assert expert_weight_bytes(row | {"kernel": "k_nongated"}) == 2 * 64 * 32 / 2 / 2
+
+
 def test_experts_without_a_gate_have_two_matrices_of_three() -> None:
     plain = MODEL.model_copy(update={"gated_ffn": False})
     gated = expert_costs(MODEL, GPU, "bf16", profile())
@@ -349,7 +370,7 @@ def test_training_products_of_b200_are_those_measured_for_training() -> None:
 
 def test_too_few_rows_do_not_make_a_curve() -> None:
     ones = np.ones(8)
-    assert fit_experts(ones, ones, ones * 1e-6, "s") is None
+    assert fit_experts(ones, ones, ones * 1e-6, "s", 0.0) is None
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts", "ep"), [(4096, 4, 64, 8), (4096, 2, 8, 8), (8, 2, 64, 8)])

@@ -16,12 +16,13 @@ from moeplan.cli import validate as cli_validate
 from moeplan.cli.validate import command
 from moeplan.costs.heldout import hidden_rows, hold_out, pooled
 from moeplan.errors import MoeplanError, ProfileError
+from moeplan.specs.clusters import find_accelerator
 from moeplan.validation import kernels
 from moeplan.validation.own_profiles import cpu_figures
 from moeplan.validation.skew import _fit, _router_logit_s, skew_rows
 
 SOURCES = {"s": Source(kind="measured", title="a test")}
-META = ProfileMeta(name="toy", accelerator="toy", date="2026-11-22", command="none", sources=SOURCES)
+META = ProfileMeta(name="toy", accelerator="h100-sxm", date="2026-11-22", command="none", sources=SOURCES)
 
 
 def gemm(noise: float) -> pa.Table:
@@ -131,7 +132,7 @@ def test_a_balanced_row_of_another_release_stands_as_measured() -> None:
         (row,) = skew_rows(profile)
         assert row["measured"] == pytest.approx(700 / (1.3 * (50 + 4096 / 9)))
         ratios[release] = row["ours"]
-    fit = _fit([r for r in rows if r["distribution"] == "balanced"])
+    fit = _fit([r for r in rows if r["distribution"] == "balanced"], find_accelerator("h100").memory_bandwidth)
     assert fit is not None
     law_s, measured_s = float(fit.rank_s(np.full(8, 512.0), 512.0)), 1.3e-6 * (50 + 4096 / 9)
     assert law_s < 0.9 * measured_s
