@@ -51,7 +51,7 @@ class KvRoom:
 
 
 def kv_bytes_per_token(
-    model: ModelSpec, engine: EngineSpec, weights: Dtype = "bf16", context: float = 1
+    model: ModelSpec, engine: EngineSpec, context: float, weights: Dtype = "bf16"
 ) -> float | None:
     """Bytes on one rank per token in the cache, over the layers of its stage, of sequences of ``context`` tokens; None
     where attention is not known."""
@@ -68,7 +68,7 @@ def kv_rooms(
     other = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp
     workspace = workspace_bytes(model, batch)
     per_slot = slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp
-    per_token = kv_bytes_per_token(model, engine, workload.weight_dtype, workload.context)
+    per_token = kv_bytes_per_token(model, engine, workload.context, workload.weight_dtype)
     rooms = []
     for rank, slots in enumerate(slots_R):
         if cluster.rank(rank).failed:
@@ -109,7 +109,7 @@ def ranks_that_hold(model: ModelSpec, cluster: ClusterSpec, workload: Workload, 
     do."""
     batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
     fixed = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp + workspace_bytes(model, batch)
-    fixed += (kv_bytes_per_token(model, engine, workload.weight_dtype, workload.context) or 0.0) * engine.block_size
+    fixed += (kv_bytes_per_token(model, engine, workload.context, workload.weight_dtype) or 0.0) * engine.block_size
     room = engine.memory_fraction * cluster.accelerator.memory - fixed
     slots = int(room // (slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp))
     if slots < 1:

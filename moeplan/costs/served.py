@@ -113,7 +113,7 @@ CALIBRATED = Constants(
 )
 
 
-def kv_capacity_tokens(setup: EngineSetup, memory_share: float, context: float = 1) -> float:
+def kv_capacity_tokens(setup: EngineSetup, memory_share: float, context: float) -> float:
     """Tokens of KV cache that one attention group holds beside the weights, of sequences of ``context`` tokens.
 
     Raises:

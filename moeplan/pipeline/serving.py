@@ -107,7 +107,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         if room.tokens is None:
             notes.append(f"{model.name}: attention is not known; its time and KV cache are not counted")
         factory = _costs(scenario, model, engine, profile, longest)
-        per_token = kv_bytes_per_token(model, engine, work.weight_dtype, work.context) or 0.0
+        per_token = kv_bytes_per_token(model, engine, work.context, work.weight_dtype) or 0.0
         pools.append(
             Pool(
                 role, instances, engine, stage, place, loads, factory, capacity, per_token,

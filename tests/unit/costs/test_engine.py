@@ -255,9 +255,9 @@ def test_cache_beside_the_weights_by_hand() -> None:
     experts = 58 * 256 * 3 * 7168 * 2048 / 8
     whole = 58 * 7168 * 256 + 61 * 7168 * (1536 + 512 + 64)  # routers, down-projections
     free = 0.9 * device.memory - experts - (model.non_expert_parameters - whole) / 8 - whole
-    assert kv_capacity_tokens(setup, 0.9) == pytest.approx(free / (61 * (512 + 64) * 2))
+    assert kv_capacity_tokens(setup, 0.9, 4096) == pytest.approx(free / (61 * (512 + 64) * 2))
     with pytest.raises(InputError, match=r"weights of DeepSeek-V3 .* exceed 90%"):
-        kv_capacity_tokens(EngineSetup(model, device, "sglang", tp=2), 0.9)
+        kv_capacity_tokens(EngineSetup(model, device, "sglang", tp=2), 0.9, 4096)
 
 
 def test_served_latencies_hold_their_parts() -> None:

@@ -81,7 +81,7 @@ def test_the_report_adds_up_and_leaves_out_failed_ranks():
 def test_the_cache_of_ranks_that_share_attention(name, tp, kv_dtype, by_hand):
     model, cluster = find_model(name), cluster_for("h200", 1, 8)
     work = Workload(phase="decode", batch_per_rank=8, weight_dtype="fp8" if name == "deepseek-v3" else "bf16")
-    assert kv_bytes_per_token(model, EngineSpec(tp=tp, kv_dtype=kv_dtype, pp=2), work.weight_dtype) == by_hand / 2
+    assert kv_bytes_per_token(model, EngineSpec(tp=tp, kv_dtype=kv_dtype, pp=2), 4096, work.weight_dtype) == by_hand / 2
     report = memory_report(model, cluster, work, np.full(8, model.num_experts // 8), tp, kv_dtype)[0]
     assert report.kv_tokens == int(report.free_bytes // by_hand)
     experts = np.arange(model.num_experts, dtype=np.int32)
@@ -101,7 +101,7 @@ def test_layers_with_a_window_keep_its_tokens_alone():
         assert report.kv_tokens == int(report.free_bytes // by_hand)
         room = kv_room(model, cluster, work, engine, np.full(8, 16))
         assert room.tokens == int(room.free_bytes // by_hand)
-        assert kv_bytes_per_token(model, engine, "fp4", context) == pytest.approx(by_hand)
+        assert kv_bytes_per_token(model, engine, context, "fp4") == pytest.approx(by_hand)
     setup = EngineSetup(model, cluster.accelerator, "vllm", expert_dtype="fp4", dense_dtype="bf16")
     longer = kv_capacity_tokens(setup, 0.9, 8192)
     assert longer == pytest.approx(kv_capacity_tokens(setup, 0.9, 128) * 2 / (1 + 128 / 8192))

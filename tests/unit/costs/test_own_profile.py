@@ -124,8 +124,9 @@ def test_a_wider_cache_takes_its_bytes() -> None:
         costs = AttentionCosts(ATTENTION, 512, quick, True, DenseCosts(CPU, weights), kv)
         expected = (kept * cache + queries * wide) / (0.8 * 20e9)
         assert costs.kernel(8, 1024).value.item() == pytest.approx(expected), (weights, kv)
-    assert kv_bytes_per_token(MODEL, EngineSpec(), "fp32") == 2 * kv_bytes_per_token(MODEL, EngineSpec(), "fp8")  # type: ignore[operator]
-    assert kv_bytes_per_token(MODEL, EngineSpec(kv_dtype="fp8"), "fp32") == 4 * 2 * 2 * 64
+    full, half = (kv_bytes_per_token(MODEL, EngineSpec(), 4096, weights) for weights in ("fp32", "fp8"))  # type: ignore[arg-type]
+    assert full == 2 * half  # type: ignore[operator]
+    assert kv_bytes_per_token(MODEL, EngineSpec(kv_dtype="fp8"), 4096, "fp32") == 4 * 2 * 2 * 64
     spare = {
         dtype: memory_report(MODEL, CLUSTER, Workload(weight_dtype=dtype), np.array([8, 8]))[0]
         for dtype in ("fp32", "bf16")

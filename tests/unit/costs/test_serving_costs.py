@@ -165,12 +165,12 @@ def test_one_token_more_than_tiles_hold_is_a_point_of_its_own() -> None:
 
 def test_kv_bytes_by_hand() -> None:
     # MLA: (512 + 64) numbers of 2 bytes in 61 layers, whole on every rank; GQA heads are split.
-    assert kv_bytes_per_token(MODEL, EngineSpec(tp=4)) == 61 * 576 * 2
-    assert kv_bytes_per_token(MODEL, EngineSpec(pp=2, kv_dtype="fp8")) == 61 * 576 / 2
+    assert kv_bytes_per_token(MODEL, EngineSpec(tp=4), 4096) == 61 * 576 * 2
+    assert kv_bytes_per_token(MODEL, EngineSpec(pp=2, kv_dtype="fp8"), 4096) == 61 * 576 / 2
     mixtral = find_model("mixtral-8x7b")  # 32 layers, 8 KV heads of 128, keys and values
-    assert kv_bytes_per_token(mixtral, EngineSpec()) == 32 * 2 * 8 * 128 * 2
-    assert kv_bytes_per_token(mixtral, EngineSpec(tp=4)) == 32 * 2 * 2 * 128 * 2
-    assert kv_bytes_per_token(mixtral, EngineSpec(tp=16)) == 32 * 2 * 1 * 128 * 2
+    assert kv_bytes_per_token(mixtral, EngineSpec(), 4096) == 32 * 2 * 8 * 128 * 2
+    assert kv_bytes_per_token(mixtral, EngineSpec(tp=4), 4096) == 32 * 2 * 2 * 128 * 2
+    assert kv_bytes_per_token(mixtral, EngineSpec(tp=16), 4096) == 32 * 2 * 1 * 128 * 2
 
 
 def test_what_does_not_fit_says_how_much_and_what_would() -> None:
