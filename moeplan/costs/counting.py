@@ -24,7 +24,16 @@ from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.errors import PlanError
 from moeplan.specs.workload import ReplicaSplit
 
-__all__ = ["TraceCounts", "choose_slots", "count_loads", "count_trace", "home_ranks", "hop_shares"]
+__all__ = [
+    "TraceCounts",
+    "choose_slots",
+    "count_loads",
+    "count_slots",
+    "count_trace",
+    "home_ranks",
+    "hop_shares",
+    "sum_by_rank",
+]
 
 _EVEN, _NEAREST, _WEIGHTED = 0, 1, 2
 _SPLIT = {"even": _EVEN, "nearest": _NEAREST, "weighted": _WEIGHTED}
@@ -34,12 +43,13 @@ _SPLIT = {"even": _EVEN, "nearest": _NEAREST, "weighted": _WEIGHTED}
 class TraceCounts:
     """Counts per window; tokens and pairs as parts of the window's tokens, so that windows compare.
 
-    ``pairs_WLR``: (token, expert) pairs a rank works on, per token. ``node_arrivals_WLN``: tokens that touch a
-    node and come from another one, ``node_pair_arrivals_WLN`` the (token, expert) pairs of theirs there.
-    ``rank_arrivals_WLR``: tokens that touch a rank. ``nodes_per_token_WL`` and
-    ``ranks_per_token_WL``: distinct ones a token touches, its home not counted apart.
+    ``pairs_WLP``, ``pairs_WLR``: (token, expert) pairs of a slot and of a rank, per token. ``node_arrivals_WLN``:
+    tokens that touch a node and come from another one, ``node_pair_arrivals_WLN`` the (token, expert) pairs of theirs
+    there. ``rank_arrivals_WLR``: tokens that touch a rank. ``nodes_per_token_WL`` and ``ranks_per_token_WL``: distinct
+    ones a token touches, its home not counted apart.
     """
 
+    pairs_WLP: NDArray[np.float64]
     pairs_WLR: NDArray[np.float64]
     node_arrivals_WLN: NDArray[np.float64]
     node_pair_arrivals_WLN: NDArray[np.float64]
@@ -160,7 +170,7 @@ def _count(
 ):
     """Adds one layer's counts to the window rows of the six result arrays."""
     num_nodes = nodes_in.shape[1]
-    seen_rank = np.full(pairs.shape[1], -1, np.int64)
+    seen_rank = np.full(ranks_in.shape[1], -1, np.int64)
     seen_node = np.full(num_nodes, -1, np.int64)
     elsewhere = 1.0 - 1.0 / num_nodes
     for t in range(slot_TK.shape[0]):
@@ -170,7 +180,7 @@ def _count(
             if s < 0:
                 continue
             r = rank_of_slot_P[s]
-            pairs[w, r] += 1.0
+            pairs[w, s] += 1.0
             n = r // per_node
             from_elsewhere = elsewhere
             if homes_known:
@@ -212,7 +222,7 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
     W, L, R, N = len(load.windows), placement.num_layers, placement.num_ranks, placement.num_nodes
     if int(window_T.max()) >= W:
         raise PlanError(f"the trace names window {int(window_T.max())} but the load has {W} windows")
-    pairs, arrivals = np.zeros((W, L, R)), np.zeros((W, L, R))
+    pairs, arrivals = np.zeros((W, L, placement.num_slots)), np.zeros((W, L, R))
     nodes_in, pairs_in = np.zeros((W, L, N)), np.zeros((W, L, N))
     nodes, ranks = np.zeros((W, L)), np.zeros((W, L))
     for layer in range(L):
@@ -223,8 +233,10 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
             ranks[:, layer],
         )  # fmt: skip
     tokens_W = np.maximum(np.bincount(window_T, minlength=W), 1).astype(np.float64)
+    pairs_WLP = pairs / tokens_W[:, None, None]
     return TraceCounts(
-        pairs_WLR=pairs / tokens_W[:, None, None],
+        pairs_WLP=pairs_WLP,
+        pairs_WLR=sum_by_rank(pairs_WLP, placement),
         node_arrivals_WLN=nodes_in / tokens_W[:, None, None],
         node_pair_arrivals_WLN=pairs_in / tokens_W[:, None, None],
         rank_arrivals_WLR=arrivals / tokens_W[:, None, None],
@@ -233,15 +245,23 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
     )
 
 
+def count_slots(load_WLE: NDArray[np.float64], placement: Placement) -> NDArray[np.float64]:
+    """Selections per window, layer and slot ``[W, L, P]`` from expert counts and the copies' shares."""
+    experts_LP = np.maximum(placement.physical_to_logical_LP, 0)
+    slots: NDArray[np.float64] = load_WLE[:, np.arange(placement.num_layers)[:, None], experts_LP]
+    return slots * placement.slot_share_LP
+
+
+def sum_by_rank(slot_WLP: NDArray[np.float64], placement: Placement) -> NDArray[np.float64]:
+    """What the slots of each rank have together, ``[W, L, R]``."""
+    out = np.zeros((*slot_WLP.shape[:2], placement.num_ranks))
+    np.add.at(out.transpose(2, 0, 1), placement.rank_of_slot_P, slot_WLP.transpose(2, 0, 1))
+    return out
+
+
 def count_loads(load_WLE: NDArray[np.float64], placement: Placement) -> NDArray[np.float64]:
     """Selections per window, layer and rank ``[W, L, R]`` from expert counts and the copies' shares."""
-    share_LP = placement.slot_share_LP
-    out = np.zeros((*load_WLE.shape[:2], placement.num_ranks))
-    for layer in range(placement.num_layers):
-        experts = np.maximum(placement.physical_to_logical_LP[layer], 0)
-        slot_WP = load_WLE[:, layer, experts] * share_LP[layer]
-        np.add.at(out[:, layer].T, placement.rank_of_slot_P, slot_WP.T)
-    return out
+    return sum_by_rank(count_slots(load_WLE, placement), placement)
 
 
 def hop_shares(

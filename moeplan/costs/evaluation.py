@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
-from moeplan.artifacts.placement import EMPTY, Placement
-from moeplan.costs.counting import TraceCounts, count_loads, count_trace, hop_shares
+from moeplan.artifacts.placement import Placement
+from moeplan.costs.counting import TraceCounts, count_slots, count_trace, hop_shares, sum_by_rank
 from moeplan.costs.layer import LayerCosts
 from moeplan.costs.transitions import transition_counts
 from moeplan.specs.workload import Objective
@@ -28,8 +28,9 @@ class Evaluation:
 
     ``time_WL = expert_WL + exchange_WL`` in seconds; ``node_path_WL`` and ``rank_path_WL`` are the two paths of the
     exchange in ``return_home``, of which it takes the slower. ``max_over_mean_WL`` is the busiest rank's token load
-    over the mean, each divided by the rank's speed (1 where a window has no tokens). Hop shares are per layer ``[L]``;
-    the last layer has none (0).
+    over the mean, each divided by the rank's speed (1 where a window has no tokens). Where the nearest copy serves and
+    tokens are known, loads are those counted on them; elsewhere copies take their shares. Hop shares are per layer
+    ``[L]``; the last layer has none (0).
     """
 
     expert_WL: NDArray[np.float64]
@@ -72,40 +73,22 @@ def copy_seconds(
 ) -> NDArray[np.float64]:
     """Seconds that one of ``copies`` copies of each expert costs its rank at speed 1, ``[W, E]``.
 
-    With ``p`` the chance that a token selects the copy, ``T p`` pairs are worked on, and the weights are read if
-    any of ``T`` tokens comes: ``1 - (1 - p)^T`` (tokens independent). A window without tokens costs nothing.
+    A window without tokens costs nothing.
     """
     total = np.maximum(load_WE.sum(axis=1, keepdims=True), _TINY)
-    p = np.minimum(load_WE * top_k / total / copies, 1.0)
+    return _chosen_seconds(load_WE * top_k / total / copies, costs)
+
+
+def _chosen_seconds(chance: NDArray[np.float64], costs: LayerCosts) -> NDArray[np.float64]:
+    """Seconds at speed 1 of copies that a token selects with chance ``p``.
+
+    ``T p`` pairs are worked on, and the weights are read if any of ``T`` tokens comes: ``1 - (1 - p)^T`` (tokens
+    independent).
+    """
+    p = np.minimum(chance, 1.0)
     hit = -np.expm1(costs.tokens_per_step * np.log1p(-np.minimum(p, 1 - 1e-12)))
-    seconds: NDArray[np.float64] = (
-        costs.per_active_expert_s * hit + costs.per_pair_s * costs.tokens_per_step * p
-    )
+    seconds: NDArray[np.float64] = costs.per_active_expert_s * hit + costs.per_pair_s * costs.tokens_per_step * p
     return seconds
-
-
-def _expert_seconds(
-    load: ExpertLoad, placement: Placement, costs: LayerCosts, speed_R: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Busiest rank's seconds ``[W, L]``."""
-    W, L = load.load_WLE.shape[:2]
-    out = np.zeros((W, L))
-    share_LP = placement.slot_share_LP
-    for layer in range(L):
-        used = placement.physical_to_logical_LP[layer] != EMPTY
-        experts = placement.physical_to_logical_LP[layer, used]
-        share = share_LP[layer, used]
-        rank_WR = np.zeros((W, placement.num_ranks))
-        shares, which = np.unique(share, return_inverse=True)
-        for i, part in enumerate(shares):
-            seconds_WE = copy_seconds(
-                load.load_WLE[:, layer], costs, load.top_k or 1, 1.0 / part if part else 1
-            )
-            chosen = which == i
-            if part:
-                np.add.at(rank_WR.T, placement.rank_of_slot_P[used][chosen], seconds_WE[:, experts[chosen]].T)
-        out[:, layer] = (rank_WR / speed_R).max(axis=1) + costs.expert_fixed_s
-    return out
 
 
 def evaluate(
@@ -126,16 +109,23 @@ def evaluate(
         PlanError: load and placement are not of one model.
     """
     speed = np.ones(placement.num_ranks) if speed_R is None else speed_R
-    load_WLR = count_loads(load.load_WLE, placement)
     counts = count_trace(load, placement, objective.replica_split) if load.trace is not None else None
+    slot_WLP = count_slots(load.load_WLE, placement)
+    total_WL = load.load_WLE.sum(axis=2)
+    if counts is not None and objective.replica_split == "nearest":  # copies do not share evenly
+        pairs_WLP = counts.pairs_WLP
+        slot_WLP = pairs_WLP / np.maximum(pairs_WLP.sum(axis=2, keepdims=True), _TINY) * total_WL[:, :, None]
+    load_WLR = sum_by_rank(slot_WLP, placement)
     relative = load_WLR / speed
     capacity = speed[np.unique(placement.rank_of_slot_P)].sum()
     mean_WL = load_WLR.sum(axis=2) / capacity
     max_over_mean = np.where(mean_WL > 0, relative.max(axis=2) / np.maximum(mean_WL, _TINY), 1.0)
-    expert_WL = _expert_seconds(load, placement, costs, speed)
 
     W, L = load.load_WLE.shape[:2]
     T, top_k = costs.tokens_per_step, load.top_k or 1
+    chance_WLP = slot_WLP * top_k / np.maximum(total_WL, _TINY)[:, :, None]
+    expert_WLR = sum_by_rank(_chosen_seconds(chance_WLP, costs), placement) / speed
+    expert_WL = expert_WLR.max(axis=2) + costs.expert_fixed_s
     same_rank = same_node = None
     exchange = np.full((W, L), costs.exchange_fixed_s)
     node, rank = np.zeros((W, L)), np.zeros((W, L))

@@ -62,7 +62,8 @@ def _token_load_bound(problem: PlanningProblem, layer: int, value: float) -> flo
 
 def _alike(problem: PlanningProblem) -> bool:
     """Whether copies share an expert's load evenly over ranks of equal slots, two or more, and equal speed."""
-    slots, even = problem.slots_R, problem.objective.replica_split != "weighted"
+    slots, split = problem.slots_R, problem.objective.replica_split
+    even = split == "even" or (split == "nearest" and problem.load.trace is None)
     return even and bool((slots == slots[0]).all() and slots[0] > 1 and (problem.speed_R == 1).all())
 
 
@@ -240,8 +241,7 @@ def bounds_of(
     plan, objective = result.placement, problem.objective
     found = evaluation or evaluate(problem.load, plan, problem.costs, objective, problem.speed_R)
     L, W = plan.num_layers, len(problem.load.windows)
-    loads = count_loads(problem.load.load_LE[None], plan)[0] / problem.speed_R
-    load_value = loads.max(axis=1) / (problem.load.load_LE.sum(axis=1) / problem.live_speed)
+    load_value = (found.load_LR / problem.speed_R).max(axis=1) / (problem.load.load_LE.sum(axis=1) / problem.live_speed)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         load_floor = np.asarray(list(pool.map(lambda l: _token_load_bound(problem, l, float(load_value[l])), range(L))))
     answers = []

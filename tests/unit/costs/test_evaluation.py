@@ -158,3 +158,21 @@ def test_a_window_without_tokens_in_a_layer_costs_no_expert_time():
         assert np.isfinite(found.time_WL).all()
         assert np.isfinite(found.max_over_mean_WL).all()
         assert found.expert_WL[1, 0] == pytest.approx(1e-3)
+
+
+def test_where_the_nearest_copy_serves_ranks_work_on_the_pairs_counted():
+    # Both copies of expert 0 are in node 0: tokens at home there take them, those of node 1 share over both, and the
+    # copies of expert 1, one in each node, get their own node's tokens alone: three in node 0, one in node 1.
+    rows = np.array([[0, 1, 0, 2, 1, 3]], np.int32)
+    placed = Placement(rows, np.array([0, 0, 1, 1, 2, 3], np.int32), 4, 4, 2)
+    tokens = np.array([[[0, 1]], [[2, 1]], [[0, 1]], [[3, 1]]])
+    trace = RoutingTrace(tokens, 4, (0,), source_rank_T=np.array([0, 1, 0, 2], np.int32))
+    counts = np.array([[[2.0, 4, 1, 1]]])
+    found = evaluate(ExpertLoad(counts, ("all",), (0,), 2, trace), placed, COSTS, Objective(replica_split="nearest"))
+    pairs = np.array([[2, 3], [0, 1], [1, 0], [1, 0]]) / 4  # of the slots of each rank, per token
+    assert found.load_LR[0].tolist() == [5, 1, 1, 1]
+    assert found.max_over_mean_WL[0, 0] == 5 / 2
+    seconds = (2e-3 * (1 - (1 - pairs) ** 100) + 1e-2 * pairs).sum(axis=1)
+    assert found.expert_WL[0, 0] == pytest.approx(1e-3 + seconds.max())
+    even = evaluate(ExpertLoad(counts, ("all",), (0,), 2), placed, COSTS, Objective(replica_split="nearest"))
+    assert even.load_LR[0].tolist() == [3, 2, 2, 1]
