@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
 from moeplan.costs.counting import TraceCounts, count_slots, count_trace, hop_shares, sum_by_rank
+from moeplan.costs.exchange import touched_share
 from moeplan.costs.layer import LayerCosts
 from moeplan.costs.transitions import transition_counts
-from moeplan.specs.workload import Objective
+from moeplan.specs.workload import DispatchKind, Objective
 
 __all__ = ["Evaluation", "aggregate", "copy_seconds", "evaluate", "transitions_of"]
 
@@ -91,6 +92,51 @@ def _chosen_seconds(chance: NDArray[np.float64], costs: LayerCosts) -> NDArray[n
     return seconds
 
 
+def _shares(load_WLR: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Part of each window's selections that every rank works on."""
+    shares: NDArray[np.float64] = load_WLR / np.maximum(load_WLR.sum(axis=2, keepdims=True), _TINY)
+    return shares
+
+
+def _by_node(rank_WLR: NDArray[np.float64], placement: Placement) -> NDArray[np.float64]:
+    sums: NDArray[np.float64] = rank_WLR.reshape(*rank_WLR.shape[:2], placement.num_nodes, -1).sum(axis=3)
+    return sums
+
+
+def _arrivals(
+    load: ExpertLoad,
+    load_WLR: NDArray[np.float64],
+    counts: TraceCounts | None,
+    placement: Placement,
+    dispatch: DispatchKind,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Copies per token into each node from others ``[W, L, N]`` and to each rank ``[W, L, R]``, in ``return_home``."""
+    share_WLR, top_k = _shares(load_WLR), load.top_k or 1
+    elsewhere = 1 - 1 / placement.num_nodes
+    if dispatch == "per_expert":
+        rank_WLR = share_WLR * top_k
+        if counts is not None and load.trace is not None and load.trace.source_rank_T is not None:
+            return counts.node_pair_arrivals_WLN, rank_WLR
+        return _by_node(rank_WLR, placement) * elsewhere, rank_WLR
+    rank_WLR = touched_share(share_WLR, top_k) if counts is None else counts.rank_arrivals_WLR
+    if dispatch == "per_rank":
+        return _by_node(rank_WLR, placement) * elsewhere, rank_WLR
+    if counts is not None:
+        return counts.node_arrivals_WLN, rank_WLR
+    return touched_share(_by_node(share_WLR, placement), top_k) * elsewhere, rank_WLR
+
+
+def _met(load_WLR: NDArray[np.float64], placement: Placement) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """As :func:`hop_shares` by chance, ``[W, L]``: parts of the hops that stay on a rank, and inside a node."""
+    share_WLR = _shares(load_WLR)
+
+    def kept(share: NDArray[np.float64]) -> NDArray[np.float64]:
+        met: NDArray[np.float64] = (share * np.roll(share, -1, axis=1)).sum(axis=2)
+        return met
+
+    return kept(share_WLR), kept(_by_node(share_WLR, placement))
+
+
 def evaluate(
     load: ExpertLoad,
     placement: Placement,
@@ -103,7 +149,7 @@ def evaluate(
     Exchange in ``return_home``: the slower of the busiest node's arrivals and the busiest rank's, by dispatch kind
     (``per_expert`` sends one copy per pair, from the recorded homes or from any node alike; ``allgather`` does not
     depend on the placement). In ``stay``: transitions that leave the rank pay the scale-up price, those that leave the
-    node the node price, spread over ranks and nodes.
+    node the node price, spread over ranks and nodes. Choices of tokens that are not known are taken as independent.
 
     Raises:
         PlanError: load and placement are not of one model.
@@ -134,27 +180,16 @@ def evaluate(
         rank_share, node_share = hop_shares(transitions, placement)
         same_rank, same_node = np.append(rank_share, 0.0), np.append(node_share, 0.0)
     if objective.return_mode == "stay":
-        if same_rank is not None and same_node is not None:
-            copies = T * top_k
-            hops = (same_node - same_rank) * costs.per_rank_copy_s / placement.num_ranks
-            hops += (1 - same_node) * costs.per_node_copy_s / placement.num_nodes
-            hops[-1] = 0.0
-            exchange += copies * hops
-    elif objective.dispatch == "per_expert":
-        pairs_WLR = load_WLR / np.maximum(load_WLR.sum(axis=2, keepdims=True), _TINY) * top_k
-        if counts is not None and load.trace is not None and load.trace.source_rank_T is not None:
-            node = counts.node_pair_arrivals_WLN.max(axis=2)
-        else:
-            node = pairs_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3).max(axis=2)
-            node *= 1 - 1 / placement.num_nodes
-        rank = pairs_WLR.max(axis=2)
-    elif objective.dispatch in ("per_rank", "per_node") and counts is not None:
-        if objective.dispatch == "per_node":
-            node = counts.node_arrivals_WLN.max(axis=2)
-        else:
-            by_node = counts.rank_arrivals_WLR.reshape(W, L, placement.num_nodes, -1).sum(axis=3)
-            node = by_node.max(axis=2) * (1 - 1 / placement.num_nodes)
-        rank = counts.rank_arrivals_WLR.max(axis=2)
+        kept_rank, kept_node = (
+            (same_rank, same_node) if same_rank is not None and same_node is not None else _met(load_WLR, placement)
+        )
+        hops = (kept_node - kept_rank) * costs.per_rank_copy_s / placement.num_ranks
+        hops += (1 - kept_node) * costs.per_node_copy_s / placement.num_nodes
+        hops[..., -1] = 0.0
+        exchange += T * top_k * hops
+    elif objective.dispatch != "allgather":
+        node_WLN, rank_WLR = _arrivals(load, load_WLR, counts, placement, objective.dispatch)
+        node, rank = node_WLN.max(axis=2), rank_WLR.max(axis=2)
     node_path, rank_path = T * costs.per_node_copy_s * node, T * costs.per_rank_copy_s * rank
     return Evaluation(
         expert_WL=expert_WL,

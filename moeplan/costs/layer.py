@@ -8,7 +8,7 @@ elsewhere, and ``source`` says which.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["LayerCosts"]
 
@@ -24,6 +24,9 @@ class LayerCosts:
     - dispatch and combine together take ``exchange_fixed_s`` plus the slower of the two paths: the busiest
       node's ``x`` token copies from other nodes, ``x * per_node_copy_s`` (its NICs together), and the busiest
       rank's ``y`` token copies over the scale-up links, ``y * per_rank_copy_s``.
+
+    ``relative_error_of_counts`` holds where the load is counts, which say how much each expert got, not together with
+    which others: None where that changes nothing.
     """
 
     tokens_per_step: int
@@ -34,4 +37,16 @@ class LayerCosts:
     per_node_copy_s: float
     per_rank_copy_s: float
     relative_error: float = 0.3
+    relative_error_of_counts: float | None = None
     source: Mapping[str, str] = field(default_factory=dict)
+
+    def of_counts(self) -> LayerCosts:
+        """As they are for a load without tokens."""
+        if self.relative_error_of_counts is None:
+            return self
+        return replace(
+            self,
+            relative_error=self.relative_error_of_counts,
+            relative_error_of_counts=None,
+            source={**self.source, "copies of tokens": "expected from counts, choices taken as independent"},
+        )

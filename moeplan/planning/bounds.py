@@ -27,11 +27,14 @@ from moeplan.artifacts.plan import Bound
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_loads
 from moeplan.costs.evaluation import Evaluation, aggregate, copy_seconds, evaluate, transitions_of
+from moeplan.costs.exchange import touched_share
 from moeplan.planning.balance import LayerLoad, load_bound
 from moeplan.planning.copies_bound import copies_bound
 from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 
 __all__ = ["bounds_of", "fewest_groups", "most_kept", "pairs_bound"]
+
+ROUNDING = 1e-7  # part of a value that its bound may lie above it
 
 
 def _layer_load(problem: PlanningProblem, cost_EC: NDArray[np.float64]) -> LayerLoad:
@@ -208,20 +211,27 @@ def _exchange_bound(
         # Where leaving the node is the cheaper hop, what stays in the node had better stay on the rank.
         kept = on_node if node_s >= rank_s else on_rank
         return T * top_k * max(0.0, (kept - on_rank) * rank_s + (1 - kept) * node_s)
-    if objective.dispatch == "allgather" or problem.knows_homes or objective.replica_split == "nearest":
+    counts_only = problem.load.trace is None
+    if objective.dispatch == "allgather" or problem.knows_homes:
+        return 0.0
+    if objective.replica_split == "nearest" and not counts_only:
         return 0.0
     live = int(problem.live_R.sum())
-    if objective.dispatch == "per_expert":
-        return T * top_k * max(costs.per_node_copy_s * (1 - 1 / nodes) / nodes, costs.per_rank_copy_s / live)
-    on_node = groups if objective.dispatch == "per_node" else 1.0
-    node = T * on_node * (1 - 1 / nodes) / nodes * costs.per_node_copy_s
-    if nodes > 1:
-        return node
+    if objective.dispatch == "per_expert" or counts_only:
+        # Some node and some rank get no less than the even part of all pairs, and what they touch rises with it.
+        part = top_k / nodes, top_k / live
+        if objective.dispatch != "per_expert":
+            part = float(touched_share(np.asarray(1 / nodes), top_k)), float(touched_share(np.asarray(1 / live), top_k))
+        busy = float((problem.load.load_WLE[:, layer].sum(axis=1) > 0).mean())  # part of the windows with any tokens
+        return T * busy * max(costs.per_node_copy_s * (1 - 1 / nodes) * part[0], costs.per_rank_copy_s * part[1])
+    if nodes > 1:  # copies per rank are no fewer than those per node
+        return T * groups * (1 - 1 / nodes) / nodes * costs.per_node_copy_s
     return T * groups / ranks * costs.per_rank_copy_s
 
 
 def _bound(quantity: str, values: NDArray[np.float64], bounds: NDArray[np.float64], mean: bool, argument: str) -> Bound:
-    bounds = np.minimum(bounds, values)  # never above the value found: rounding
+    assert (bounds <= values * (1 + ROUNDING)).all(), f"{quantity}: {bounds} is no bound on {values}"
+    bounds = np.minimum(bounds, values)
     value, bound = (float(x.mean() if mean else x.sum()) for x in (values, bounds))
     return Bound(
         quantity=quantity,
@@ -252,7 +262,10 @@ def bounds_of(
             groups_L = np.asarray(list(pool.map(lambda l: _groups_bound(problem, l, parts), range(L))))
     flow = transitions_of(problem.load) if objective.return_mode == "stay" else None
     seconds_L = np.asarray([aggregate(found.time_WL[:, l], objective) for l in range(L)])
-    if result.status == "optimal" and result.optimal_for == STEP_TIME:
+    # Exact search looks at copies of recorded tokens, not at those expected from counts.
+    expected = problem.load.trace is None and objective.dispatch in ("per_node", "per_rank")
+    searched = not expected or objective.return_mode == "stay"
+    if result.status == "optimal" and result.optimal_for == STEP_TIME and searched:
         argument = f"{result.argument}, within the load limit"
         answers.append(_bound("step time, s", seconds_L, seconds_L, False, argument))
     else:
@@ -268,7 +281,9 @@ def bounds_of(
             else "eigenvalues of the co-activation matrix; the two added"
         )
         if objective.aggregate != "mean":
-            seconds_L = seconds_L * (total / seconds_L.sum())
+            # Worst windows of single layers add up to more than the worst step: less of what is above the bound.
+            above_L = seconds_L - floor_L
+            seconds_L = floor_L + above_L * ((total - floor_L.sum()) / max(above_L.sum(), 1e-300))
         answers.append(_bound("step time, s", seconds_L, floor_L, False, argument))
     programmes = "; numbers of copies as linear programmes, every slot filled" if _alike(problem) else ""
     argument = f"mean, costliest copy and pigeonhole{programmes}"

@@ -45,6 +45,11 @@ class PlanningProblem:
     max_moves: int | None = None
     progress: Progress = no_progress
 
+    def __post_init__(self) -> None:
+        coupled = self.objective.return_mode == "stay" and self.load.transitions_LEE is not None
+        if self.load.trace is None and not coupled:
+            object.__setattr__(self, "costs", self.costs.of_counts())
+
     @property
     def num_ranks(self) -> int:
         """``R``."""

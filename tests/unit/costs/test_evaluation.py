@@ -126,10 +126,30 @@ def test_copies_share_the_work_also_unevenly():
         assert found.expert_WL[0, layer] == pytest.approx(1e-3 + max(seconds))
 
 
-def test_counts_alone_give_load_and_no_traffic():
-    found = evaluate(replace(load(), trace=None, window_T=None), plan(), COSTS, Objective())
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank"])
+def test_counts_alone_are_charged_for_the_copies_of_independent_choices(dispatch):
+    found = evaluate(replace(load(), trace=None, window_T=None), plan(), COSTS, Objective(dispatch=dispatch))
     assert (found.counts, found.same_rank_L, found.same_node_L) == (None, None, None)
-    assert (found.exchange_WL == 5e-3).all()
+    for layer in range(2):
+        share = np.bincount(TOKENS[:, layer].ravel(), minlength=4)[ROWS[layer]] / 12
+        rank = 1 - (1 - share) ** 2
+        by_node = share.reshape(2, 2).sum(axis=1)
+        node = 1 - (1 - by_node) ** 2 if dispatch == "per_node" else rank.reshape(2, 2).sum(axis=1)
+        assert found.node_path_WL[0, layer] == pytest.approx(100 * node.max() / 2 * 3e-4)
+        assert found.rank_path_WL[0, layer] == pytest.approx(100 * rank.max() * 1e-4)
+        slower = max(found.node_path_WL[0, layer], found.rank_path_WL[0, layer])
+        assert found.exchange_WL[0, layer] == pytest.approx(5e-3 + slower)
+
+
+def test_counts_alone_are_charged_for_hops_by_chance_in_stay():
+    counts = replace(load(2), trace=None, window_T=None)
+    found = evaluate(counts, plan(), COSTS, Objective(return_mode="stay"))
+    for w in range(2):
+        share = counts.load_WLE[w, np.arange(2)[:, None], ROWS]
+        share /= share.sum(axis=1, keepdims=True)
+        same_rank, same_node = (np.prod(x, axis=0).sum() for x in (share, share.reshape(2, 2, 2).sum(axis=2)))
+        hops = (same_node - same_rank) * 1e-4 / 4 + (1 - same_node) * 3e-4 / 2
+        assert found.exchange_WL[w] == pytest.approx([5e-3 + 200 * hops, 5e-3])
 
 
 def test_given_transitions_go_before_counted_ones():

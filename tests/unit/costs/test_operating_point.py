@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from moeplan.costs.operating_point import layer_costs
+from moeplan.costs.operating_point import INDEPENDENT, layer_costs
 from moeplan.costs.roofline import expected_active, internode_bandwidth, token_bytes
 from moeplan.errors import SpecError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Objective, Workload
+from moeplan.testing.problems import make_problem
 
 GPU = AcceleratorSpec.model_validate(
     {
@@ -118,3 +121,16 @@ def test_expected_active_counts_distinct_experts() -> None:
     assert expected_active(1, 3) == 1
     assert expected_active(16, 1) == pytest.approx(1)
     assert token_bytes(128, "fp4") == 72
+
+
+def test_counts_without_tokens_widen_the_interval_where_tokens_decide_what_is_sent() -> None:
+    costs = layer_costs(MODEL, cluster(), Workload(), Objective())
+    of_counts = costs.of_counts()
+    assert costs.relative_error < of_counts.relative_error < costs.relative_error + INDEPENDENT
+    assert "choices taken as independent" in of_counts.source["copies of tokens"]
+    assert of_counts.of_counts() is of_counts
+    known = layer_costs(MODEL, cluster(), Workload(), Objective(dispatch="per_expert"))
+    assert known.of_counts() is known
+    problem = make_problem(costs=costs)
+    assert problem.costs is costs
+    assert replace(problem, load=replace(problem.load, trace=None)).costs == of_counts

@@ -289,3 +289,45 @@ def test_nodes_per_token_of_the_bound_are_met_by_blocks():
     assert count_trace(load, plan).nodes_per_token_WL[0, 0] == 1
     found = {b.quantity: b for b in bounds_of(problem, PlanningResult(plan))}
     assert found["nodes per token"].gap == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert"])
+@pytest.mark.parametrize("per_node", [1, 3, 2])
+@pytest.mark.parametrize("quiet", [False, True])
+def test_no_placement_of_counts_is_below_the_bound(dispatch, per_node, quiet):
+    ranks = 4 if per_node == 2 else 3
+    objective = Objective(dispatch=dispatch, max_imbalance="1000 %")
+    for seed, copy_s in product(range(3), (1e-9, 1e-6)):
+        problem = make_problem(
+            layers=1, experts=2 * ranks, ranks=ranks, ranks_per_node=per_node, top_k=3, seed=seed, objective=objective
+        )
+        costs = replace(problem.costs, per_node_copy_s=copy_s, per_rank_copy_s=copy_s / 3)
+        load = replace(problem.load, trace=None, window_T=None)
+        if quiet:  # a window without tokens
+            load = replace(load, load_WLE=np.concatenate([load.load_WLE, 0 * load.load_WLE]), windows=("a", "b"))
+        problem = replace(problem, load=load, costs=costs)
+        best = cheapest(problem)
+        for planner in ("contiguous", "joint"):
+            found = bounds_of(problem, load_plugin("planners", planner)(problem))[0]
+            assert found.bound <= best * (1 + 1e-9)
+            assert found.bound > 0.4 * best
+
+
+def test_a_bound_above_what_was_found_is_an_error_and_not_a_gap_of_nothing():
+    with pytest.raises(AssertionError, match="is no bound"):
+        bounds._bound("step time, s", np.array([1.0, 2.0]), np.array([1.0, 2.1]), False, "")
+    assert bounds._bound("step time, s", np.array([1.0]), np.array([1 + 1e-12]), False, "").gap == 0
+
+
+def test_padded_tokens_send_no_copies_per_rank():
+    objective = Objective(dispatch="per_rank")
+    problem = make_problem(layers=1, experts=4, ranks=4, ranks_per_node=2, top_k=1, objective=objective)
+    trace = problem.load.trace
+    assert trace is not None
+    experts = trace.experts_TLK.copy()
+    experts[: len(experts) // 2] = -1
+    counts = np.bincount(experts[experts >= 0], minlength=4)[None, None].astype(float)
+    load = replace(problem.load, load_WLE=counts, trace=replace(trace, experts_TLK=experts))
+    problem = replace(problem, load=load, costs=replace(problem.costs, per_node_copy_s=1e-6))
+    for planner in ("contiguous", "greedy"):
+        bounds_of(problem, load_plugin("planners", planner)(problem))
