@@ -149,7 +149,8 @@ def evaluate(
     Exchange in ``return_home``: the slower of the busiest node's arrivals and the busiest rank's, by dispatch kind
     (``per_expert`` sends one copy per pair, from the recorded homes or from any node alike; ``allgather`` does not
     depend on the placement). In ``stay``: transitions that leave the rank pay the scale-up price, those that leave the
-    node the node price, spread over ranks and nodes. Choices of tokens that are not known are taken as independent.
+    node the node price, spread over ranks and nodes; the slowest link decides. Choices of tokens that are not known are
+    taken as independent.
 
     Raises:
         PlanError: load and placement are not of one model.
@@ -175,6 +176,7 @@ def evaluate(
     same_rank = same_node = None
     exchange = np.full((W, L), costs.exchange_fixed_s)
     node, rank = np.zeros((W, L)), np.zeros((W, L))
+    link_R, link_N = costs.links(placement.num_ranks, placement.num_nodes)
     transitions = transitions_of(load)
     if transitions is not None:
         rank_share, node_share = hop_shares(transitions, placement)
@@ -183,13 +185,13 @@ def evaluate(
         kept_rank, kept_node = (
             (same_rank, same_node) if same_rank is not None and same_node is not None else _met(load_WLR, placement)
         )
-        hops = (kept_node - kept_rank) * costs.per_rank_copy_s / placement.num_ranks
-        hops += (1 - kept_node) * costs.per_node_copy_s / placement.num_nodes
+        hops = (kept_node - kept_rank) * costs.per_rank_copy_s / placement.num_ranks / link_R.min()
+        hops += (1 - kept_node) * costs.per_node_copy_s / placement.num_nodes / link_N.min()
         hops[..., -1] = 0.0
         exchange += T * top_k * hops
     elif objective.dispatch != "allgather":
         node_WLN, rank_WLR = _arrivals(load, load_WLR, counts, placement, objective.dispatch)
-        node, rank = node_WLN.max(axis=2), rank_WLR.max(axis=2)
+        node, rank = (node_WLN / link_N).max(axis=2), (rank_WLR / link_R).max(axis=2)
     node_path, rank_path = T * costs.per_node_copy_s * node, T * costs.per_rank_copy_s * rank
     return Evaluation(
         expert_WL=expert_WL,

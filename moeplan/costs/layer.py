@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 __all__ = ["LayerCosts"]
 
 
@@ -26,7 +29,9 @@ class LayerCosts:
       rank's ``y`` token copies over the scale-up links, ``y * per_rank_copy_s``.
 
     ``relative_error_of_counts`` holds where the load is counts, which say how much each expert got, not together with
-    which others: None where that changes nothing.
+    which others: None where that changes nothing. ``link_R`` is the part of the links' usual bandwidth that each rank
+    has, empty where all have all of it: copies to a rank take ``1 / link`` of the time, those to a node go by the mean
+    of its ranks' links.
     """
 
     tokens_per_step: int
@@ -38,7 +43,13 @@ class LayerCosts:
     per_rank_copy_s: float
     relative_error: float = 0.3
     relative_error_of_counts: float | None = None
+    link_R: tuple[float, ...] = ()
     source: Mapping[str, str] = field(default_factory=dict)
+
+    def links(self, ranks: int, nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """``link_R``, and the same for nodes."""
+        link_R = np.array(self.link_R or [1.0] * ranks)
+        return link_R, link_R.reshape(nodes, -1).mean(axis=1)
 
     def of_counts(self) -> LayerCosts:
         """As they are for a load without tokens."""

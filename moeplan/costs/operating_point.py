@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.exchange import exchange_costs, touched
@@ -66,6 +68,9 @@ def layer_costs(
         profile=profile,
     )
     inside, between = exchange.inside, exchange.between
+    each = [cluster.rank(rank) for rank in range(cluster.num_ranks)]
+    link_R = np.array([1.0 if rank.failed else rank.link_speed for rank in each])
+    link_N = link_R.reshape(cluster.num_nodes, -1).mean(axis=1)
     slower = inside if between is None else max(inside, between, key=lambda path: path.balanced_s(batch))
     exchange_fixed, per_node, per_rank = slower.fixed_s, 0.0, inside.per_copy_s(batch)
     if between is not None:
@@ -75,8 +80,13 @@ def layer_costs(
         per_node = per_rank / cluster.ranks_per_node
     if objective.dispatch == "allgather":
         # Every rank gets every token whatever the placement: all of it is fixed.
-        exchange_fixed, per_node, per_rank = slower.balanced_s(batch), 0.0, 0.0
+        all_R, all_N = inside.copies_per_token, between.copies_per_token if between is not None else 0.0
+        exchange_fixed = float(exchange.time_s(batch, all_N / link_N.min(), all_R / link_R.min()))
+        per_node = per_rank = 0.0
     source = {"experts": experts.source, "exchange inside a node": inside.source}
+    if (link_R != 1).any():
+        unlike = ", ".join(f"rank {rank}: {link_R[rank]:g}" for rank in np.flatnonzero(link_R != 1))
+        source["links"] = f"{unlike} of the usual; times count it, searches spread copies as over equal links"
     if between is not None:
         source["exchange between nodes"] = between.source
     seconds = {"experts": fixed + per_active * model.num_experts / ranks + per_pair * mean * model.num_experts / ranks}
@@ -99,5 +109,6 @@ def layer_costs(
         per_rank_copy_s=per_rank,
         relative_error=error(exchange_error),
         relative_error_of_counts=None if known else error(math.hypot(exchange_error, INDEPENDENT)),
+        link_R=tuple(link_R.tolist()) if (link_R != 1).any() else (),
         source=source,
     )

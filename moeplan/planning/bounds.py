@@ -196,6 +196,7 @@ def _exchange_bound(
         problem.num_nodes,
         problem.num_ranks,
     )
+    link_R, link_N = costs.links(ranks, nodes)
     if objective.return_mode == "stay":
         if flow is None or layer >= len(flow):
             return 0.0
@@ -207,26 +208,27 @@ def _exchange_bound(
         node_cap = nodes * float(loads.reshape(2, nodes, -1).sum(axis=2).max())
         on_node = most_kept(part, nodes, node_slots, node_cap) if nodes > 1 else 1.0
         on_rank = min(on_node, most_kept(part, ranks, int(problem.slots_R.max()), ranks * float(loads.max())))
-        rank_s, node_s = costs.per_rank_copy_s / ranks, costs.per_node_copy_s / nodes
+        rank_s, node_s = costs.per_rank_copy_s / ranks / link_R.min(), costs.per_node_copy_s / nodes / link_N.min()
         # Where leaving the node is the cheaper hop, what stays in the node had better stay on the rank.
         kept = on_node if node_s >= rank_s else on_rank
-        return T * top_k * max(0.0, (kept - on_rank) * rank_s + (1 - kept) * node_s)
+        return T * top_k * max(0.0, float((kept - on_rank) * rank_s + (1 - kept) * node_s))
     counts_only = problem.load.trace is None
     if objective.dispatch == "allgather" or problem.knows_homes:
         return 0.0
     if objective.replica_split == "nearest" and not counts_only:
         return 0.0
-    live = int(problem.live_R.sum())
+    node_s, rank_s, link_R = costs.per_node_copy_s * (1 - 1 / nodes), costs.per_rank_copy_s, link_R[problem.live_R]
     if objective.dispatch == "per_expert" or counts_only:
-        # Some node and some rank get no less than the even part of all pairs, and what they touch rises with it.
-        part = top_k / nodes, top_k / live
+        # The busiest link takes no less than all links together would for all copies.
+        on_node, on_rank = top_k / link_N.sum(), top_k / link_R.sum()
         if objective.dispatch != "per_expert":
-            part = float(touched_share(np.asarray(1 / nodes), top_k)), float(touched_share(np.asarray(1 / live), top_k))
+            # Some node and some rank get the even part of all pairs or more, and what they touch rises with it.
+            even_N, even_R = touched_share(np.array([1 / nodes, 1 / len(link_R)]), top_k)
+            on_node, on_rank = even_N / link_N.max(), even_R / link_R.max()
         busy = float((problem.load.load_WLE[:, layer].sum(axis=1) > 0).mean())  # part of the windows with any tokens
-        return T * busy * max(costs.per_node_copy_s * (1 - 1 / nodes) * part[0], costs.per_rank_copy_s * part[1])
-    if nodes > 1:  # copies per rank are no fewer than those per node
-        return T * groups * (1 - 1 / nodes) / nodes * costs.per_node_copy_s
-    return T * groups / ranks * costs.per_rank_copy_s
+        return T * busy * float(max(node_s * on_node, rank_s * on_rank))
+    # Copies per rank are no fewer than those per node.
+    return T * groups * float(node_s / link_N.sum() if nodes > 1 else rank_s / link_R.sum())
 
 
 def _bound(quantity: str, values: NDArray[np.float64], bounds: NDArray[np.float64], mean: bool, argument: str) -> Bound:

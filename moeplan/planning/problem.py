@@ -72,8 +72,9 @@ class PlanningProblem:
 
     @property
     def ranks_alike(self) -> bool:
-        """Whether every rank has the same slots and speed."""
-        return bool((self.slots_R == self.slots_R[0]).all() and (self.speed_R == self.speed_R[0]).all())
+        """Whether every rank has the same slots, speed and links."""
+        link_R, _ = self.costs.links(self.num_ranks, self.num_nodes)
+        return all(bool((each_R == each_R[0]).all()) for each_R in (self.slots_R, self.speed_R, link_R))
 
     @property
     def live_R(self) -> NDArray[np.bool_]:

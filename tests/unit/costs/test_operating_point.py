@@ -11,7 +11,7 @@ from moeplan.costs.roofline import expected_active, internode_bandwidth, token_b
 from moeplan.errors import SpecError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import ModelSpec
-from moeplan.specs.workload import Objective, Workload
+from moeplan.specs.workload import DispatchKind, Objective, Workload
 from moeplan.testing.problems import make_problem
 
 GPU = AcceleratorSpec.model_validate(
@@ -134,3 +134,18 @@ def test_counts_without_tokens_widen_the_interval_where_tokens_decide_what_is_se
     problem = make_problem(costs=costs)
     assert problem.costs is costs
     assert replace(problem, load=replace(problem.load, trace=None)).costs == of_counts
+
+
+@pytest.mark.parametrize("dispatch", ["per_node", "allgather"])
+def test_a_slow_link_is_in_the_costs_and_said_to_be(dispatch: DispatchKind) -> None:
+    objective = Objective(dispatch=dispatch)
+    usual = layer_costs(MODEL, cluster(), Workload(), objective)
+    slow = layer_costs(MODEL, cluster(ranks={1: {"link_speed": 0.1}}), Workload(), objective)
+    assert usual.link_R == ()
+    assert slow.link_R == (1.0, 0.1, *[1.0] * 6)
+    assert slow.source["links"].startswith("rank 1: 0.1 of the usual")
+    if dispatch == "allgather":  # every rank gets every token: the slow link decides
+        assert slow.exchange_fixed_s > 1.2 * usual.exchange_fixed_s
+    # a failed rank's link is not used
+    failed = layer_costs(MODEL, cluster(ranks={1: {"link_speed": 0.1, "failed": True}}), Workload(), objective)
+    assert failed.link_R == ()
