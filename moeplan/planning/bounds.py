@@ -232,10 +232,10 @@ def _exchange_bound(
 
 
 def _bound(quantity: str, values: NDArray[np.float64], bounds: NDArray[np.float64], mean: bool, argument: str) -> Bound:
-    false = bounds > values * (1 + ROUNDING)
-    if false.any():  # better no bound than one that proves a plan best
-        argument += f"; withheld where it exceeds what was found ({false.sum()} of {len(false)}): a fault, please report"
-    bounds = np.where(false, 0.0, np.minimum(bounds, values))
+    above = bounds > values * (1 + ROUNDING)
+    if above.any():  # better no bound than one that proves a plan best
+        argument += f"; withheld where it exceeds what was found ({above.sum()} of {len(above)}): a fault"
+    bounds = np.where(above, 0.0, np.minimum(bounds, values))
     value, bound = (float(x.mean() if mean else x.sum()) for x in (values, bounds))
     return Bound(
         quantity=quantity,
