@@ -303,6 +303,17 @@ def target_slots(b: Bundle) -> Iterator[Finding]:
         )
 
 
+def target_groups(b: Bundle) -> Iterator[Finding]:
+    """Where a plan renumbers experts, it must not mix the groups that routing is limited to; no planner keeps them."""
+    groups, chosen = b.model.n_group or 1, b.model.topk_group
+    if b.target in _WITHOUT_COPIES and groups > 1 and (chosen is None or chosen < groups):
+        yield error(
+            f"{b.target} renumbers experts, and {b.model.name} routes a token to {chosen or 'some'} of {groups} groups"
+            " of experts: a plan would mix groups and change the model; leave --target out, or plan for an engine that"
+            " takes a map, such as sglang, vllm or trtllm"
+        )
+
+
 CHECKS: tuple[Callable[[Bundle], Iterator[Finding]], ...] = (
     trace_experts,
     trace_layers,
@@ -316,6 +327,7 @@ CHECKS: tuple[Callable[[Bundle], Iterator[Finding]], ...] = (
     slots_for_memory,
     current_placement,
     target_slots,
+    target_groups,
 )
 
 

@@ -176,6 +176,11 @@ FAILED = cluster_for("h100", 2, 2).model_copy(update={"ranks": {1: RankSpec(fail
             SpecError,
             r"megatron holds every expert once, but --redundant is 4; leave it out",
         ),
+        (
+            {"target": "deepspeed", "model": MODEL.model_copy(update={"n_group": 4, "topk_group": 2})},
+            SpecError,
+            r"deepspeed renumbers experts, and toy routes a token to 2 of 4 groups .* leave --target out, or plan for",
+        ),
     ],
 )
 def test_each_way_to_be_wrong_is_one_clear_error(change, kind, message):
@@ -184,6 +189,11 @@ def test_each_way_to_be_wrong_is_one_clear_error(change, kind, message):
     assert len(errors) == 1
     with pytest.raises(kind, match=message):
         require(findings)
+
+
+def test_groups_that_a_token_may_all_go_to_limit_no_permutation():
+    open_to_all = MODEL.model_copy(update={"n_group": 4, "topk_group": 4})
+    assert not run_checks(bundle(target="megatron", model=open_to_all))
 
 
 @pytest.mark.parametrize(
