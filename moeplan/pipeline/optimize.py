@@ -25,6 +25,7 @@ from moeplan.costs.layer import LayerCosts
 from moeplan.costs.memory import memory_report
 from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import InfeasibleError, SpecError
+from moeplan.exports.base import ExportContext, Exporter
 from moeplan.files import atomic_directory, canonical_json, sha256_bytes, write_text
 from moeplan.pipeline.exports import load_placement
 from moeplan.pipeline.inputs import (
@@ -329,7 +330,20 @@ def _optimize(job: _Job, windows: str, domain: str | None, progress: Progress) -
             **({} if domain is None else {"domain": domain}),
         },
     )
+    plan = _for_target(job, plan)
     return Optimized(plan, job.load, baseline, after, before, job.messages, interrupted, problem.speed_R)
+
+
+def _for_target(job: _Job, plan: Plan) -> Plan:
+    """The plan, not to be applied where its target cannot express it."""
+    if job.scenario.target is None or plan.verdict is None:
+        return plan
+    exporter: Exporter = load_plugin("exporters", job.scenario.target)
+    reasons = exporter.refusals(plan, ExportContext(model=job.model))
+    if not reasons:
+        return plan
+    reason = f"{exporter.name} cannot express this plan: {'; '.join(reasons)}"
+    return plan.model_copy(update={"verdict": plan.verdict.model_copy(update={"apply": False, "reason": reason})})
 
 
 def _with_shares(problem: PlanningProblem, placement: Placement) -> Placement:

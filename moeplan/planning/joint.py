@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.artifacts.placement import EMPTY
+from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.plan import Status
 from moeplan.costs.evaluation import evaluate, transitions_of
 from moeplan.planning.balance import LayerLoad, balance_layer
@@ -42,6 +42,7 @@ from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 from moeplan.planning.search_home import anneal_home
 from moeplan.planning.search_load import rank_loads
 from moeplan.planning.search_stay import anneal_stay
+from moeplan.planning.simple import contiguous
 from moeplan.planning.slots import rank_loads as token_loads
 from moeplan.planning.slots import require_room, separate_copies
 
@@ -161,6 +162,10 @@ def _plan(ready: Prepared, clock: _Clock) -> PlanningResult:
     if objective_value(problem, found) > objective_value(problem, base):
         found = base
         notes.append("the balanced plan was not beaten: traffic traded for load would cost more than it saves")
+    plain = contiguous(problem).placement
+    if objective_value(problem, plain) < objective_value(problem, found) and _within_load(ready, base, plain):
+        found = plain
+        notes.append("the contiguous placement was not beaten")
     return PlanningResult(found, clock.status, notes=tuple(notes))
 
 
@@ -245,6 +250,16 @@ def _best_of(ready: Prepared, rows_LCP: Rows) -> Rows:
         price_CL[c, busiest_L > limit_L] = np.inf
     best_LP: Rows = rows_LCP[np.arange(len(rows_LCP)), price_CL.argmin(axis=0)]
     return best_LP
+
+
+def _within_load(ready: Prepared, base: Placement, plan: Placement) -> bool:
+    """Whether a plan keeps the limit of load in every layer, which the balanced one gives."""
+    return all(
+        _busiest(ready.problem, l, row_P) <= _busiest(ready.problem, l, base_P) * (1 + ready.max_imbalance) * (1 + 1e-9)
+        for l, (row_P, base_P) in enumerate(
+            zip(plan.physical_to_logical_LP, base.physical_to_logical_LP, strict=True)
+        )
+    )
 
 
 def _busiest(problem: PlanningProblem, layer: int, row_P: Rows) -> float:

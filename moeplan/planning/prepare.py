@@ -97,11 +97,7 @@ def prepare(problem: PlanningProblem, weight_W: NDArray[np.float64] | None = Non
     load_WLE, token_T, window_T = _windows(problem)
     costs, objective = problem.costs, problem.objective
     live = int(problem.live_R.sum())
-    spread_nodes = objective.replica_split == "nearest" and problem.num_nodes > 1
-    group_R = np.arange(problem.num_ranks) // (problem.ranks_per_node if spread_nodes else 1)
-    groups = len(np.unique(group_R[problem.live_R]))
     spare = max(0, problem.num_slots - int(problem.experts_L.min()))
-    most = max(1, min(groups, spare + 1))
     top_k = problem.load.top_k or 1
     # Token counts decide where there is no per-expert cost (load objective), seconds everywhere else.
     by_load = objective.kind == "load"
@@ -109,6 +105,8 @@ def prepare(problem: PlanningProblem, weight_W: NDArray[np.float64] | None = Non
     for layer in range(problem.load.num_layers):
         experts = int(problem.experts_L[layer])
         load_WE = load_WLE[:, layer, :experts]
+        group_R = _apart(problem, experts)
+        most = max(1, min(len(np.unique(group_R[problem.live_R])), spare + 1))
         table = [
             load_WE / np.maximum(load_WE.sum(axis=1, keepdims=True), 1e-300) / c
             if by_load
@@ -124,7 +122,7 @@ def prepare(problem: PlanningProblem, weight_W: NDArray[np.float64] | None = Non
                 copy_WEC=np.ascontiguousarray(copy_WEC / unit),
                 rank_of_slot_P=problem.rank_of_slot_P,
                 speed_R=problem.speed_R,
-                group_R=group_R.astype(np.int64),
+                group_R=group_R,
             )
         )
         seconds.append(unit if not by_load else costs.per_pair_s * costs.tokens_per_step * top_k / live)
@@ -139,6 +137,17 @@ def prepare(problem: PlanningProblem, weight_W: NDArray[np.float64] | None = Non
         rank_price_s=costs.tokens_per_step * costs.per_rank_copy_s,
         weight_W=weight_W,
     )
+
+
+def _apart(problem: PlanningProblem, experts: int) -> NDArray[np.int64]:
+    """Groups of ranks that hold one copy of an expert at most: nodes where the nearest copy serves and every slot of a
+    node can hold an expert of its own, else the ranks themselves.
+    """
+    rank_R = np.arange(problem.num_ranks)
+    node_R = rank_R // problem.ranks_per_node
+    room = np.bincount(node_R, problem.slots_R).max() <= experts
+    spread = problem.objective.replica_split == "nearest" and problem.num_nodes > 1 and room
+    return (node_R if spread else rank_R).astype(np.int64)
 
 
 def copy_costs(layer: LayerLoad, row_P: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -95,6 +95,21 @@ def test_windows_of_counts_are_held_out_only_where_both_halves_have_tokens(tmp_p
     assert (verdict.apply, "nothing could be held out" in verdict.held_out) == (False, True)
 
 
+@pytest.mark.parametrize("planner", ["joint", "greedy"])
+def test_more_slots_than_a_copy_per_node_are_all_filled_for_an_engine_that_takes_the_nearest(tokens, planner):
+    found = optimize(scenario(tokens, target="sglang", redundant=12, planner=planner))
+    assert (np.array(found.plan.physical_to_logical_map) >= 0).all()
+    assert found.plan.objective.replica_split == "nearest"
+    assert found.plan.prediction.time_s <= found.plan.prediction.baseline_time_s
+
+
+def test_what_the_target_cannot_express_is_not_to_be_applied(tokens):
+    verdict = optimize(scenario(tokens, target="sglang", redundant=28)).plan.verdict
+    assert not verdict.apply
+    assert verdict.reason.startswith("sglang cannot express this plan: some slots are empty")
+    assert not any("cannot" in optimize(scenario(tokens, target=t)).plan.verdict.reason for t in ("sglang", "trtllm"))
+
+
 def test_a_mistyped_backend_of_the_same_scenario_is_refused(tokens):
     requests = {"arrivals": "constant", "rate": "1 /s", "count": 1, "input_tokens": 8, "output_tokens": 8}
     with pytest.raises(UnknownNameError, match=r"serving.engine.backend 'vlm' is not known; did you mean 'vllm'\?"):

@@ -158,6 +158,27 @@ def test_a_window_without_tokens_in_a_layer_is_planned():
     assert np.isfinite(objective_value(replace(problem, load=load), result.placement))
 
 
+def test_copies_go_to_different_nodes_where_the_nearest_serves_and_they_fit():
+    for slots, spread in ((6, True), (10, False)):  # 24 and 40 slots for 16 experts in 2 nodes
+        problem = make_problem(layers=2, experts=16, ranks=4, ranks_per_node=2, slots=slots)
+        placement = joint(replace(problem, objective=Objective(replica_split="nearest"))).placement
+        placement.require_valid()
+        rows = placement.physical_to_logical_LP
+        assert (rows >= 0).all()
+        in_node = [len(set(half.tolist())) == len(half) for row in rows for half in np.split(row, 2)]
+        assert all(in_node) == spread
+
+
+def test_a_plan_worse_than_contiguous_is_not_given(monkeypatch):
+    problem = make_problem(layers=2, experts=16, ranks=4, ranks_per_node=2, sigma=1.0)
+    crowded = np.argsort(-problem.load.load_LE, axis=1)
+    monkeypatch.setattr("moeplan.planning.joint._home", lambda ready, base_LP, clock, notes: crowded)
+    monkeypatch.setattr("moeplan.planning.joint.balance_layer", lambda layer, proposals, seed: crowded[0])
+    found = joint(problem)
+    assert found.placement.physical_to_logical_LP.tolist() == [list(range(16))] * 2
+    assert found.notes[-1] == "the contiguous placement was not beaten"
+
+
 def test_a_budget_needs_the_slots_of_today():
     problem = make_problem(layers=2, experts=16, ranks=4, ranks_per_node=2)
     now = contiguous(problem).placement
