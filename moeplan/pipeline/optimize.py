@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.plan import Bound, LayerEvaluation, Plan, Prediction, placement_fields
+from moeplan.artifacts.plan import Bound, LayerEvaluation, Migration, Plan, Prediction, placement_fields
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.coverage import coverage_gaps
@@ -125,6 +125,7 @@ class _Job:
             time_limit_s=scenario.time_limit,
             current=self.current,
             max_moves=self.max_moves,
+            affordable=self.affordable,
             progress=progress,
         )
 
@@ -139,10 +140,30 @@ class _Job:
         if scenario.migration_size is not None:
             limits.append(scenario.migration_size / expert)
         if scenario.migration_time is not None:
-            link = self.cluster.accelerator.nic_bandwidth if self.cluster.num_nodes > 1 else self.scale_up
-            # Every rank receives at once; half of them at the pace of the busiest.
-            limits.append(0.5 * scenario.migration_time * link / expert * self.cluster.num_ranks)
+            # At most: every rank receives all the time, from its own node. Plans are held to the time itself.
+            limits.append(scenario.migration_time * self.scale_up / expert * self.cluster.num_ranks)
         return int(min(limits))
+
+    def affordable(self, placement: Placement) -> bool:
+        """Whether the moves to a placement fit the migration time."""
+        limit = self.scenario.migration_time
+        return self.current is None or limit is None or self.migration(self.current, placement).seconds <= limit
+
+    def migration(self, current: Placement, placement: Placement) -> Migration:
+        """The moves from the placement in use to another."""
+        before_WL, after_WL = (
+            evaluate(self.load, plan, self.costs, self.objective, speeds(self.cluster)).time_WL
+            for plan in (current, placement)
+        )
+        return migration_of(
+            current,
+            placement,
+            self.load.layer_ids,
+            (before_WL - after_WL).mean(axis=0),
+            self.model.expert_bytes(self.workload.weight_dtype),
+            self.scale_up,
+            self.cluster.accelerator.nic_bandwidth,
+        )
 
     @property
     def scale_up(self) -> float:
@@ -256,26 +277,17 @@ def _optimize(job: _Job, windows: str, domain: str | None, progress: Progress) -
     progress("prove", 1.0)
     migration = None
     if job.current is not None:
-        gain_L = (before.time_WL - after.time_WL).mean(axis=0)
-        migration = migration_of(
-            job.current,
-            placement,
-            job.load.layer_ids,
-            gain_L,
-            job.model.expert_bytes(job.workload.weight_dtype),
-            job.scale_up,
-            job.cluster.accelerator.nic_bandwidth,
-        )
+        migration = job.migration(job.current, placement)
         if job.max_moves is not None and len(migration.moves) > job.max_moves:
             raise InfeasibleError(
                 f"planner {scenario.planner} moves {len(migration.moves)} experts, but the migration budget allows"
                 f" {job.max_moves}; allow more, or use planner joint, which plans within a budget"
             )
         limit = scenario.migration_time
-        if limit is not None and migration.seconds > limit * 1.001:
+        if limit is not None and migration.seconds > limit:
             raise InfeasibleError(
-                f"migration_time ({limit:g} s) is too short: the least plan found takes {migration.seconds:.3g} s;"
-                " allow more, or give migration_size"
+                f"planner {scenario.planner} moves experts for {migration.seconds:.3g} s, but migration_time allows"
+                f" {limit:.3g} s; allow more, or use planner joint, which plans within a budget"
             )
     base_s = aggregate(before.time_WL.sum(axis=1), job.objective)
     time_s = aggregate(after.time_WL.sum(axis=1), job.objective)

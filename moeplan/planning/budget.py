@@ -2,12 +2,14 @@
 
 ``L`` layers, ``P`` slots. Each layer is improved on its own, swap by swap, each time by the swap that saves most per
 expert moved (:mod:`moeplan.planning.search_moves`); what a layer has saved after each swap, in seconds of its step,
-then decides how many swaps of it the budget pays for.
+then decides how many swaps of it the budget pays for. Where moves would take too long, the last are left out.
 """
 
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,8 +27,11 @@ __all__ = ["within_budget"]
 Rows = NDArray[np.int64]
 
 
-def within_budget(ready: Prepared, current: Placement, max_moves: int) -> tuple[Placement, str]:
-    """The best plan found within ``max_moves`` of ``current``, and what it used. Copies per expert stay as they are.
+def within_budget(
+    ready: Prepared, current: Placement, max_moves: int, over: Callable[[], bool] = lambda: False
+) -> tuple[Placement, str]:
+    """The best plan found within ``max_moves`` of ``current``, and what it used. Copies per expert stay as they are;
+    when time is ``over``, so do layers not begun.
 
     Raises:
         InfeasibleError: the return mode couples the layers, or the slots are not those of ``current``.
@@ -45,13 +50,15 @@ def within_budget(ready: Prepared, current: Placement, max_moves: int) -> tuple[
 
     def trail(layer: int) -> Rows:
         row_P = start_LP[layer]
+        if over():
+            return row_P[None]
         data = layer_tokens(ready, layer, row_P)
         trail_SP = descend(
             data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
             problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R, held[layer],
             float(ready.seconds_L[layer]), data.node_price, data.rank_price, most, problem.seed * 3001 + layer,
         )  # fmt: skip
-        rows = np.where(trail_SP < 0, EMPTY, row_P[np.maximum(trail_SP, 0)])
+        rows: Rows = np.where(trail_SP < 0, EMPTY, row_P[np.maximum(trail_SP, 0)])
         return np.concatenate([row_P[None], rows])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -65,17 +72,31 @@ def within_budget(ready: Prepared, current: Placement, max_moves: int) -> tuple[
         seconds[:, step] = [aggregate(time_WL[:, layer], problem.objective) for layer in range(len(trails))]
         moved[:, step] = moves_needed(current, found)
         problem.progress("fit the budget", (step + 1) / longest)
-    chosen = _spend(seconds, moved, max_moves)
-    best = problem.placement(np.stack([rows[min(chosen[l], len(rows) - 1)] for l, rows in enumerate(trails)]))
+        if over():
+            break
+    bought = _spend(seconds[:, : step + 1], moved[:, : step + 1], max_moves)
+
+    def after(purchases: int) -> Placement:
+        steps = bought[purchases]
+        return problem.placement(np.stack([rows[min(steps[l], len(rows) - 1)] for l, rows in enumerate(trails)]))
+
+    first_too_long = bisect_left(range(len(bought)), True, key=lambda i: not problem.affordable(after(i)))
+    best = after(max(first_too_long - 1, 0))
     if objective_value(problem, best) >= objective_value(problem, current):
         best = current
-    return best, f"{int(moves_needed(current, best).sum())} of {max_moves} moves allowed are made"
+    made = int(moves_needed(current, best).sum())
+    if first_too_long < len(bought):
+        return best, f"{made} moves are made: more would take longer than allowed"
+    return best, f"{made} of {max_moves} moves allowed are made"
 
 
-def _spend(seconds_LS: NDArray[np.float64], moved_LS: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
-    """Step of each layer to stop at: whichever continuation saves most per move is bought next."""
+def _spend(seconds_LS: NDArray[np.float64], moved_LS: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
+    """Step of each layer to stop at, after none, one, two, ... purchases: the continuation that saves most per move is
+    bought next.
+    """
     layers, steps = seconds_LS.shape
     chosen = np.zeros(layers, dtype=np.int64)
+    bought = [chosen.copy()]
     left = budget
     while True:
         best_rate, best_layer, best_step = 0.0, -1, 0
@@ -87,6 +108,7 @@ def _spend(seconds_LS: NDArray[np.float64], moved_LS: NDArray[np.int64], budget:
                 if cost <= left and saved > 0 and saved / max(cost, 0.5) > best_rate * (1 + 1e-12):
                     best_rate, best_layer, best_step = saved / max(cost, 0.5), layer, step
         if best_layer < 0:
-            return chosen
+            return bought
         left -= int(moved_LS[best_layer, best_step] - moved_LS[best_layer, chosen[best_layer]])
         chosen[best_layer] = best_step
+        bought.append(chosen.copy())

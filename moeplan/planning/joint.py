@@ -117,8 +117,8 @@ def joint(problem: PlanningProblem) -> PlanningResult:
     clock = _Clock(problem, time.monotonic())
     windows = len(problem.load.windows)
     if problem.current is not None and problem.max_moves is not None:
-        budgeted, note = within_budget(prepare(problem), problem.current, problem.max_moves)
-        return PlanningResult(budgeted, notes=(note,))
+        budgeted, note = within_budget(prepare(problem), problem.current, problem.max_moves, clock.over)
+        return PlanningResult(budgeted, clock.status, notes=(note,))
     weight_W = np.full(windows, 1.0 / windows)
     best = _plan(prepare(problem), clock)
     if windows == 1 or problem.objective.aggregate == "mean":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -28,7 +29,8 @@ class PlanningProblem:
     ``slots_R`` is the number of expert slots of each rank (0 for a failed rank), the same in every layer, and
     ``speed_R`` their relative speed. ``experts_L`` is the number of experts of each layer. Budgets of searches
     count proposals, never seconds, so that one seed gives one answer; ``time_limit_s`` is the exception a person
-    asks for, and a planner that it stops answers with status ``time_limit``.
+    asks for, and a planner that it stops answers with status ``time_limit``. From ``current`` a plan may make
+    ``max_moves`` moves and must be ``affordable``; to move nothing always is.
     """
 
     load: ExpertLoad
@@ -43,6 +45,7 @@ class PlanningProblem:
     time_limit_s: float | None = None
     current: Placement | None = None
     max_moves: int | None = None
+    affordable: Callable[[Placement], bool] = lambda _placement: True
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:

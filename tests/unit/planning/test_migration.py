@@ -148,6 +148,25 @@ def test_a_budget_is_kept_and_used_for_gain(budget):
     assert any("moves allowed" in note for note in result.notes)
 
 
+def test_a_plan_that_would_take_too_long_to_reach_makes_fewer_moves():
+    problem = make_problem(layers=3, experts=16, ranks=4, ranks_per_node=2, tokens=800, sigma=1.0)
+    now = contiguous(problem).placement
+
+    def moves(most: int) -> int:
+        few = replace(problem, current=now, max_moves=12, affordable=lambda plan: moves_needed(now, plan).sum() <= most)
+        return int(moves_needed(now, joint(few).placement).sum())
+
+    assert moves(0) == 0 < moves(5) <= 5 < moves(12) <= 12
+
+
+def test_a_time_limit_holds_within_a_budget_of_moves():
+    problem = make_problem(layers=3, experts=16, ranks=4, ranks_per_node=2, tokens=800, sigma=1.0)
+    now = contiguous(problem).placement
+    result = joint(replace(problem, current=now, max_moves=12, time_limit_s=1e-9))
+    assert result.status == "time_limit"
+    assert moves_needed(now, result.placement).sum() == 0
+
+
 def moved(seconds: float, moves: int = 1) -> Migration:
     one = Move(layer_id=0, expert=0, source_rank=0, target_rank=1, slot=2)
     return Migration(moves=(one,) * moves, bytes=1.0, seconds=seconds, source="test")
