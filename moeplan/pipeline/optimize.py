@@ -48,7 +48,7 @@ from moeplan.progress import Progress, no_progress
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.reports.plan_page import render_plan_page
 from moeplan.reports.summary import Evidence
-from moeplan.routing.loads import expert_load, split_trace
+from moeplan.routing.loads import expert_load, in_stretches, split_trace
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
@@ -198,6 +198,10 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
     if scenario.target is not None and "replica_split" not in objective.model_fields_set:
         objective = objective.model_copy(update={"replica_split": _SPLIT_OF_TARGET.get(scenario.target, "even")})
     load = expert_load(routing, windows)
+    filled = np.flatnonzero(load.load_WLE.any(axis=(1, 2)))
+    if load.trace is None and 0 < len(filled) < len(load.windows):
+        load = replace(load, load_WLE=load.load_WLE[filled], windows=tuple(load.windows[w] for w in filled))
+        messages.append(f"windows without tokens are left out, {len(filled)} remain")
     if load.top_k is None:
         load = replace(load, top_k=model.top_k)
     slots_R, num_redundant = slots_of_ranks(model, cluster, workload, scenario.redundant, scenario.kv_reserve)
@@ -306,12 +310,12 @@ def _optimize(job: _Job, windows: str, domain: str | None, progress: Progress) -
     progress("hold out", 0.0)
     best_possible = 1.0 - bounds[0].bound / base_s if bounds else 1.0
     try:
-        held = _held_out(job, planner, placement, baseline, interrupted)
+        held = _held_out(job, planner, windows, placement, baseline, interrupted)
     except KeyboardInterrupt:
         interrupted = True
-        held = _held_out(job, planner, placement, baseline, interrupted)
+        held = _held_out(job, planner, windows, placement, baseline, interrupted)
     interrupted = interrupted or held.interrupted
-    verdict = judge(baseline_name, held.before_W, held.after_W, best_possible, held.words, held.unchecked, migration)
+    verdict = judge(baseline_name, held.before_H, held.after_H, best_possible, held.words, held.unchecked, migration)
     progress("hold out", 1.0)
     plan = Plan(
         model=job.model.name,
@@ -385,52 +389,80 @@ def layer_evaluations(layer_ids: tuple[int, ...], found: Evaluation) -> tuple[La
     return tuple(rows)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _HeldOut:
-    before_W: NDArray[np.float64]
-    after_W: NDArray[np.float64]
+    """Step seconds of the baseline and of a plan that has not seen them, per held-out part: a stretch or a window."""
+
+    before_H: NDArray[np.float64]
+    after_H: NDArray[np.float64]
     words: str
     unchecked: str
     interrupted: bool
 
 
-def _held_out(job: _Job, planner: Any, placement: Placement, baseline: Placement, interrupted: bool) -> _HeldOut:
-    """Step seconds per window under the baseline and under a plan that has not seen the windows."""
-    routing, load = job.routing, job.load
-    first: ExpertLoad | None = None
-    rest = load
-    least = 2 * MIN_HELD_OUT_TOKENS
-    words = "the data planned on (nothing could be held out)"
-    unchecked = "record token-level routing or several windows to have it checked"
+def _held_out(
+    job: _Job, planner: Any, windows: str, placement: Placement, baseline: Placement, interrupted: bool
+) -> _HeldOut:
+    """Judge the planner on routing it has not seen, all windows of a held-out part aggregated as the objective says."""
     if interrupted:
-        words = "the data planned on (interrupted before the held-out check)"
-        unchecked = "planning was interrupted before the check: let it end"
-    elif isinstance(routing, RoutingTrace) and routing.num_tokens >= least:
-        seen, unseen = split_trace(routing)
-        count = min(HELD_OUT_WINDOWS, unseen.num_tokens // (MIN_HELD_OUT_TOKENS // HELD_OUT_WINDOWS))
-        first, rest = expert_load(seen), expert_load(unseen, f"time:{count}")
-        words = f"the second half of the trace in {count} windows, planned on the first"
-    elif len(load.windows) >= 4:
-        half = len(load.windows) // 2
-        if (load.load_WLE[:half].sum(axis=(0, 2)) > 0).all() and (load.load_WLE[half:].sum(axis=(0, 2)) > 0).all():
-            first, rest = (
-                replace(load, load_WLE=load.load_WLE[part], windows=load.windows[part], trace=None, window_T=None)
-                for part in (slice(half), slice(half, None))
-            )
-            words = f"the last {len(rest.windows)} windows, planned on the first {half}"
-    elif isinstance(routing, RoutingTrace):
-        unchecked = f"the trace has {routing.num_tokens:,} tokens, holding out needs {least:,}: record more"
-    problem = job.problem(load, no_progress)
+        why = "interrupted before the held-out check", "planning was interrupted before the check: let it end"
+        first, rest, parts, words, unchecked = _nothing_held_out(job, *why)
+    else:
+        first, rest, parts, words, unchecked = _split(job, windows)
     scored = placement
     if first is not None:
         seen_problem = job.problem(first, no_progress)
         result: PlanningResult = planner(seen_problem)
         if result.status == "interrupted":
-            return _held_out(job, planner, placement, baseline, interrupted=True)
+            return _held_out(job, planner, windows, placement, baseline, interrupted=True)
         scored = _with_shares(seen_problem, result.placement)
-    after = evaluate(rest, scored, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
-    before = evaluate(rest, baseline, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
-    return _HeldOut(before, after, words, unchecked if first is None else "", interrupted)
+
+    def seconds(plan: Placement) -> NDArray[np.float64]:
+        time_W = evaluate(rest, plan, job.costs, job.objective, speeds(job.cluster)).time_WL.sum(axis=1)
+        return np.array([aggregate(part_W, job.objective) for part_W in np.array_split(time_W, parts)])
+
+    return _HeldOut(seconds(baseline), seconds(scored), words, unchecked, interrupted)
+
+
+_Split = tuple[ExpertLoad | None, ExpertLoad, int, str, str]
+
+
+def _nothing_held_out(job: _Job, why: str, remedy: str) -> _Split:
+    parts = len(job.load.windows) if job.objective.aggregate == "mean" else 1
+    return None, job.load, parts, f"the data planned on ({why})", remedy
+
+
+def _split(job: _Job, windows: str) -> _Split:
+    """What to plan on, None where nothing can be held out; what to score on, in how many parts, and that in words; why
+    nothing was held out and what to do.
+    """
+    routing, load, least = job.routing, job.load, 2 * MIN_HELD_OUT_TOKENS
+    unchecked = "record token-level routing or several windows to have it checked"
+    if isinstance(routing, RoutingTrace) and routing.num_tokens >= least:
+        seen, unseen = split_trace(routing)
+        rest = expert_load(unseen, windows)
+        fewest = unseen.num_tokens if rest.window_T is None else int(np.bincount(rest.window_T).min())
+        count = min(HELD_OUT_WINDOWS, unseen.num_tokens // (MIN_HELD_OUT_TOKENS // HELD_OUT_WINDOWS), fewest)
+        if count > 1:
+            each = "" if len(rest.windows) == 1 else f" of {len(rest.windows)} kinds each"
+            words = f"the second half of the trace in {count} windows{each}, planned on the first"
+            return expert_load(seen, windows), in_stretches(rest, count), count, words, ""
+        unchecked = "a window has too few tokens to hold some out: record more"
+    elif isinstance(routing, RoutingTrace):
+        unchecked = f"the trace has {routing.num_tokens:,} tokens, holding out needs {least:,}: record more"
+    else:
+        half = len(load.windows) // 2
+        parts = slice(half), slice(half, None)
+        if half > 1 and all((load.load_WLE[part].sum(axis=(0, 2)) > 0).all() for part in parts):
+            first, rest = (
+                replace(load, load_WLE=load.load_WLE[part], windows=load.windows[part], trace=None, window_T=None)
+                for part in parts
+            )
+            count = len(rest.windows)
+            words = f"the last {count} windows, planned on the first {half}"
+            # Where not the mean counts, two windows at least make a part.
+            return first, rest, count if job.objective.aggregate == "mean" else max(2, count // 2), words, ""
+    return _nothing_held_out(job, "nothing could be held out", unchecked)
 
 
 def write_plan(found: Optimized, out: Path) -> list[Path]:

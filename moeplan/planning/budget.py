@@ -49,7 +49,7 @@ def within_budget(
     most = max(1, min(max_moves, 2 * problem.num_slots) // 2)
 
     def trail(layer: int) -> Rows:
-        row_P = start_LP[layer]
+        row_P: Rows = start_LP[layer]
         if over():
             return row_P[None]
         data = layer_tokens(ready, layer, row_P)
@@ -58,7 +58,7 @@ def within_budget(
             problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R, held[layer],
             float(ready.seconds_L[layer]), data.node_price, data.rank_price, most, problem.seed * 3001 + layer,
         )  # fmt: skip
-        rows: Rows = np.where(trail_SP < 0, EMPTY, row_P[np.maximum(trail_SP, 0)])
+        rows = np.where(trail_SP < 0, EMPTY, row_P[np.maximum(trail_SP, 0)])
         return np.concatenate([row_P[None], rows])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

@@ -13,7 +13,7 @@ from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import TraceError
 
-__all__ = ["count_selections", "expert_load", "pick_tokens", "split_trace", "stream_load"]
+__all__ = ["count_selections", "expert_load", "in_stretches", "pick_tokens", "split_trace", "stream_load"]
 
 MAX_RANKS = 2**16
 
@@ -84,6 +84,26 @@ def expert_load(trace: RoutingTrace | ExpertLoad, windows: str = "all") -> Exper
         source_SLE=source_SLE,
         origin=trace.origin,
     )
+
+
+def in_stretches(load: ExpertLoad, count: int) -> ExpertLoad:
+    """Each window cut into ``count`` stretches of equally many tokens, in the order recorded: all windows' first
+    stretches, then all second ones, and so on.
+
+    Raises:
+        TraceError: the load has no tokens, or a window fewer than ``count``.
+    """
+    trace, windows = load.trace, len(load.windows)
+    if trace is None or load.window_T is None or np.bincount(load.window_T, minlength=windows).min() < count:
+        raise TraceError(f"windows of fewer than {count} tokens cannot be cut into {count} stretches; record more")
+    stretch_T = np.empty(trace.num_tokens, np.int64)
+    for w in range(windows):
+        own = np.flatnonzero(load.window_T == w)
+        stretch_T[own] = np.arange(len(own)) * count // len(own)
+    window_T = stretch_T * windows + load.window_T
+    parts = [count_selections(trace.experts_TLK[window_T == w], trace.num_experts) for w in range(count * windows)]
+    names = tuple(f"{name} {i + 1}/{count}" for i in range(count) for name in load.windows)
+    return replace(load, load_WLE=np.stack(parts).astype(np.float64), windows=names, window_T=window_T)
 
 
 def stream_load(batches: Iterable[RoutingTrace]) -> ExpertLoad:

@@ -8,10 +8,12 @@ import pyarrow as pa
 import pytest
 
 from moeplan.artifacts.profile import HardwareProfile, Source, load_profile
+from moeplan.costs.evaluation import aggregate
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.files import sha256_file
 from moeplan.pipeline.inputs import profile_of
 from moeplan.pipeline.optimize import optimize, write_plan
+from moeplan.planning.greedy import greedy
 from moeplan.specs.scenario import Scenario
 from moeplan.testing.exporters import tiny_model
 
@@ -41,6 +43,28 @@ def test_the_gain_is_measured_on_tokens_the_plan_has_not_seen(tokens):
     assert found.plan.prediction.baseline_time_s == pytest.approx(found.baseline_evaluation.time_WL.sum())
     assert found.plan.layer_ids == (1, 2, 4)
     assert not found.interrupted
+
+
+def test_the_gain_is_that_of_a_plan_for_the_same_windows_aggregated_alike(tokens, monkeypatch):
+    mixed = tokens.with_name("mixed.npz")
+    domains = {"domain": np.arange(1600) % 5 // 4, "domains": ["a", "b"]}
+    np.savez(mixed, experts=np.load(tokens)["experts"], num_experts=8, **domains)
+    planned, scored = [], []
+
+    def planner(problem):
+        planned.append(problem.load.windows)
+        return greedy(problem)
+
+    def aggregated(values, objective):
+        scored.append(len(values))
+        return aggregate(values, objective)
+
+    monkeypatch.setattr("moeplan.pipeline.optimize.load_plugin", lambda group, name: planner)
+    monkeypatch.setattr("moeplan.pipeline.optimize.aggregate", aggregated)
+    plan = optimize(scenario(mixed, objective={"aggregate": "worst"}), windows="domain").plan
+    assert planned == [("a", "b")] * 2
+    assert scored[-8:] == [2] * 8  # four stretches of both domains, before and after
+    assert plan.verdict.held_out == "the second half of the trace in 4 windows of 2 kinds each, planned on the first"
 
 
 def test_too_few_tokens_to_hold_out_are_said_with_how_many_it_takes(tokens):
@@ -88,6 +112,8 @@ def test_windows_of_counts_are_held_out_only_where_both_halves_have_tokens(tmp_p
     verdict = optimize(scenario(tmp_path / "c.npy")).plan.verdict
     assert verdict is not None
     assert verdict.held_out == "the last 2 windows, planned on the first 2"
+    np.save(tmp_path / "c.npy", np.concatenate([np.zeros((2, 3, 8)), counts[:2], np.zeros((1, 3, 8)), counts[2:]]))
+    assert optimize(scenario(tmp_path / "c.npy")).plan.verdict == verdict  # windows without tokens are no evidence
     counts[:2, 1] = 0  # a layer that was quiet at first
     np.save(tmp_path / "c.npy", counts)
     verdict = optimize(scenario(tmp_path / "c.npy")).plan.verdict

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import TraceError
 from moeplan.routing.joining import join_traces
-from moeplan.routing.loads import expert_load, pick_tokens, split_trace, stream_load
+from moeplan.routing.loads import expert_load, in_stretches, pick_tokens, split_trace, stream_load
 
 
 def trace_of(tokens: int = 12, **fields) -> RoutingTrace:
@@ -133,3 +133,18 @@ def test_joining_matches_domains_by_name():
     other = RoutingTrace(np.zeros((1, 2, 3), np.uint8), 9, (1, 4))
     with pytest.raises(TraceError, match=r"num_experts of part 1 \(9\) is not part 0's \(8\)"):
         join_traces([one, other])
+
+
+def test_stretches_cut_each_window_for_itself():
+    domain_T = np.array([0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0], np.int32)
+    trace = trace_of(domain_T=domain_T, domains=("a", "b"))
+    load = in_stretches(expert_load(trace, "domain"), 2)
+    assert load.windows == ("a 1/2", "b 1/2", "a 2/2", "b 2/2")
+    tokens = [(0, 2, 3, 5), (1, 4), (6, 7, 8, 11), (9, 10)]
+    np.testing.assert_array_equal(load.load_WLE, [by_hand(trace, part) for part in tokens])
+    assert [np.flatnonzero(load.window_T == w).tolist() for w in range(4)] == [list(part) for part in tokens]
+    whole, timed = in_stretches(expert_load(trace), 4), expert_load(trace, "time:4")
+    np.testing.assert_array_equal(whole.window_T, timed.window_T)
+    np.testing.assert_array_equal(whole.load_WLE, timed.load_WLE)
+    with pytest.raises(TraceError, match="fewer than 5 tokens"):
+        in_stretches(expert_load(trace, "domain"), 5)
