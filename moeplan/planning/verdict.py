@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,10 +43,11 @@ def judge(
     # No placement gains more than the bound, however wide the spread.
     low, high = mean - half, min(mean + half, max(mean, best_possible_gain))
     migration_s = None if migration is None else migration.seconds
-    saved = mean / (1.0 - mean) if mean < 1 else np.inf  # seconds saved per second run under the plan
-    break_even = None
-    if migration_s is not None and saved > 0:
-        break_even = migration_s / float(saved)
+    steps = break_even = None
+    if migration_s is not None and mean > 0:
+        saved_s = mean * float(baseline_W.mean())
+        steps = ceil(migration_s / saved_s * (1 - 1e-9))
+        break_even = migration_s * (1.0 - mean) / mean
     if migration is not None and not migration.moves:
         apply, reason = False, f"the {baseline} placement is already what was planned: nothing to move"
     elif mean <= 0:
@@ -54,9 +57,9 @@ def judge(
     elif unchecked:
         apply = False
         reason = f"the gain over {baseline} ({mean:.1%}) was seen only on the data planned on; {unchecked}"
-    elif break_even is not None:
+    elif steps is not None:
         apply = True
-        reason = f"saves {mean:.1%} of a step over {baseline}; the migration has paid after {break_even:.2g} s"
+        reason = f"saves {mean:.1%} of a step over {baseline}; the migration has paid after {steps:,} steps"
     else:
         apply, reason = True, f"saves {mean:.1%} of a step over {baseline}"
     return Verdict(
@@ -69,4 +72,5 @@ def judge(
         held_out=held_out,
         migration_s=migration_s,
         break_even_s=break_even,
+        break_even_steps=steps,
     )

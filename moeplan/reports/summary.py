@@ -262,12 +262,13 @@ def key_figures(plan: Plan, evidence: Evidence) -> list[KeyFigure]:
             )
         )
     if (v := plan.verdict) is not None and v.break_even_s is not None:
+        steps = "" if v.break_even_steps is None else f"{v.break_even_steps:,} steps, "
         figures.append(
             KeyFigure(
                 "Break-even",
                 None,
-                format_seconds(v.break_even_s),
-                "of running until the migration has paid for itself",
+                f"{steps}{format_seconds(v.break_even_s)}",
+                "of MoE work until the migration has paid for itself",
             )
         )
     return figures

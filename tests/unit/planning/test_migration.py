@@ -195,6 +195,8 @@ def test_break_even_is_when_the_time_saved_has_paid_for_the_moves():
     verdict = judge("current", np.array([1.0, 1.0]), np.array([0.8, 0.8]), 0.5, "the rest", "", moved(3.0))
     # a step of 0.8 s saves 0.2 s: 15 steps save 3 s and take 12 s
     assert verdict.break_even_s == pytest.approx(12.0)
+    assert verdict.break_even_steps == 15
+    assert "paid after 15 steps" in verdict.reason
     assert verdict.migration_s == 3.0
     assert verdict.apply
 

@@ -74,6 +74,7 @@ def full_plan(**changes: Any) -> Plan:
             held_out="the second half",
             migration_s=1.5,
             break_even_s=90.0,
+            break_even_steps=4500,
         ),
         "migration": Migration(
             moves=(Move(layer_id=3, expert=1, source_rank=0, target_rank=2, slot=5),),

@@ -151,7 +151,7 @@ def test_full_page_says_what_the_plan_says() -> None:
         "20.0 % expected gain",
         "18.0 % to 22.0 %",
         "no placement can gain more than 25.0 %",
-        "pays for itself after 90.0 s",
+        "pays for itself after 4,500 steps, 90.0 s of MoE work",
         "migration takes 1.50 s",
         "the second half",
         "1 expert copy (44.0 MB) in 1 layer changes",
