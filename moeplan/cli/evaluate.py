@@ -19,11 +19,17 @@ __all__ = ["evaluate"]
 @click.option("--model", "model_name", metavar="NAME|PATH", help="Needed for files that do not name their model.")
 @click.option("--ranks", type=int, metavar="N", help="Needed for files that do not say their ranks.")
 @click.option("--nodes", type=int, metavar="M", help="Nodes the ranks are in. [the plan's, else 1]")
-@click.option("--cluster", "cluster_name", default="h100-sxm", show_default=True, metavar="NAME|FILE",
-              help="What the costs are of.")
+@click.option("--cluster", "cluster_name", metavar="NAME|FILE",
+              help="What the costs are of. [the plan's accelerator, else h100-sxm]")
 @click.option("--profile", metavar="NAME|DIR|none", help="Measured costs. [those shipped for the accelerator]")
 @click.option("--phase", type=click.Choice(["prefill", "decode", "mix"]), help="Default: the plan's, else the trace's.")
 @click.option("--batch-per-rank", type=int, metavar="N", help="Tokens entering a layer per rank.")
+@click.option("--dispatch", type=click.Choice(["per_expert", "per_rank", "per_node", "allgather"]),
+              help="Copies of a token that are sent. [the plan's, else per_node]")
+@click.option("--return-mode", type=click.Choice(["return_home", "stay"]),
+              help="Where tokens go after a layer. [the plan's, else return_home]")
+@click.option("--split", type=click.Choice(["even", "nearest", "weighted"]),
+              help="How tokens split over copies. [the plan's, else the engine's]")
 @click.option("--trace-format", metavar="NAME", help="Name of the reader; recognised when left out.")
 @click.option("--domain", metavar="NAME", help="Score on one domain of the trace only.")
 @click.option("--windows", default="all", show_default=True, metavar="KIND", help="all, domain, phase or time:N.")

@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.artifacts.plan import IMPORTED, LayerEvaluation, plan_file
+from moeplan.artifacts.plan import IMPORTED, LayerEvaluation, Plan, plan_file
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
 from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.pipeline.exports import load_placement, own_plan
 from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_of, read_routing
-from moeplan.pipeline.optimize import layer_evaluations, speeds
+from moeplan.pipeline.optimize import SPLIT_OF_TARGET, cluster_sha256, layer_evaluations, speeds
 from moeplan.routing.loads import expert_load
-from moeplan.specs.clusters import DEFAULT_CLUSTER, sized_cluster
+from moeplan.specs.catalogue import slug
+from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.clusters import DEFAULT_CLUSTER, accelerator_names, sized_cluster
 from moeplan.specs.models import find_model
-from moeplan.specs.workload import Objective, Phase, Workload
+from moeplan.specs.workload import DispatchKind, Objective, Phase, ReplicaSplit, ReturnMode, Workload
 
 __all__ = ["Score", "evaluate_plan"]
 
@@ -69,18 +71,22 @@ def evaluate_plan(
     trace_path: Path,
     *,
     model_name: str | None = None,
-    cluster_name: str = DEFAULT_CLUSTER,
+    cluster_name: str | None = None,
     ranks: int | None = None,
     nodes: int | None = None,
     phase: Phase | None = None,
     batch_per_rank: int | None = None,
-    objective: Objective | None = None,
+    dispatch: DispatchKind | None = None,
+    return_mode: ReturnMode | None = None,
+    split: ReplicaSplit | None = None,
     trace_format: str | None = None,
     domain: str | None = None,
     windows: str = "all",
     profile: str | None = None,
 ) -> Score:
-    """Evaluate a placement on a trace; what is not given is taken from the plan.
+    """Evaluate a placement on a trace; what is not given is taken from the plan, or from what the file's engine does.
+
+    Where the cluster is not the plan's, or not known, a message says so.
 
     Raises:
         InputError: a file is wrong, or plan and trace are of different models.
@@ -99,7 +105,7 @@ def evaluate_plan(
     num_nodes = nodes or (own.num_ranks // own.ranks_per_node if own else 1)
     loaded = load_placement(path, model=model, num_ranks=num_ranks, num_nodes=num_nodes)
     placement = loaded.placement
-    cluster = sized_cluster(cluster_name, placement.num_ranks, num_nodes)
+    cluster, cluster_notes = _cluster(cluster_name, loaded, num_nodes)
     routing, actual = in_phase(
         read_routing(trace_path, model, format=trace_format, domain=domain),
         phase or (own.workload.phase if own else None),
@@ -107,7 +113,10 @@ def evaluate_plan(
     workload = own.workload if own else Workload(batch_per_rank=DECODE_BATCH if actual == "decode" else 4096)
     batch = {"batch_per_rank": batch_per_rank} if batch_per_rank else {}
     workload = workload.model_copy(update={"phase": actual} | batch)
-    objective = objective or (own.objective if own else Objective())
+    format_name = loaded.planner.removeprefix(IMPORTED) if own is None and loaded.is_imported else "plan"
+    objective = own.objective if own else Objective(replica_split=SPLIT_OF_TARGET.get(format_name, "even"))
+    asked = {"dispatch": dispatch, "return_mode": return_mode, "replica_split": split}
+    objective = objective.model_copy(update={name: value for name, value in asked.items() if value is not None})
     load = expert_load(routing, windows)
     bundle = Bundle(
         model=model,
@@ -117,12 +126,12 @@ def evaluate_plan(
         current=placement,
         current_layer_ids=loaded.layer_ids,
     )
-    messages = [*loaded.notes, *require(run_checks(bundle))]
+    messages = [*loaded.notes, *cluster_notes, *require(run_checks(bundle))]
     costs = layer_costs(model, cluster, workload, objective, profile_of(profile, cluster.accelerator.name))
     found = evaluate(load, placement, costs, objective, speeds(cluster))
     return Score(
         model=model.name,
-        format=loaded.planner.removeprefix(IMPORTED) if own is None and loaded.is_imported else "plan",
+        format=format_name,
         evaluation=found,
         objective=objective,
         workload=workload,
@@ -130,3 +139,19 @@ def evaluate_plan(
         source=dict(costs.source),
         messages=tuple(messages),
     )
+
+
+def _cluster(name: str | None, plan: Plan, num_nodes: int) -> tuple[ClusterSpec, list[str]]:
+    """The cluster asked for, else one of the plan's accelerator, else the default; and how that differs from the
+    plan's own.
+    """
+    recorded = plan.provenance.get("accelerator", "")
+    known = slug(recorded) in accelerator_names()
+    cluster = sized_cluster(name or (slug(recorded) if known else DEFAULT_CLUSTER), plan.num_ranks, num_nodes)
+    made_for, costs_of = plan.provenance.get("cluster_sha256"), f"costs are those of {cluster.name}"
+    notes = []
+    if made_for is None and name is None:
+        notes = [f"{costs_of}: the file names no cluster; give --cluster"]
+    elif made_for not in (None, cluster_sha256(cluster)):
+        notes = [f"{costs_of}, not of the cluster that the plan was made for ({plan.provenance.get('cluster')})"]
+    return cluster, notes

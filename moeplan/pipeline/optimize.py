@@ -54,20 +54,29 @@ from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
 from moeplan.specs.workload import Objective, ReplicaSplit, Workload
 
-__all__ = ["PLAN_PLACE", "Optimized", "layer_evaluations", "optimize", "speeds", "write_plan"]
+__all__ = [
+    "PLAN_PLACE",
+    "SPLIT_OF_TARGET",
+    "Optimized",
+    "cluster_sha256",
+    "layer_evaluations",
+    "optimize",
+    "speeds",
+    "write_plan",
+]
 
 PLAN_PLACE = ("a plan", ("plan.json", "plan.html"))
 """What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 
 HELD_OUT_WINDOWS = 4
 MIN_HELD_OUT_TOKENS = 512
-# How each engine's dispatch finds a copy, see docs/guides/exporters.md.
-_SPLIT_OF_TARGET: dict[str, ReplicaSplit] = {
+SPLIT_OF_TARGET: dict[str, ReplicaSplit] = {
     "sglang": "nearest",
     "vllm": "even",
     "vllm-ascend": "even",
     "trtllm": "even",
 }
+"""How each engine's dispatch finds a copy, see docs/guides/exporters.md."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,6 +180,11 @@ class _Job:
         return self.cluster.accelerator.scale_up_bandwidth or self.cluster.accelerator.nic_bandwidth
 
 
+def cluster_sha256(cluster: ClusterSpec) -> str:
+    """Hash of a cluster, as a plan records it."""
+    return sha256_bytes(canonical_json(cluster.model_dump(mode="json")).encode())
+
+
 def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
     """Relative speed of each rank."""
     return np.asarray([cluster.rank(r).speed for r in range(cluster.num_ranks)], dtype=np.float64)
@@ -196,7 +210,7 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
             " its own way; leave --split out"
         )
     if scenario.target is not None and "replica_split" not in objective.model_fields_set:
-        objective = objective.model_copy(update={"replica_split": _SPLIT_OF_TARGET.get(scenario.target, "even")})
+        objective = objective.model_copy(update={"replica_split": SPLIT_OF_TARGET.get(scenario.target, "even")})
     load = expert_load(routing, windows)
     filled = np.flatnonzero(load.load_WLE.any(axis=(1, 2)))
     if load.trace is None and 0 < len(filled) < len(load.windows):
@@ -339,7 +353,7 @@ def _optimize(job: _Job, windows: str, domain: str | None, progress: Progress) -
             "moeplan": version("moeplan"),
             "trace_sha256": job.routing.origin["sha256"],
             "model_sha256": sha256_bytes(canonical_json(job.model.model_dump(mode="json")).encode()),
-            "cluster_sha256": sha256_bytes(canonical_json(job.cluster.model_dump(mode="json")).encode()),
+            "cluster_sha256": cluster_sha256(job.cluster),
             "cluster": job.cluster.name,
             "accelerator": job.cluster.accelerator.name,
             "windows": windows,

@@ -258,7 +258,7 @@ def test_a_model_larger_than_memory_says_by_how_much(run, place):
 
 @pytest.mark.parametrize("target", ["sglang", "trtllm"])
 def test_a_plan_and_its_exported_file_score_alike(run, place, target):
-    run(*BASE, "--redundant", 4, "--planner", "greedy", "--out", "plan", "--quiet")
+    run(*BASE, "--redundant", 4, "--planner", "greedy", "--target", target, "--out", "plan", "--quiet")
     name = "map.json" if target == "sglang" else "map.yaml"
     assert (
         run("export", "plan/plan.json", "--format", target, "--out", name, "--model", "model.json", "--quiet")[0] == 0
@@ -291,6 +291,31 @@ def test_evaluate_prints_a_table_and_names_what_it_lacks(run):
         code, out, err = run("evaluate", "--plan", plan, "--trace", "trace.npz")
         assert (code, out) == (2, "")
         assert "give --model" in err
+
+
+def test_evaluate_takes_the_plans_cluster_and_says_where_it_cannot(run, place):
+    slow = "{accelerator: a100-sxm, num_nodes: 2, ranks_per_node: 2, ranks: {3: {speed: 0.7}}}"
+    (place / "own.yaml").write_text(slow)
+    words = ("--trace", "trace.npz", "--model", "model.json", "--json")
+    for cluster, told in (("a100-sxm", ""), ("own.yaml", "not of the cluster that the plan was made for")):
+        run(*BASE, "--planner", "greedy", "--cluster", cluster, "--out", "plan", "--quiet")
+        code, out, err = run("evaluate", "--plan", "plan", *words)
+        assert (code, told in err, "costs are" in err) == (0, True, bool(told))
+        score, plan = json.loads(out), Plan.load(place / "plan" / "plan.json")
+        assert (score["time_s"] == pytest.approx(plan.prediction.time_s)) == (not told)
+    assert "costs are" not in run("evaluate", "--plan", "plan", *words, "--cluster", "own.yaml")[2]
+
+
+def test_evaluate_is_told_how_tokens_are_sent(run, place):
+    run(*BASE, "--planner", "greedy", "--redundant", 4, "--out", "plan", "--quiet")
+    words = ("--trace", "trace.npz", "--model", "model.json", "--json")
+    run("export", "plan/plan.json", "--format", "sglang", "--out", "map.json", "--model", "model.json", "--quiet")
+    engine = run("evaluate", "--plan", "map.json", "--ranks", 4, "--nodes", 2, *words)
+    assert "the file names no cluster" in engine[2]
+    assert json.loads(engine[1])["objective"]["replica_split"] == "nearest"
+    asked = ("--split", "nearest", "--dispatch", "per_rank", "--return-mode", "stay")
+    objective = json.loads(run("evaluate", "--plan", "plan", *words, *asked)[1])["objective"]
+    assert [objective[name] for name in ("replica_split", "dispatch", "return_mode")] == ["nearest", "per_rank", "stay"]
 
 
 def test_a_plan_starts_from_the_one_in_use(run, place):
