@@ -211,7 +211,6 @@ def _applies(ready: Prepared) -> bool:
         and (problem.experts_L == experts).all()
         and (len(load.windows) == 1 or objective.aggregate == "mean")
         and not homes_count
-        and problem.current is None
     )
 
 

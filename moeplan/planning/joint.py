@@ -50,6 +50,7 @@ __all__ = ["joint"]
 
 BALANCE_PROPOSALS = 40_000
 HOME_PROPOSALS = 50_000_000  # over the slots of a layer: its arrangements are the fewer
+HOME_SWEEPS = 500  # proposals per pair of slots, at most: what few slots can be arranged to is soon found
 HOME_HEAT = 0.02  # of the last search over ranks, where nodes have been settled
 NODE_ROOMS = (0.5, 1.0)  # parts of the load allowance that nodes may use; what remains is for the ranks inside
 STAY_SWEEPS, STAY_PROPOSALS, STAY_HEAT = 100, 5_000, 0.005
@@ -151,7 +152,11 @@ def _plan(ready: Prepared, clock: _Clock) -> PlanningResult:
     exact = exact_placement(ready)
     if exact is not None:
         quantity = STEP_TIME if problem.objective.kind == "time" else "dispatch and combine time"
-        return PlanningResult(problem.placement(exact.row_LP), "optimal", quantity, argument=exact.argument)
+        best = problem.placement(exact.row_LP)
+        now = _current(problem)
+        if now is not None and np.isclose(objective_value(problem, now), objective_value(problem, best), 1e-9, 0):
+            best = now
+        return PlanningResult(best, "optimal", quantity, argument=exact.argument)
     notes: list[str] = []
     try:
         traffic = _stay if problem.objective.return_mode == "stay" else _home
@@ -162,10 +167,13 @@ def _plan(ready: Prepared, clock: _Clock) -> PlanningResult:
     if objective_value(problem, found) > objective_value(problem, base):
         found = base
         notes.append("the balanced plan was not beaten: traffic traded for load would cost more than it saves")
-    plain = contiguous(problem).placement
-    if objective_value(problem, plain) < objective_value(problem, found) and _within_load(ready, base, plain):
-        found = plain
-        notes.append("the contiguous placement was not beaten")
+    for name, other in (("contiguous", contiguous(problem).placement), ("current", _current(problem))):
+        if other is None or not _within_load(ready, base, other):
+            continue
+        ours, theirs = objective_value(problem, found), objective_value(problem, other)
+        if theirs < ours or (name == "current" and theirs == ours):
+            found = other
+            notes.append(f"the {name} placement was not beaten")
     return PlanningResult(found, clock.status, notes=tuple(notes))
 
 
@@ -252,6 +260,14 @@ def _best_of(ready: Prepared, rows_LCP: Rows) -> Rows:
     return best_LP
 
 
+def _current(problem: PlanningProblem) -> Placement | None:
+    """The placement in use where it could be the plan: the same slots, no expert twice on a rank."""
+    now = problem.current
+    if now is None or now.num_slots != problem.num_slots or (now.rank_of_slot_P != problem.rank_of_slot_P).any():
+        return None
+    return None if now.duplicates() else now
+
+
 def _within_load(ready: Prepared, base: Placement, plan: Placement) -> bool:
     """Whether a plan keeps the limit of load in every layer, which the balanced one gives."""
     return all(
@@ -276,7 +292,8 @@ def _search_layer(
     room over ranks at once.
     """
     problem = ready.problem
-    budget, seed, heat = HOME_PROPOSALS // len(row_P), problem.seed * 2003 + layer, 0.3
+    budget = min(HOME_PROPOSALS // len(row_P), HOME_SWEEPS * len(row_P) ** 2)
+    seed, heat = problem.seed * 2003 + layer, 0.3
     half = 0.5 * float(ready.seconds_L[layer]) if problem.objective.kind == "time" else 0.0
     if node_room:
         even_W = np.ones(len(limits.base_W))

@@ -13,6 +13,7 @@ from moeplan.planning.joint import joint
 from moeplan.planning.migration import moves_needed
 from moeplan.planning.prepare import MAX_SEARCH_TOKENS, objective_value, prepare
 from moeplan.planning.problem import PlanningProblem
+from moeplan.planning.search_home import anneal_home
 from moeplan.planning.simple import contiguous
 from moeplan.registry import load_plugin
 from moeplan.specs.workload import Objective
@@ -177,6 +178,42 @@ def test_a_plan_worse_than_contiguous_is_not_given(monkeypatch):
     found = joint(problem)
     assert found.placement.physical_to_logical_LP.tolist() == [list(range(16))] * 2
     assert found.notes[-1] == "the contiguous placement was not beaten"
+
+
+@pytest.mark.parametrize("mode", ["return_home", "stay"])
+def test_the_placement_in_use_does_not_keep_from_an_exact_plan_and_stays_where_it_is_as_good(mode):
+    problem = make_problem(layers=3, experts=8, ranks=4, ranks_per_node=2, objective=Objective(return_mode=mode))
+    best = joint(problem)
+    again = joint(replace(problem, current=contiguous(problem).placement))
+    assert (again.status, again.argument) == (best.status, best.argument)
+    assert best.status == "optimal"
+    assert objective_value(problem, again.placement) == objective_value(problem, best.placement)
+    renamed = problem.placement(best.placement.physical_to_logical_LP.reshape(3, 4, 2)[:, [2, 3, 1, 0]].reshape(3, 8))
+    kept = joint(replace(problem, current=renamed)).placement
+    assert kept.physical_to_logical_LP.tolist() == renamed.physical_to_logical_LP.tolist()
+
+
+def test_a_search_that_finds_nothing_better_keeps_the_placement_in_use():
+    problem = make_problem(layers=2, experts=16, ranks=4, ranks_per_node=2)
+    found = joint(problem).placement
+    turned = problem.placement(np.roll(found.physical_to_logical_LP, 8, axis=1))
+    kept = joint(replace(problem, current=turned))
+    assert objective_value(problem, kept.placement) <= objective_value(problem, turned)
+    assert kept.placement.physical_to_logical_LP.tolist() == turned.physical_to_logical_LP.tolist()
+
+
+def test_few_slots_are_searched_for_as_long_as_they_have_arrangements(monkeypatch):
+    budgets = []
+
+    def counted(*words):
+        budgets.append(words[-2])
+        return anneal_home(*words)
+
+    monkeypatch.setattr("moeplan.planning.joint.anneal_home", counted)
+    monkeypatch.setattr("moeplan.planning.joint.HOME_PROPOSALS", 50_000_000)
+    monkeypatch.setattr("moeplan.planning.joint.HOME_SWEEPS", 5)
+    joint(make_problem(layers=1, experts=16, ranks=4))
+    assert budgets == [5 * 16 * 16]
 
 
 def test_a_budget_needs_the_slots_of_today():
