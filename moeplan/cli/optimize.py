@@ -66,7 +66,7 @@ def _redundant(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 @click.option("--current", type=_FILE, help="Placement in use: a plan, or an engine's file. Asks for fewest moves.")
 @click.option("--migration-size", metavar="SIZE", help="Expert weights that may be moved, as in '40 GiB'.")
 @click.option("--migration-time", metavar="TIME", help="Time that moving them may take, as in '500 ms'.")
-@click.option("--target", metavar="ENGINE", help="Engine the plan is for; what it cannot express is not planned.")
+@click.option("--target", metavar="ENGINE", help="Engine the plan is for; plans it cannot express are not to apply.")
 @click.option("--objective", type=click.Choice(_CHOICES["objective"]), help="What to minimise. [time]")
 @click.option("--dispatch", type=click.Choice(_CHOICES["dispatch"]), help="Copies of a token that are sent. [per_node]")
 @click.option("--return-mode", type=click.Choice(_CHOICES["return_mode"]),
