@@ -160,8 +160,9 @@ class _Job:
 
     def migration(self, current: Placement, placement: Placement) -> Migration:
         """The moves from the placement in use to another."""
+        problem = self.problem(self.load, no_progress)
         before_WL, after_WL = (
-            evaluate(self.load, plan, self.costs, self.objective, speeds(self.cluster)).time_WL
+            evaluate(self.load, plan, problem.costs, self.objective, problem.speed_R).time_WL
             for plan in (current, placement)
         )
         return migration_of(
@@ -431,8 +432,10 @@ def _held_out(
             return _held_out(job, planner, windows, placement, baseline, interrupted=True)
         scored = _with_shares(seen_problem, result.placement)
 
+    problem = job.problem(rest, no_progress)
+
     def seconds(plan: Placement) -> NDArray[np.float64]:
-        time_W = evaluate(rest, plan, job.costs, job.objective, speeds(job.cluster)).time_WL.sum(axis=1)
+        time_W = evaluate(rest, plan, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
         return np.array([aggregate(part_W, job.objective) for part_W in np.array_split(time_W, parts)])
 
     return _HeldOut(seconds(baseline), seconds(scored), words, unchecked, interrupted)
