@@ -116,6 +116,9 @@ def joint(problem: PlanningProblem) -> PlanningResult:
     """
     require_room(problem)
     clock = _Clock(problem, time.monotonic())
+    budget = problem.current is not None and problem.max_moves is not None
+    if not budget and (node := _one_node(problem)) is not None:
+        return _in_every_node(problem, joint(node))
     windows = len(problem.load.windows)
     if problem.current is not None and problem.max_moves is not None:
         budgeted, note = within_budget(prepare(problem), problem.current, problem.max_moves, clock.over)
@@ -136,6 +139,34 @@ def joint(problem: PlanningProblem) -> PlanningResult:
         if (value := objective_value(problem, last.placement)) < best_value:
             best, best_value = last, value
     return replace(best, status=clock.status if best.status != "optimal" else best.status)
+
+
+def _one_node(problem: PlanningProblem) -> PlanningProblem | None:
+    """One node's problem, where the nearest copy serves and nodes can hold all experts: no token leaves its own."""
+    per_node, trace = problem.ranks_per_node, problem.load.trace
+    room = problem.num_slots >= problem.num_nodes * int(problem.experts_L.max())
+    if problem.objective.replica_split != "nearest" or not (_nodes_alike(problem) and room):
+        return None
+    return replace(
+        problem,
+        load=replace(problem.load, trace=None if trace is None else replace(trace, source_rank_T=None)),
+        slots_R=problem.slots_R[:per_node],
+        speed_R=problem.speed_R[:per_node],
+        costs=replace(
+            problem.costs,
+            tokens_per_step=-(-problem.costs.tokens_per_step // problem.num_nodes),
+            link_R=problem.costs.link_R[:per_node],
+        ),
+        current=None,
+    )
+
+
+def _in_every_node(problem: PlanningProblem, node: PlanningResult) -> PlanningResult:
+    """One node's plan in all of them, unless the placement in use is as good or the contiguous one better."""
+    ready, rows = prepare(problem), np.tile(node.placement.physical_to_logical_LP, problem.num_nodes)
+    found, notes = _unbeaten(ready, problem.placement(rows), problem.placement(rows))
+    status: Status = "feasible" if node.status == "optimal" else node.status
+    return PlanningResult(found, status, notes=(*node.notes, "every node holds all experts alike", *notes))
 
 
 def _plan(ready: Prepared, clock: _Clock) -> PlanningResult:
@@ -167,14 +198,8 @@ def _plan(ready: Prepared, clock: _Clock) -> PlanningResult:
     if objective_value(problem, found) > objective_value(problem, base):
         found = base
         notes.append("the balanced plan was not beaten: traffic traded for load would cost more than it saves")
-    for name, other in (("contiguous", contiguous(problem).placement), ("current", _current(problem))):
-        if other is None or not _within_load(ready, base, other):
-            continue
-        ours, theirs = objective_value(problem, found), objective_value(problem, other)
-        if theirs < ours or (name == "current" and theirs == ours):
-            found = other
-            notes.append(f"the {name} placement was not beaten")
-    return PlanningResult(found, clock.status, notes=tuple(notes))
+    found, more = _unbeaten(ready, base, found)
+    return PlanningResult(found, clock.status, notes=(*notes, *more))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -258,6 +283,19 @@ def _best_of(ready: Prepared, rows_LCP: Rows) -> Rows:
         price_CL[c, busiest_L > limit_L] = np.inf
     best_LP: Rows = rows_LCP[np.arange(len(rows_LCP)), price_CL.argmin(axis=0)]
     return best_LP
+
+
+def _unbeaten(ready: Prepared, base: Placement, found: Placement) -> tuple[Placement, list[str]]:
+    """``found``, unless the contiguous placement is better or the one in use as good; within a limit of load given."""
+    problem, notes = ready.problem, []
+    limited = problem.objective.max_imbalance is not None
+    for name, other in (("contiguous", contiguous(problem).placement), ("current", _current(problem))):
+        if other is None or (limited and not _within_load(ready, base, other)):
+            continue
+        ours, theirs = objective_value(problem, found), objective_value(problem, other)
+        if theirs < ours or (name == "current" and theirs == ours):
+            found, notes = other, [f"the {name} placement was not beaten"]
+    return found, notes
 
 
 def _current(problem: PlanningProblem) -> Placement | None:

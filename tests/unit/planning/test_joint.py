@@ -8,6 +8,7 @@ import pytest
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_loads
+from moeplan.costs.evaluation import evaluate
 from moeplan.errors import InfeasibleError
 from moeplan.planning.joint import joint
 from moeplan.planning.migration import moves_needed
@@ -168,6 +169,18 @@ def test_copies_go_to_different_nodes_where_the_nearest_serves_and_they_fit():
         assert (rows >= 0).all()
         in_node = [len(set(half.tolist())) == len(half) for row in rows for half in np.split(row, 2)]
         assert all(in_node) == spread
+
+
+def test_where_every_node_can_hold_all_experts_and_the_nearest_serves_no_token_leaves_its_node():
+    objective = Objective(replica_split="nearest")
+    problem = make_problem(layers=2, experts=16, ranks=4, ranks_per_node=2, slots=10, sigma=1.5, objective=objective)
+    result = joint(problem)
+    found = evaluate(problem.load, result.placement, problem.costs, objective)
+    plain = evaluate(problem.load, contiguous(problem).placement, problem.costs, objective)
+    assert "every node holds all experts alike" in result.notes
+    assert found.counts.nodes_per_token_WL == pytest.approx(1.0)
+    assert (found.counts.node_arrivals_WLN == 0).all()
+    assert found.time_WL.sum() <= plain.time_WL.sum()
 
 
 def test_a_plan_worse_than_contiguous_is_not_given(monkeypatch):
