@@ -266,10 +266,7 @@ def bounds_of(
             groups_L = np.asarray(list(pool.map(lambda l: _groups_bound(problem, l, parts), range(L))))
     flow = transitions_of(problem.load) if objective.return_mode == "stay" else None
     seconds_L = np.asarray([aggregate(found.time_WL[:, l], objective) for l in range(L)])
-    # Exact search looks at copies of recorded tokens, not at those expected from counts.
-    expected = problem.load.trace is None and objective.dispatch in ("per_node", "per_rank")
-    searched = not expected or objective.return_mode == "stay"
-    if result.status == "optimal" and result.optimal_for == STEP_TIME and searched:
+    if result.status == "optimal" and result.optimal_for == STEP_TIME:
         argument = f"{result.argument}, within the load limit"
         answers.append(_bound("step time, s", seconds_L, seconds_L, False, argument))
     else:

@@ -18,6 +18,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from moeplan.costs.evaluation import copy_seconds, transitions_of
+from moeplan.costs.exchange import touched_share
 from moeplan.planning.prepare import Prepared
 
 __all__ = ["ExactPlan", "arrangements", "exact_placement"]
@@ -145,9 +146,12 @@ def _touched(ready: Prepared, layer: int) -> NDArray[np.float64]:
     """Part of each window's tokens that choose any expert of a set, for every set of experts: ``[W, 2^E]``."""
     load = ready.problem.load
     trace = load.trace
-    if trace is None:
-        return np.zeros((len(load.windows), 1 << load.num_experts))
     E = load.num_experts
+    if trace is None:  # as evaluation takes counts: choices are independent
+        load_WE = load.load_WLE[:, layer]
+        set_SE = (np.arange(1 << E)[:, None] >> np.arange(E)) & 1
+        share_WE = load_WE / np.maximum(load_WE.sum(axis=1, keepdims=True), 1e-300)
+        return touched_share(share_WE @ set_SE.T, load.top_k or 1)
     window_T = np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
     chosen_TK = trace.experts_TLK[:, layer].astype(np.int64)
     set_T = np.bitwise_or.reduce(np.where(chosen_TK < 0, 0, np.int64(1) << np.maximum(chosen_TK, 0)), axis=1)

@@ -333,6 +333,17 @@ def test_no_placement_of_counts_is_below_the_bound(dispatch, per_node, case):
             assert found.bound > (0.25 if case == "a slow link" else 0.4) * best
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_exact_plans_of_counts_are_the_best_of_what_evaluation_charges(seed):
+    objective = Objective(dispatch=("per_node", "per_rank")[seed % 2], max_imbalance="1000 %")
+    problem = make_problem(layers=1, experts=8, ranks=4, ranks_per_node=2, top_k=3, seed=seed, objective=objective)
+    costs = replace(problem.costs, per_rank_copy_s=1e-6, per_node_copy_s=3e-6)
+    problem = replace(problem, load=replace(problem.load, trace=None, window_T=None), costs=costs)
+    result = joint(problem)
+    assert (result.status, result.optimal_for) == ("optimal", STEP_TIME)
+    assert objective_value(problem, result.placement) == pytest.approx(cheapest(problem), rel=1e-9)
+
+
 def test_a_bound_above_what_was_found_is_withheld_and_no_gap_of_nothing():
     found = _bound("step time, s", np.array([1.0, 2.0]), np.array([1.0, 2.1]), False, "")
     assert (found.bound, found.bound_L) == (1.0, (1.0, 0.0))
