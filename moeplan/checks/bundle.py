@@ -290,10 +290,11 @@ def target_slots(b: Bundle) -> Iterator[Finding]:
         return
     slots, ranks = int(b.slots_R.sum()), len(b.slots_R)
     if slots % ranks and not b.cluster.ranks:
-        more = -slots % ranks
+        remedy = f"add {-slots % ranks} to --redundant"
+        if b.target in _WITHOUT_COPIES:
+            remedy = f"choose --ranks that divide {slots}"
         yield error(
-            f"{b.target} gives every rank as many slots, but {slots} slots do not divide over {ranks} ranks;"
-            f" add {more} to --redundant"
+            f"{b.target} gives every rank as many slots, but {slots} slots do not divide over {ranks} ranks; {remedy}"
         )
     else:
         yield error(

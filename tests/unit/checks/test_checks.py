@@ -152,6 +152,11 @@ FAILED = cluster_for("h100", 2, 2).model_copy(update={"ranks": {1: RankSpec(fail
             r"gives every rank as many slots, but 9 slots do not divide over 4 ranks; add 3 to --redundant",
         ),
         (
+            {"target": "megatron", "equal_slots": True, "slots_R": np.array([3, 2, 2, 2])},
+            SpecError,
+            r"9 slots do not divide over 4 ranks; choose --ranks that divide 9",
+        ),
+        (
             {"target": "sglang", "equal_slots": True, "slots_R": np.array([3, 1, 2, 2])},
             SpecError,
             r"sglang gives every rank as many slots, but they have 1 to 3; plan without a target",
