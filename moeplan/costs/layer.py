@@ -13,6 +13,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.specs.workload import ReturnMode
+
 __all__ = ["LayerCosts"]
 
 
@@ -50,6 +53,11 @@ class LayerCosts:
         """``link_R``, and the same for nodes."""
         link_R = np.array(self.link_R or [1.0] * ranks)
         return link_R, link_R.reshape(nodes, -1).mean(axis=1)
+
+    def known_from(self, load: ExpertLoad, return_mode: ReturnMode) -> LayerCosts:
+        """As they are for a load: :meth:`of_counts` without tokens, unless ``stay`` is given the transitions."""
+        coupled = return_mode == "stay" and load.transitions_LEE is not None
+        return self if load.trace is not None or coupled else self.of_counts()
 
     def of_counts(self) -> LayerCosts:
         """As they are for a load without tokens."""

@@ -128,7 +128,7 @@ def evaluate_plan(
     )
     messages = [*loaded.notes, *cluster_notes, *require(run_checks(bundle))]
     costs = layer_costs(model, cluster, workload, objective, profile_of(profile, cluster.accelerator.name))
-    costs = costs if load.trace is not None else costs.of_counts()
+    costs = costs.known_from(load, objective.return_mode)
     found = evaluate(load, placement, costs, objective, speeds(cluster))
     return Score(
         model=model.name,

@@ -156,20 +156,22 @@ class _Job:
     def affordable(self, placement: Placement) -> bool:
         """Whether the moves to a placement fit the migration time."""
         limit = self.scenario.migration_time
-        return self.current is None or limit is None or self.migration(self.current, placement).seconds <= limit
-
-    def migration(self, current: Placement, placement: Placement) -> Migration:
-        """The moves from the placement in use to another."""
+        if self.current is None or limit is None:
+            return True
         problem = self.problem(self.load, no_progress)
         before_WL, after_WL = (
             evaluate(self.load, plan, problem.costs, self.objective, problem.speed_R).time_WL
-            for plan in (current, placement)
+            for plan in (self.current, placement)
         )
+        return self.migration(self.current, placement, (before_WL - after_WL).mean(axis=0)).seconds <= limit
+
+    def migration(self, current: Placement, placement: Placement, gain_L: NDArray[np.float64]) -> Migration:
+        """The moves from the placement in use to another that gains ``gain_L`` seconds a step in each layer."""
         return migration_of(
             current,
             placement,
             self.load.layer_ids,
-            (before_WL - after_WL).mean(axis=0),
+            gain_L,
             self.model.expert_bytes(self.workload.weight_dtype),
             self.scale_up,
             self.cluster.accelerator.nic_bandwidth,
@@ -296,7 +298,7 @@ def _optimize(job: _Job, windows: str, domain: str | None, progress: Progress) -
     progress("prove", 1.0)
     migration = None
     if job.current is not None:
-        migration = job.migration(job.current, placement)
+        migration = job.migration(job.current, placement, (before.time_WL - after.time_WL).mean(axis=0))
         if job.max_moves is not None and len(migration.moves) > job.max_moves:
             raise InfeasibleError(
                 f"planner {scenario.planner} moves {len(migration.moves)} experts, but the migration budget allows"

@@ -49,9 +49,7 @@ class PlanningProblem:
     progress: Progress = no_progress
 
     def __post_init__(self) -> None:
-        coupled = self.objective.return_mode == "stay" and self.load.transitions_LEE is not None
-        if self.load.trace is None and not coupled:
-            object.__setattr__(self, "costs", self.costs.of_counts())
+        object.__setattr__(self, "costs", self.costs.known_from(self.load, self.objective.return_mode))
 
     @property
     def num_ranks(self) -> int:
