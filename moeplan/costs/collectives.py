@@ -8,11 +8,14 @@ all-to-all each sends what other nodes get over its own.
 Where only smaller groups are measured, a larger one in the same domain takes longer as that law says; one that spans
 domains starts in its domain, crosses between them, ends in the other, and then moves its bytes as the law says, but
 takes no less than its part in one domain.
+
+All at the links' usual speed; what the bytes take of it is told apart from the start, which is what the smallest
+measured message takes, or the latency (:mod:`moeplan.costs.work`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,30 +77,38 @@ class CollectiveCosts:
     ) -> None:
         self._cluster, self._profile, self._backend = cluster, profile, backend
         self._tables: dict[_Group, FastestTable] = {}
-        self._smaller: dict[_Group, _Group | None] = {}
+        self._serving: dict[_Group, _Group] = {}
+        self._start_s: dict[_Group, float] = {}
 
     def seconds(self, op: str, ranks: int, message_size_bytes: Any, stride: int = 1) -> Seconds:
         """``op``: all_reduce, all_gather, reduce_scatter, alltoall or p2p (between ranks ``stride`` apart); sizes, one
         or an array, as in the profile table."""
         size = np.atleast_1d(np.asarray(message_size_bytes, float))
         if ranks <= 1 and op != "p2p":
-            return Seconds(np.zeros(size.shape), 0.0, "one rank", False)
+            return Seconds(np.zeros(size.shape), 0.0, "one rank", False, wire=np.zeros(size.shape))
         group = self._group(op, ranks, stride)
-        table = self._table(group)
-        if table.measured:
-            return table.told(size)
-        if group not in self._smaller:
-            self._smaller[group] = self._measured_below(group)
-        if (smaller := self._smaller[group]) is None:
-            return table.told(size)
+        if group not in self._serving:
+            measured = self._table(group).measured
+            self._serving[group] = group if measured else self._measured_below(group) or group
+        serving = self._serving[group]
+        found = self._told(group, serving, size)
+        if group not in self._start_s:
+            self._start_s[group] = self._told(group, serving, np.array([self._table(serving).smallest])).total
+        return replace(found, wire=np.maximum(0.0, found.value - self._start_s[group]))
+
+    def _told(self, group: _Group, smaller: _Group, size: Floats) -> Seconds:
+        """Seconds of ``group`` by the table of ``smaller``, which is the group itself where that is measured, or where
+        no smaller one is."""
         inner = self._table(smaller)
         found = inner.told(size)
+        if smaller == group:
+            return found
         if group.nodes == 1:
             value = found.value * group.law(size[:, None]) / smaller.law(size[:, None])
         else:
             start = inner.told(np.minimum(size, inner.smallest)).value
             crossing = group.ways * (_LIBRARY_S + group.latency_s)
-            whole = self._group(op, group.members, 1)  # of a domain
+            whole = self._group(group.op, group.members, 1)  # of a domain
             inside = found.value * whole.law(size[:, None]) / smaller.law(size[:, None])
             value = np.maximum(2 * start + crossing + group.transfer_s(size), inside)
         error = max(found.relative_error, RELATIVE_ERROR)

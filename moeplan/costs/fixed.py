@@ -15,6 +15,7 @@ from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import PassCosts
 from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique, reduces_in_place
+from moeplan.costs.work import Work
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, ModelSpec, dense_beside
@@ -25,20 +26,19 @@ __all__ = ["FixedCosts", "fixed_costs"]
 
 @dataclass(frozen=True, slots=True)
 class FixedCosts:
-    """``layer_s``: attention, router, norms, permutation and host overhead of one MoE layer, ``routing_s`` the part of
-    router, permutation and latent projections, which dense layers lack; ``shared_s``: its shared experts; ``other_s``:
-    dense layers, embedding and head of the whole step. ``kernel_s`` is the attention kernel's part of ``layer_s``,
-    which depends on the context; ``other_s`` holds it ``other_kernels`` times. ``reduce_s``: an all-reduce over the
-    ranks that split attention; ``layer_s`` holds it once, dense layers twice, ``shared_s`` as ``shared_reduce_s``."""
+    """``layer``: attention, router, norms, permutation and host overhead of one MoE layer, ``routing_s`` the part of
+    router, permutation and latent projections, which dense layers lack; ``shared``: its shared experts; ``other``:
+    dense layers, embedding and head of the whole step. ``kernel_s`` is the attention kernel's part of ``layer``, which
+    depends on the context; ``other`` holds it ``other_kernels`` times. ``reduce``: an all-reduce over the ranks that
+    split attention; ``layer`` holds it once, dense layers twice, ``shared`` once where its tokens are gathered."""
 
-    layer_s: float
+    layer: Work
     routing_s: float
-    shared_s: float
-    other_s: float
+    shared: Work
+    other: Work
     kernel_s: float
     other_kernels: int
-    reduce_s: float
-    shared_reduce_s: float
+    reduce: Work
     relative_error: float
     source: Mapping[str, str]
     extrapolated: bool
@@ -115,7 +115,7 @@ def fixed_costs(
     if tp > 1:
         parts["links"].append(reduced)
     host = how.launches_per_layer * _launch_s(profile) if how.launches_per_layer else 0.0
-    layer = sum(s.total for part in parts.values() for s in part) + host
+    layer = Work.of(s for part in parts.values() for s in part) + Work(host, host)
     routing = sum(s.total for name in _OF_EXPERTS for s in parts.get(name, ()))
     shared: list[Seconds] = []
     if model.shared_intermediate_size:
@@ -127,11 +127,11 @@ def fixed_costs(
     if tp > 1:  # of a vocabulary that is split
         others += [reduced, links.seconds("all_gather", tp, ends * model.vocab_size * wide)]
     num_dense = model.num_layers - model.num_moe_layers
-    other = sum(s.total for s in others)
+    other = Work.of(others)
     other_kernels = num_dense if model.dense_intermediate_size else 0
     if other_kernels:
         block = dense.ffn(tokens, hidden, model.dense_intermediate_size / tp, model.gated_ffn)
-        other += num_dense * (block.total + reduced.total + layer - routing)
+        other += (Work.of((block, reduced)) + layer + Work(-routing)) * num_dense
         others.append(block)
     every = [s for part in parts.values() for s in part] + shared + others
     total = sum(s.total for s in every)
@@ -139,14 +139,13 @@ def fixed_costs(
     source |= {"shared experts": shared[0].source} if shared else {}
     source |= {"attention": "not predicted: the model's attention is not known"} if model.attention is None else {}
     return FixedCosts(
-        layer_s=layer,
+        layer=layer,
         routing_s=routing,
-        shared_s=sum(s.total for s in shared),
-        other_s=other,
+        shared=Work.of(shared),
+        other=other,
         kernel_s=kernel_s,
         other_kernels=other_kernels,
-        reduce_s=reduced.total,
-        shared_reduce_s=sum(s.total for s in shared[1:]),
+        reduce=Work.of([reduced]),
         relative_error=sum(s.total * s.relative_error for s in every) / total if total else 0.0,
         source=source,
         extrapolated=any(s.extrapolated and s.total > 0.05 * total for s in every),

@@ -29,11 +29,12 @@ def row_at(rows_B, b, w):
 
 @njit(cache=True, nogil=True)
 def group_seconds(
-    decodes_D, cached_D, chunk_s_D, tokens_D, speed_D, share, points_B, fixed_B5, points_S, points_C, decode_s_SC,
+    decodes_D, cached_D, chunk_s_D, tokens_D, speed_D, share, points_B, fixed_DB4, points_S, points_C, decode_s_SC,
     launch_s,
 ):
     """Seconds of each group, ``[D, 3]``: attention and token-wise parts of one layer; shared experts of one layer;
     other layers and head of the step. ``share``: the part of the batch that runs at once; the last column is whole.
+    ``fixed_DB4`` is at each group's speeds already; ``speed_D`` is for the kernels.
     """
     out = np.zeros((len(decodes_D), 3))
     for d in range(len(decodes_D)):
@@ -54,10 +55,11 @@ def group_seconds(
                 kernels[which] = low + w * (high - low)
             if chunk_s_D[d] >= 0:
                 kernels[which] += launch_s + part * chunk_s_D[d]
+        kernels /= speed_D[d]
+        fixed_B4 = fixed_DB4[d]
         b, w = _place(points_B, tokens * share)
-        out[d, 0] = fixed_B5[b, 0] + w * (fixed_B5[b + 1, 0] - fixed_B5[b, 0]) + kernels[0]
-        out[d, 1] = fixed_B5[b, 1] + w * (fixed_B5[b + 1, 1] - fixed_B5[b, 1])
+        out[d, 0] = fixed_B4[b, 0] + w * (fixed_B4[b + 1, 0] - fixed_B4[b, 0]) + kernels[0]
+        out[d, 1] = fixed_B4[b, 1] + w * (fixed_B4[b + 1, 1] - fixed_B4[b, 1])
         b, w = _place(points_B, tokens)
-        out[d, 2] = fixed_B5[b, 2] + w * (fixed_B5[b + 1, 2] - fixed_B5[b, 2]) + fixed_B5[b, 3] * kernels[1]
-        out[d] /= speed_D[d]
+        out[d, 2] = fixed_B4[b, 2] + w * (fixed_B4[b + 1, 2] - fixed_B4[b, 2]) + fixed_B4[b, 3] * kernels[1]
     return out

@@ -37,6 +37,7 @@ from moeplan.costs.interpolation import TILES
 from moeplan.costs.kv_cache import SwapCosts
 from moeplan.costs.step import BatchParts, StepModel, combine
 from moeplan.costs.technique import Technique
+from moeplan.costs.work import Work
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec, dense_beside
 from moeplan.specs.workload import Phase, Workload
@@ -153,7 +154,7 @@ class ServingCosts:
         self._mean = _Curve(grid(max_tokens, 1.0 / self._num_live))
         self._busy = _Curve(stairs(grid(max_tokens), technique.tp))
         self._models: dict[tuple[Phase, float], StepModel] = {}
-        self._fixed: dict[Phase, Floats] = {}
+        self._fixed: dict[Phase, tuple[Floats, Floats]] = {}
         self._tables: dict[tuple[int, int, Phase], MoeTable] = {}
         self._swaps: dict[bool, SwapCosts] = {}
         self.source: dict[str, str] = {}
@@ -205,21 +206,23 @@ class ServingCosts:
             )
         return self._models[key]
 
-    def _fixed_rows(self, phase: Phase) -> Floats:
-        """``[B, 5]``: token-wise part of a layer, shared experts, other layers and head, kernels among those, and a
-        layer's exchange where choices fall evenly."""
+    def _fixed_rows(self, phase: Phase) -> tuple[Floats, Floats]:
+        """``[D, B, 4]`` of each group: token-wise part of a layer, shared experts, other layers and head, how many
+        kernels among those; ``[B]``: a layer's exchange where choices fall evenly."""
         if phase not in self._fixed:
-            rows = []
-            cluster = self.cluster
+            cluster, (D, B) = self.cluster, (self.groups, len(self._busy.points))
+            rows_DB4, balanced_B = np.zeros((D, B, 4)), np.zeros(B)
             dispatch = engine_dispatch(self._plain.dispatch, phase)
             copies = balanced_copies(dispatch, self.model.top_k, cluster.num_ranks, cluster.num_nodes)
-            for tokens in self._busy.points:
+            for b, tokens in enumerate(self._busy.points):
                 model = self.model_at(phase, tokens)
-                fixed, balanced_s = model.fixed, float(model.exchange.time_s(tokens, *copies))
-                token_wise = fixed.layer_s - fixed.kernel_s
-                other = fixed.other_s - fixed.other_kernels * fixed.kernel_s
-                rows.append((token_wise, fixed.shared_s, other, float(fixed.other_kernels), balanced_s))
-            self._fixed[phase] = np.array(rows)
+                fixed, balanced_B[b] = model.fixed, float(model.exchange.time_s(tokens, *copies))
+                token_wise = fixed.layer + Work(-fixed.kernel_s)
+                other = fixed.other + Work(-fixed.other_kernels * fixed.kernel_s)
+                for column, work in enumerate((token_wise, fixed.shared, other)):
+                    rows_DB4[:, b, column] = work.at(self._speed_D, self._link_D)
+                rows_DB4[:, b, 3] = fixed.other_kernels
+            self._fixed[phase] = rows_DB4, balanced_B
         return self._fixed[phase]
 
     def table(self, placement: Placement, load_LE: Floats, phase: Phase) -> MoeTable:
@@ -291,11 +294,10 @@ class ServingCosts:
         table = self.table(placement, load_LE, "prefill" if batch.has_prefill else "decode")
         share = 0.5 if how.overlap == "two_batch" else 1.0
         tokens_D, mean, group_D3 = self._groups(batch, share)
-        fixed = self._fixed_rows(table.phase)
         b, w = self._at(table, mean * share)
         expert_L = row_at(table.expert_BL, b, w)
         i, v = self._busy.place(float((tokens_D / self._link_D).max()) * share)
-        sent_s = float(row_at(fixed[:, 4], i, v))
+        sent_s = float(row_at(self._fixed_rows(table.phase)[1], i, v))
         exchange_L = np.maximum(row_at(table.exchange_BL, b, w), sent_s)
         attention, shared, other = group_D3.max(0).tolist()
         alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum())
@@ -310,10 +312,10 @@ class ServingCosts:
         (:func:`moeplan.costs.group_kernel.group_seconds`)."""
         tokens_D = batch.tokens_D / self.technique.tp
         mean = float(tokens_D.sum()) * self.technique.tp / self._num_live
-        fixed = self._fixed_rows("prefill" if batch.has_prefill else "decode")
+        fixed_DB4, _ = self._fixed_rows("prefill" if batch.has_prefill else "decode")
         seconds_D3 = group_seconds(
             batch.decodes_D, batch.cached_D, batch.chunk_s_D, tokens_D, self._speed_D, share, self._busy.points,
-            fixed, self._seqs.points, self._context.points, self._decode_s, self._launch_s,
+            fixed_DB4, self._seqs.points, self._context.points, self._decode_s, self._launch_s,
         )  # fmt: skip
         return tokens_D, mean, seconds_D3
 

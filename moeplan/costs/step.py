@@ -10,7 +10,7 @@ experts of the busiest rank:
 - ``two_batch``: two half batches, one computing while the other exchanges: max(2 (a + s + e)', 2 x') with the
   halves' times; ``shortcut`` (ScMoE, arXiv 2404.05019): max(a + s, x + e).
 
-``a`` and ``s`` are those of the slowest live rank: all wait for it.
+``a`` and ``s`` are those of the slowest live rank: all wait for it (:mod:`moeplan.costs.work`).
 
 ``L`` MoE layers, ``P`` slots, ``E`` experts, ``R`` ranks, ``N`` nodes, ``T`` tokens over all ranks.
 """
@@ -106,12 +106,19 @@ class LayerState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """Everything a layer needs at one batch size."""
+    """Everything a layer needs at one batch size. ``attention_R`` and ``shared_R`` of a layer and ``other_R`` of the
+    step: seconds of ``fixed`` on each rank; ``_s``: on the slowest live one."""
 
     tokens: float
     experts: ExpertCosts
     exchange: ExchangeCosts
     fixed: FixedCosts
+    attention_R: Floats
+    shared_R: Floats
+    other_R: Floats
+    attention_s: float
+    shared_s: float
+    other_s: float
     shared_rows_s: float
     scale: float
     curve: Floats
@@ -148,8 +155,8 @@ class StepModel:
         self.profile = profile
         self.live = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
         self.speed_R = np.array([cluster.rank(r).speed for r in range(cluster.num_ranks)])
-        self._link_R = np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)])
-        self._link_N = self._link_R.reshape(cluster.num_nodes, -1).mean(1)
+        self.link_R = np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)])
+        self._link_N = self.link_R.reshape(cluster.num_nodes, -1).mean(1)
         self._tokens = tokens
         of = {"tp": cluster.num_ranks, "expert_tp": cluster.ranks_per_node}
         for name, number in of.items():
@@ -157,9 +164,6 @@ class StepModel:
             if degree < 1 or number % degree:
                 whose = f"ranks of a node ({number})" if name == "expert_tp" else f"number of ranks ({number})"
                 raise InputError(f"technique.{name} ({degree}) does not divide the {whose}; choose a divisor")
-        # Ranks that split attention keep the pace of their slowest, all layers that of the slowest group.
-        self._pace_R = self.speed_R.reshape(-1, self.technique.tp).min(1).repeat(self.technique.tp)
-        self._pace = float(self._pace_R[self.live].min())
         self._slots_R = np.zeros(0, np.int64)
         self._memory: tuple[RankMemory, ...] = ()
         self._whole = self._part(1.0)
@@ -191,10 +195,20 @@ class StepModel:
             profile=self.profile, tp=how.tp, backend=how.backend,
         )  # fmt: skip
         fixed = fixed_costs(model, cluster, work, batch, self.profile, how)
+        # Ranks that split attention keep the pace of their slowest, all layers that of the slowest group.
+        pace_R, wire_R = (each_R.reshape(-1, how.tp).min(1).repeat(how.tp) for each_R in (self.speed_R, self.link_R))
+        attention_R, shared_R, other_R = on_R = [
+            work.at(pace_R, wire_R) for work in (fixed.layer, fixed.shared, fixed.other)
+        ]
+        attention_s, shared_s, other_s = (float(each_R[self.live].max()) for each_R in on_R)
         bins = np.arange(_BINS + 1) * (mean * _REACH / _BINS)
         curve = experts.expected_s(bins)
         scale = _BINS / (mean * _REACH)
-        return _Part(tokens, experts, exchange, fixed, experts.shared_s(mean * arriving), scale, curve)
+        rows_s = experts.shared_s(mean * arriving)
+        return _Part(
+            tokens, experts, exchange, fixed, attention_R, shared_R, other_R, attention_s, shared_s, other_s, rows_s,
+            scale, curve,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ one placement
 
@@ -266,14 +280,13 @@ class StepModel:
         exchange = part.exchange.time_s(
             part.tokens / live,
             (node_LN / self._link_N).max(1) * self.cluster.num_nodes / part.tokens,
-            (rank_LR / self._link_R).max(1) * live / part.tokens,
+            (rank_LR / self.link_R).max(1) * live / part.tokens,
         )
         return np.asarray(exchange, float)
 
     def _combined(self, exchange_L: Floats, expert_L: Floats, part: _Part) -> Floats:
         """Seconds ``[L]`` of layers; attention and shared experts at the pace of the slowest rank."""
-        attention_s, shared_s = part.fixed.layer_s / self._pace, part.fixed.shared_s / self._pace
-        return combine(self.technique.overlap, attention_s, shared_s, exchange_L, expert_L)
+        return combine(self.technique.overlap, part.attention_s, part.shared_s, exchange_L, expert_L)
 
     def step(self, placement: Placement, load_LE: Floats, traffic: Traffic | None = None) -> StepCost:
         """Cost ``placement`` under ``load_LE`` (any scale). ``traffic``: copies from rank to rank where they were
@@ -291,14 +304,12 @@ class StepModel:
         self._require_groups(placement)
         whole = self._whole
         expert, exchange, node, rank = self._layers(placement, load_LE, whole, traffic)
-        fixed = whole.fixed
         if self.technique.overlap == "two_batch":
             half_expert, half_exchange, _, _ = self._layers(placement, load_LE, self._half, traffic)
             layer = self._combined(half_exchange, half_expert.max(1), self._half)
         else:
             layer = self._combined(exchange, expert.max(1), whole)
-        attention_s, shared_s, other_s = (s / self._pace for s in (fixed.layer_s, fixed.shared_s, fixed.other_s))
-        total = float(layer.sum()) + other_s
+        total = float(layer.sum()) + whole.other_s
         wire = token_bytes(self.model.routed_hidden_size, self.workload.activation_dtype)
         wire += returned_bytes(self.model.routed_hidden_size, self.workload.activation_dtype)
         slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
@@ -306,7 +317,10 @@ class StepModel:
         parts = {
             "experts": (float(expert.max(1).sum()), whole.experts.extrapolated),
             "exchange": (float(exchange.sum()), slower.told(whole.tokens / self.live.sum())[1]),
-            "attention and dense parts": ((attention_s + shared_s) * L + other_s, fixed.extrapolated),
+            "attention and dense parts": (
+                (whole.attention_s + whole.shared_s) * L + whole.other_s,
+                whole.fixed.extrapolated,
+            ),
         }
         everything = sum(seconds for seconds, _ in parts.values())
         error = sum(seconds * errors[name] for name, (seconds, _) in parts.items()) / everything
@@ -326,13 +340,13 @@ class StepModel:
             layer_s_L=layer,
             expert_s_LR=expert,
             exchange_s_L=exchange,
-            attention_s=attention_s,
-            shared_s=shared_s,
-            other_s=other_s,
+            attention_s=whole.attention_s,
+            shared_s=whole.shared_s,
+            other_s=whole.other_s,
             node_bytes_LN=node * wire,
             rank_bytes_LR=rank * wire,
             memory=self._memory,
-            source=source | dict(fixed.source),
+            source=source | dict(whole.fixed.source),
             extrapolated=tuple(name for name, (_, beyond) in parts.items() if beyond),
         )
 
@@ -364,8 +378,9 @@ class StepModel:
             pairs_LP = self._pairs_LP(placement, load_LE, part, taken_LE)
             pairs_LR = np.zeros((len(pairs_LP), self.cluster.num_ranks))
             np.add.at(pairs_LR.T, placement.rank_of_slot_P, pairs_LP.T)
-            attention_R, shared_R = part.fixed.layer_s / self._pace_R, part.fixed.shared_s / self._pace_R
-            return BatchParts(part.tokens, attention_R, shared_R, expert, exchange_s_L, pairs_LR, part.exchange)
+            return BatchParts(
+                part.tokens, part.attention_R, part.shared_R, expert, exchange_s_L, pairs_LR, part.exchange
+            )
 
         return (parts(self._half),) * 2 if self.technique.overlap == "two_batch" else (parts(self._whole),)
 
@@ -382,7 +397,7 @@ class StepModel:
 
     @property
     def fixed(self) -> FixedCosts:
-        """What no placement changes, on a rank of speed 1."""
+        """What no placement changes, at usual speeds."""
         return self._whole.fixed
 
     @property
@@ -393,8 +408,7 @@ class StepModel:
     @property
     def other_s_R(self) -> Floats:
         """Dense layers, embedding and head of a step, on each rank."""
-        seconds_R: Floats = self._whole.fixed.other_s / self._pace_R
-        return seconds_R
+        return self._whole.other_R
 
     # ------------------------------------------------------------------ incremental
 

@@ -34,6 +34,8 @@ class Seconds:
     extrapolated: bool
     inside: NDArray[np.bool_] | None = None
     """Whether measured points lie around each of them; None: not told."""
+    wire: Floats | None = None
+    """Of a collective: the part of each that its bytes take on the links; None: computed, nothing goes over any."""
 
     @property
     def total(self) -> float:

@@ -1,58 +1,39 @@
-"""Seconds and bytes of training: layers forward and backward, gradients, optimizer, state, activations, operations.
+"""Seconds and bytes of training: chunks of layers in a pipeline, what hides what, and a whole step.
 
-- Backward takes longer than forward: :mod:`moeplan.costs.backward`. Exchanges cost the same both ways.
-- Elementwise work beyond a forward's: see :data:`PASSES`; at the bandwidth of measured norms, forward and backward,
-  where a profile has them, as Adam at that of a measured step.
-- Every micro-batch adds its weights' gradients to those before: one read and one write of all of them (Megatron-LM's
-  ``gradient_accumulation_fusion`` does it in the product's kernel). From ZeRO stage 2 on it copies them into the
-  buffer that is reduced instead: as many bytes.
+What layers take is in :mod:`moeplan.costs.training_layers`, gradients, optimizer and weights in
+:mod:`moeplan.costs.training_state`, activations kept, and what is computed again instead, in
+:mod:`moeplan.costs.activations`.
+
 - 1F1B with ``p`` stages, ``m`` micro-batches and ``v`` chunks per stage idles ``(p - 1) / (v m)`` of the work
   (Narayanan et al. 2021, arXiv 2104.04473); the simulation plays the schedule, :func:`training_step` uses this.
-- Gradients are reduced over the ranks that hold copies: ``ranks / (pp tp)`` for the dense parts, ``ranks / (pp ep)``
-  for experts, times their copies inside a group where a placement has some. Without ZeRO they are all-reduced, every
-  copy updates all its weights, and nothing is gathered; else gradients are reduce-scattered and weights all-gathered.
-  Once a step up to ZeRO stage 1, which adds up gradients where they are. From stage 2 on a rank keeps its part of them
-  alone, so those of every micro-batch are reduce-scattered (DeepSpeed's ``allreduce_gradients``:
-  stage 2 and above communicate off the boundaries of accumulation as well).
-  Stage 3 gathers weights for every forward, frees them, gathers them again for every backward, which serves what
-  that computes again too, and gathers none after the update: what PyTorch's ``fully_shard`` and Megatron-FSDP
-  (``mfsdp_design.md``, "Flow") do unless told otherwise, in one micro-batch half as much again as stage 2 moves
-  (Rajbhandari et al., section 7). Weights that a framework keeps gathered in between (``reshard_after_forward=False``,
-  DeepSpeed's ``stage3_max_live_parameters``) are not modelled.
-- Adam reads and writes 4-byte master weights and two moments, reads gradients, writes weights (Rajbhandari et
-  al. 2020, arXiv 1910.02054 count the same 16 bytes of state); ZeRO stage 1 shards that, 2 gradients too, 3
-  weights too. Gradients are set to zero, checked, scaled and normed, too.
-- Ranks that split a sequence (``cp``, ``tp`` apart) gather keys and values of their own heads, in backward once more,
-  and scatter the gradients (Llama 3, arXiv 2407.21783, section 3.3.2).
-- Activations kept, and what is computed again instead: :mod:`moeplan.costs.activations`.
-- A multi-token prediction layer joins the last hidden state and the next token's embedding by a product of ``2 H x H``
-  (DeepSeek-V3, arXiv 2412.19437, section 2.2); its stage holds embedding and head too, and logits of each prediction.
+- The stage of a multi-token prediction layer holds embedding and head too, and logits of each prediction.
 
-``W`` windows of load, ``L`` MoE layers, ``E`` experts, ``H`` hidden, ``T`` tokens of a micro-batch on one rank.
+``W`` windows of load, ``L`` MoE layers, ``K`` layers, ``E`` experts, ``R`` ranks of an expert-parallel group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.artifacts.placement import EMPTY, Placement
+from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
-from moeplan.costs import roofline
-from moeplan.costs.activations import activation_bytes, pair_bytes, recomputed_s
-from moeplan.costs.backward import backward_over_forward
+from moeplan.costs.activations import activation_bytes, pair_bytes
 from moeplan.costs.collectives import CollectiveCosts
-from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import stream
 from moeplan.costs.step import StepModel
 from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique
+from moeplan.costs.training_layers import BothWays, TrainingLayers
+from moeplan.costs.training_state import TrainingState
+from moeplan.costs.work import Work
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec, RankSpec
-from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside, dense_beside
+from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 from moeplan.specs.training import TrainingSpec
 from moeplan.specs.workload import DispatchKind, Workload
 
@@ -67,22 +48,6 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-
-# Adam's master weights and two moments; those read and written, the master weights read again to write weights in bf16.
-_ADAM_STATE_BYTES, _ADAM_MOVED_BYTES = 12, 2 * 12 + 4 + 2
-_MASTER_BYTES, _COPY_OUT_BYTES = 4, 4 + 2  # of these, what weights in fp32 do without: they are the master weights
-
-# Reads or writes of gradients in a step, as Megatron-LM's DistributedDataParallel and DistributedOptimizer do by
-# default: of all on a rank set to zero, checked for NaN, scaled by the number of ranks (two); of those it owns for the
-# norm that clips them, and by Adam.
-_GRADIENT_PASSES, _OWN_GRADIENT_PASSES = 4, 2
-
-# Reads and writes of a layer's hidden state, forward and backward together, that a forward's costs do not hold:
-# residuals, norms and their backward, rotary embedding, casts and transposes of product inputs, gated activations
-# and their backward, un-permutation with weights. A count of kernels in Megatron-Core's MoE layer, each once.
-PASSES = 40
-_HEAD_PASSES = 8  # of logits in bf16: cross entropy forward and backward in fp32, gradient
-
 
 def expert_group(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
     """``ranks`` neighbours of a cluster: one expert-parallel group, each of them as slow as the slowest that has its
@@ -109,17 +74,6 @@ def expert_group(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
         slowest = {name: min(getattr(peer, name) for peer in peers) for name in ("speed", "link_speed")}
         own[place] = RankSpec.model_validate(slowest)
     return cluster.model_copy(update={"num_nodes": ranks // per_node, "ranks_per_node": per_node, "ranks": own})
-
-
-def _copied(placement: Placement) -> tuple[float, int]:
-    """(slots whose expert has copies, on the rank with most of them in the mean layer; how many, in the mean)."""
-    experts_LP = placement.physical_to_logical_LP
-    copies_LP = np.take_along_axis(placement.replicas_LE, np.maximum(experts_LP, 0), axis=1)
-    several_LP = (copies_LP > 1) & (experts_LP != EMPTY)
-    if not several_LP.any():
-        return 0.0, 1
-    slots = float(np.bincount(placement.rank_of_slot_P, several_LP.mean(0)).max())
-    return slots, min(round(copies_LP[several_LP].mean()), placement.num_ranks)
 
 
 def capacity(load_WLE: Floats, factor: float | None, pad: bool) -> tuple[Floats, Floats]:
@@ -182,7 +136,8 @@ class Chunk:
 class TrainingCosts:
     """One model under one training specification: what each layer takes and weighs.
 
-    ``placement`` and ``load_WLE`` are of one expert-parallel group of ``spec.ep`` ranks.
+    ``placement`` and ``load_WLE`` are of one expert-parallel group of ``spec.ep`` ranks. Seconds are those of the
+    slowest rank and link, for which all others wait (:mod:`moeplan.costs.work`).
 
     Raises:
         InputError, SpecError: degrees, cluster, placement and load do not fit each other.
@@ -201,10 +156,9 @@ class TrainingCosts:
         dispatch: DispatchKind = "per_node",
     ) -> None:
         self.model, self.cluster, self.spec, self.weight_dtype = model, cluster, spec, weight_dtype
-        self._wide = DTYPE_BYTES[activations_beside(weight_dtype)]  # of activations, and of weights as they are used
+        self._kind = activations_beside(weight_dtype)
         self.micro_batches = spec.micro_batches(cluster.num_ranks)
         self.tokens = spec.micro_batch * spec.sequence // (spec.tp * spec.cp)
-        group = expert_group(cluster, spec.ep)
         work = Workload(
             phase="prefill",
             batch_per_rank=self.tokens,
@@ -213,99 +167,44 @@ class TrainingCosts:
             activation_dtype=activation_dtype,
         )
         how = Technique(dispatch=dispatch, tp=spec.tp, cp=spec.cp)
-        step = self.step = StepModel(model, group, work, how, profile)
+        step = self.step = StepModel(model, expert_group(cluster, spec.ep), work, how, profile)
+        self.speeds = float(step.speed_R.min()), float(step.link_R.min())
+        self.links = CollectiveCosts(cluster, profile)
+        chip = cluster.accelerator
+        self._layers = TrainingLayers(
+            model, chip, profile, spec, weight_dtype, self.tokens, step.fixed, self.links
+        )
+        adam = stream(profile, chip, "optimizer", "forward")
+        self._state = TrainingState(model, cluster.num_ranks, spec, weight_dtype, placement, self.links, adam)
         worked_WLE, self.dropped_WL = capacity(load_WLE, spec.capacity_factor, spec.overflow == "pad")
         taken_WL = worked_WLE.sum(2, keepdims=True) / load_WLE.sum(2, keepdims=True)  # of all pairs, more if padded
-        self.batches_W = batches = [
+        self.batches_W = [
             step.batches(placement, worked_LE, taken_L)[0]
             for worked_LE, taken_L in zip(worked_WLE, taken_WL, strict=True)
         ]
-        expert_s_WL = np.stack([batch.expert_s_LR.max(1) for batch in batches])
-        exchange_s_WL = np.stack([batch.exchange_s_L for batch in batches])
-        whole, fixed = step.step(placement, load_WLE.mean(0)), step.fixed
+        whole, measured = step.step(placement, load_WLE.mean(0)), self._layers.ratio.measured
         self.relative_error = whole.high_s / whole.total_s - 1
-        accelerator = cluster.accelerator
-        pairs = self.tokens * spec.ep * model.top_k / model.num_experts
-        ratio = self.backward = backward_over_forward(
-            model, accelerator, weight_dtype, profile, self.tokens, spec.sequence, spec.tp, pairs,
-            model.num_experts / spec.ep,
-        )  # fmt: skip
-        self.links, self._link_error = CollectiveCosts(cluster, profile), 0.0
-        # Of a layer, by the ranks of one sequence, which lie tp apart.
-        key_bytes = (model.kv_bytes_per_token(activations_beside(weight_dtype), spec.tp) or 0.0) / model.num_layers
-        key_bytes *= spec.micro_batch * spec.sequence
-        gathered = self.links.seconds("all_gather", spec.cp, key_bytes, spec.tp)
-        onward, back_stream = (stream(profile, accelerator, "norm", way) for way in ("forward", "backward"))
-        self._adam = stream(profile, accelerator, "optimizer", "forward")
-        self.source = {
-            **whole.source,
-            "backward": ratio.source + f"; its passes {back_stream.source}" * back_stream.measured,
-            "optimizer": self._adam.source if self._adam.measured else "modelled from bytes moved",
-            **({"keys and values": gathered.source} if spec.cp > 1 else {}),
-        }
-        guessed = {"backward": len(ratio.measured) < 3, "optimizer": not self._adam.measured}
+        optimizer = adam.source if adam.measured else "modelled from bytes moved"
+        self.source = {**whole.source, **self._layers.source, "optimizer": optimizer}
+        guessed = {"backward": len(measured) < 3, "optimizer": not adam.measured}
         self.extrapolated = (*whole.extrapolated, *(name for name, guess in guessed.items() if guess))
-
-        dense = DenseCosts(accelerator, dense_beside(weight_dtype), profile)
-        hidden, rows = model.hidden_size, self.tokens * spec.tp
-        moved = 2 * self._wide * PASSES * self.tokens * hidden  # a third of it in forward
-        forward, backward = moved / 3 / onward.bytes_per_s, 2 * moved / 3 / back_stream.bytes_per_s
-        pace = self._pace = float(step.speed_R.min())  # in every layer ranks wait for the slowest; links do not
-        kernel, reduce, keys = fixed.kernel_s, fixed.reduce_s, gathered.total
-        plain = fixed.layer_s - kernel - reduce
-        whole_s = plain + kernel + forward
-        again = {"none": 0.0, "attention": kernel, "full": whole_s}[spec.recompute]
-        parts_s = recomputed_s(spec.recompute_modules, model, self.tokens, spec.tp, dense, onward.bytes_per_s)
-        again += parts_s.get("layernorm", 0.0) + parts_s.get("mla_up_proj", 0.0)
-        attention_back = ratio.products * plain + ratio.attention * kernel + backward + again
-        # Backward gathers keys and values again, and scatters their gradients.
-        back_links = self.reduces_back * (reduce + keys) + keys
-        attention = whole_s / pace + reduce + keys, attention_back / pace + back_links
-        shared, shared_reduce = (fixed.shared_s - fixed.shared_reduce_s) / pace, fixed.shared_reduce_s
-        self.shared_s = shared + shared_reduce
-        self.shared_back_s = self.products_back * shared + self.reduces_back * shared_reduce
-        # Gradients of weights are added to what earlier micro-batches left: read and written once per micro-batch,
-        # where a forward's product reads the weights.
-        self._slots, self._copied = int(np.bincount(placement.rank_of_slot_P).max()), _copied(placement)
-        self._parameters = model.layer_parameters_on(spec.tp)  # outside the experts, of a dense and of a MoE layer
-        bandwidth = pace * roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
-        once_s = (2 * DTYPE_BYTES[spec.gradient_dtype] - DTYPE_BYTES[weight_dtype]) / bandwidth
-        added_dense, added_moe = (once_s * parameters for parameters in self._parameters)
-        added_moe += once_s * self._slots * model.expert_parameters
-        self.attention_s = attention[0], attention[1] + added_moe
-        hidden_s_WL = np.minimum(exchange_s_WL, self.shared_s) if spec.overlap == "shared_expert" else np.zeros((1, 1))
-        self._moe_forward_WL = attention[0] + self.shared_s + expert_s_WL
-        self._moe_backward_WL = self.attention_s[1] + self.shared_back_s + self.experts_back * expert_s_WL
-        self._moe_backward_WL += exchange_s_WL if spec.recompute == "full" else 0.0
-        self._moe_backward_WL += parts_s.get("moe_act", 0.0) / pace
-        self._exchange_WL = exchange_s_WL - hidden_s_WL
-        inter = model.dense_intermediate_size
-        block = dense.ffn(rows, hidden, inter / spec.tp, model.gated_ffn).total if inter else 0.0
-        # A dense layer permutes nothing and has no router.
-        more = (block - fixed.routing_s) / pace
-        dense_backward = attention[1] + added_dense + self.products_back * more + self.reduces_back * reduce
-        self._dense = attention[0] + more + reduce, dense_backward + parts_s.get("mlp", 0.0) / pace
-        head = dense.product(rows, model.vocab_size / spec.tp, hidden).total / pace
-        loss = 2 * self._wide * _HEAD_PASSES * rows * model.vocab_size / spec.tp / bandwidth
-        self._head = (head + loss / 2, ratio.products * head + loss / 2)
-        joined = dense.product(rows, hidden / spec.tp, 2 * hidden).total / pace
-        self._joining = joined, ratio.products * joined
 
     @property
     def experts_back(self) -> float:
         """Backward of routed experts over their forward, which is computed again under full recomputation."""
-        return self.backward.experts + (self.spec.recompute == "full")
+        return self._layers.experts_back
 
-    @property
-    def products_back(self) -> float:
-        """The same of shared experts and dense blocks."""
-        return self.backward.products + (self.spec.recompute == "full")
+    @cached_property
+    def attention_s(self) -> tuple[float, float]:
+        """Forward and backward of a MoE layer without its experts and exchanges; gradients of all its weights are added
+        up in backward."""
+        dense, experts = self._state.layer_parameters[1], self._state.slots * self.model.expert_parameters
+        return (self._layers.attention + self._layers.added(dense + experts)).at(*self.speeds)
 
-    @property
-    def reduces_back(self) -> float:
-        """The same of all-reduces over tensor-parallel ranks: gradients pass them the other way. What Megatron-Core
-        gathers once more for the gradients of weights hides behind a product."""
-        return 1.0 + (self.spec.recompute == "full")
+    @cached_property
+    def shared_s(self) -> tuple[float, float]:
+        """Forward and backward of its shared experts."""
+        return self._layers.shared.at(*self.speeds)
 
     # ------------------------------------------------------------------ layers and chunks
 
@@ -318,100 +217,89 @@ class TrainingCosts:
             InputError: more chunks than layers.
         """
         count, model, spec = self.spec.pp * self.spec.virtual_stages, self.model, self.spec
-        kinds = [layer in set(model.moe_layer_ids) for layer in range(model.num_layers)] + [True] * spec.mtp_layers
+        moe = set(model.moe_layer_ids)
+        kinds = [layer in moe for layer in range(model.num_layers)] + [True] * spec.mtp_layers
         if count > len(kinds):
             raise InputError(
                 f"training.pp x virtual_stages ({count}) exceeds the model's layers ({len(kinds)}); use fewer"
             )
-        moe_number = np.cumsum(kinds) - 1
-        L = model.num_moe_layers
-        pieces = []
-        for layer, moe in enumerate(kinds):
-            windows = len(self._moe_forward_WL)
-            if moe:
-                l = min(int(moe_number[layer]), L - 1)  # a prediction layer is loaded as the last one
-                part = [self._moe_forward_WL[:, l], self._moe_backward_WL[:, l], self._exchange_WL[:, l]]
-            else:
-                part = [np.full(windows, self._dense[0]), np.full(windows, self._dense[1]), np.zeros(windows)]
-            if layer >= model.num_layers or layer == model.num_layers - 1:
-                part = [part[0] + self._head[0], part[1] + self._head[1], part[2]]
-            if layer >= model.num_layers:
-                part = [part[0] + self._joining[0], part[1] + self._joining[1], part[2]]
-            host = spec.host_per_layer
-            if host:  # a third of the launches are forward's
-                part = [part[0] + host / 3, part[1] + 2 * host / 3, part[2]]
-            pieces.append(np.stack(part))
-        whole = np.array([piece.sum(0).mean() for piece in pieces])
+        rows = np.minimum(np.cumsum(kinds) - 1, model.num_moe_layers - 1)  # a prediction layer is loaded as the last
+        seconds_K3W = self._layers_s(kinds, rows)
+        cuts = [range(*ends) for ends in _cut(seconds_K3W.sum(1).mean(1), count)]
         answer = []
-        for first, last in _cut(whole, count):
-            forward, backward, exchange = np.sum(pieces[first:last], axis=0)
-            answer.append(self._chunk(range(first, last), kinds, forward, backward, exchange))
+        for cut in cuts:
+            mine, part = kinds[cut.start : cut.stop], slice(cut.start, cut.stop)
+            moe_rows = tuple(rows[part][mine].tolist())
+            answer.append(self._chunk(cut, mine, moe_rows, seconds_K3W[part].sum(0)))
         return answer
 
-    def _chunk(
-        self, layers: range, kinds: list[bool], forward_W: Floats, backward_W: Floats, exchange_W: Floats
-    ) -> Chunk:
-        model, spec, ranks = self.model, self.spec, self.cluster.num_ranks
-        hidden, predicting = model.hidden_size, sum(layer >= model.num_layers for layer in layers)
+    def _layers_s(self, kinds: list[bool], rows: NDArray[np.int64]) -> Floats:
+        """Seconds ``[K, 3, W]`` of layers of ``kinds`` (MoE or not) with loads of ``rows``: forward, backward, exchange
+        of one direction."""
+        spec, layers = self.spec, self._layers
+        attention, shared = np.array(self.attention_s), np.array(self.shared_s)
+        expert_WL = np.stack([batch.expert_s_LR.max(1) for batch in self.batches_W])
+        exchange_WL = np.stack([batch.exchange_s_L for batch in self.batches_W])
+        back_WL = self.experts_back * expert_WL + (exchange_WL if spec.recompute == "full" else 0.0)
+        back_WL += Work(layers.activation_again_s).at(*self.speeds)
+        open_WL = np.maximum(0.0, exchange_WL - (shared[0] if spec.overlap == "shared_expert" else 0.0))
+        both = attention + shared
+        moe_3WL = np.stack([both[0] + expert_WL, both[1] + back_WL, open_WL])
+        dense = layers.attention + layers.dense_block + layers.added(self._state.layer_parameters[0])
+
+        def column(part: BothWays) -> Floats:
+            return np.array(part.at(*self.speeds))[:, None]
+
+        answer = moe_3WL[:, :, rows].transpose(2, 0, 1)
+        plain = ~np.array(kinds)
+        answer[plain, :2], answer[plain, 2] = column(dense), 0.0
+        answer[self.model.num_layers - 1 :, :2] += column(layers.head)
+        answer[self.model.num_layers :, :2] += column(layers.joining)
+        answer[:, :2] += spec.host_per_layer * np.array([[1 / 3], [2 / 3]])  # a third of the launches are forward's
+        return answer
+
+    def _embeds(self, layers: range) -> bool:
+        """Whether a chunk holds the embedding: at the first layer, for prediction, or as the head it is tied to."""
+        last = self.model.num_layers - 1
+        return layers[0] == 0 or layers[-1] > last or (self.model.tie_word_embeddings and last in layers)
+
+    def _chunk(self, layers: range, kinds: list[bool], moe_rows: tuple[int, ...], seconds_3W: Floats) -> Chunk:
+        model, spec = self.model, self.spec
+        predicting = sum(layer >= model.num_layers for layer in layers)
         heads = predicting + (model.num_layers - 1 in layers)
-        embeds, unembeds = layers[0] == 0 or predicting > 0, heads > 0
-        tables = embeds or unembeds if model.tie_word_embeddings else embeds + unembeds
-        dense = sum(self._parameters[kinds[layer]] for layer in layers)
-        dense += (tables * model.vocab_size + predicting * 2 * hidden) * hidden / spec.tp
-        slot = sum(kinds[layer] for layer in layers) * float(model.expert_parameters)
-        alike, copied, copies = ranks // (spec.pp * spec.ep), *self._copied
-        sorts = [  # parameters, ranks that hold them, and how far these lie apart
-            (dense, ranks // (spec.pp * spec.tp), spec.tp),
-            ((self._slots - copied) * slot, alike, spec.ep),
-            (copied * slot, alike * copies, spec.ep // copies),
-        ]
-        groups = [group for group in sorts if group[0]]
-        width, grad = self._wide, DTYPE_BYTES[spec.gradient_dtype]
-        sync = gather = own = held = moved = 0.0
-        reduction = "reduce_scatter" if spec.zero else "all_reduce"
-        for parameters, copies, stride in groups:
-            shards = copies if spec.zero else 1
-            reduced = self.links.seconds(reduction, copies, parameters * grad, stride)
-            gathered = self.links.seconds("all_gather", shards, parameters * width, stride)
-            sync, gather = sync + reduced.total, gather + gathered.total
-            self._link_error = max(self._link_error, reduced.relative_error, gathered.relative_error)
-            own += parameters / shards
-            held += parameters
-            moved += parameters * grad * (copies > 1)
-        adam = _ADAM_MOVED_BYTES - _COPY_OUT_BYTES * (width == 4) + _OWN_GRADIENT_PASSES * grad
-        updated = own * adam + held * _GRADIENT_PASSES * grad
+        tables = self._embeds(layers) + (heads > 0 and not model.tie_word_embeddings)
+        state = self._state.chunk(kinds, tables, predicting)
         again = spec.recompute_modules
-        kind = activations_beside(self.weight_dtype)
-        by_kind = [activation_bytes(model, moe, spec.recompute, kind, again) for moe in (False, True)]
-        kept = sum(by_kind[kinds[layer]] for layer in layers) * self.tokens
+        by_kind = [activation_bytes(model, moe, spec.recompute, self._kind, again) for moe in (False, True)]
+        kept = sum(by_kind[kind] for kind in kinds) * self.tokens
         kept += heads * self.tokens * model.vocab_size * 4  # logits and their softmax in fp32
-        kept += predicting * self.tokens * 2 * hidden * width
-        rows = tuple(min(sum(kinds[:l]), model.num_moe_layers - 1) for l in layers if kinds[l])
-        pairs_WR = np.stack([batch.pairs_LR[list(rows)].sum(0) for batch in self.batches_W])
-        beyond_WR = pairs_WR - len(rows) * self.tokens * model.top_k  # an even load
+        kept += predicting * self.tokens * 2 * model.hidden_size * DTYPE_BYTES[self._kind]
+        pairs_WR = np.stack([batch.pairs_LR[list(moe_rows)].sum(0) for batch in self.batches_W])
+        beyond_WR = pairs_WR - len(moe_rows) * self.tokens * model.top_k  # an even load
+        forward_s_W, backward_s_W, exchange_s_W = seconds_3W
         return Chunk(
             layers=tuple(layers),
-            moe_rows=rows,
-            forward_s_W=forward_W,
-            backward_s_W=backward_W,
-            exchange_s_W=exchange_W,
-            sync_s=sync,
-            gather_s=gather,
-            optimizer_s=updated / self._adam.bytes_per_s / self._pace,
-            sync_bytes=moved,
-            state_bytes=_state_bytes(spec, [(parameters, copies) for parameters, copies, _ in groups], width),
-            activation_bytes_WR=kept + pair_bytes(model, spec.recompute, kind, again) * beyond_WR,
+            moe_rows=moe_rows,
+            forward_s_W=forward_s_W,
+            backward_s_W=backward_s_W,
+            exchange_s_W=exchange_s_W,
+            sync_s=state.sync.at(*self.speeds),
+            gather_s=state.gather.at(*self.speeds),
+            optimizer_s=state.optimizer.at(*self.speeds),
+            sync_bytes=state.sync_bytes,
+            state_bytes=state.state_bytes,
+            activation_bytes_WR=kept + pair_bytes(model, spec.recompute, self._kind, again) * beyond_WR,
         )
 
     @property
     def transfer_bytes(self) -> float:
         """Activations of a micro-batch from one rank to the same rank of the next stage."""
-        return self.tokens * self.model.hidden_size * self._wide
+        return self.tokens * self.model.hidden_size * DTYPE_BYTES[self._kind]
 
     @property
     def transfer_s(self) -> float:
         """Seconds of that."""
-        return self._transfer.total
+        return float(Work.of([self._transfer]).at(*self.speeds))
 
     @property
     def _transfer(self) -> Seconds:
@@ -423,9 +311,9 @@ class TrainingCosts:
         take longer; gradients and weights: the largest of the chunks made so far."""
         return {
             **self.step.part_errors,
-            "gradients and weights": self._link_error,
+            "gradients and weights": self._state.relative_error,
             "transfers between stages": self._transfer.relative_error if self.spec.pp > 1 else 0.0,
-            "optimizer": self._adam.relative_error,
+            "optimizer": self._state.adam.relative_error,
         }
 
     def overlapped(self, chunk: Chunk) -> tuple[Floats, Floats, Floats]:
@@ -521,14 +409,3 @@ def training_step(costs: TrainingCosts) -> TrainingCost:
         source=costs.source,
         extrapolated=costs.extrapolated,
     )
-
-
-def _state_bytes(spec: TrainingSpec, groups: list[tuple[float, int]], width: float) -> float:
-    """Weights of ``width`` bytes, gradients and Adam state of a rank; ``groups``: parameters on it, and ranks that hold
-    copies. Weights in fp32 are their own master copy."""
-    total = 0.0
-    for parameters, copies in groups:
-        total += parameters * width / (copies if spec.zero >= 3 else 1)
-        total += parameters * DTYPE_BYTES[spec.gradient_dtype] / (copies if spec.zero >= 2 else 1)
-        total += parameters * (_ADAM_STATE_BYTES - _MASTER_BYTES * (width == 4)) / (copies if spec.zero >= 1 else 1)
-    return total

@@ -23,7 +23,8 @@ from moeplan.costs.exchange import NVLINK_MODES, exchange_costs
 from moeplan.costs.served import CALIBRATED, ServedPool, pass_times, served
 from moeplan.costs.step import StepCost, StepModel
 from moeplan.costs.technique import Technique
-from moeplan.costs.training import PASSES, TrainingCosts
+from moeplan.costs.training import TrainingCosts
+from moeplan.costs.training_layers import PASSES
 from moeplan.errors import MoeplanError
 from moeplan.planning.greedy import rebalance_experts
 from moeplan.routing.popularity import lognormal_profile, solve

@@ -41,10 +41,10 @@ def test_a_layer_reduces_attention_once_and_its_dense_block_once() -> None:
         how = Technique(dispatch=dispatch, tp=4)  # type: ignore[arg-type]
         found = fixed_costs(model, BOX, WORK, 16, None, how)
         reduced = CollectiveCosts(BOX).seconds("all_reduce", 4, 64 * model.hidden_size * 2).total
-        assert found.reduce_s == pytest.approx(reduced)
-        assert found.shared_reduce_s == pytest.approx(shared * reduced)
+        assert found.reduce.total_s == pytest.approx(reduced)
+        assert found.shared.elsewhere_s == pytest.approx(shared * reduced)
         quiet = fixed_costs(model, BOX, WORK, 16, None, replace(how, tp=1))
-        assert (quiet.reduce_s, quiet.shared_reduce_s) == (0.0, 0.0)
+        assert (quiet.reduce.total_s, quiet.shared.elsewhere_s) == (0.0, 0.0)
 
 
 def test_ranks_that_all_hold_every_token_send_none() -> None:
@@ -151,7 +151,7 @@ def test_a_latent_is_projected_and_permuted_at_its_width() -> None:
     ways = sum(dense.product(512, *way).total for way in ((latent, hidden), (hidden, latent)))
     one, other = (fixed_costs(m, BOX, WORK, 512) for m in (model, wide))
     permuted = 2 * 2 * 2 * model.top_k * 512 * (hidden - latent) / (0.8 * BOX.accelerator.memory_bandwidth)
-    assert one.layer_s == pytest.approx(other.layer_s + ways - permuted)
+    assert one.layer.total_s == pytest.approx(other.layer.total_s + ways - permuted)
     assert one.routing_s == pytest.approx(other.routing_s + ways - permuted)  # no part of dense layers
     assert "latent projections" in one.source
 

@@ -117,13 +117,17 @@ def test_two_batches_hide_the_shorter_side() -> None:
     assert all("roofline" in text for text in both.source.values())
 
 
-@pytest.mark.parametrize("batch", [1, 3, 31])
+@pytest.mark.parametrize("batch", [1, 5, 31])
 def test_two_halves_are_the_whole(batch: int) -> None:
     work = WORK.model_copy(update={"batch_per_rank": batch})
     model = StepModel(MODEL, cluster_for("h100", 2, 8), work, Technique(overlap="two_batch"))
     halves = model.batches(placement(16, 256), skewed())
     assert sum(half.tokens for half in halves) == batch * 16
     np.testing.assert_allclose(sum(half.pairs_LR.sum(1) for half in halves), batch * 16 * MODEL.top_k)
+    larger = work.model_copy(update={"batch_per_rank": (batch + 1) // 2})  # of an odd number of tokens
+    (alone,) = StepModel(MODEL, cluster_for("h100", 2, 8), larger).batches(placement(16, 256), skewed())
+    for half in halves:
+        np.testing.assert_array_equal(half.attention_s_R, alone.attention_s_R)
 
 
 def test_slow_and_failed_ranks() -> None:
@@ -138,9 +142,10 @@ def test_slow_and_failed_ranks() -> None:
     assert waited == pytest.approx(2 * computed)
     for tp, paces in ((1, [1, 1, 1, 2]), (2, [1, 1, 2, 2])):  # ranks that split attention keep one pace
         model = StepModel(MODEL, slow, WORK, Technique(tp=tp))
-        batch = model.batches(plan, load)[0]
-        for seconds_R in (batch.attention_s_R, batch.shared_s_R, model.other_s_R):
-            np.testing.assert_allclose(seconds_R[:4] / seconds_R[4], paces)
+        batch, fixed = model.batches(plan, load)[0], model.fixed
+        parts = (fixed.layer, batch.attention_s_R), (fixed.shared, batch.shared_s_R), (fixed.other, model.other_s_R)
+        for work, seconds_R in parts:
+            np.testing.assert_allclose((seconds_R[:4] - work.elsewhere_s) / work.computed_s, paces)
 
 
 def test_ranks_that_share_experts_do_all_their_pairs_and_hold_their_weights() -> None:
@@ -168,7 +173,7 @@ def test_launches_need_a_measured_latency() -> None:
     meta = ProfileMeta(
         name="p", accelerator="H100-SXM-80GB", date="2026-11-29", command="none", system={"launch_latency_us": 7.0}
     )
-    layers = [StepModel(MODEL, cluster, WORK, h, HardwareProfile(meta)).fixed.layer_s for h in (None, how)]
+    layers = [StepModel(MODEL, cluster, WORK, h, HardwareProfile(meta)).fixed.layer.total_s for h in (None, how)]
     assert layers[1] - layers[0] == pytest.approx(70e-6)
 
 

@@ -54,7 +54,8 @@ def test_all_that_a_slow_rank_computes_takes_longer(fields: dict[str, Any]) -> N
     plain, slow = _costs({}, pp=1, **fields), _costs({3: RankSpec(speed=0.5)}, pp=1, **fields)
     (one,), (two,) = plain.chunks(), slow.chunks()
     fixed, full = plain.step.fixed, fields.get("recompute") == "full"
-    links = 28 * fixed.reduce_s + 26 * fixed.shared_reduce_s  # one a layer, and of the dense block and shared experts
+    # One a layer, and of the dense block and shared experts.
+    links = 28 * fixed.reduce.total_s + 26 * fixed.shared.elsewhere_s
     assert two.forward_s_W == pytest.approx(2 * one.forward_s_W - links)
     assert two.backward_s_W == pytest.approx(2 * one.backward_s_W - links - full * (links + one.exchange_s_W))
     assert two.optimizer_s == pytest.approx(2 * one.optimizer_s)

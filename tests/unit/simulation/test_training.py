@@ -73,7 +73,7 @@ def test_context_parallel_ranks_split_a_sequence_and_gather_its_keys() -> None:
     assert two.micro_batches == 2 * one.micro_batches  # half as many groups share the batch
     alone, shared = one.step.fixed, two.step.fixed
     assert shared.kernel_s == pytest.approx(alone.kernel_s / 2)
-    assert shared.layer_s == pytest.approx(alone.layer_s / 2, rel=0.02)
+    assert shared.layer.total_s == pytest.approx(alone.layer.total_s / 2, rel=0.02)
     gathered_s = two.links.seconds("all_gather", 2, 4096 * 2 * 8 * 128 * 2).total  # keys and values of 8 heads in bf16
     assert gathered_s > 0
     assert two.attention_s[0] == pytest.approx(one.attention_s[0] / 2 + gathered_s, rel=1e-3)
@@ -138,7 +138,7 @@ def test_shares_and_tokens_add_up(zero: int) -> None:
 def test_recompute_costs_a_forward_and_frees_activations() -> None:
     plain, again = _costs(pp=1), _costs(pp=1, recompute="full")
     first, second = plain.chunks()[0], again.chunks()[0]
-    head = plain._head[0]
+    head = plain._layers.head.forward.total_s
     more = second.backward_s_W[0] - first.backward_s_W[0]
     assert more == pytest.approx(first.forward_s_W[0] - head + first.exchange_s_W[0], rel=1e-9)
     assert second.activation_bytes_WR.max() < 0.2 * first.activation_bytes_WR.min()
