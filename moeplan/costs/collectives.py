@@ -118,6 +118,7 @@ class CollectiveCosts:
     def _group(self, op: str, ranks: int, stride: int) -> _Group:
         cluster = self._cluster
         chip, span = cluster.accelerator, (stride + 1 if op == "p2p" else ranks * stride)
+        span = min(span, cluster.num_ranks)
         ranks = 2 if op == "p2p" else ranks
         domain = {"flat": cluster.num_ranks, "nvl72": chip.scale_up_domain}.get(
             cluster.topology, cluster.ranks_per_node

@@ -116,8 +116,9 @@ class Chunk:
 
     ``moe_rows``: rows of the load that its MoE layers have.
     ``exchange_s_W``: dispatch and combine of one direction. ``sync_s``: reduction of gradients, ``gather_s``:
-    all-gather of weights, each of them once; ``optimizer_s``: the update. ``activation_bytes_WR`` of one micro-batch on
-    each rank of an expert-parallel group, which works on as many pairs as its experts get.
+    all-gather of weights, each of them once; ``optimizer_s``: the update; ``tied_s``: the all-reduce of ``tied_bytes``
+    of gradients of an embedding that other stages hold too. ``activation_bytes_WR`` of one micro-batch on each rank of
+    an expert-parallel group, which works on as many pairs as its experts get.
     """
 
     layers: tuple[int, ...]
@@ -131,6 +132,8 @@ class Chunk:
     sync_bytes: float
     state_bytes: float
     activation_bytes_WR: Floats
+    tied_s: float
+    tied_bytes: float
 
 
 class TrainingCosts:
@@ -226,11 +229,15 @@ class TrainingCosts:
         rows = np.minimum(np.cumsum(kinds) - 1, model.num_moe_layers - 1)  # a prediction layer is loaded as the last
         seconds_K3W = self._layers_s(kinds, rows)
         cuts = [range(*ends) for ends in _cut(seconds_K3W.sum(1).mean(1), count)]
+        stages = {number % spec.pp for number, cut in enumerate(cuts) if self._embeds(cut)}
+        tied, tied_bytes = self._state.embedding(sorted(stages))
+        tied_s = tied.at(*self.speeds)
         answer = []
         for cut in cuts:
             mine, part = kinds[cut.start : cut.stop], slice(cut.start, cut.stop)
             moe_rows = tuple(rows[part][mine].tolist())
-            answer.append(self._chunk(cut, mine, moe_rows, seconds_K3W[part].sum(0)))
+            shared = (tied_s, tied_bytes) if self._embeds(cut) else (0.0, 0.0)
+            answer.append(self._chunk(cut, mine, moe_rows, seconds_K3W[part].sum(0), *shared))
         return answer
 
     def _layers_s(self, kinds: list[bool], rows: NDArray[np.int64]) -> Floats:
@@ -263,7 +270,10 @@ class TrainingCosts:
         last = self.model.num_layers - 1
         return layers[0] == 0 or layers[-1] > last or (self.model.tie_word_embeddings and last in layers)
 
-    def _chunk(self, layers: range, kinds: list[bool], moe_rows: tuple[int, ...], seconds_3W: Floats) -> Chunk:
+    def _chunk(
+        self, layers: range, kinds: list[bool], moe_rows: tuple[int, ...], seconds_3W: Floats, tied_s: float,
+        tied_bytes: float,
+    ) -> Chunk:  # fmt: skip
         model, spec = self.model, self.spec
         predicting = sum(layer >= model.num_layers for layer in layers)
         heads = predicting + (model.num_layers - 1 in layers)
@@ -289,6 +299,8 @@ class TrainingCosts:
             sync_bytes=state.sync_bytes,
             state_bytes=state.state_bytes,
             activation_bytes_WR=kept + pair_bytes(model, spec.recompute, self._kind, again) * beyond_WR,
+            tied_s=tied_s,
+            tied_bytes=tied_bytes,
         )
 
     @property
@@ -395,14 +407,15 @@ def training_step(costs: TrainingCosts) -> TrainingCost:
     gather = sum(chunk.gather_s for chunk in chunks) / spec.pp if spec.zero < 3 else 0.0
     if spec.overlap_parameters:
         gather = max(0.0, gather - forward)
+    tied = max(chunk.tied_s for chunk in chunks)
     optimizer = sum(chunk.optimizer_s for chunk in chunks) / spec.pp
     count = costs.micro_batches
     return TrainingCost(
-        total_s=count * (forward + backward + waits) + bubble + sync + gather + optimizer,
+        total_s=count * (forward + backward + waits) + bubble + sync + tied + gather + optimizer,
         forward_s=count * forward,
         backward_s=count * backward,
         bubble_s=bubble,
-        gradient_sync_s=count * waits + sync + gather,
+        gradient_sync_s=count * waits + sync + tied + gather,
         optimizer_s=optimizer,
         state_bytes=max(sum(chunk.state_bytes for chunk in chunks[stage :: spec.pp]) for stage in range(spec.pp)),
         relative_error=costs.relative_error,

@@ -36,6 +36,7 @@ def scaled(costs: TrainingCosts, chunk: Chunk, factor: Mapping[str, float]) -> C
         exchange_s_W=np.maximum(0.0, exchange * exchange_s_WL - shared_s).sum(1),
         sync_s=links * chunk.sync_s,
         gather_s=links * chunk.gather_s,
+        tied_s=links * chunk.tied_s,
         optimizer_s=factor.get("optimizer", 1.0) * chunk.optimizer_s,
     )
 

@@ -11,6 +11,9 @@
   (``mfsdp_design.md``, "Flow") do unless told otherwise, in one micro-batch half as much again as stage 2 moves
   (Rajbhandari et al., section 7). Weights that a framework keeps gathered in between (``reshard_after_forward=False``,
   DeepSpeed's ``stage3_max_live_parameters``) are not modelled.
+- Stages that hold copies of the embedding, the first and the one with a head tied to it or with prediction layers,
+  all-reduce what they hold of its gradients, once a step, after all are reduced and before any update: nothing hides it
+  (Megatron-LM, ``finalize_model_grads.py``, ``_allreduce_word_embedding_grads`` over the embedding group).
 - Adam reads and writes 4-byte master weights and two moments, reads gradients, writes weights (Rajbhandari et
   al. 2020, arXiv 1910.02054 count the same 16 bytes of state); ZeRO stage 1 shards that, 2 gradients too, 3
   weights too. Gradients are set to zero, checked, scaled and normed, too. At the bandwidth of a measured step, where a
@@ -113,6 +116,16 @@ class TrainingState:
             sum(part.parameters * self._grad * (part.copies > 1) for part in parts),
             self._state_bytes(parts),
         )
+
+    def embedding(self, stages: Sequence[int]) -> tuple[Work, float]:
+        """The all-reduce of the embedding's gradients over ``stages`` that hold it, in order, and its bytes."""
+        if len(stages) < 2:
+            return Work(), 0.0
+        copies = self._ranks // (self.spec.pp * self.spec.tp)
+        table = self.model.vocab_size * self.model.hidden_size / self.spec.tp
+        size = table * self._grad / (copies if self.spec.zero >= 2 else 1)
+        apart = (stages[-1] - stages[0]) // (len(stages) - 1) * (self._ranks // self.spec.pp)
+        return self._collective("all_reduce", len(stages), size, apart), size
 
     def _collective(self, op: str, ranks: int, size: float, stride: int) -> Work:
         found = self.links.seconds(op, ranks, size, stride)

@@ -8,6 +8,7 @@
   moves six in that time, so they would only show below half its speed.
 - Dispatch and combine are costed by copies (:mod:`moeplan.costs.exchange`): those of a rank take ``1 / link_speed``,
   those of a node go over all its NICs, at their mean; the fixed part stays.
+- A cache that leaves for another pool takes ``1 / link_speed`` at the slowest rank of its group.
 - Inside a rank, and between it and its host, ``link_speed`` means nothing.
 """
 

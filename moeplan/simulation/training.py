@@ -191,6 +191,12 @@ class _Play:
                 )
         mine_chunks = self.chunks[stage :: self.p]
         reduced = max(done, link_free)
+        tied = max(mine_chunks, key=lambda chunk: chunk.tied_s)
+        if tied.tied_s:
+            self.recorder.add(
+                "gradient_sync", start_s + reduced, tied.tied_s, rank=rank, step=number, amount=tied.tied_bytes
+            )
+            reduced += tied.tied_s
         update = sum(chunk.optimizer_s for chunk in mine_chunks)
         self.recorder.add("optimizer", start_s + reduced, update, rank=rank, step=number)
         gather = sum(chunk.gather_s for chunk in mine_chunks) if spec.zero < 3 else 0.0

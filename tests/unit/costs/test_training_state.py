@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.training import TrainingCosts, expert_group
+from moeplan.costs.training import TrainingCosts, expert_group, training_step
+from moeplan.simulation.training import simulate_training
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
@@ -61,6 +63,52 @@ def test_a_table_that_embedding_and_head_share_is_held_once_a_stage(pp: int, tab
     experts = model.num_moe_layers * model.num_experts // 8 * model.expert_parameters
     more = (tables - 1) * model.vocab_size * model.hidden_size
     assert state == pytest.approx(18 * (model.non_expert_parameters + more + experts))
+
+
+HUNYUAN_TABLE = 128167 * 4096
+
+
+@pytest.mark.parametrize(
+    ("fields", "by_hand"),
+    [
+        ({"pp": 1}, 0.0),
+        ({"pp": 2}, 8e-6 + HUNYUAN_TABLE * 4 / 50e9),  # 42 ms over a NIC to the other node: 1 x the bytes of two ranks
+        ({"pp": 4, "ep": 4}, 8e-6 + HUNYUAN_TABLE * 4 / 50e9),
+        ({"pp": 2, "virtual_stages": 2, "tp": 4}, 8e-6 + HUNYUAN_TABLE / 50e9),
+        ({"pp": 2, "gradient_dtype": "bf16", "zero": 0}, 8e-6 + HUNYUAN_TABLE * 2 / 50e9),
+        ({"pp": 2, "zero": 2}, 8e-6 + HUNYUAN_TABLE * 4 / 8 / 50e9),  # the part that one of 8 copies keeps
+    ],
+)
+def test_stages_that_hold_an_embedding_reduce_its_gradients(fields: dict[str, Any], by_hand: float) -> None:
+    costs = _costs(find_model("hunyuan-a13b"), 2, **{"ep": 8, **fields})
+    chunks = costs.chunks()
+    assert [chunk.tied_s > 0 for chunk in chunks] == [by_hand > 0 and c in (chunks[0], chunks[-1]) for c in chunks]
+    assert chunks[0].tied_s == pytest.approx(by_hand)
+    assert chunks[-1].tied_s == chunks[0].tied_s
+
+
+def test_stages_of_one_node_reduce_an_embedding_over_its_own_links() -> None:
+    chunks = _costs(find_model("hunyuan-a13b"), 1, pp=4, ep=2).chunks()
+    assert chunks[0].tied_s == pytest.approx(3e-6 + HUNYUAN_TABLE * 4 / 450e9)  # 4.7 ms
+
+
+def test_a_prediction_layer_shares_the_embedding_of_the_first_stage() -> None:
+    for mtp, by_hand in ((0, 0.0), (1, 8e-6 + TABLE * 4 / 50e9)):
+        chunks = _costs(DEEPSEEK, 32, pp=4, ep=32, mtp_layers=mtp).chunks()
+        assert [chunk.tied_s for chunk in chunks] == pytest.approx([by_hand, 0.0, 0.0, by_hand])
+
+
+def test_nothing_hides_the_reduction_of_an_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = _costs(find_model("hunyuan-a13b"), 2, pp=2, ep=8)
+    chunks, played, closed = costs.chunks(), simulate_training(costs), training_step(costs)
+    log = played.log
+    tied = log.of_kind("gradient_sync") & (log.amount_V == HUNYUAN_TABLE * 4)
+    assert np.flatnonzero(tied).size == 2  # one on each stage
+    monkeypatch.setattr(costs, "chunks", lambda: [replace(chunk, tied_s=0.0) for chunk in chunks])
+    assert played.step_s - simulate_training(costs).step_s == pytest.approx(chunks[0].tied_s)
+    without = training_step(costs)
+    for name in ("total_s", "gradient_sync_s"):
+        assert getattr(closed, name) - getattr(without, name) == pytest.approx(chunks[0].tied_s), name
 
 
 @pytest.mark.parametrize("pp", [1, 2])
