@@ -332,14 +332,17 @@ class _Service:
         self.clock.process(self._transferring(request))
 
     def _transferring(self, request: Request) -> Generator[Any, Any, None]:
-        """The cache leaves over its group's link, one after the other; then the request waits for a decode group.
+        """The cache leaves over its group's link, at the slowest of its ranks, one after the other; then the request
+        waits for a decode group.
 
         Where the group was lost on the way it is prefilled again.
         """
         clock, pool = self.clock, self.pools[0]
         source = self.stages[0][request.instance]
-        size = (request.context - 1) * pool.kv_bytes
-        seconds = kv_transfer_s(size, pool.link_bytes_per_s, pool.link_latency_s)
+        size, ranks = (request.context - 1) * pool.kv_bytes, range(pool.engine.tp)
+        first = request.group * pool.engine.tp
+        slowest = min(costs.cluster.rank(first + rank).link_speed for costs, _ in source.stages for rank in ranks)
+        seconds = kv_transfer_s(size, pool.link_bytes_per_s * slowest, pool.link_latency_s)
         link, lost = (request.instance, request.group), source.lost_D[request.group]
         start = max(int(clock.now), self._link_free_ns.get(link, 0))
         end = self._link_free_ns[link] = start + nanoseconds(seconds)
@@ -347,7 +350,7 @@ class _Service:
         self.transferred_bytes += whole
         source.stats.transferred_bytes += whole
         if self.recorder is not None:
-            rank = source.first_rank + request.group * pool.engine.tp
+            rank = source.first_rank + first
             self.recorder.add("transfer", start * 1e-9, seconds, rank=rank, request=request.number, amount=whole)
         yield clock.at(end, Order.TRANSFER)
         if source.lost_D[request.group] != lost:

@@ -204,6 +204,10 @@ def test_prefilled_requests_travel_over_one_link_after_the_other() -> None:
     assert times(served, "finish_ns") == pytest.approx([2.7, 5.2, 1.0])
     assert served.transferred_bytes == 30e6
     assert (served.instances[0].free_D == served.instances[0].capacity).all()
+    # At half the link's speed 0.5 + 2 s and 0.5 + 4 s.
+    fault = {"kind": "slow-link", "pool": "prefill", "rank": 0, "speed": 0.5, "at": "0 s"}
+    late = serve(pools, trace([0.0, 0.0, 0.0], [10, 20, 5], [3, 3, 1]), prefill={"ranks": 1}, faults=[fault])
+    assert times(late, "first_ns") == pytest.approx([3.5, 8.0, 1.0])
 
 
 def test_a_decode_service_begins_with_the_cache() -> None:
