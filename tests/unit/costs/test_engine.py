@@ -280,6 +280,21 @@ def test_served_latencies_hold_their_parts() -> None:
         served(times, ServedPool(costs.setup), None, CALIBRATED, 2_000_000, 256, 1)
 
 
+def test_as_many_requests_run_as_the_cache_holds_at_their_mean_length() -> None:
+    """Of 64 and 512 tokens at 0.9 of it, an answer half there: 288 tokens, of which windowed layers keep 128."""
+    model = find_model("gpt-oss-120b")
+    costs = engine(model=model, tp=1)
+    setup, times = costs.setup, pass_times(costs, costs, 64, 512)
+    per_token = 18 * 8 * 64 * 2 * 2 * (1 + 128 / 288)
+    wanted = 6.5 * 288 / setup.dp  # tokens of a group
+    share = 0.9 + (wanted - kv_capacity_tokens(setup, 0.9, 288)) * per_token / setup.accelerator.memory
+    tight = replace(CALIBRATED, memory_share=share)
+    found = served(times, ServedPool(setup), None, tight, 64, 512, 16)
+    assert found == served(times, ServedPool(setup, max_running=6), None, CALIBRATED, 64, 512, 16)
+    for other in (5, 7):
+        assert found != served(times, ServedPool(setup, max_running=other), None, CALIBRATED, 64, 512, 16)
+
+
 def test_launching_a_prompt_takes_the_host_a_while_however_few_the_tokens() -> None:
     costs = engine()
     times = pass_times(costs, costs, 64, 64)

@@ -27,6 +27,7 @@ from moeplan.errors import (
 )
 from moeplan.pipeline.compare import compare
 from moeplan.pipeline.executor import InlineExecutor
+from moeplan.pipeline.serving import build_service
 from moeplan.pipeline.simulate import cases_of, simulate, sweep, write_simulation
 from moeplan.specs.scenario import Scenario
 
@@ -109,6 +110,18 @@ def test_experts_split_over_all_ranks_are_always_in_balance() -> None:
     ]  # fmt: skip
     played = served(8, 8, "detailed").headlines["tpot_p50_s"].value
     assert played == pytest.approx(split.headlines["tpot_p50_s"].value, rel=0.02)
+
+
+def test_caches_are_of_the_requests_mean_length() -> None:
+    """18 of GPT-OSS-120B's 36 layers keep 128 of 8000 tokens: 8 heads of 64, keys and values, 2 bytes."""
+    requests = {"arrivals": "closed-loop", "concurrency": 8, "count": 8, "input_tokens": 7000, "output_tokens": 1000}
+    serving = {"requests": requests, "experts": {"mode": "balanced"}}
+    document = {
+        "model": "gpt-oss-120b", "cluster": "h100", "ranks": 8, "profile": "none", "serving": serving,
+        "workload": {"weight_dtype": "fp4"},
+    }  # fmt: skip
+    (pool,) = build_service(Scenario.parse(document, "test"), 0).pools
+    assert pool.kv_bytes == pytest.approx(18 * 2048 * (1 + 128 / 8000))
 
 
 def test_re_balancing_lowers_the_bubble() -> None:

@@ -267,6 +267,33 @@ def test_the_busiest_rank_keeps_what_it_works_on() -> None:
         assert stage.activation_bytes.max() == pytest.approx(2 * first.activation_bytes_WR[:, 0].sum())
 
 
+def test_memory_is_that_of_the_rank_which_needs_most() -> None:
+    """Rank 5 has the most pairs in the first window and over both, rank 2 in the second, rank 0 none."""
+    load = np.ones((2, 32, 8))
+    load[:, :, 0], load[0, :, 5], load[1, :, 2], load[1, :, 5] = 0.0, 6.0, 4.0, 3.0
+    costs = _costs(load=load, pp=4)
+    kept_WR = costs.chunks()[0].activation_bytes_WR
+    assert kept_WR.argmax(1).tolist() == [5, 2]
+    first, *_, last = simulate_training(costs).memory
+    # Four micro-batches in flight, windows in turn; in the last stage one, and that rank's when another has more.
+    assert first.activation_bytes.max() == pytest.approx(2 * kept_WR[:, 5].sum())
+    kept_WR = costs.chunks()[-1].activation_bytes_WR
+    assert last.activation_bytes[[0, 2]] == pytest.approx(kept_WR[:, 5])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_prediction_layer_takes_what_another_does_and_its_join_and_head(tp: int) -> None:
+    plain, more = (_costs(model=find_model("qwen3-30b-a3b"), pp=1, tp=tp, mtp_layers=mtp) for mtp in (0, 1))
+    (one,), (two,) = plain.chunks(), more.chunks()
+    expert_s = plain.batches_W[0].expert_s_LR[-1].max()
+    joined_s = 2 * (4096 * 2 * 2048 * 2048 / tp) / plain.cluster.accelerator.bf16  # 4096 tokens, 2 H x H
+    head = plain._layers.head
+    alike = [attention + shared for attention, shared in zip(plain.attention_s, plain.shared_s, strict=True)]
+    forward_s, backward_s = (getattr(two, name) - getattr(one, name) for name in ("forward_s_W", "backward_s_W"))
+    assert forward_s == pytest.approx(alike[0] + expert_s + head.forward.total_s + joined_s, rel=1e-9)
+    assert backward_s == pytest.approx(alike[1] + 2 * expert_s + head.backward.total_s + 2 * joined_s, rel=1e-9)
+
+
 def test_micro_batches_take_their_windows_in_turn() -> None:
     quiet, busy = np.ones((32, 8)), np.ones((32, 8))
     busy[:, 0] = 4.0
