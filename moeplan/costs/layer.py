@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.specs.workload import ReturnMode
 
-__all__ = ["LayerCosts"]
+__all__ = ["LayerCosts", "node_links"]
+
+
+def node_links(link_R: NDArray[np.float64], nodes: int) -> NDArray[np.float64]:
+    """Part of its usual bandwidth that each node has: copies come in over all its ranks' links alike."""
+    mean_N: NDArray[np.float64] = link_R.reshape(nodes, -1).mean(axis=1)
+    return mean_N
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ class LayerCosts:
     def links(self, ranks: int, nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """``link_R``, and the same for nodes."""
         link_R = np.array(self.link_R or [1.0] * ranks)
-        return link_R, link_R.reshape(nodes, -1).mean(axis=1)
+        return link_R, node_links(link_R, nodes)
 
     def known_from(self, load: ExpertLoad, return_mode: ReturnMode) -> LayerCosts:
         """As they are for a load: :meth:`of_counts` without tokens, unless ``stay`` is given the transitions."""

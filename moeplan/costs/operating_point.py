@@ -13,7 +13,7 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.exchange import exchange_costs, touched
 from moeplan.costs.experts import expert_costs
-from moeplan.costs.layer import LayerCosts
+from moeplan.costs.layer import LayerCosts, node_links
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Objective, Workload
@@ -70,7 +70,6 @@ def layer_costs(
     inside, between = exchange.inside, exchange.between
     each = [cluster.rank(rank) for rank in range(cluster.num_ranks)]
     link_R = np.array([1.0 if rank.failed else rank.link_speed for rank in each])
-    link_N = link_R.reshape(cluster.num_nodes, -1).mean(axis=1)
     slower = inside if between is None else max(inside, between, key=lambda path: path.balanced_s(batch))
     exchange_fixed, per_node, per_rank = slower.fixed_s, 0.0, inside.per_copy_s(batch)
     if between is not None:
@@ -81,7 +80,8 @@ def layer_costs(
     if objective.dispatch == "allgather":
         # Every rank gets every token whatever the placement: all of it is fixed.
         all_R, all_N = inside.copies_per_token, between.copies_per_token if between is not None else 0.0
-        exchange_fixed = float(exchange.time_s(batch, all_N / link_N.min(), all_R / link_R.min()))
+        slowest_N = node_links(link_R, cluster.num_nodes).min()
+        exchange_fixed = float(exchange.time_s(batch, all_N / slowest_N, all_R / link_R.min()))
         per_node = per_rank = 0.0
     source = {"experts": experts.source, "exchange inside a node": inside.source}
     if (link_R != 1).any():

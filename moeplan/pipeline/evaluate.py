@@ -15,7 +15,7 @@ from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.pipeline.exports import load_placement, own_plan
 from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_of, read_routing
-from moeplan.pipeline.optimize import SPLIT_OF_TARGET, cluster_sha256, layer_evaluations, speeds
+from moeplan.pipeline.optimize import SPLIT_OF_TARGET, layer_evaluations, spec_sha256, speeds
 from moeplan.routing.loads import expert_load
 from moeplan.specs.catalogue import slug
 from moeplan.specs.cluster import ClusterSpec
@@ -153,6 +153,6 @@ def _cluster(name: str | None, plan: Plan, num_nodes: int) -> tuple[ClusterSpec,
     notes = []
     if made_for is None and name is None:
         notes = [f"{costs_of}: the file names no cluster; give --cluster"]
-    elif made_for not in (None, cluster_sha256(cluster)):
+    elif made_for not in (None, spec_sha256(cluster)):
         notes = [f"{costs_of}, not of the cluster that the plan was made for ({plan.provenance.get('cluster')})"]
     return cluster, notes

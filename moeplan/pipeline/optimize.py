@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
-from moeplan.artifacts.plan import Bound, LayerEvaluation, Migration, Plan, Prediction, placement_fields
+from moeplan.artifacts.plan import Bound, LayerEvaluation, Migration, Plan, Prediction, Verdict, placement_fields
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.coverage import coverage_gaps
@@ -40,7 +41,7 @@ from moeplan.pipeline.inputs import (
 from moeplan.pipeline.show import evidence_of
 from moeplan.planning.bounds import bounds_of
 from moeplan.planning.migration import align, migration_of
-from moeplan.planning.problem import PlanningProblem, PlanningResult
+from moeplan.planning.problem import Planner, PlanningProblem, PlanningResult
 from moeplan.planning.shares import weighted_shares
 from moeplan.planning.simple import contiguous
 from moeplan.planning.verdict import judge
@@ -49,6 +50,7 @@ from moeplan.registry import load_plugin, plugin_names
 from moeplan.reports.plan_page import render_plan_page
 from moeplan.reports.summary import Evidence
 from moeplan.routing.loads import expert_load, in_stretches, split_trace
+from moeplan.specs.base import Spec
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
@@ -58,9 +60,9 @@ __all__ = [
     "PLAN_PLACE",
     "SPLIT_OF_TARGET",
     "Optimized",
-    "cluster_sha256",
     "layer_evaluations",
     "optimize",
+    "spec_sha256",
     "speeds",
     "write_plan",
 ]
@@ -89,8 +91,12 @@ class Optimized:
     evaluation: Evaluation
     baseline_evaluation: Evaluation
     messages: tuple[str, ...]
-    interrupted: bool
     speed_R: NDArray[np.float64]
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the search or what follows it: the plan is the best so far."""
+        return self.plan.status == "interrupted"
 
     @property
     def evidence(self) -> Evidence:
@@ -100,11 +106,13 @@ class Optimized:
         return evidence_of(self.plan, self.load, self.baseline, name, rows, self.speed_R)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Job:
     """A scenario with everything looked up."""
 
     scenario: Scenario
+    windows: str
+    domain: str | None
     model: ModelSpec
     cluster: ClusterSpec
     workload: Workload
@@ -118,64 +126,70 @@ class _Job:
     notes: tuple[str, ...]  # on where costs are from
     messages: tuple[str, ...]
 
-    def problem(self, load: ExpertLoad, progress: Progress) -> PlanningProblem:
+    def problem(self, load: ExpertLoad, progress: Progress = no_progress) -> PlanningProblem:
         """The planning problem of a load; of all of it, or of the part planned on when some is held out."""
-        scenario = self.scenario
         return PlanningProblem(
-            load=load,
-            experts_L=np.asarray(self.model.experts_L, dtype=np.int64),
-            slots_R=self.slots_R,
-            speed_R=speeds(self.cluster),
-            ranks_per_node=self.cluster.ranks_per_node,
-            costs=self.costs,
-            objective=self.objective,
-            seed=scenario.seed,
-            num_groups=self.model.n_group or 1,
-            time_limit_s=scenario.time_limit,
-            current=self.current,
-            max_moves=self.max_moves,
-            affordable=self.affordable,
-            progress=progress,
-        )
+            load=load, experts_L=np.asarray(self.model.experts_L, dtype=np.int64), slots_R=self.slots_R,
+            speed_R=self.speed_R, ranks_per_node=self.cluster.ranks_per_node, costs=self.costs,
+            objective=self.objective, seed=self.scenario.seed, num_groups=self.model.n_group or 1,
+            time_limit_s=self.scenario.time_limit, current=self.current, max_moves=self.max_moves,
+            affordable=self.affordable, progress=progress,
+        )  # fmt: skip
+
+    def evaluate(self, placement: Placement, load: ExpertLoad) -> Evaluation:
+        """What a placement does to a load."""
+        costs = self.costs.known_from(load, self.objective.return_mode)
+        return evaluate(load, placement, costs, self.objective, self.speed_R)
+
+    @cached_property
+    def speed_R(self) -> NDArray[np.float64]:
+        """Relative speed of each rank."""
+        return speeds(self.cluster)
+
+    @cached_property
+    def baseline(self) -> Placement:
+        """What a plan is compared with: the placement in use, else the contiguous one."""
+        return contiguous(self.problem(self.load)).placement if self.current is None else self.current
+
+    @property
+    def baseline_name(self) -> str:
+        """That in a word."""
+        return "contiguous" if self.current is None else "current"
+
+    @cached_property
+    def before(self) -> Evaluation:
+        """What the baseline does."""
+        return self.evaluate(self.baseline, self.load)
 
     @property
     def max_moves(self) -> int | None:
         """Expert copies that the migration budget allows to bring to another rank."""
-        scenario = self.scenario
-        if self.current is None or (scenario.migration_size is None and scenario.migration_time is None):
-            return None
-        expert = self.model.expert_bytes(self.workload.weight_dtype)
+        scenario, expert = self.scenario, self.expert_bytes
         limits = []
         if scenario.migration_size is not None:
             limits.append(scenario.migration_size / expert)
         if scenario.migration_time is not None:
             # At most: every rank receives all the time, from its own node. Plans are held to the time itself.
             limits.append(scenario.migration_time * self.scale_up / expert * self.cluster.num_ranks)
-        return int(min(limits))
+        return int(min(limits)) if limits else None
 
     def affordable(self, placement: Placement) -> bool:
         """Whether the moves to a placement fit the migration time."""
         limit = self.scenario.migration_time
         if self.current is None or limit is None:
             return True
-        problem = self.problem(self.load, no_progress)
-        before_WL, after_WL = (
-            evaluate(self.load, plan, problem.costs, self.objective, problem.speed_R).time_WL
-            for plan in (self.current, placement)
-        )
-        return self.migration(self.current, placement, (before_WL - after_WL).mean(axis=0)).seconds <= limit
+        return self.migration(self.current, placement, self.evaluate(placement, self.load)).seconds <= limit
 
-    def migration(self, current: Placement, placement: Placement, gain_L: NDArray[np.float64]) -> Migration:
-        """The moves from the placement in use to another that gains ``gain_L`` seconds a step in each layer."""
-        return migration_of(
-            current,
-            placement,
-            self.load.layer_ids,
-            gain_L,
-            self.model.expert_bytes(self.workload.weight_dtype),
-            self.scale_up,
-            self.cluster.accelerator.nic_bandwidth,
-        )
+    def migration(self, current: Placement, placement: Placement, after: Evaluation) -> Migration:
+        """The moves from the placement in use to another, whose evaluation is ``after``."""
+        gain_L, expert = (self.before.time_WL - after.time_WL).mean(axis=0), self.expert_bytes
+        nic = self.cluster.accelerator.nic_bandwidth
+        return migration_of(current, placement, self.load.layer_ids, gain_L, expert, self.scale_up, nic)
+
+    @property
+    def expert_bytes(self) -> float:
+        """Bytes of an expert's weights in a layer."""
+        return self.model.expert_bytes(self.workload.weight_dtype)
 
     @property
     def scale_up(self) -> float:
@@ -183,79 +197,14 @@ class _Job:
         return self.cluster.accelerator.scale_up_bandwidth or self.cluster.accelerator.nic_bandwidth
 
 
-def cluster_sha256(cluster: ClusterSpec) -> str:
-    """Hash of a cluster, as a plan records it."""
-    return sha256_bytes(canonical_json(cluster.model_dump(mode="json")).encode())
+def spec_sha256(spec: Spec) -> str:
+    """Hash of a model or cluster, as a plan records it."""
+    return sha256_bytes(canonical_json(spec.model_dump(mode="json")).encode())
 
 
 def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
     """Relative speed of each rank."""
     return np.asarray([cluster.rank(r).speed for r in range(cluster.num_ranks)], dtype=np.float64)
-
-
-def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
-    if scenario.planner not in plugin_names("planners"):
-        load_plugin("planners", scenario.planner)  # raises, with the names there are
-    if scenario.target is not None and scenario.target not in plugin_names("exporters"):
-        load_plugin("exporters", scenario.target)
-    model, cluster = scenario.model_spec(), scenario.cluster_spec()
-    messages: list[str] = []
-    routing = read_routing(scenario.recording, model, format=scenario.trace_format, domain=domain)
-    given = scenario.workload.model_fields_set
-    routing, phase = in_phase(routing, scenario.workload.phase if "phase" in given else None)
-    workload = scenario.workload.model_copy(update={"phase": phase})
-    if "batch_per_rank" not in given and phase == "decode":
-        workload = workload.model_copy(update={"batch_per_rank": DECODE_BATCH})
-    objective = scenario.objective
-    if scenario.target is not None and objective.replica_split == "weighted":
-        raise SpecError(
-            f"replica_split (weighted) cannot be expressed by target ({scenario.target}), whose engine splits tokens"
-            " its own way; leave --split out"
-        )
-    if scenario.target is not None and "replica_split" not in objective.model_fields_set:
-        objective = objective.model_copy(update={"replica_split": SPLIT_OF_TARGET.get(scenario.target, "even")})
-    load = expert_load(routing, windows)
-    filled = np.flatnonzero(load.load_WLE.any(axis=(1, 2)))
-    if load.trace is None and 0 < len(filled) < len(load.windows):
-        load = replace(load, load_WLE=load.load_WLE[filled], windows=tuple(load.windows[w] for w in filled))
-        messages.append(f"windows without tokens are left out, {len(filled)} remain")
-    if load.top_k is None:
-        load = replace(load, top_k=model.top_k)
-    slots_R, num_redundant = slots_of_ranks(model, cluster, workload, scenario.redundant, scenario.kv_reserve)
-    current = current_ids = None
-    if scenario.current is not None:
-        loaded = load_placement(
-            scenario.current, model=model, num_ranks=cluster.num_ranks, num_nodes=cluster.num_nodes
-        )
-        current, current_ids = loaded.placement, loaded.layer_ids
-        messages += loaded.notes
-    bundle = Bundle(
-        model=model,
-        cluster=cluster,
-        workload=workload,
-        load=load,
-        num_ranks=scenario.ranks,
-        num_nodes=scenario.nodes,
-        num_redundant=num_redundant if isinstance(scenario.redundant, str) else scenario.redundant,
-        slots_R=slots_R,
-        memory=memory_report(model, cluster, workload, slots_R),
-        current=current,
-        current_layer_ids=current_ids,
-        target=scenario.target,
-        equal_slots=scenario.target is not None,
-    )
-    messages += require(run_checks(bundle))
-    profile = profile_of(scenario.profile, cluster.accelerator.name)
-    backend_notes(scenario, profile)  # a plan is not costed by framework, but the scenario is wrong
-    notes = profile_notes(profile, cluster)
-    if profile is not None and scenario.profile is not None:
-        gaps = coverage_gaps(model, cluster, workload, objective, profile)
-        notes += [f"scaled or modelled: {gap}" for gap in gaps]
-    costs = layer_costs(model, cluster, workload, objective, profile)
-    return _Job(
-        scenario, model, cluster, workload, objective, load, routing, slots_R, num_redundant, current, costs,
-        tuple(notes), tuple(messages),
-    )  # fmt: skip
 
 
 def optimize(
@@ -271,100 +220,178 @@ def optimize(
     """
     # Layers run side by side on all cores; a numeric library's own threads under them only get in each other's way.
     with threadpool_limits(1):
-        return _optimize(_prepare(scenario, windows, domain), windows, domain, progress)
+        job = _prepare(scenario, windows, domain)
+        problem = job.problem(job.load, progress)
+        result = _chosen(job, problem)
+        after = job.evaluate(result.placement, job.load)
+        progress("prove", 0.0)
+        bounds: tuple[Bound, ...] = ()
+        try:
+            bounds = bounds_of(problem, result, after)
+        except KeyboardInterrupt:  # the plan stands without its proof
+            result = replace(result, status="interrupted")
+        progress("prove", 1.0)
+        migration = _migration(job, result.placement, after)
+        prediction = _prediction(job, problem.costs, after)
+        progress("hold out", 0.0)
+        best_possible = 1.0 - bounds[0].bound / prediction.baseline_time_s if bounds else 1.0
+        result, verdict = _judged(job, result, best_possible, migration)
+        progress("hold out", 1.0)
+        plan = _plan(job, result, after, bounds=bounds, prediction=prediction, verdict=verdict, migration=migration)
+        plan = _for_target(job, plan)
+        return Optimized(plan, job.load, job.baseline, after, job.before, job.messages, job.speed_R)
 
 
-def _optimize(job: _Job, windows: str, domain: str | None, progress: Progress) -> Optimized:
-    scenario = job.scenario
-    planner = load_plugin("planners", scenario.planner)
-    problem = job.problem(job.load, progress)
-    result: PlanningResult = planner(problem)
+def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
+    for kind, name in (("planners", scenario.planner), ("exporters", scenario.target)):
+        if name is not None and name not in plugin_names(kind):
+            load_plugin(kind, name)  # raises, with the names there are
+    model, cluster, objective = scenario.model_spec(), scenario.cluster_spec(), _objective(scenario)
+    routing = read_routing(scenario.recording, model, format=scenario.trace_format, domain=domain)
+    given = scenario.workload.model_fields_set
+    routing, phase = in_phase(routing, scenario.workload.phase if "phase" in given else None)
+    batch = {"batch_per_rank": DECODE_BATCH} if "batch_per_rank" not in given and phase == "decode" else {}
+    workload = scenario.workload.model_copy(update={"phase": phase} | batch)
+    load, messages = _load(routing, windows, model)
+    slots_R, num_redundant = slots_of_ranks(model, cluster, workload, scenario.redundant, scenario.kv_reserve)
+    in_use, place = None, {"num_ranks": cluster.num_ranks, "num_nodes": cluster.num_nodes}
+    if scenario.current is not None:
+        in_use = load_placement(scenario.current, model=model, **place)
+        messages += in_use.notes
+    bundle = Bundle(
+        model=model, cluster=cluster, workload=workload, load=load, num_ranks=scenario.ranks,
+        num_nodes=scenario.nodes, slots_R=slots_R, memory=memory_report(model, cluster, workload, slots_R),
+        num_redundant=num_redundant if isinstance(scenario.redundant, str) else scenario.redundant,
+        current=None if in_use is None else in_use.placement,
+        current_layer_ids=None if in_use is None else in_use.layer_ids,
+        target=scenario.target, equal_slots=scenario.target is not None,
+    )  # fmt: skip
+    messages += require(run_checks(bundle))
+    costs, notes = _costs(scenario, model, cluster, workload, objective)
+    return _Job(
+        scenario, windows, domain, model, cluster, workload, objective, load, routing, slots_R, num_redundant,
+        bundle.current, costs, tuple(notes), tuple(messages),
+    )  # fmt: skip
+
+
+def _objective(scenario: Scenario) -> Objective:
+    """The objective, its copies found as the target's engine does."""
+    objective = scenario.objective
+    if scenario.target is None:
+        return objective
+    if objective.replica_split == "weighted":
+        raise SpecError(
+            f"replica_split (weighted) cannot be expressed by target ({scenario.target}), whose engine splits tokens"
+            " its own way; leave --split out"
+        )
+    if "replica_split" in objective.model_fields_set:
+        return objective
+    return objective.model_copy(update={"replica_split": SPLIT_OF_TARGET.get(scenario.target, "even")})
+
+
+def _load(routing: RoutingTrace | ExpertLoad, windows: str, model: ModelSpec) -> tuple[ExpertLoad, list[str]]:
+    """The load to plan for, and what people should know of it."""
+    load, messages = expert_load(routing, windows), []
+    filled = np.flatnonzero(load.load_WLE.any(axis=(1, 2)))
+    if load.trace is None and 0 < len(filled) < len(load.windows):
+        load = replace(load, load_WLE=load.load_WLE[filled], windows=tuple(load.windows[w] for w in filled))
+        messages.append(f"windows without tokens are left out, {len(filled)} remain")
+    return (load if load.top_k is not None else replace(load, top_k=model.top_k)), messages
+
+
+def _costs(
+    scenario: Scenario, model: ModelSpec, cluster: ClusterSpec, workload: Workload, objective: Objective
+) -> tuple[LayerCosts, list[str]]:
+    """Costs of a layer, and notes on where they are from."""
+    profile = profile_of(scenario.profile, cluster.accelerator.name)
+    backend_notes(scenario, profile)  # a plan is not costed by framework, but the scenario is wrong
+    notes = profile_notes(profile, cluster)
+    if profile is not None and scenario.profile is not None:
+        gaps = coverage_gaps(model, cluster, workload, objective, profile)
+        notes += [f"scaled or modelled: {gap}" for gap in gaps]
+    return layer_costs(model, cluster, workload, objective, profile), notes
+
+
+def _place(job: _Job, problem: PlanningProblem) -> PlanningResult:
+    planner: Planner = load_plugin("planners", job.scenario.planner)
+    return planner(problem)
+
+
+def _chosen(job: _Job, problem: PlanningProblem) -> PlanningResult:
+    """The planner's answer; from a placement in use by the fewest moves, unless planned within a budget of them."""
+    result = _place(job, problem)
     placement = result.placement
     if job.current is not None and job.max_moves is None:
         placement = align(job.current, placement, problem)
-    placement = _with_shares(problem, placement)
-    result = replace(result, placement=placement)
-    interrupted = result.status == "interrupted"
-    baseline_name = "current" if job.current is not None else "contiguous"
-    baseline = job.current if job.current is not None else contiguous(problem).placement
-    after = evaluate(job.load, placement, problem.costs, job.objective, problem.speed_R)
-    before = evaluate(job.load, baseline, problem.costs, job.objective, problem.speed_R)
-    progress("prove", 0.0)
-    bounds: tuple[Bound, ...] = ()
-    try:
-        bounds = bounds_of(problem, result, after)
-    except KeyboardInterrupt:  # the plan stands without its proof
-        interrupted, result = True, replace(result, status="interrupted")
-    progress("prove", 1.0)
-    migration = None
-    if job.current is not None:
-        migration = job.migration(job.current, placement, (before.time_WL - after.time_WL).mean(axis=0))
-        if job.max_moves is not None and len(migration.moves) > job.max_moves:
-            raise InfeasibleError(
-                f"planner {scenario.planner} moves {len(migration.moves)} experts, but the migration budget allows"
-                f" {job.max_moves}; allow more, or use planner joint, which plans within a budget"
-            )
-        limit = scenario.migration_time
-        if limit is not None and migration.seconds > limit:
-            raise InfeasibleError(
-                f"planner {scenario.planner} moves experts for {migration.seconds:.3g} s, but migration_time allows"
-                f" {limit:.3g} s; allow more, or use planner joint, which plans within a budget"
-            )
-    base_s = aggregate(before.time_WL.sum(axis=1), job.objective)
-    time_s = aggregate(after.time_WL.sum(axis=1), job.objective)
-    error = problem.costs.relative_error
-    prediction = Prediction(
+    return replace(result, placement=_with_shares(problem, placement))
+
+
+def _with_shares(problem: PlanningProblem, placement: Placement) -> Placement:
+    """The placement with weighted copies where the objective asks for them."""
+    if problem.objective.replica_split != "weighted":
+        return placement
+    return weighted_shares(placement, problem.load.load_LE, problem.speed_R)
+
+
+def _migration(job: _Job, placement: Placement, after: Evaluation) -> Migration | None:
+    """The moves from the placement in use.
+
+    Raises:
+        InfeasibleError: they exceed the budget.
+    """
+    if job.current is None:
+        return None
+    migration, limit_s = job.migration(job.current, placement, after), job.scenario.migration_time
+    over = None
+    if job.max_moves is not None and len(migration.moves) > job.max_moves:
+        over = f"{len(migration.moves)} experts, but the migration budget allows {job.max_moves}"
+    elif limit_s is not None and migration.seconds > limit_s:
+        over = f"experts for {migration.seconds:.3g} s, but migration_time allows {limit_s:.3g} s"
+    if over is not None:
+        raise InfeasibleError(
+            f"planner {job.scenario.planner} moves {over}; allow more, or use planner joint, which plans within a"
+            " budget"
+        )
+    return migration
+
+
+def _prediction(job: _Job, costs: LayerCosts, after: Evaluation) -> Prediction:
+    def step_s(seconds_WL: NDArray[np.float64]) -> float:
+        return aggregate(seconds_WL.sum(axis=1), job.objective)
+
+    time_s, error = step_s(after.time_WL), costs.relative_error
+    return Prediction(
         time_s=time_s,
         time_low_s=time_s * (1 - error),
         time_high_s=time_s * (1 + error),
-        expert_time_s=aggregate(after.expert_WL.sum(axis=1), job.objective),
-        dispatch_combine_time_s=aggregate(after.exchange_WL.sum(axis=1), job.objective),
-        baseline=baseline_name,
-        baseline_time_s=base_s,
-        tokens_per_step=problem.costs.tokens_per_step,
-        source=dict(problem.costs.source),
+        expert_time_s=step_s(after.expert_WL),
+        dispatch_combine_time_s=step_s(after.exchange_WL),
+        baseline=job.baseline_name,
+        baseline_time_s=step_s(job.before.time_WL),
+        tokens_per_step=costs.tokens_per_step,
+        source=dict(costs.source),
     )
-    progress("hold out", 0.0)
-    best_possible = 1.0 - bounds[0].bound / base_s if bounds else 1.0
-    try:
-        held = _held_out(job, planner, windows, placement, baseline, interrupted)
-    except KeyboardInterrupt:
-        interrupted = True
-        held = _held_out(job, planner, windows, placement, baseline, interrupted)
-    interrupted = interrupted or held.interrupted
-    verdict = judge(baseline_name, held.before_H, held.after_H, best_possible, held.words, held.unchecked, migration)
-    progress("hold out", 1.0)
-    plan = Plan(
-        model=job.model.name,
-        planner=scenario.planner,
-        status="interrupted" if interrupted else result.status,
-        seed=scenario.seed,
-        num_experts=job.model.num_experts,
-        experts_per_layer=job.model.experts_per_layer,
-        num_redundant_experts=job.num_redundant,
-        layer_ids=job.load.layer_ids,
-        **placement_fields(placement),
-        objective=job.objective,
-        workload=job.workload,
-        bounds=bounds,
-        prediction=prediction,
-        evaluation=layer_evaluations(job.load.layer_ids, after),
-        verdict=verdict,
-        migration=migration,
-        notes=(*result.notes, *job.notes),
+
+
+def _plan(job: _Job, result: PlanningResult, after: Evaluation, **judged: Any) -> Plan:
+    """The plan's file, with its bounds, prediction, verdict and migration ``judged``."""
+    return Plan(
+        model=job.model.name, planner=job.scenario.planner, status=result.status, seed=job.scenario.seed,
+        num_experts=job.model.num_experts, experts_per_layer=job.model.experts_per_layer,
+        num_redundant_experts=job.num_redundant, layer_ids=job.load.layer_ids, **placement_fields(result.placement),
+        objective=job.objective, workload=job.workload, evaluation=layer_evaluations(job.load.layer_ids, after),
+        notes=(*result.notes, *job.notes), **judged,
         provenance={
             "moeplan": version("moeplan"),
             "trace_sha256": job.routing.origin["sha256"],
-            "model_sha256": sha256_bytes(canonical_json(job.model.model_dump(mode="json")).encode()),
-            "cluster_sha256": cluster_sha256(job.cluster),
+            "model_sha256": spec_sha256(job.model),
+            "cluster_sha256": spec_sha256(job.cluster),
             "cluster": job.cluster.name,
             "accelerator": job.cluster.accelerator.name,
-            "windows": windows,
-            **({} if domain is None else {"domain": domain}),
+            "windows": job.windows,
+            **({} if job.domain is None else {"domain": job.domain}),
         },
-    )
-    plan = _for_target(job, plan)
-    return Optimized(plan, job.load, baseline, after, before, job.messages, interrupted, problem.speed_R)
+    )  # fmt: skip
 
 
 def _for_target(job: _Job, plan: Plan) -> Plan:
@@ -377,13 +404,6 @@ def _for_target(job: _Job, plan: Plan) -> Plan:
         return plan
     reason = f"{exporter.name} cannot express this plan: {'; '.join(reasons)}"
     return plan.model_copy(update={"verdict": plan.verdict.model_copy(update={"apply": False, "reason": reason})})
-
-
-def _with_shares(problem: PlanningProblem, placement: Placement) -> Placement:
-    """The placement with weighted copies where the objective asks for them."""
-    if problem.objective.replica_split != "weighted":
-        return placement
-    return weighted_shares(placement, problem.load.load_LE, problem.speed_R)
 
 
 def layer_evaluations(layer_ids: tuple[int, ...], found: Evaluation) -> tuple[LayerEvaluation, ...]:
@@ -406,66 +426,74 @@ def layer_evaluations(layer_ids: tuple[int, ...], found: Evaluation) -> tuple[La
     return tuple(rows)
 
 
+def _judged(
+    job: _Job, result: PlanningResult, best_possible: float, migration: Migration | None
+) -> tuple[PlanningResult, Verdict]:
+    """The planner judged on routing it has not seen; where that is interrupted, the plan on what it was made on."""
+    if result.status != "interrupted":
+        try:
+            split = _split(job)
+            scored = result.placement if split.first is None else _unseen(job, split.first)
+            return result, _verdict(job, split, scored, best_possible, migration)
+        except KeyboardInterrupt:
+            result = replace(result, status="interrupted")
+    why = "interrupted before the held-out check", "planning was interrupted before the check: let it end"
+    return result, _verdict(job, _all(job, *why), result.placement, best_possible, migration)
+
+
+def _unseen(job: _Job, first: ExpertLoad) -> Placement:
+    """The plan of the first part alone."""
+    problem = job.problem(first)
+    result = _place(job, problem)
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    return _with_shares(problem, result.placement)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class _HeldOut:
-    """Step seconds of the baseline and of a plan that has not seen them, per held-out part: a stretch or a window."""
+class _Split:
+    """What to plan on, None where nothing can be held out; what to score on, in how many parts (stretches or windows),
+    and that in words; why nothing was held out and what to do.
+    """
 
-    before_H: NDArray[np.float64]
-    after_H: NDArray[np.float64]
+    first: ExpertLoad | None
+    rest: ExpertLoad
+    parts: int
     words: str
-    unchecked: str
-    interrupted: bool
+    unchecked: str = ""
 
 
-def _held_out(
-    job: _Job, planner: Any, windows: str, placement: Placement, baseline: Placement, interrupted: bool
-) -> _HeldOut:
-    """Judge the planner on routing it has not seen, all windows of a held-out part aggregated as the objective says."""
-    if interrupted:
-        why = "interrupted before the held-out check", "planning was interrupted before the check: let it end"
-        first, rest, parts, words, unchecked = _nothing_held_out(job, *why)
-    else:
-        first, rest, parts, words, unchecked = _split(job, windows)
-    scored = placement
-    if first is not None:
-        seen_problem = job.problem(first, no_progress)
-        result: PlanningResult = planner(seen_problem)
-        if result.status == "interrupted":
-            return _held_out(job, planner, windows, placement, baseline, interrupted=True)
-        scored = _with_shares(seen_problem, result.placement)
-
-    problem = job.problem(rest, no_progress)
+def _verdict(
+    job: _Job, split: _Split, placement: Placement, best_possible: float, migration: Migration | None
+) -> Verdict:
+    """What a placement gains on each part, all windows of it aggregated as the objective says."""
 
     def seconds(plan: Placement) -> NDArray[np.float64]:
-        time_W = evaluate(rest, plan, problem.costs, job.objective, problem.speed_R).time_WL.sum(axis=1)
-        return np.array([aggregate(part_W, job.objective) for part_W in np.array_split(time_W, parts)])
+        time_W = job.evaluate(plan, split.rest).time_WL.sum(axis=1)
+        return np.array([aggregate(part_W, job.objective) for part_W in np.array_split(time_W, split.parts)])
 
-    return _HeldOut(seconds(baseline), seconds(scored), words, unchecked, interrupted)
-
-
-_Split = tuple[ExpertLoad | None, ExpertLoad, int, str, str]
+    before_H, after_H = seconds(job.baseline), seconds(placement)
+    return judge(job.baseline_name, before_H, after_H, best_possible, split.words, split.unchecked, migration)
 
 
-def _nothing_held_out(job: _Job, why: str, remedy: str) -> _Split:
+def _all(job: _Job, why: str, remedy: str) -> _Split:
     parts = len(job.load.windows) if job.objective.aggregate == "mean" else 1
-    return None, job.load, parts, f"the data planned on ({why})", remedy
+    return _Split(None, job.load, parts, f"the data planned on ({why})", remedy)
 
 
-def _split(job: _Job, windows: str) -> _Split:
-    """What to plan on, None where nothing can be held out; what to score on, in how many parts, and that in words; why
-    nothing was held out and what to do.
-    """
+def _split(job: _Job) -> _Split:
+    """Half to plan on and half to score on; where there is not enough for both, all of it."""
     routing, load, least = job.routing, job.load, 2 * MIN_HELD_OUT_TOKENS
     unchecked = "record token-level routing or several windows to have it checked"
     if isinstance(routing, RoutingTrace) and routing.num_tokens >= least:
         seen, unseen = split_trace(routing)
-        rest = expert_load(unseen, windows)
+        rest = expert_load(unseen, job.windows)
         fewest = unseen.num_tokens if rest.window_T is None else int(np.bincount(rest.window_T).min())
         count = min(HELD_OUT_WINDOWS, unseen.num_tokens // (MIN_HELD_OUT_TOKENS // HELD_OUT_WINDOWS), fewest)
         if count > 1:
             each = "" if len(rest.windows) == 1 else f" of {len(rest.windows)} kinds each"
             words = f"the second half of the trace in {count} windows{each}, planned on the first"
-            return expert_load(seen, windows), in_stretches(rest, count), count, words, ""
+            return _Split(expert_load(seen, job.windows), in_stretches(rest, count), count, words)
         unchecked = "a window has too few tokens to hold some out: record more"
     elif isinstance(routing, RoutingTrace):
         unchecked = f"the trace has {routing.num_tokens:,} tokens, holding out needs {least:,}: record more"
@@ -480,8 +508,8 @@ def _split(job: _Job, windows: str) -> _Split:
             count = len(rest.windows)
             words = f"the last {count} windows, planned on the first {half}"
             # Where not the mean counts, two windows at least make a part.
-            return first, rest, count if job.objective.aggregate == "mean" else max(2, count // 2), words, ""
-    return _nothing_held_out(job, "nothing could be held out", unchecked)
+            return _Split(first, rest, count if job.objective.aggregate == "mean" else max(2, count // 2), words)
+    return _all(job, "nothing could be held out", unchecked)
 
 
 def write_plan(found: Optimized, out: Path) -> list[Path]:

@@ -93,7 +93,7 @@ def test_ctrl_c_after_the_search_keeps_the_plan(tokens, stage, monkeypatch):
             raise KeyboardInterrupt
         return original(*_words)
 
-    name = "bounds_of" if stage == "prove" else "_held_out"
+    name = "bounds_of" if stage == "prove" else "_split"
     import moeplan.pipeline.optimize as module
 
     original = getattr(module, name)
