@@ -155,7 +155,7 @@ def _load_of(
 ) -> tuple[ExpertLoad, str]:
     """The load of the plan's layers and phase, and in words where it is not the load planned on."""
     from moeplan.routing.io import read_trace
-    from moeplan.routing.loads import expert_load, pick_tokens
+    from moeplan.routing.loads import expert_load, pick_layers, pick_tokens
 
     read = partial(read_trace, path, format=trace_format, num_experts=plan.num_experts)
     planned = plan.provenance.get("domain")
@@ -188,7 +188,7 @@ def _load_of(
             f"{path} does not hold layer {missing} of the plan (it has {load.num_layers} layers, the plan"
             f" {len(plan.layer_ids)}); give the routing of the same model"
         )
-    return _pick_layers(_with_homes_of(plan, load, path, messages), rows, plan.layer_ids), note
+    return pick_layers(_with_homes_of(plan, load, path, messages), rows, plan.layer_ids), note
 
 
 def _note_of(plan: Plan, path: Path, sha256: str, domain: str | None) -> str:
@@ -234,20 +234,6 @@ def _locality(plan: Plan, placement: Placement, load: ExpertLoad) -> Locality:
         nodes_per_token_L=tuple(counts.nodes_per_token_WL.mean(axis=0).tolist()),
         ranks_per_token_L=tuple(counts.ranks_per_token_WL.mean(axis=0).tolist()),
         same_node_share_L=same_node_L,
-    )
-
-
-def _pick_layers(load: ExpertLoad, rows: list[int], layer_ids: tuple[int, ...]) -> ExpertLoad:
-    trace, whole = load.trace, rows == list(range(load.num_layers))
-    if trace is not None:
-        trace = replace(trace, experts_TLK=trace.experts_TLK[:, rows], layer_ids=layer_ids, scores_TLK=None)
-    return replace(
-        load,
-        load_WLE=load.load_WLE[:, rows],
-        layer_ids=layer_ids,
-        trace=trace,
-        source_SLE=None if load.source_SLE is None else load.source_SLE[:, rows],
-        transitions_LEE=load.transitions_LEE if whole else None,
     )
 
 

@@ -13,10 +13,6 @@ The balanced plan is returned where the search does not beat it on the objective
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +23,7 @@ from moeplan.artifacts.plan import Status
 from moeplan.costs.evaluation import evaluate, transitions_of
 from moeplan.planning.balance import LayerLoad, balance_layer
 from moeplan.planning.budget import within_budget
+from moeplan.planning.clock import Clock, each_layer
 from moeplan.planning.exact import exact_placement
 from moeplan.planning.prepare import (
     LayerTokens,
@@ -59,52 +56,6 @@ ROUNDS = 3
 Rows = NDArray[np.int64]
 
 
-@dataclass(slots=True)
-class _Clock:
-    """When to stop: a person's time limit, or Ctrl-C; what is finished by then is kept."""
-
-    problem: PlanningProblem
-    started: float
-    status: Status = "feasible"
-
-    def over(self) -> bool:
-        limit = self.problem.time_limit_s
-        if limit is not None and time.monotonic() - self.started > limit:
-            self.status = "time_limit"
-        return self.status != "feasible"
-
-
-def _each_layer(
-    clock: _Clock, what: str, layers: int, work: Callable[[int], Rows], fallback: Rows | None = None
-) -> Rows:
-    """Row of every layer, on all cores; layers not begun when time is over keep ``fallback``."""
-    rows: list[Rows | None] = [None] * layers
-    done = 0
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        running: dict[Future[Rows], int] = {}
-        queue = iter(range(layers))
-        try:
-            while True:
-                while len(running) < (os.cpu_count() or 1) and not (fallback is not None and clock.over()):
-                    layer = next(queue, None)
-                    if layer is None:
-                        break
-                    running[pool.submit(work, layer)] = layer
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    rows[running.pop(future)] = future.result()
-                    done += 1
-                    clock.problem.progress(what, done / layers)
-        except KeyboardInterrupt:
-            if fallback is None:
-                raise
-            clock.status = "interrupted"
-    if fallback is not None:
-        return np.stack([fallback[i] if row is None else row for i, row in enumerate(rows)])
-    return np.stack([row for row in rows if row is not None])
-
-
 def joint(problem: PlanningProblem) -> PlanningResult:
     """Place all layers; see the module.
 
@@ -115,29 +66,30 @@ def joint(problem: PlanningProblem) -> PlanningResult:
         InfeasibleError: fewer slots than experts.
     """
     require_room(problem)
-    clock = _Clock(problem, time.monotonic())
-    budget = problem.current is not None and problem.max_moves is not None
-    if not budget and (node := _one_node(problem)) is not None:
-        return _in_every_node(problem, joint(node))
-    windows = len(problem.load.windows)
+    clock = Clock(problem)
     if problem.current is not None and problem.max_moves is not None:
-        budgeted, note = within_budget(prepare(problem), problem.current, problem.max_moves, clock.over)
+        budgeted, note = within_budget(problem, problem.current, problem.max_moves, clock)
         return PlanningResult(budgeted, clock.status, notes=(note,))
-    weight_W = np.full(windows, 1.0 / windows)
+    if (node := _one_node(problem)) is not None:
+        return _in_every_node(problem, joint(node))
     best = _plan(prepare(problem), clock)
+    windows = len(problem.load.windows)
     if windows == 1 or problem.objective.aggregate == "mean":
         return best
-    best_value = objective_value(problem, best.placement)
-    last = best
-    for _ in range(ROUNDS):
-        if clock.over():
-            break
-        seconds_W = window_seconds(problem, last.placement)
-        weight_W *= np.exp(8.0 * (seconds_W / seconds_W.mean() - 1.0))
-        weight_W /= weight_W.sum()
-        last = _plan(prepare(problem, weight_W), clock)
-        if (value := objective_value(problem, last.placement)) < best_value:
-            best, best_value = last, value
+    last, weight_W = best, np.full(windows, 1.0 / windows)
+    try:
+        best_value = objective_value(problem, best.placement)
+        for _ in range(ROUNDS):
+            if clock.over():
+                break
+            seconds_W = window_seconds(problem, last.placement)
+            weight_W *= np.exp(8.0 * (seconds_W / seconds_W.mean() - 1.0))
+            weight_W /= weight_W.sum()
+            last = _plan(prepare(problem, weight_W), clock)
+            if (value := objective_value(problem, last.placement)) < best_value:
+                best, best_value = last, value
+    except KeyboardInterrupt:
+        clock.status = "interrupted"
     return replace(best, status=clock.status if best.status != "optimal" else best.status)
 
 
@@ -169,14 +121,14 @@ def _in_every_node(problem: PlanningProblem, node: PlanningResult) -> PlanningRe
     return PlanningResult(found, status, notes=(*node.notes, "every node holds all experts alike", *notes))
 
 
-def _plan(ready: Prepared, clock: _Clock) -> PlanningResult:
+def _plan(ready: Prepared, clock: Clock) -> PlanningResult:
     problem = ready.problem
-    base_LP = _each_layer(
-        clock,
-        "balance load",
-        len(ready.layers),
-        lambda l: balance_layer(ready.layers[l], BALANCE_PROPOSALS, problem.seed * 1009 + l),
-    )
+    layers = len(ready.layers)
+
+    def balanced(layer: int) -> Rows:
+        return balance_layer(ready.layers[layer], BALANCE_PROPOSALS, problem.seed * 1009 + layer)
+
+    base_LP = np.stack(each_layer(clock, "balance load", layers, balanced))
     base = problem.placement(base_LP)
     if problem.objective.kind == "load":
         return PlanningResult(base, clock.status)
@@ -230,7 +182,7 @@ def _limits(ready: Prepared, layer: int, row_P: Rows) -> _Limits:
     )
 
 
-def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Rows:
+def _home(ready: Prepared, base_LP: Rows, clock: Clock, notes: list[str]) -> Rows:
     """``return_home``: trade load for fewer nodes per token, layer by layer."""
     problem = ready.problem
     trace = problem.load.trace
@@ -251,7 +203,7 @@ def _home(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
         return np.stack([row_P, *(_search_layer(ready, layer, row_P, data, limits, x) for x in rooms)])
 
     unfinished_LCP = np.repeat(base_LP[:, None], 1 + len(rooms), axis=1)
-    return _best_of(ready, _each_layer(clock, "search traffic", len(base_LP), search, unfinished_LCP))
+    return _best_of(ready, np.stack(each_layer(clock, "search traffic", len(base_LP), search, list(unfinished_LCP))))
 
 
 def _nodes_alike(problem: PlanningProblem) -> bool:
@@ -353,7 +305,7 @@ def _search_layer(
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
 
 
-def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Rows:
+def _stay(ready: Prepared, base_LP: Rows, clock: Clock, notes: list[str]) -> Rows:
     """``stay``: nodes first, then ranks inside each node, then both together at a low temperature."""
     problem = ready.problem
     transitions = transitions_of(problem.load)
@@ -386,9 +338,11 @@ def _stay(ready: Prepared, base_LP: Rows, clock: _Clock, notes: list[str]) -> Ro
             STAY_SWEEPS, STAY_PROPOSALS, 0.4, False, problem.seed,
         )  # fmt: skip
         problem.progress("search traffic", 0.4)
-        row_LP = _each_layer(
-            clock, "spread over ranks", len(row_LP), lambda l: _inside_nodes(ready, l, row_LP[l]), row_LP
+        on_node = list(row_LP)
+        spread = each_layer(
+            clock, "spread over ranks", len(on_node), lambda l: _inside_nodes(ready, l, on_node[l]), on_node
         )
+        row_LP = np.stack(spread)
     if not clock.over():
         share_LP, cost_LWP = shares(row_LP)
         anneal_stay(

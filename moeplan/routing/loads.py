@@ -13,7 +13,15 @@ from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import TraceError
 
-__all__ = ["count_selections", "expert_load", "in_stretches", "pick_tokens", "split_trace", "stream_load"]
+__all__ = [
+    "count_selections",
+    "expert_load",
+    "in_stretches",
+    "pick_layers",
+    "pick_tokens",
+    "split_trace",
+    "stream_load",
+]
 
 MAX_RANKS = 2**16
 
@@ -130,6 +138,22 @@ def stream_load(batches: Iterable[RoutingTrace]) -> ExpertLoad:
         layer_ids=first.layer_ids,
         top_k=first.top_k,
         origin=first.origin,
+    )
+
+
+def pick_layers(load: ExpertLoad, rows: list[int], layer_ids: tuple[int, ...] | None = None) -> ExpertLoad:
+    """The layers at ``rows``, in that order, numbered as before or ``layer_ids``; transitions only where all stay."""
+    ids = tuple(load.layer_ids[row] for row in rows) if layer_ids is None else layer_ids
+    trace, whole = load.trace, rows == list(range(load.num_layers))
+    if trace is not None:
+        trace = replace(trace, experts_TLK=trace.experts_TLK[:, rows], layer_ids=ids, scores_TLK=None)
+    return replace(
+        load,
+        load_WLE=load.load_WLE[:, rows],
+        layer_ids=ids,
+        trace=trace,
+        source_SLE=None if load.source_SLE is None else load.source_SLE[:, rows],
+        transitions_LEE=load.transitions_LEE if whole else None,
     )
 
 

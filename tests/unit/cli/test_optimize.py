@@ -353,41 +353,42 @@ def test_one_seed_gives_the_same_bytes_in_any_process_with_any_threads(place):
 
 
 SIGNALLED = """
-import os, signal
+import signal
+from dataclasses import replace
 import moeplan.planning.joint as joint
 from moeplan.cli import main
+from moeplan.planning.clock import Clock
 
 def soon(search):
     def run(*words):
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        clock = next(word for word in words if isinstance(word, Clock))
+        clock.problem = replace(clock.problem, progress=lambda *_: signal.raise_signal(signal.SIGINT))
         return search(*words)
     return run
 
-signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-joint._home, joint._stay = soon(joint._home), soon(joint._stay)
+for name in ("_home", "_stay", "within_budget"):
+    setattr(joint, name, soon(getattr(joint, name)))
 main()
 """
+"""Ctrl-C as soon as a first layer has been searched, however long that takes."""
 
 
-@pytest.mark.parametrize("mode", ["return_home", "stay"])
-def test_ctrl_c_in_the_search_keeps_the_best_plan_so_far(place, mode):
-    def words(layers: int, out: str) -> list[str]:
-        tokens = 125 * layers
-        np.savez(f"{out}.npz", experts=experts(tokens=tokens, layers=layers, count=64), num_experts=64)
-        model = {**CONFIG, "num_local_experts": 64, "num_hidden_layers": layers}
-        Path(f"{out}.json").write_text(json.dumps(model))
-        given = f"optimize --model {out}.json --trace {out}.npz --ranks 8 --nodes 2 --return-mode {mode} --out {out}"
-        return [*given.split(), "--json"]
-
-    # A small one first: on a fresh machine the signal would come while the search is compiled.
-    warm = [sys.executable, "-m", "moeplan.cli", *words(2, "small")]
-    subprocess.run(warm, capture_output=True, check=True, timeout=200)
+@pytest.mark.parametrize("mode", ["return_home", "stay", "budget"])
+def test_ctrl_c_in_the_search_keeps_the_best_plan_so_far(place, run, mode):
+    np.savez("wide.npz", experts=experts(tokens=600, layers=6, count=64), num_experts=64)
+    Path("model.json").write_text(json.dumps({**CONFIG, "num_local_experts": 64, "num_hidden_layers": 6}))
+    words = ["optimize", "--model", "model.json", "--trace", "wide.npz", "--ranks", "8", "--nodes", "2"]
+    more = ["--return-mode", mode]
+    if mode == "budget":
+        assert run(*words, "--planner", "contiguous", "--out", "now", "--quiet")[0] == 0
+        more = ["--current", "now", "--migration-size", "1 MB"]
     found = subprocess.run(
-        [sys.executable, "-c", SIGNALLED, *words(24, "plan")],
-        capture_output=True, text=True, timeout=200, check=False,
+        [sys.executable, "-c", SIGNALLED, *words, *more, "--out", "plan", "--json"],
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert found.returncode == 130, found.stderr
     assert "Traceback" not in found.stderr
-    assert "interrupted" in found.stderr
-    assert Plan.load(place / "plan" / "plan.json").status == "interrupted"
-    assert json.loads(found.stdout)["status"] == "interrupted"
+    assert "interrupted: the best plan so far was kept" in found.stderr
+    plan = Plan.load(place / "plan" / "plan.json")
+    assert plan.status == json.loads(found.stdout)["status"] == "interrupted"
+    assert mode != "budget" or 0 < plan.migration.bytes <= 1e6

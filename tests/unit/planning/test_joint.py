@@ -17,6 +17,7 @@ from moeplan.planning.problem import PlanningProblem
 from moeplan.planning.search_home import anneal_home
 from moeplan.planning.simple import contiguous
 from moeplan.registry import load_plugin
+from moeplan.routing.loads import expert_load
 from moeplan.specs.workload import Objective
 from moeplan.testing.problems import make_problem
 
@@ -109,6 +110,22 @@ def test_ctrl_c_keeps_what_was_found(mode):
     assert result.status == "interrupted"
     result.placement.require_valid()
     assert "search traffic" in seen
+
+
+def test_ctrl_c_while_worst_windows_are_searched_again_keeps_the_first_plan():
+    rounds = []
+
+    def progress(what: str, done: float) -> None:
+        rounds.extend([what] * (what == "balance load" and done == 1.0))
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+
+    problem = make_problem(layers=2, experts=16, ranks=4, ranks_per_node=2, tokens=700)
+    problem = replace(problem, load=expert_load(problem.load.trace, "time:3"))
+    result = joint(replace(problem, progress=progress, objective=Objective(aggregate="worst")))
+    assert result.status == "interrupted"
+    first = joint(problem)
+    assert (result.placement.physical_to_logical_LP == first.placement.physical_to_logical_LP).all()
 
 
 def test_the_number_of_processors_changes_nothing(monkeypatch):

@@ -167,6 +167,34 @@ def test_a_time_limit_holds_within_a_budget_of_moves():
     assert moves_needed(now, result.placement).sum() == 0
 
 
+@pytest.mark.parametrize("stage", ["prepare", "search", "spend"])
+def test_ctrl_c_within_a_budget_keeps_the_best_plan_so_far(stage, monkeypatch):
+    told = []
+
+    def stop(*words):
+        told.append(words)
+        raise KeyboardInterrupt
+
+    problem = make_problem(layers=5, experts=16, ranks=4, ranks_per_node=2, tokens=800, sigma=1.0)
+    now = contiguous(problem).placement
+    problem = replace(problem, current=now, max_moves=12)
+    if stage == "search":
+        problem = replace(problem, progress=stop)
+    else:
+        monkeypatch.setattr(f"moeplan.planning.budget.{'prepare' if stage == 'prepare' else '_spend'}", stop)
+    result = joint(problem)
+    assert told
+    assert result.status == "interrupted"
+    moves_L = moves_needed(now, result.placement)
+    assert moves_L.sum() <= 12
+    if stage == "search":  # the layer that was done has its moves, those not begun stay
+        assert 0 < (moves_L > 0).sum() < 5
+        assert objective_value(problem, result.placement) < objective_value(problem, now)
+    else:
+        assert (result.placement.physical_to_logical_LP == now.physical_to_logical_LP).all()
+        assert "interrupted" in result.notes[0]
+
+
 def moved(seconds: float, moves: int = 1) -> Migration:
     one = Move(layer_id=0, expert=0, source_rank=0, target_rank=1, slot=2)
     return Migration(moves=(one,) * moves, bytes=1.0, seconds=seconds, source="test")

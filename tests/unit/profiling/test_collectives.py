@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -314,16 +315,23 @@ def test_a_dying_rank_ends_the_others_and_is_named(tmp_path: Path):
     assert again.points.keys() == journal.points.keys()
 
 
+def _wait_until(done: Callable[[], bool], parent: subprocess.Popen[str]) -> None:
+    """However long a loaded machine takes, as long as the parent lives."""
+    until = time.monotonic() + 600
+    while not done():
+        assert parent.poll() is None, parent.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def test_ranks_whose_parent_is_killed_end_without_a_word(tmp_path: Path):
     command = [sys.executable, "-m", "moeplan.cli", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
     command += ["--ranks", "2", "--budget", "60s", "--out", str(tmp_path / "p")]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     journal = tmp_path / "p.journal.jsonl"
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (journal.exists() and journal.read_text().count("\n") > 3):
-        time.sleep(0.05)
+    _wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 3, parent)
     parent.kill()
-    assert "Traceback" not in parent.communicate(timeout=60)[1]  # read until the last rank has ended
+    assert "Traceback" not in parent.communicate(timeout=600)[1]  # read until the last rank has ended
 
 
 def test_ctrl_c_ends_all_ranks_with_one_word(tmp_path: Path):
@@ -333,11 +341,9 @@ def test_ctrl_c_ends_all_ranks_with_one_word(tmp_path: Path):
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     )
     journal = tmp_path / "p.journal.jsonl"
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (journal.exists() and journal.read_text().count("\n") > 3):
-        time.sleep(0.05)
+    _wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 3, parent)
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal does: to the whole group
-    said = parent.communicate(timeout=60)[1]
+    said = parent.communicate(timeout=600)[1]
     assert parent.returncode == 130
     assert "points measured until then are kept in" in said
     assert "Traceback" not in said
@@ -435,9 +441,7 @@ def test_a_dying_rank_of_a_launcher_is_named_by_the_survivor(tmp_path: Path, ter
         for rank in range(2)
     )
     journal = tmp_path / "p.journal.jsonl"
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (journal.exists() and journal.read_text().count("\n") > 3):
-        time.sleep(0.05)
+    _wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 3, first)
     second.kill()
     if terminated:  # as torchrun does
         first.terminate()
