@@ -63,6 +63,9 @@ def control(folder: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         if not quiet:
             click.echo(f"window from step {decision.first_step}: {decision.reason}", err=True)
 
+    if not quiet:
+        for note in controller.notes:
+            click.echo(note, err=True)
     decisions = watch(controller, folder, options["windows"], options["timeout_s"], tell)
     if as_json:
-        print_json({"decisions": [decision.to_json() for decision in decisions]})
+        print_json({"decisions": [decision.to_json() for decision in decisions], "notes": controller.notes})

@@ -28,7 +28,7 @@ from moeplan.costs.evaluation import evaluate
 from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import InputError
 from moeplan.files import write_text
-from moeplan.pipeline.inputs import on_model_layers, profile_of
+from moeplan.pipeline.inputs import on_model_layers, profile_notes, profile_of
 from moeplan.pipeline.optimize import optimize
 from moeplan.routing.drift import Drift, drift_between
 from moeplan.routing.loads import expert_load
@@ -85,6 +85,7 @@ class Decision:
 class Controller:
     """Decides window by window what a run should do. ``scenario`` names model, cluster and planner; trace, placement
     and batch come from the run. ``folder`` takes its files: the report ``decisions.jsonl``, and what it plans from.
+    ``notes`` say what speaks against the costs that it starts from.
 
     Raises:
         SpecError, UnknownNameError: the scenario's model or cluster is not known.
@@ -94,6 +95,7 @@ class Controller:
         self.scenario, self.folder, self.options = scenario, folder, options or ControlOptions()
         self.model, self.cluster = scenario.model_spec(), scenario.cluster_spec()
         self.profile = profile_of(scenario.profile, self.cluster.accelerator.name)
+        self.notes = profile_notes(self.profile, self.cluster)
         self.calibration = Calibration()
         self.decisions: list[Decision] = []
         self._reference: Any = None

@@ -14,7 +14,7 @@ from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
 from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.pipeline.exports import load_placement, own_plan
-from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_of, read_routing
+from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_notes, profile_of, read_routing
 from moeplan.pipeline.optimize import SPLIT_OF_TARGET, layer_evaluations, spec_sha256, speeds
 from moeplan.routing.loads import expert_load
 from moeplan.specs.catalogue import slug
@@ -126,8 +126,10 @@ def evaluate_plan(
         current=placement,
         current_layer_ids=loaded.layer_ids,
     )
-    messages = [*loaded.notes, *cluster_notes, *require(run_checks(bundle))]
-    costs = layer_costs(model, cluster, workload, objective, profile_of(profile, cluster.accelerator.name))
+    measured = profile_of(profile, cluster.accelerator.name)
+    notes = profile_notes(measured, cluster)
+    messages = [*loaded.notes, *cluster_notes, *require(run_checks(bundle)), *notes]
+    costs = layer_costs(model, cluster, workload, objective, measured)
     costs = costs.known_from(load, objective.return_mode)
     found = evaluate(load, placement, costs, objective, speeds(cluster))
     return Score(
@@ -138,7 +140,7 @@ def evaluate_plan(
         workload=workload,
         layers=layer_evaluations(loaded.layer_ids, found),
         source=dict(costs.source),
-        messages=tuple(messages),
+        messages=tuple(dict.fromkeys(messages)),  # own plans carry the notes of their profile
     )
 
 

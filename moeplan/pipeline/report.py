@@ -317,6 +317,8 @@ def _plan_sections(shown: Shown, cluster: ClusterSpec | None) -> list[Section | 
         rests.append(Table(("prediction", "from"), tuple(plan.prediction.source.items()), (0, 1)))
     made = (("sha256", plan.sha256), ("seed", str(plan.seed)), *((k, str(v)) for k, v in plan.provenance.items()))
     rests.append(Table(("made from", ""), made, (0, 1)))
+    if plan.notes:
+        rests.append(Table(("note",), tuple((note,) for note in plan.notes), (0,)))
     sections.append(Section("What this rests on", tuple(rests)))
     return sections
 

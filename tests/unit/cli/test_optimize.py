@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moeplan.artifacts.plan import Plan
+from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.cli import main
 
 CONFIG = {
@@ -350,6 +351,27 @@ def test_one_seed_gives_the_same_bytes_in_any_process_with_any_threads(place):
         )  # fmt: skip
     assert files(place / "a") == files(place / "b")
     assert Plan.load(place / "a" / "plan.json").status == "feasible"
+
+
+def test_times_of_a_busy_machine_are_warned_of_wherever_they_are_used(run, place):
+    public = load_profile("h100-sxm")
+    system = {"foreign_cpu_share": 0.5}
+    meta = public.meta.model_copy(update={"name": "own", "accelerator": "cpu", "system": system, "tables": {}})
+    HardwareProfile(meta, {name: public.table(name) for name in ("experts", "alltoall")}).save(place / "own")
+    said = "profile own was measured while other programs took 50% of the CPU"
+    busy = ("--profile", "own")
+    assert run(*BASE, *busy, "--planner", "greedy", "--out", "plan", "--quiet")[0] == 0
+    assert any(said in note for note in Plan.load(place / "plan").notes)
+    assert said in run("report", "plan")[1]
+    assert run(*BASE, "--planner", "greedy", "--out", "other", "--quiet")[0] == 0
+    score = ("evaluate", "--trace", "trace.npz", "--model", "model.json", "--json", "--plan")
+    for plan in ("plan", "other"):
+        _, out, err = run(*score, plan, *busy)
+        assert sum(said in message for message in json.loads(out)["messages"]) == err.count(said) == 1
+    assert said not in run(*score, "other")[2]
+    control = ("control", "run", "--model", "model.json", "--cluster", "h100", "--ranks", 4, "--timeout", 0.1)
+    assert said in run(*control, *busy)[2]
+    assert said not in run(*control)[2]
 
 
 SIGNALLED = """
