@@ -32,6 +32,7 @@ __all__ = [
     "count_trace",
     "home_ranks",
     "hop_shares",
+    "served_slots",
     "sum_by_rank",
 ]
 
@@ -250,6 +251,19 @@ def count_slots(load_WLE: NDArray[np.float64], placement: Placement) -> NDArray[
     experts_LP = np.maximum(placement.physical_to_logical_LP, 0)
     slots: NDArray[np.float64] = load_WLE[:, np.arange(placement.num_layers)[:, None], experts_LP]
     return slots * placement.slot_share_LP
+
+
+def served_slots(
+    load: ExpertLoad, placement: Placement, split: ReplicaSplit, counts: TraceCounts | None
+) -> NDArray[np.float64]:
+    """Selections per window, layer and slot ``[W, L, P]``: where the nearest copy serves as ``counts`` found them on
+    the tokens, elsewhere by the copies' shares.
+    """
+    if counts is None or split != "nearest":
+        return count_slots(load.load_WLE, placement)
+    share_WLP = counts.pairs_WLP / np.maximum(counts.pairs_WLP.sum(axis=2, keepdims=True), 1e-300)
+    slots: NDArray[np.float64] = share_WLP * load.load_WLE.sum(axis=2)[:, :, None]
+    return slots
 
 
 def sum_by_rank(slot_WLP: NDArray[np.float64], placement: Placement) -> NDArray[np.float64]:

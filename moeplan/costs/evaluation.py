@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.counting import TraceCounts, count_slots, count_trace, hop_shares, sum_by_rank
+from moeplan.costs.counting import TraceCounts, count_trace, hop_shares, served_slots, sum_by_rank
 from moeplan.costs.exchange import touched_share
 from moeplan.costs.layer import LayerCosts
 from moeplan.costs.transitions import transition_counts
@@ -157,11 +157,8 @@ def evaluate(
     """
     speed = np.ones(placement.num_ranks) if speed_R is None else speed_R
     counts = count_trace(load, placement, objective.replica_split) if load.trace is not None else None
-    slot_WLP = count_slots(load.load_WLE, placement)
+    slot_WLP = served_slots(load, placement, objective.replica_split, counts)
     total_WL = load.load_WLE.sum(axis=2)
-    if counts is not None and objective.replica_split == "nearest":  # copies do not share evenly
-        pairs_WLP = counts.pairs_WLP
-        slot_WLP = pairs_WLP / np.maximum(pairs_WLP.sum(axis=2, keepdims=True), _TINY) * total_WL[:, :, None]
     load_WLR = sum_by_rank(slot_WLP, placement)
     relative = load_WLR / speed
     capacity = speed[np.unique(placement.rank_of_slot_P)].sum()

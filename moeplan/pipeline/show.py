@@ -119,14 +119,17 @@ def evidence_of(
     evaluation_before: tuple[LayerEvaluation, ...] = (),
     speed_R: NDArray[np.float64] | None = None,
 ) -> Evidence:
-    """What a load and a placement to compare with add to a plan: distinct nodes and traffic, before and after."""
+    """What a load and a placement to compare with add to a plan: loads, distinct nodes, traffic, before and after."""
+    (far_before, before_LR), (far_after, after_LR) = (_counted(plan, p, load) for p in (before, plan.placement))
     return Evidence(
         load_LE=load.load_LE,
+        load_before_LR=before_LR,
+        load_after_LR=after_LR,
         before=before,
         before_name=before_name,
         evaluation_before=evaluation_before,
-        locality_before=_locality(plan, before, load),
-        locality_after=_locality(plan, plan.placement, load),
+        locality_before=far_before,
+        locality_after=far_after,
         speed_R=speed_R,
         **_traffic(plan, before, load),
     )
@@ -219,22 +222,27 @@ def _with_homes_of(plan: Plan, load: ExpertLoad, path: Path, messages: list[str]
     return replace(load, source_SLE=None, trace=trace)
 
 
-def _locality(plan: Plan, placement: Placement, load: ExpertLoad) -> Locality:
-    """Nodes and ranks per token, and in ``stay`` mode the share of steps inside a node, on this load."""
-    if load.trace is None:
-        return Locality()
-    from moeplan.costs.counting import count_trace, hop_shares
+def _counted(plan: Plan, placement: Placement, load: ExpertLoad) -> tuple[Locality, NDArray[np.float64]]:
+    """Nodes and ranks per token, in ``stay`` mode the share of steps inside a node, and tokens of each rank ``[L, R]``,
+    on this load.
+    """
+    from moeplan.costs.counting import count_trace, hop_shares, served_slots, sum_by_rank
 
-    counts = count_trace(load, placement, plan.objective.replica_split)
+    split = plan.objective.replica_split
+    counts = None if load.trace is None else count_trace(load, placement, split)
+    load_LR = sum_by_rank(served_slots(load, placement, split, counts), placement).sum(axis=0)
+    if load.trace is None or counts is None:
+        return Locality(), load_LR
     same_node_L: tuple[float | None, ...] | None = None
     if plan.objective.return_mode == "stay" and placement.num_layers > 1:
         shares = hop_shares(transition_counts(load.trace), placement)[1].tolist()
         same_node_L = (*shares, None)  # the last layer has no next one
-    return Locality(
+    locality = Locality(
         nodes_per_token_L=tuple(counts.nodes_per_token_WL.mean(axis=0).tolist()),
         ranks_per_token_L=tuple(counts.ranks_per_token_WL.mean(axis=0).tolist()),
         same_node_share_L=same_node_L,
     )
+    return locality, load_LR
 
 
 def contiguous_like(plan: Plan, load: ExpertLoad) -> Placement:

@@ -51,13 +51,16 @@ class Locality:
 class Evidence:
     """What is known beyond the plan file; every part may be missing.
 
-    ``load_LE`` are tokens per layer and expert, ``load_note`` says where they are not those planned on, ``before``
+    ``load_LE`` are tokens per layer and expert, ``load_*_LR`` those that each rank works on as evaluation counts them
+    (None: every slot takes its share), ``load_note`` says where they are not those planned on, ``before``
     is the placement compared with and ``evaluation_before`` what it does to each layer, ``traffic_*_RR`` (from
     home or source rank, to rank) are in ``traffic_unit``, ``locality_*`` are counted on the tokens of the load,
     ``speed_R`` is the relative speed of each rank (None: equal).
     """
 
     load_LE: NDArray[np.float64] | None = None
+    load_before_LR: NDArray[np.float64] | None = None
+    load_after_LR: NDArray[np.float64] | None = None
     load_note: str = ""
     before: Placement | None = None
     before_name: str = "before"
@@ -117,10 +120,9 @@ def rank_load(placement: Placement, load_LE: NDArray[np.float64]) -> NDArray[np.
 
 
 def relative_load(
-    placement: Placement, load_LE: NDArray[np.float64], speed_R: NDArray[np.float64] | None = None
+    placement: Placement, load_LR: NDArray[np.float64], speed_R: NDArray[np.float64] | None = None
 ) -> NDArray[np.float64]:
     """Load of each rank over the mean of its layer, speeds accounted for; NaN for ranks without slots."""
-    load_LR = rank_load(placement, load_LE)
     speed_R = np.ones(placement.num_ranks) if speed_R is None else speed_R
     live_R = np.bincount(placement.rank_of_slot_P, minlength=placement.num_ranks) > 0
     mean_L = load_LR.sum(axis=1) / speed_R[live_R].sum()
@@ -136,12 +138,14 @@ def relative_loads(plan: Plan, evidence: Evidence) -> tuple[NDArray[np.float64] 
     Raises:
         PlanError: the load has other layers or experts than the placements.
     """
-    load_LE = evidence.load_LE
-    before, after = (
-        None if load_LE is None or placement is None else relative_load(placement, load_LE, evidence.speed_R)
-        for placement in (evidence.before, plan.placement)
-    )
-    return before, after
+
+    def relative(placement: Placement | None, load_LR: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+        if placement is None or evidence.load_LE is None:
+            return None
+        load_LR = rank_load(placement, evidence.load_LE) if load_LR is None else load_LR
+        return relative_load(placement, load_LR, evidence.speed_R)
+
+    return relative(evidence.before, evidence.load_before_LR), relative(plan.placement, evidence.load_after_LR)
 
 
 def layer_rows(plan: Plan, evidence: Evidence) -> list[LayerRow]:

@@ -14,6 +14,7 @@ from moeplan.files import sha256_file
 from moeplan.pipeline.inputs import profile_of
 from moeplan.pipeline.optimize import optimize, write_plan
 from moeplan.planning.greedy import greedy
+from moeplan.reports.summary import rank_load, relative_loads
 from moeplan.specs.scenario import Scenario
 from moeplan.testing.exporters import tiny_model
 
@@ -127,6 +128,17 @@ def test_more_slots_than_a_copy_per_node_are_all_filled_for_an_engine_that_takes
     assert (np.array(found.plan.physical_to_logical_map) >= 0).all()
     assert found.plan.objective.replica_split == "nearest"
     assert found.plan.prediction.time_s <= found.plan.prediction.baseline_time_s
+
+
+def test_the_page_shows_the_loads_that_the_evaluation_counted(tokens):
+    homes = tokens.with_name("homes.npz")  # all tokens at home in node 0: its copies serve all of them
+    np.savez(homes, experts=np.load(tokens)["experts"], num_experts=8, source_rank=np.zeros(1600, np.int16))
+    found = optimize(scenario(homes, target="sglang", redundant=4))
+    before, after = relative_loads(found.plan, found.evidence)
+    for shown_LR, evaluation in ((before, found.baseline_evaluation), (after, found.evaluation)):
+        assert shown_LR == pytest.approx(evaluation.load_LR / evaluation.load_LR.mean(axis=1, keepdims=True))
+    even_LR = rank_load(found.plan.placement, found.load.load_LE)
+    assert not np.allclose(even_LR, found.evaluation.load_LR, rtol=0.1)
 
 
 def test_what_the_target_cannot_express_is_not_to_be_applied(tokens):

@@ -30,7 +30,7 @@ def test_rank_load_follows_given_shares_and_empty_slots() -> None:
 
 def test_relative_load_accounts_for_speed_and_ranks_without_slots() -> None:
     placement = Placement(np.array([[0, 1]], dtype=np.int32), np.array([0, 2], dtype=np.int32), 2, 3, 3)
-    relative = relative_load(placement, np.array([[6.0, 6.0]]), np.array([1.0, 1.0, 0.5]))
+    relative = relative_load(placement, rank_load(placement, np.array([[6.0, 6.0]])), np.array([1.0, 1.0, 0.5]))
     # 12 tokens over speed 1.5 take 8; rank 0 takes 6, rank 2 takes 12.
     np.testing.assert_allclose(relative, [[0.75, np.nan, 1.5]])
 
