@@ -86,7 +86,7 @@ def layer_costs(
     source = {"experts": experts.source, "exchange inside a node": inside.source}
     if (link_R != 1).any():
         unlike = ", ".join(f"rank {rank}: {link_R[rank]:g}" for rank in np.flatnonzero(link_R != 1))
-        source["links"] = f"{unlike} of the usual; times count it, searches spread copies as over equal links"
+        source["links"] = f"{unlike} of the usual"
     if between is not None:
         source["exchange between nodes"] = between.source
     seconds = {"experts": fixed + per_active * model.num_experts / ranks + per_pair * mean * model.num_experts / ranks}

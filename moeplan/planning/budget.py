@@ -72,8 +72,9 @@ def _within_budget(ready: Prepared, current: Placement, max_moves: int, clock: C
         data = layer_tokens(ready, layer, row_P)
         trail_SP = descend(
             data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
-            problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R, held[layer],
-            float(ready.seconds_L[layer]), data.node_price, data.rank_price, most, problem.seed * 3001 + layer,
+            problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R, data.pace_N,
+            data.pace_R, held[layer], float(ready.seconds_L[layer]), data.node_price, data.rank_price, most,
+            problem.seed * 3001 + layer,
         )  # fmt: skip
         rows = np.where(trail_SP < 0, EMPTY, row_P[np.maximum(trail_SP, 0)])
         return _scored(problem, layer, np.concatenate([row_P[None], rows]))

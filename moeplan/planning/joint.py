@@ -97,7 +97,7 @@ def _one_node(problem: PlanningProblem) -> PlanningProblem | None:
     """One node's problem, where the nearest copy serves and nodes can hold all experts: no token leaves its own."""
     per_node, trace = problem.ranks_per_node, problem.load.trace
     room = problem.num_slots >= problem.num_nodes * int(problem.experts_L.max())
-    if problem.objective.replica_split != "nearest" or not (_nodes_alike(problem) and room):
+    if problem.objective.replica_split != "nearest" or not (problem.num_nodes > 1 and problem.ranks_alike and room):
         return None
     return replace(
         problem,
@@ -195,7 +195,9 @@ def _home(ready: Prepared, base_LP: Rows, clock: Clock, notes: list[str]) -> Row
     if len(ready.token_T) < trace.num_tokens:
         notes.append(f"the search looks at {len(ready.token_T)} of {trace.num_tokens} tokens, evenly spaced")
 
-    rooms = NODE_ROOMS if _nodes_alike(problem) else (0.0,)
+    rooms = NODE_ROOMS if _nodes_alike(problem) else ()
+    if not (rooms and problem.ranks_alike):
+        rooms = (*rooms, 0.0)
 
     def search(layer: int) -> Rows:
         row_P = base_LP[layer]
@@ -208,7 +210,8 @@ def _home(ready: Prepared, base_LP: Rows, clock: Clock, notes: list[str]) -> Row
 
 def _nodes_alike(problem: PlanningProblem) -> bool:
     """Whether experts can be spread over nodes first: several, of equal slots and speeds."""
-    return problem.num_nodes > 1 and problem.ranks_alike
+    alike = all((each_R == each_R[0]).all() for each_R in (problem.slots_R, problem.speed_R))
+    return problem.num_nodes > 1 and alike
 
 
 def _node_of_slot(problem: PlanningProblem) -> NDArray[np.int32]:
@@ -290,7 +293,7 @@ def _search_layer(
         best = anneal_home(
             data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP / problem.ranks_per_node,
             data.copy_of_slot_P.copy(), _node_of_slot(problem), data.first_N, data.first_N, 1,
-            problem.speed_R[:: problem.ranks_per_node], problem.ranks_per_node, even_W,
+            problem.speed_R[:: problem.ranks_per_node], data.pace_N, data.pace_N, problem.ranks_per_node, even_W,
             even_W * max(node_room * ready.max_imbalance, 1e-3),
             limits.slope * problem.ranks_per_node, limits.steep, 0.0, data.node_price, 0.0, heat, budget // 2, seed,
         )  # fmt: skip
@@ -298,9 +301,9 @@ def _search_layer(
         data, budget, heat = layer_tokens(ready, layer, row_P), budget // 4, HOME_HEAT
     best = anneal_home(
         data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P.copy(),
-        problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R,
-        1, limits.base_W, limits.cap_W, 0.5 * limits.slope, limits.steep, half, data.node_price, data.rank_price, heat,
-        budget, seed,
+        problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R, data.pace_N,
+        data.pace_R, 1, limits.base_W, limits.cap_W, 0.5 * limits.slope, limits.steep, half, data.node_price,
+        data.rank_price, heat, budget, seed,
     )  # fmt: skip
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
 
@@ -316,8 +319,9 @@ def _stay(ready: Prepared, base_LP: Rows, clock: Clock, notes: list[str]) -> Row
     back = np.ascontiguousarray(flow.transpose(0, 2, 1))
     costs, nodes, ranks = problem.costs, problem.num_nodes, int(problem.live_R.sum())
     copies = costs.tokens_per_step * (problem.load.top_k or 1)
-    rank_value = copies * costs.per_rank_copy_s / problem.num_ranks
-    node_value = max(copies * costs.per_node_copy_s / nodes - rank_value, 0.0) if nodes > 1 else 0.0
+    link_R, link_N = costs.links(problem.num_ranks, nodes)
+    rank_value = copies * costs.per_rank_copy_s / problem.num_ranks / link_R.min()
+    node_value = max(copies * costs.per_node_copy_s / nodes / link_N.min() - rank_value, 0.0) if nodes > 1 else 0.0
     row_LP = base_LP.copy()
     limits = [_limits(ready, l, row) for l, row in enumerate(base_LP)]
     base_LW, cap_LW = np.stack([x.base_W for x in limits]), np.stack([x.cap_W for x in limits])

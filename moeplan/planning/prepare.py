@@ -16,6 +16,7 @@ from moeplan.costs.evaluation import aggregate, copy_seconds, evaluate
 from moeplan.planning.balance import LayerLoad
 from moeplan.planning.problem import PlanningProblem
 from moeplan.planning.search_home import group_arrivals, pack_tokens
+from moeplan.specs.workload import ReplicaSplit
 
 __all__ = [
     "LayerTokens",
@@ -164,7 +165,8 @@ class LayerTokens:
     """One layer as the token searches take it: the copy in slot ``s`` of the start is copy ``s``.
 
     Without tokens, or where dispatch does not look at them, there are no bits and nothing is charged for them.
-    ``away_NM``: tokens that are not at home in each node; where homes are not recorded, all of them.
+    ``away_NM``: tokens that are not at home in each node; where homes are not recorded, all of them. ``pace_N``,
+    ``pace_R``: time of an arrival over the usual one, by the links there.
     """
 
     bits_PM: NDArray[np.uint64]
@@ -175,13 +177,16 @@ class LayerTokens:
     copy_of_slot_P: NDArray[np.int64]
     first_R: NDArray[np.int64]
     first_N: NDArray[np.int64]
+    pace_N: NDArray[np.float64]
+    pace_R: NDArray[np.float64]
     node_price: float
     rank_price: float
 
 
-def _homes_apart(problem: PlanningProblem) -> bool:
-    """Whether tokens are known to come from this node or that."""
-    return problem.knows_homes and problem.num_nodes > 1
+def _homes_count(problem: PlanningProblem) -> bool:
+    """Whether it counts from which node a token comes: where that is recorded, or finds it the nearest copy."""
+    nearest = problem.objective.replica_split == "nearest" and problem.objective.dispatch == "per_node"
+    return (problem.knows_homes or nearest) and problem.num_nodes > 1
 
 
 def merges_or_knows_homes(problem: PlanningProblem) -> bool:
@@ -190,7 +195,7 @@ def merges_or_knows_homes(problem: PlanningProblem) -> bool:
     Copies per expert do not merge: all arrangements send as many, but those to a token's own node travel nowhere.
     """
     dispatch = problem.objective.dispatch
-    return dispatch in ("per_node", "per_rank") or (dispatch == "per_expert" and _homes_apart(problem))
+    return dispatch in ("per_node", "per_rank") or (dispatch == "per_expert" and _homes_count(problem))
 
 
 def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> LayerTokens:
@@ -201,14 +206,22 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     first_R = np.concatenate([[0], np.cumsum(problem.slots_R)]).astype(np.int64)
     first_N = first_R[:: problem.ranks_per_node].copy()
     slots = np.where(row_P == EMPTY, -1, np.arange(len(row_P)))
+    pace_R, pace_N = (1.0 / link for link in problem.costs.links(problem.num_ranks, problem.num_nodes))
     dispatch = problem.objective.dispatch
     if trace is None or token_T is None or window_T is None or not merges_or_knows_homes(problem):
         bits_PM, start_W = np.zeros((len(row_P), 0), np.uint64), np.zeros(len(cost_WP) + 1, np.int64)
         weight_W = np.full(len(cost_WP), 1.0 / len(cost_WP))
         away_NM = np.zeros((problem.num_nodes, 0), np.uint64)
-        return LayerTokens(bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, 0.0, 0.0)
-    home_T = home_ranks(problem.load, np.flatnonzero(problem.live_R))[token_T]
-    slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, "even")
+        return LayerTokens(
+            bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, pace_N, pace_R, 0.0, 0.0
+        )
+    live = np.flatnonzero(problem.live_R).astype(np.int32)
+    home_T = live[np.arange(len(token_T)) % len(live)]  # every rank's alike, however the tokens looked at are spaced
+    if problem.knows_homes:
+        home_T = home_ranks(problem.load, live)[token_T]
+    # Where the nearest copy serves, copies keep the tokens that they serve at the start: searches find them new nodes.
+    split: ReplicaSplit = "nearest" if problem.objective.replica_split == "nearest" else "even"
+    slot_TK = choose_slots(trace.experts_TLK[token_T, layer], home_T, problem.placement(row_P[None]), 0, split)
     weight_W = 1.0 / np.maximum(np.bincount(window_T, minlength=len(cost_WP)), 1) / len(cost_WP)
     if dispatch == "per_expert":  # every pair is a token of its own
         home_T = np.repeat(home_T, slot_TK.shape[1])
@@ -217,20 +230,23 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
     everyone_GM = ~np.zeros((1, bits_PM.shape[1]), np.uint64)
     away_NM, node_price, rank_price = everyone_GM.repeat(problem.num_nodes, 0), ready.node_price_s, ready.rank_price_s
-    if dispatch in ("per_node", "per_expert") and _homes_apart(problem):
+    if dispatch in ("per_node", "per_expert") and _homes_count(problem):
         away_NM = ~pack_tokens((home_T // problem.ranks_per_node)[:, None], window_T, problem.num_nodes)[0]
         node_price /= 1 - 1 / problem.num_nodes  # the share that is at home by chance is now counted
     if ready.weight_W is not None:
         weight_W *= ready.weight_W * len(cost_WP)
 
-    def busiest(first_G: NDArray[np.int64], away_GM: NDArray[np.uint64]) -> float:
-        return float((group_arrivals(bits_PM, slots, first_G, away_GM, start_W) * weight_W[:, None]).sum(axis=0).max())
+    def busiest(first_G: NDArray[np.int64], away_GM: NDArray[np.uint64], pace_G: NDArray[np.float64]) -> float:
+        arrivals_WG = group_arrivals(bits_PM, slots, first_G, away_GM, start_W)
+        return float((weight_W @ arrivals_WG * pace_G).max())
 
     # Dispatch takes the slower of two paths. Fewer nodes also means fewer ranks, not the other way round: ranks are
     # left out where nodes decide, nodes never.
-    if busiest(first_N, away_NM) * node_price >= 1.3 * busiest(first_R, everyone_GM) * rank_price:
+    if busiest(first_N, away_NM, pace_N) * node_price >= 1.3 * busiest(first_R, everyone_GM, pace_R) * rank_price:
         rank_price = 0.0
-    return LayerTokens(bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, node_price, rank_price)
+    return LayerTokens(
+        bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, pace_N, pace_R, node_price, rank_price
+    )
 
 
 def window_seconds(problem: PlanningProblem, placement: Placement) -> NDArray[np.float64]:

@@ -124,16 +124,18 @@ def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, away_GM, start_W):
 
 
 @njit(cache=True, nogil=True)
-def peak_and_mean(arrivals_WG, weight_W):
-    """Half the busiest group plus half the mean: the peak is what is paid, the mean keeps the slope."""
+def peak_and_mean(arrivals_WG, weight_W, pace_G):
+    """Half the slowest group plus half the mean: the peak is what is paid, the mean keeps the slope. An arrival at a
+    group takes ``pace_G`` of the usual time.
+    """
     total = 0.0
     groups = arrivals_WG.shape[1]
     for w in range(arrivals_WG.shape[0]):
         peak = 0.0
         mean = 0.0
         for g in range(groups):
-            peak = max(peak, arrivals_WG[w, g])
-            mean += arrivals_WG[w, g]
+            peak = max(peak, arrivals_WG[w, g] * pace_G[g])
+            mean += arrivals_WG[w, g] * pace_G[g]
         total += weight_W[w] * 0.5 * (peak + mean / groups)
     return total
 
@@ -164,6 +166,8 @@ def anneal_home(
     node_first_N,
     ranks_per_node,
     speed_R,
+    pace_N,
+    pace_R,
     most_copies,
     base_W,
     cap_W,
@@ -185,6 +189,7 @@ def anneal_home(
         load_WP: load of each copy per window, scaled so that the mean over ranks is 1.
         copy_of_slot_P: start; the copy in each slot, -1 for an empty one.
         rank_first_R, node_first_N: first slot of each rank / node, end appended.
+        pace_N, pace_R: time of an arrival over the usual one, by the links of each node / rank.
         most_copies: of one expert on a rank; 1, or more where ranks stand for nodes.
         base_W, cap_W: the balanced plan's busiest rank, and how far above it a rank may go.
         load_slope, load_steep, load_peak, node_price, rank_price: seconds per unit of load up to the cap and beyond
@@ -237,15 +242,15 @@ def anneal_home(
             _arrivals(rank_occ[r], start_W, a_W)
             rank_WR[:, r] = a_W
 
-    energy = node_price * peak_and_mean(node_WN, weight_W) + rank_price * peak_and_mean(rank_WR, weight_W)
+    current_node = peak_and_mean(node_WN, weight_W, pace_N)
+    current_rank = peak_and_mean(rank_WR, weight_W, pace_R)
+    energy = node_price * current_node + rank_price * current_rank
     for w in range(windows):
         for r in range(ranks):
             energy += load_price(load_WR[w, r], base_W[w], load_slope, cap_W[w], load_steep) / windows
         energy += load_peak * load_WR[w].max() / windows
     best = copy_of_slot_P.copy()
     best_energy = energy
-    current_node = peak_and_mean(node_WN, weight_W)
-    current_rank = peak_and_mean(rank_WR, weight_W)
 
     warm = min(500, proposals // 10)
     changes = 0.0
@@ -303,7 +308,7 @@ def anneal_home(
             for w in range(windows):
                 a_W[w], node_WN[w, n1] = node_WN[w, n1], a_W[w]
                 b_W[w], node_WN[w, n2] = node_WN[w, n2], b_W[w]
-            new_node = peak_and_mean(node_WN, weight_W)
+            new_node = peak_and_mean(node_WN, weight_W, pace_N)
             delta += node_price * (new_node - current_node)
         if use_ranks:
             arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], all_M, start_W, c_W)
@@ -311,7 +316,7 @@ def anneal_home(
             for w in range(windows):
                 c_W[w], rank_WR[w, r1] = rank_WR[w, r1], c_W[w]
                 d_W[w], rank_WR[w, r2] = rank_WR[w, r2], d_W[w]
-            new_rank = peak_and_mean(rank_WR, weight_W)
+            new_rank = peak_and_mean(rank_WR, weight_W, pace_R)
             delta += rank_price * (new_rank - current_rank)
         if step < warm:
             changes += abs(delta)

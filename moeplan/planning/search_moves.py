@@ -46,6 +46,8 @@ def descend(
     node_first_N,
     ranks_per_node,
     speed_R,
+    pace_N,
+    pace_R,
     held_RE,
     load_seconds,
     node_price,
@@ -99,7 +101,8 @@ def descend(
             for r in range(ranks):
                 power_W[w] += _high_power(load_WR[w, r])
         now = _load_seconds(power_W, live, load_seconds)
-        now += node_price * peak_and_mean(node_WN, weight_W) + rank_price * peak_and_mean(rank_WR, weight_W)
+        now += node_price * peak_and_mean(node_WN, weight_W, pace_N)
+        now += rank_price * peak_and_mean(rank_WR, weight_W, pace_R)
         best_rate = 1e-9
         best_1 = -1
         best_2 = -1
@@ -137,18 +140,18 @@ def descend(
                 for w in range(windows):
                     a_W[w], node_WN[w, n1] = node_WN[w, n1], a_W[w]
                     b_W[w], node_WN[w, n2] = node_WN[w, n2], b_W[w]
-                then += node_price * peak_and_mean(node_WN, weight_W)
+                then += node_price * peak_and_mean(node_WN, weight_W, pace_N)
                 for w in range(windows):
                     node_WN[w, n1], node_WN[w, n2] = a_W[w], b_W[w]
             else:
-                then += node_price * peak_and_mean(node_WN, weight_W)
+                then += node_price * peak_and_mean(node_WN, weight_W, pace_N)
             if rank_price > 0.0:
                 arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], all_1M[0], start_W, c_W)
                 arrivals_after(rank_occ[r2], rank_once[r2], bits_PM[c2], bits_PM[c1], all_1M[0], start_W, d_W)
                 for w in range(windows):
                     c_W[w], rank_WR[w, r1] = rank_WR[w, r1], c_W[w]
                     d_W[w], rank_WR[w, r2] = rank_WR[w, r2], d_W[w]
-                then += rank_price * peak_and_mean(rank_WR, weight_W)
+                then += rank_price * peak_and_mean(rank_WR, weight_W, pace_R)
                 for w in range(windows):
                     rank_WR[w, r1], rank_WR[w, r2] = c_W[w], d_W[w]
             brought = (

@@ -81,6 +81,32 @@ def test_traffic_falls_where_load_may_rise():
     assert objective_value(problem, joint(loose).placement) <= objective_value(problem, joint(tight).placement) + 1e-12
 
 
+def much_traffic(**fields: object) -> PlanningProblem:
+    problem = make_problem(
+        layers=3, experts=32, ranks=4, ranks_per_node=2, tokens=800, affinity=0.8,
+        objective=Objective(max_imbalance="10 %"), **fields,
+    )  # fmt: skip
+    return replace(problem, costs=replace(problem.costs, per_node_copy_s=400e-9))
+
+
+@pytest.mark.parametrize("max_moves", [None, 24])
+def test_a_slow_link_is_spared(max_moves):
+    alike = much_traffic()
+    slow = replace(alike, costs=replace(alike.costs, link_R=(0.5, 0.5, 1.0, 1.0)))
+    if max_moves is not None:
+        now = contiguous(alike).placement
+        alike, slow = (replace(problem, current=now, max_moves=max_moves) for problem in (alike, slow))
+    blind, knowing = (objective_value(slow, joint(problem).placement) for problem in (alike, slow))
+    assert knowing < 0.99 * blind
+
+
+def test_copies_stand_where_the_nearest_serves_most():
+    even = much_traffic(slots=10)
+    nearest = replace(even, objective=even.objective.model_copy(update={"replica_split": "nearest"}))
+    blind, knowing = (objective_value(nearest, joint(problem).placement) for problem in (even, nearest))
+    assert knowing < 0.95 * blind
+
+
 @pytest.mark.parametrize("mode", ["return_home", "stay"])
 def test_a_time_limit_gives_a_valid_plan_that_says_so(mode):
     problem = make_problem(

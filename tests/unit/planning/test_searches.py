@@ -50,7 +50,7 @@ class Home:
     """A small layer, its price of any arrangement worked out slowly, and the search's answer."""
 
     def __init__(self, copies=6, ranks=4, per_node=2, empty=0, windows=2, seed=0, speeds=None, node=1.0, rank=0.3,
-                 homes=False):
+                 homes=False, slow=1.0):
         self.copies_TK, self.window_T, rng = some_tokens(copies, windows=windows, seed=seed)
         self.bits, self.start = pack_tokens(self.copies_TK, self.window_T, copies)
         self.home_T = rng.integers(ranks // per_node, size=len(self.window_T)) if homes else None
@@ -69,12 +69,16 @@ class Home:
         self.base, self.cap = np.full(windows, 1.0), np.full(windows, 0.2)
         self.expert = np.arange(copies)
         self.prices = (0.05, 2.0, 0.1, node, rank)
+        self.pace_R = np.array([slow] + [1.0] * (ranks - 1))
+        self.pace_N = self.pace_R[::per_node]
 
     def price(self, slots) -> float:
         slope, steep, peak, node, rank = self.prices
         total = 0.0
-        for value, first, home_T in ((node, self.first_N, self.home_T), (rank, self.first_R, None)):
-            arrivals = slow_arrivals(self.copies_TK, self.window_T, slots, first, self.windows, home_T)
+        for value, first, home_T, pace in (
+            (node, self.first_N, self.home_T, self.pace_N), (rank, self.first_R, None, self.pace_R)
+        ):  # fmt: skip
+            arrivals = slow_arrivals(self.copies_TK, self.window_T, slots, first, self.windows, home_T) * pace
             total += value * float((self.weight * 0.5 * (arrivals.max(axis=1) + arrivals.mean(axis=1))).sum())
         for w in range(self.windows):
             held_R = [sum(self.load[w, c] for c in slots[self.rank_P == r] if c >= 0) for r in range(len(self.speed))]
@@ -90,23 +94,27 @@ class Home:
         slope, steep, peak, node, rank = self.prices
         return anneal_home(
             self.bits, self.away, self.start, self.weight, self.expert, self.load, self.slots.copy(), self.rank_P,
-            self.first_R, self.first_N, self.per_node, self.speed, 1, self.base, self.cap, slope, steep, peak,
-            node, rank, 0.3, proposals, seed,
+            self.first_R, self.first_N, self.per_node, self.speed, self.pace_N, self.pace_R, 1, self.base, self.cap,
+            slope, steep, peak, node, rank, 0.3, proposals, seed,
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("copies", "ranks", "per_node", "homes"), [(8, 4, 2, False), (6, 3, 3, False), (6, 2, 1, False), (6, 2, 1, True)]
-)
-def test_home_finds_the_cheapest_arrangement(copies, ranks, per_node, homes, seed):
-    home = Home(copies, ranks, per_node, seed=seed, homes=homes)
+    ("copies", "ranks", "per_node", "homes", "slow"),
+    [
+        (8, 4, 2, False, 1.0), (6, 3, 3, False, 1.0), (6, 2, 1, False, 1.0), (6, 2, 1, True, 1.0),
+        (6, 2, 1, True, 2.0),
+    ],
+)  # fmt: skip
+def test_home_finds_the_cheapest_arrangement(copies, ranks, per_node, homes, slow, seed):
+    home = Home(copies, ranks, per_node, seed=seed, homes=homes, slow=slow)
     found = home.search(8_000, seed)
     assert sorted(found.tolist()) == list(range(copies))
     # nodes and ranks are alike: one arrangement of each kind is enough for six copies; eight are sampled by swaps
     if copies == 6:
         every = [np.argsort(row, kind="stable") for row in arrangements(copies, ranks)]
-        every += [np.roll(slots, copies // ranks) for slots in every]  # where homes count, nodes are not alike
+        every += [np.roll(slots, copies // ranks) for slots in every]  # where homes or links count, nodes are not alike
         assert home.price(found) == pytest.approx(min(home.price(slots) for slots in every), abs=1e-12)
     for s in range(copies):
         for q in range(s):
