@@ -71,6 +71,7 @@ PLAN_PLACE = ("a plan", ("plan.json", "plan.html"))
 """What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 
 HELD_OUT_WINDOWS = 4
+LOW = "a low estimate: short windows are uneven by chance, and half of the routing plans less well"
 MIN_HELD_OUT_TOKENS = 512
 SPLIT_OF_TARGET: dict[str, ReplicaSplit] = {
     "sglang": "nearest",
@@ -492,7 +493,7 @@ def _split(job: _Job) -> _Split:
         count = min(HELD_OUT_WINDOWS, unseen.num_tokens // (MIN_HELD_OUT_TOKENS // HELD_OUT_WINDOWS), fewest)
         if count > 1:
             each = "" if len(rest.windows) == 1 else f" of {len(rest.windows)} kinds each"
-            words = f"the second half of the trace in {count} windows{each}, planned on the first"
+            words = f"the second half of the trace in {count} windows{each}, planned on the first ({LOW})"
             return _Split(expert_load(seen, job.windows), in_stretches(rest, count), count, words)
         unchecked = "a window has too few tokens to hold some out: record more"
     elif isinstance(routing, RoutingTrace):

@@ -37,7 +37,8 @@ def tokens(tmp_path) -> Path:
 def test_the_gain_is_measured_on_tokens_the_plan_has_not_seen(tokens):
     found = optimize(scenario(tokens))
     assert found.plan.verdict is not None
-    assert found.plan.verdict.held_out == "the second half of the trace in 4 windows, planned on the first"
+    held_out = "the second half of the trace in 4 windows, planned on the first (a low estimate: "
+    assert found.plan.verdict.held_out.startswith(held_out)
     assert found.plan.verdict.expected_gain_low <= found.plan.verdict.expected_gain
     assert found.plan.prediction is not None
     assert found.plan.prediction.time_s == pytest.approx(found.evaluation.time_WL.sum())
@@ -65,7 +66,7 @@ def test_the_gain_is_that_of_a_plan_for_the_same_windows_aggregated_alike(tokens
     plan = optimize(scenario(mixed, objective={"aggregate": "worst"}), windows="domain").plan
     assert planned == [("a", "b")] * 2
     assert scored[-8:] == [2] * 8  # four stretches of both domains, before and after
-    assert plan.verdict.held_out == "the second half of the trace in 4 windows of 2 kinds each, planned on the first"
+    assert plan.verdict.held_out.startswith("the second half of the trace in 4 windows of 2 kinds each, planned on the")
 
 
 def test_too_few_tokens_to_hold_out_are_said_with_how_many_it_takes(tokens):
