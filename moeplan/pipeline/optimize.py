@@ -57,15 +57,9 @@ from moeplan.specs.scenario import Scenario
 from moeplan.specs.workload import Objective, ReplicaSplit, Workload
 
 __all__ = [
-    "PLAN_PLACE",
-    "SPLIT_OF_TARGET",
-    "Optimized",
-    "layer_evaluations",
-    "optimize",
-    "spec_sha256",
-    "speeds",
+    "PLAN_PLACE", "SPLIT_OF_TARGET", "Optimized", "layer_evaluations", "optimize", "spec_sha256", "speeds",
     "write_plan",
-]
+]  # fmt: skip
 
 PLAN_PLACE = ("a plan", ("plan.json", "plan.html"))
 """What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
@@ -74,11 +68,8 @@ HELD_OUT_WINDOWS = 4
 LOW = "a low estimate: short windows are uneven by chance, and half of the routing plans less well"
 MIN_HELD_OUT_TOKENS = 512
 SPLIT_OF_TARGET: dict[str, ReplicaSplit] = {
-    "sglang": "nearest",
-    "vllm": "even",
-    "vllm-ascend": "even",
-    "trtllm": "even",
-}
+    "sglang": "nearest", "vllm": "even", "vllm-ascend": "even", "trtllm": "even",
+}  # fmt: skip
 """How each engine's dispatch finds a copy, see docs/guides/exporters.md."""
 
 
@@ -362,16 +353,11 @@ def _prediction(job: _Job, costs: LayerCosts, after: Evaluation) -> Prediction:
 
     time_s, error = step_s(after.time_WL), costs.relative_error
     return Prediction(
-        time_s=time_s,
-        time_low_s=time_s * (1 - error),
-        time_high_s=time_s * (1 + error),
-        expert_time_s=step_s(after.expert_WL),
-        dispatch_combine_time_s=step_s(after.exchange_WL),
-        baseline=job.baseline_name,
-        baseline_time_s=step_s(job.before.time_WL),
-        tokens_per_step=costs.tokens_per_step,
-        source=dict(costs.source),
-    )
+        time_s=time_s, time_low_s=time_s * (1 - error), time_high_s=time_s * (1 + error),
+        expert_time_s=step_s(after.expert_WL), dispatch_combine_time_s=step_s(after.exchange_WL),
+        baseline=job.baseline_name, baseline_time_s=step_s(job.before.time_WL),
+        tokens_per_step=costs.tokens_per_step, source=dict(costs.source),
+    )  # fmt: skip
 
 
 def _plan(job: _Job, result: PlanningResult, after: Evaluation, **judged: Any) -> Plan:
@@ -383,13 +369,9 @@ def _plan(job: _Job, result: PlanningResult, after: Evaluation, **judged: Any) -
         objective=job.objective, workload=job.workload, evaluation=layer_evaluations(job.load.layer_ids, after),
         notes=(*result.notes, *job.notes), **judged,
         provenance={
-            "moeplan": version("moeplan"),
-            "trace_sha256": job.routing.origin["sha256"],
-            "model_sha256": spec_sha256(job.model),
-            "cluster_sha256": spec_sha256(job.cluster),
-            "cluster": job.cluster.name,
-            "accelerator": job.cluster.accelerator.name,
-            "windows": job.windows,
+            "moeplan": version("moeplan"), "trace_sha256": job.routing.origin["sha256"],
+            "model_sha256": spec_sha256(job.model), "cluster_sha256": spec_sha256(job.cluster),
+            "cluster": job.cluster.name, "accelerator": job.cluster.accelerator.name, "windows": job.windows,
             **({} if job.domain is None else {"domain": job.domain}),
         },
     )  # fmt: skip
@@ -409,22 +391,19 @@ def _for_target(job: _Job, plan: Plan) -> Plan:
 
 def layer_evaluations(layer_ids: tuple[int, ...], found: Evaluation) -> tuple[LayerEvaluation, ...]:
     """Per-layer figures, averaged over windows."""
-    counts = found.counts
-    rows = []
-    for l, layer_id in enumerate(layer_ids):
-        hop = l < len(layer_ids) - 1
-        rows.append(
-            LayerEvaluation(
-                layer_id=layer_id,
-                max_over_mean_load=float(found.max_over_mean_WL[:, l].mean()),
-                nodes_per_token=None if counts is None else float(counts.nodes_per_token_WL[:, l].mean()),
-                ranks_per_token=None if counts is None else float(counts.ranks_per_token_WL[:, l].mean()),
-                same_node_share=float(found.same_node_L[l]) if found.same_node_L is not None and hop else None,
-                same_rank_share=float(found.same_rank_L[l]) if found.same_rank_L is not None and hop else None,
-                time_s=float(found.time_WL[:, l].mean()),
-            )
+    counts, last = found.counts, len(layer_ids) - 1
+    return tuple(
+        LayerEvaluation(
+            layer_id=layer_id,
+            max_over_mean_load=float(found.max_over_mean_WL[:, l].mean()),
+            nodes_per_token=None if counts is None else float(counts.nodes_per_token_WL[:, l].mean()),
+            ranks_per_token=None if counts is None else float(counts.ranks_per_token_WL[:, l].mean()),
+            same_node_share=None if found.same_node_L is None or l == last else float(found.same_node_L[l]),
+            same_rank_share=None if found.same_rank_L is None or l == last else float(found.same_rank_L[l]),
+            time_s=float(found.time_WL[:, l].mean()),
         )
-    return tuple(rows)
+        for l, layer_id in enumerate(layer_ids)
+    )
 
 
 def _judged(
