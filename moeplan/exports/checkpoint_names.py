@@ -1,9 +1,10 @@
 """Which tensor of a checkpoint belongs to which expert, by its name.
 
 Names of Hugging Face families (``mlp.experts.N.gate_proj``, ``block_sparse_moe.experts.N.w1``, fused
-``experts.gate_up_proj``, ``mlp.gate.weight``, ``e_score_correction_bias``), Megatron-Core
+``experts.gate_up_proj``, ``mlp.gate.weight``, ``e_score_correction_bias`` in the router or beside it), Megatron-Core
 (``experts.local_experts.N``, grouped ``experts.linear_fc1.weightN``, ``router.weight``,
-``router.expert_bias``) and DeepSpeed (``deepspeed_moe.experts.deepspeed_experts.N``, ``gate.wg.weight``);
+``router.expert_bias``) and DeepSpeed (``deepspeed_moe.experts.deepspeed_experts.N``, ``gate.wg.weight``; AutoEP:
+``experts.w1.N``, ``router.gate.weight``, ``expert_bias``);
 optimizer state carries the same names with a prefix or suffix. A tensor among a planned layer's experts or in
 its router that fits none of the rules is refused: left alone, it would change the model without a word.
 """
@@ -26,10 +27,12 @@ Permutations = Mapping[int, NDArray[np.int32]]
 """Absolute layer id -> the old expert at each new place [E]."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\.")
-_NUMBERED = re.compile(r"\.experts\.(?:local_experts\.|deepspeed_experts\.)?(\d+)(?=\.|$)")
+_NUMBERED = re.compile(r"\.experts\.(?:local_experts\.|deepspeed_experts\.|w[123]\.)?(\d+)(?=\.|$)")
 _GROUPED = re.compile(r"\.experts\.linear_fc[12]\.(?:weight|bias|_extra_state)(\d+)(?=\.|$)")
 _STACKED = re.compile(r"\.experts\.|\.block_sparse_moe\.(?:input|output)_linear\.")
-_ROUTER = re.compile(r"\.(?:gate|router|moe_statics)\.")
+_ROUTER = re.compile(
+    r"\.(?:gate|router|moe_statics)\.|\.(?:e_score_correction_bias|expert_bias|router_bias)(?=\.|$)"
+)
 _ELSEWHERE = re.compile(r"(?:^|\.)mtp\.|attn|attention|\.shared_expert")
 # Viewed as [E, ...] before use: older Megatron-Core ([H, E * F], [E * F, H]), DBRX ([E * F, H]).
 _EXPERT_MAJOR = re.compile(r"\.experts\.(?:weight[12]|mlp\.[wv][12])(?=\.|$)")

@@ -39,7 +39,8 @@ class FixedPlanPolicy(AbstractEplbPolicy):
 
     @classmethod
     def rebalance_experts(cls, weight, num_replicas, num_groups, num_nodes, num_ranks, *args, **kwargs):
-        """Return (phy2log [L, P], log2phy [L, E, P - E + 1] padded with -1, logcnt [L, E]).
+        """Return phy2log [L, P]; to vLLM 0.13 to 0.18, which declares a tuple, (phy2log,
+        log2phy [L, E, P - E + 1] padded with -1, logcnt [L, E]).
 
         Raises:
             ValueError: the engine's layers, experts, slots or ranks are not those of the plan.
@@ -51,6 +52,8 @@ class FixedPlanPolicy(AbstractEplbPolicy):
                 "the plan's (MoE layers, experts, slots, ranks) %r are not the engine's %r" % (plan, engine)
             )
         phy2log = torch.tensor({map_name}, dtype=torch.int64)
+        if "tuple" not in str(AbstractEplbPolicy.rebalance_experts.__annotations__.get("return")):
+            return phy2log
         logcnt = torch.stack([torch.bincount(row, minlength=NUM_EXPERTS) for row in phy2log])
         log2phy = torch.full((plan[0], NUM_EXPERTS, plan[2] - NUM_EXPERTS + 1), -1, dtype=torch.int64)
         for layer, row in enumerate({map_name}):

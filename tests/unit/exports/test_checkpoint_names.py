@@ -18,6 +18,7 @@ NUMBERED = [
     "decoder.layers.3.mlp.experts.linear_fc1._extra_state{}",
     "optimizer.state.exp_avg.decoder.layers.3.mlp.experts.linear_fc1.weight{}",
     "transformer.h.3.mlp.deepspeed_moe.experts.deepspeed_experts.{}.dense_h_to_4h.weight",
+    "model.layers.3.mlp.experts.w1.{}",
     ".state.model.layers.3.mlp.experts.{}.up_proj.weight.exp_avg",
 ]
 ROUTER = [
@@ -26,6 +27,9 @@ ROUTER = [
     "model.layers.3.block_sparse_moe.gate.weight",
     "model.layers.3.mlp.router.bias",
     "model.layers.3.mlp.moe_statics.e_score_correction_bias",
+    "model.layers.3.block_sparse_moe.e_score_correction_bias",
+    "model.layers.3.feed_forward.expert_bias",
+    "model.layers.3.mlp.router_bias",
     "decoder.layers.3.mlp.router.expert_bias",
     "transformer.h.3.mlp.deepspeed_moe.gate.wg.weight",
     "optimizer.state.exp_avg_sq.decoder.layers.3.mlp.router.weight",
