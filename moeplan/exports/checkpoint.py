@@ -28,7 +28,8 @@ _TORCH = {".pt", ".pth", ".bin"}
 _NOT_WEIGHTS = re.compile(
     r"training_args\.bin|scheduler\.pt|rng_state.*\.pth|latest_checkpointed_iteration\.txt"
 )
-_SHARDED = re.compile(r".*optim_states\.pt|.*\.distcp|\.metadata")
+_OPTIMIZER = re.compile(r".*optim_states\.pt")
+_SHARDED = re.compile(r"zero_pp_rank_.*\.pt|.*\.distcp|\.metadata")
 
 
 def permute_checkpoint(
@@ -59,10 +60,15 @@ def permute_checkpoint(
         )
     paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     for path in paths:
+        if _OPTIMIZER.fullmatch(path.name):
+            raise ExportError(
+                f"checkpoint: {path.name} is optimizer state without parameter names, in which experts cannot be"
+                " found; leave it out and load the weights alone (load_optimizer_states=False)"
+            )
         if _SHARDED.fullmatch(path.name):
             raise ExportError(
-                f"checkpoint: {path.name} is one rank's flat or sharded state, in which experts have no names;"
-                " consolidate the checkpoint (weights and optimizer by parameter name) first"
+                f"checkpoint: {path.name} is of a sharded form (ZeRO stage 3, torch_dist) that is not read; save the"
+                " whole model's state_dict(), in one file or several"
             )
         if path.name == RECORD_NAME:
             raise InputError(
@@ -154,7 +160,8 @@ class _Job:
                 )
             if layer not in experts and layer not in stacked:
                 raise InputError(
-                    f"checkpoint {source}: layer {layer} has no routed experts; is the plan of another model?"
+                    f"checkpoint {source}: layer {layer} has no routed experts; is the plan of another model, or are"
+                    f" names without the number of their layer (as in layers.{layer}.)?"
                 )
             if layer not in routers:
                 raise InputError(

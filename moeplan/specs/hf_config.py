@@ -7,7 +7,7 @@ model's repository): ``mlp_layer_types``, ``moe_layer_freq`` as a list, ``moe_la
 ``interleave_moe_layer_step`` (Llama 4), ``expert_layer_period/offset`` (Jamba), ``moe_layer_interval``
 within ``moe_layer_start/end_index`` (ERNIE), ``decoder_sparse_step`` without ``mlp_only_layers`` (Qwen),
 ``first_k_dense_replace`` with ``moe_layer_freq`` (DeepSeek, GLM, Kimi), ``moe_layer_num_skipped``
-(Hunyuan).
+(Hunyuan), ``num_dense_layers`` (LFM2, AFMoE).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _moe_layers(c: _Config, num_layers: int) -> list[int]:
     if (step := c.whole("decoder_sparse_step")) is not None or c.get("mlp_only_layers"):
         dense = set(c.layer_numbers("mlp_only_layers"))
         return [i for i in every if i not in dense and (i + 1) % (step or 1) == 0]
-    first = c.whole("first_k_dense_replace", "moe_layer_num_skipped") or 0
+    first = c.whole("first_k_dense_replace", "moe_layer_num_skipped", "num_dense_layers") or 0
     freq = c.whole("moe_layer_freq", "moe_layer_frequency") or 1
     return [i for i in every if i >= first and i % freq == 0]
 

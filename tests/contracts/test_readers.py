@@ -289,7 +289,7 @@ class TestVllm(TraceReaderContract):
         """Two requests; hidden layer 0 is dense, hence zeros."""
         experts = choices()
         for name, part in (("req-2", experts[:15]), ("req-10", experts[15:])):
-            full = np.zeros((len(part), 4, 2), np.int32)
+            full = np.zeros((len(part), 4, 2), np.uint8)  # up to 256 experts, as of vLLM 0.32
             full[:, 1:] = part
             np.save(folder / f"{name}.npy", full)
         return Layout(folder, counted(experts), (1, 2, 3), experts, dropped_padding=80, states_experts=False)

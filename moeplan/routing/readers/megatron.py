@@ -3,7 +3,7 @@
 Each line is one layer of one step: ``step``, ``stage``, ``block``, ``layer``, ``rank``, ``num_tokens``,
 ``topk``, ``top_indices`` [num_tokens][topk]. Several records of one (step, layer) are micro-batches, in
 order. Blocks other than ``decoder`` (multi-token prediction) are other layers of another shape: left out
-and counted in the origin. Layout as of Megatron-Core's router_trace.py of August 2026.
+and counted in the origin. Layers are numbered within the pipeline stage. Layout as of Megatron-Core 0.19.2.
 """
 
 from __future__ import annotations

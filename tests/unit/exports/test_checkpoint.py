@@ -391,8 +391,12 @@ def test_deepspeed_expert_files(net, plan, tmp_path):
             found = torch.load(path, weights_only=True)
             name = prefix.format(layer) + f"experts.deepspeed_experts.{new}.w1.weight"
             assert torch.equal(found[name], canonical(net, layer)[1]["w1"][old])
-    torch.save({}, source / "expp_rank_0_mp_rank_00_optim_states.pt")
-    with pytest.raises(ExportError, match=r"optim_states\.pt is one rank's flat or sharded state"):
+    optimizer = source / "expp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({}, optimizer)
+    with pytest.raises(ExportError, match=r"optim_states\.pt is optimizer state without parameter names.*leave it out"):
+        permute(plan, source, tmp_path / "out2", "deepspeed")
+    optimizer.rename(source / "zero_pp_rank_0_mp_rank_00_model_states.pt")  # stage 3: empty tensors, weights elsewhere
+    with pytest.raises(ExportError, match="is of a sharded form"):
         permute(plan, source, tmp_path / "out2", "deepspeed")
 
 

@@ -1,4 +1,4 @@
-"""The policy module runs against stand-ins for vLLM's interface, and vLLM where it is installed, and answers the plan."""
+"""The policy module answers the plan to stand-ins for vLLM's interface, and to vLLM where it is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from moeplan.exports.vllm_policy import policy_module
-
 
 PLANNED = [[3, 2, 0, 1, 2, 3], [0, 1, 2, 3, 0, 1]]
 

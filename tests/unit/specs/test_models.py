@@ -145,6 +145,7 @@ BASE = {
         ({"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 4}, (1, 2, 3, 4)),
         ({"moe_layer_interval": 2, "moe_layer_start_index": 0, "moe_layer_end_index": -1}, (1, 3, 5)),
         ({"moe_layer_num_skipped": 1}, (1, 2, 3, 4, 5)),
+        ({"num_dense_layers": 2}, (2, 3, 4, 5)),
         ({"mlp_layer_types": ["dense"] * 4 + ["sparse"] * 2}, (4, 5)),
         ({"hybrid_override_pattern": "ME*EM-"}, (1, 3)),
         ({"layers_block_type": ["mamba", "moe", "attention", "moe", "moe", "mamba"]}, (1, 3, 4)),
