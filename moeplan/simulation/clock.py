@@ -37,6 +37,11 @@ class Clock(simpy.Environment):
         """Seconds since the start."""
         return float(self.now) * 1e-9
 
+    @property
+    def pending(self) -> int:
+        """Events that are still to come."""
+        return len(self._queue)
+
     def at(self, time_ns: int, order: Order) -> simpy.Event:
         """An event at an instant, no earlier than now."""
         event = simpy.Event(self)

@@ -63,7 +63,8 @@ class StepCosts(Protocol):
 class InstanceStats:
     """What an instance did. ``busy_R``: seconds in which a rank computed; ``exposed_s``: exchange that nothing hid.
 
-    ``gaps``: nanoseconds between two tokens of a sequence -> how often. One entry of the ``at`` arrays per step.
+    ``gaps``: nanoseconds between two tokens of a sequence -> how often. One entry of ``start_s``, ``length_s`` and
+    ``tokens`` per step; of the ``at`` arrays whenever a request or a step comes, or the last one ends: what then holds.
     """
 
     busy_R: Floats
@@ -76,13 +77,14 @@ class InstanceStats:
     reused: int = 0
     recomputed: int = 0
     preemptions: int = 0
-    longest_queue: int = 0
     transferred_bytes: float = 0.0
     swapped_bytes: float = 0.0
     migrated_bytes: float = 0.0
     gaps: dict[int, int] = field(default_factory=dict)
     start_s: array[float] = field(default_factory=lambda: array("d"))
-    tokens_at: array[float] = field(default_factory=lambda: array("d"))
+    length_s: array[float] = field(default_factory=lambda: array("d"))
+    tokens: array[float] = field(default_factory=lambda: array("d"))
+    at_s: array[float] = field(default_factory=lambda: array("d"))
     running_at: array[float] = field(default_factory=lambda: array("d"))
     waiting_at: array[float] = field(default_factory=lambda: array("d"))
     cache_at: array[float] = field(default_factory=lambda: array("d"))
@@ -91,6 +93,12 @@ class InstanceStats:
     def gap(self, gap_ns: int, count: int) -> None:
         """``count`` tokens came ``gap_ns`` after the ones before them."""
         self.gaps[gap_ns] = self.gaps.get(gap_ns, 0) + count
+
+    def warmed_up(self) -> None:
+        """Times count from now on."""
+        self.busy_R = np.zeros_like(self.busy_R)
+        self.stepping_s = self.exposed_s = 0.0
+        self.gaps = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,8 +202,8 @@ class Instance:
         request.instance, request.group = self.number, d
         queue.append(request)
         self.num_waiting += 1
-        self.stats.longest_queue = max(self.stats.longest_queue, self.num_waiting)
         self.load_D[d] += 1
+        self.note_state()
         self._wake()
         return True
 
@@ -319,6 +327,7 @@ class Instance:
         for request in requests:
             self.stats.recomputed += request.context if request.saved else 0
             request.saved = request.swap_tokens = 0
+        self.note_state()
         return requests
 
     # ------------------------------------------------------------------ steps
@@ -346,10 +355,9 @@ class Instance:
         stats.largest_error = max(stats.largest_error, error)
         tokens = float(batch.tokens_D.sum())
         stats.start_s.append(now_s)
-        stats.tokens_at.append(tokens)
-        stats.running_at.append(self.num_running)
-        stats.waiting_at.append(self.num_waiting)
-        stats.cache_at.append(1.0 - float(self.free_D.sum()) / (self.capacity * self.groups))
+        stats.length_s.append(duration_ns * 1e-9)
+        stats.tokens.append(tokens)
+        self.note_state()
         if self.traffic is not None:
             self.traffic.add(self.placement, self.costs.cluster, load_LE, batch.tokens_D, batch.has_prefill)
         if self.recorder is not None:
@@ -362,6 +370,14 @@ class Instance:
                 self.recorder.extend(log.part_of_run(now_s, rank=self.first_rank, step=stats.steps))
         stats.steps += 1
         return duration_ns
+
+    def note_state(self) -> None:
+        """What holds from now on."""
+        stats, room = self.stats, self.capacity * self.groups
+        stats.at_s.append(self.clock.now_s)
+        stats.running_at.append(self.num_running)
+        stats.waiting_at.append(self.num_waiting)
+        stats.cache_at.append(1.0 - float(self.free_D.sum()) / room if room else 0.0)
 
     def _stage_steps(self, batch: Batch, load_LE: Floats) -> list[StepSeconds]:
         """What all layers would take on each stage's ranks, of which a stage has one part in ``pp``."""

@@ -77,6 +77,7 @@ class Lane:
                 continue
             step = self._form()
             if step is None:
+                inst.note_state()
                 self.wake = clock.event()
                 yield self.wake
                 self.wake = None

@@ -1,8 +1,10 @@
 """Figures of a served run: latencies, throughput, goodput, where ranks spend their time. ``Q`` requests, ``R`` ranks.
 
-Latencies are of requests that came after the warm-up. Rates count what happened from the warm-up's end to the end of
+Latencies are of requests that came after the warm-up; the times between two tokens (ITL) and shares of time are from
+its end to the end of the run. Rates and queues count what happened from the warm-up's end to the end of
 ``requests.duration`` or, without one, of the run; a request's further tokens are spread evenly from its first to its
-last. TTFT runs from arrival to first token, TPOT is the mean time per further token, ITL the time between two tokens.
+last. TTFT runs from arrival to first token, TPOT is the mean time per further token. A service that only decodes is
+credited with neither prompts nor first tokens, which come to it with the cache.
 """
 
 from __future__ import annotations
@@ -109,26 +111,25 @@ def outcome_of(served: Served, spec: ServingSpec) -> Outcome:
         distributions["itl"] = tuple(_weighted(gap_s, gap_counts, np.linspace(0, 1, 101)).tolist())
 
     num_ranks = sum(len(instance.stats.busy_R) for instance in served.instances)
-    tokens = _tokens_between(first[done], finish[done], outputs[done], start, end)
-    prompts = float(inputs[done & (first >= start) & (first <= end)].sum())
+    begun = done & (first >= start) & (first <= end) & (spec.role != "decode")
+    tokens = float(begun.sum()) + _tokens_between(first[done], finish[done], outputs[done] - 1, start, end)
     figures["output_tokens_per_s"] = tokens / span
     figures["output_tokens_per_s_per_gpu"] = tokens / span / num_ranks
     figures["output_tokens_per_s_per_node"] = tokens / span / served.num_nodes
-    figures["input_tokens_per_s_per_gpu"] = prompts / span / num_ranks
+    if spec.role != "decode":
+        figures["input_tokens_per_s_per_gpu"] = float(inputs[begun].sum()) / span / num_ranks
     in_time = done & (finish >= start) & (finish <= end)
     figures["requests_per_s"] = float(in_time.sum()) / span
     if (kept := _keeps_slo(spec, first - arrival, finish - first, finish - arrival, outputs)) is not None:
         figures["goodput_requests_per_s"] = float((in_time & kept).sum()) / span
-        figures["slo_attainment"] = float((counted & kept).sum()) / float(counted.sum() + served.rejected)
+        asked = float((arrival >= spec.warmup).sum())  # those turned away, too
+        figures["slo_attainment"] = float((counted & kept).sum()) / asked
     if spec.price is not None and tokens:
         figures["usd_per_million_output_tokens"] = spec.price * num_ranks / 3600 / (tokens / span) * 1e6
-    ranks = _rank_times(served)
+    ranks = _rank_times(served, start)
     for name, shares in (("compute", ranks.compute), ("exchange", ranks.exchange), ("bubble", ranks.bubble)):
         figures[f"{name}_share"] = float(np.mean(shares))
-    # Little: the mean number waiting is the time all of them waited over the time of the run.
-    waited = np.where(columns[:, 1] == NEVER, finish - arrival, admit - arrival)[done]
-    figures["mean_queue_length"] = float(waited.sum() / max(served.end_s, 1e-9))
-    figures["longest_queue"] = float(max(instance.stats.longest_queue for instance in served.instances))
+    figures["mean_queue_length"], figures["longest_queue"] = _queues(served, start, start + span)
     return Outcome(
         figures, _counts(served), distributions, ranks, _timeline(served), served.end_s, _traffic(served)
     )
@@ -190,12 +191,35 @@ def _weighted(values: Floats, counts: Floats, quantiles: Floats) -> Floats:
     return values[np.minimum(np.searchsorted(reached, quantiles - 1e-12), len(values) - 1)]
 
 
-def _tokens_between(first: Floats, finish: Floats, outputs: Floats, start: float, end: float) -> float:
-    firsts = ((first >= start) & (first <= end)).sum()
+def _tokens_between(first: Floats, finish: Floats, further: Floats, start: float, end: float) -> float:
+    """Of tokens that are spread evenly from first to last, those between ``start`` and ``end``."""
     length = finish - first
     inside = np.clip(np.minimum(finish, end) - np.maximum(first, start), 0.0, None)
     part = np.where(length > 0, inside / np.maximum(length, 1e-12), (finish >= start) & (finish <= end))
-    return float(firsts + (part * (outputs - 1)).sum())
+    return float((part * further).sum())
+
+
+def _mean_between(edges: Floats, at_s: Floats, value: Floats) -> Floats:
+    """Mean of what is ``value`` from ``at_s`` on, 0 before, in each stretch between two edges."""
+    if not len(at_s):
+        return np.zeros(len(edges) - 1)
+    until = np.append(at_s, max(at_s[-1], edges[-1]))
+    area = np.concatenate([[0.0], np.cumsum(value * np.diff(until))])
+    mean: Floats = np.diff(np.interp(edges, until, area)) / np.diff(edges)
+    return mean
+
+
+def _queues(served: Served, start: float, end: float) -> tuple[float, float]:
+    """Requests that wait in all queues together, from ``start`` to ``end``: their mean number and the largest."""
+    stats = [instance.stats for instance in served.instances]
+    at_s = np.concatenate([each.at_s for each in stats])
+    order = np.argsort(at_s, kind="stable")
+    change = np.concatenate([np.diff(each.waiting_at, prepend=0.0) for each in stats])
+    at_s, waiting = at_s[order], np.cumsum(change[order])
+    until = np.append(at_s[1:], np.inf)
+    lasting = (np.maximum(at_s, start) < np.minimum(until, end)) if len(at_s) else np.zeros(0, bool)
+    mean = float(_mean_between(np.array([start, end]), at_s, waiting)[0])
+    return mean, float(waiting[lasting].max(initial=0.0))
 
 
 def _keeps_slo(
@@ -215,9 +239,9 @@ def _keeps_slo(
     return kept
 
 
-def _rank_times(served: Served) -> RankTimes:
+def _rank_times(served: Served, start: float) -> RankTimes:
     compute, exchange, bubble, idle = [], [], [], []
-    run = max(served.end_s, 1e-9)
+    run = max(served.end_s - start, 1e-9)
     for instance in served.instances:
         stats = instance.stats
         for busy in (stats.busy_R / run).tolist():
@@ -251,19 +275,20 @@ def _counts(served: Served) -> dict[str, float]:
 
 
 def _timeline(served: Served) -> Timeline:
-    """Steps summed, and states averaged over steps, in equal stretches; 0 where no step began."""
+    """Means in equal stretches of time; the tokens of a step are spread evenly over it."""
     edges = np.linspace(0.0, max(served.end_s, 1e-9), _BINS + 1)
-    width = edges[1] - edges[0]
     tokens, running, waiting, cache = np.zeros((4, _BINS))
     for instance in served.instances:
         stats = instance.stats
-        place = np.clip((np.asarray(stats.start_s) / width).astype(int), 0, _BINS - 1)
-        steps = np.maximum(np.bincount(place, minlength=_BINS), 1)
-        tokens += np.bincount(place, np.asarray(stats.tokens_at), _BINS)
-        running += np.bincount(place, np.asarray(stats.running_at), _BINS) / steps
-        waiting += np.bincount(place, np.asarray(stats.waiting_at), _BINS) / steps
-        cache += np.bincount(place, np.asarray(stats.cache_at), _BINS) / steps / len(served.instances)
+        start_s, rate = np.asarray(stats.start_s), np.asarray(stats.tokens) / np.asarray(stats.length_s)
+        change_s = np.concatenate([start_s, start_s + np.asarray(stats.length_s)])
+        order = np.argsort(change_s, kind="stable")
+        tokens += _mean_between(edges, change_s[order], np.cumsum(np.concatenate([rate, -rate])[order]))
+        at_s = np.asarray(stats.at_s)
+        running += _mean_between(edges, at_s, np.asarray(stats.running_at))
+        waiting += _mean_between(edges, at_s, np.asarray(stats.waiting_at))
+        cache += _mean_between(edges, at_s, np.asarray(stats.cache_at)) / len(served.instances)
     middle = (edges[:-1] + edges[1:]) / 2
-    columns = (middle, tokens / width, running, waiting, cache)
+    columns = (middle, np.maximum(tokens, 0.0), running, waiting, cache)
     time_s, tokens_per_s, run, wait, part = (tuple(column.tolist()) for column in columns)
     return Timeline(time_s=time_s, tokens_per_s=tokens_per_s, running=run, waiting=wait, cache=part)

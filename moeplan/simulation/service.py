@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any, Protocol
 
 import numpy as np
@@ -121,7 +122,7 @@ class _Service:
         self.recorder = EventRecorder() if keep_log else None
         self.progress, self._told = progress, -1
         self.requests: list[Request] = []
-        self.rejected = self.done = self._turn = 0
+        self.rejected = self.done = 0
         self.transferred_bytes = 0.0
         self._link_free_ns: dict[tuple[int, int], int] = {}
         self.finished = self.clock.event()
@@ -149,6 +150,7 @@ class _Service:
             self.stages.append(stage)
             self._require_room(pool, place)
         self.num_ranks = first_rank
+        self._rounds = [cycle([(i, d) for i in stage for d in range(i.groups)]) for stage in self.stages]
 
     def _require_room(self, pool: Pool, place: int) -> None:
         """Every request fits a group's cache and, where prompts are not cut, a step."""
@@ -182,6 +184,8 @@ class _Service:
         clock.process(self._closed_loop() if self._closed else self._arrivals())
         for fault in spec.faults:
             clock.process(self._fault(fault))
+        if spec.warmup:
+            clock.process(self._warm())
         if spec.rebalance is not None:
             for pool, stage in zip(self.pools, self.stages, strict=True):
                 for instance in stage:
@@ -191,10 +195,7 @@ class _Service:
         except RuntimeError as error:  # SimPy: nothing is left to happen
             if self.finished.triggered:
                 raise
-            raise InfeasibleError(
-                f"{len(self.requests) - self.done} requests can never be served: at {clock.now_s:g} s no group has"
-                " room for them in its KV cache any more; use shorter requests or more ranks"
-            ) from error
+            raise self._never_served() from error
         self.progress("simulate", 1.0)
         instances = [instance for stage in self.stages for instance in stage]
         nodes = sum(
@@ -207,11 +208,24 @@ class _Service:
             self.requests, self.rejected, instances, nodes, clock.now_s, log, self.transferred_bytes
         )
 
+    def _never_served(self) -> InfeasibleError:
+        return InfeasibleError(
+            f"{len(self.requests) - self.done} requests can never be served: at {self.clock.now_s:g} s no group has"
+            " room for them in its KV cache any more; use shorter requests or more ranks"
+        )
+
+    def _warm(self) -> Generator[Any, Any, None]:
+        yield self.clock.at(nanoseconds(self.spec.warmup), Order.START)
+        for stage in self.stages:
+            for instance in stage:
+                instance.stats.warmed_up()
+
     def _make(self, now: int) -> Request:
         q, trace = self._next, self.trace
         self._next += 1
         chain = trace.prefix_Q[q] if trace.prefix_Q is not None else ()
-        request = Request(q, now, int(trace.input_tokens_Q[q]), int(trace.output_tokens_Q[q]), chain)
+        output = int(trace.output_tokens_Q[q]) if self.spec.role != "prefill" else 1
+        request = Request(q, now, int(trace.input_tokens_Q[q]), output, chain)
         self.requests.append(request)
         if self.recorder is not None:
             self.recorder.add("arrival", now * 1e-9, request=q, amount=request.input)
@@ -248,12 +262,19 @@ class _Service:
             request.finish_ns = request.first_ns
             self._finished(request)
         else:
-            self._submit(request, self.stages[0])
+            self._submit(request, 0)
 
-    def _submit(self, request: Request, stage: Sequence[Instance]) -> None:
-        """To the group that the router chooses; turned away where its queue is full."""
-        instance, d = self._route(request, stage)
+    def _submit(self, request: Request, place: int) -> None:
+        """To the group of pool ``place`` that the router chooses; turned away where its queue is full."""
+        instance, d = self._route(request, place)
         if not instance.submit(request, d):
+            if self._closed and not self.spec.requests.think_time:
+                raise SpecError(
+                    f"engine.max_waiting ({instance.spec.max_waiting}) turns requests of the closed loop away, and with"
+                    " requests.think_time 0 the next one follows at the same instant, till none is left; give"
+                    " think_time, raise max_waiting, or lower requests.concurrency"
+                    f" ({self.spec.requests.concurrency})"
+                )
             self.rejected += 1
             self._finished(request)
 
@@ -281,21 +302,13 @@ class _Service:
 
     # ------------------------------------------------------------------ routing of requests
 
-    def _route(self, request: Request, stage: Sequence[Instance]) -> tuple[Instance, int]:
+    def _route(self, request: Request, place: int) -> tuple[Instance, int]:
+        stage = self.stages[place]
         if not any(instance.alive_D.any() for instance in stage):
             raise InfeasibleError(f"every rank is lost at {self.clock.now_s:g} s: no group is left to serve")
         if self.spec.router == "round-robin":
-            total = sum(instance.groups for instance in stage)
-            while True:
-                turn = self._turn % total
-                self._turn += 1
-                for instance in stage:
-                    if turn < instance.groups:
-                        break
-                    turn -= instance.groups
-                if instance.alive_D[turn]:
-                    return instance, turn
-        if self.spec.router == "prefix-aware" and request.chain and stage is self.stages[0]:
+            return next((instance, d) for instance, d in self._rounds[place] if instance.alive_D[d])
+        if self.spec.router == "prefix-aware" and request.chain and place == 0:
             found = self._best_prefix(request, stage)
             if found is not None:
                 return found
@@ -355,11 +368,11 @@ class _Service:
         yield clock.at(end, Order.TRANSFER)
         if source.lost_D[request.group] != lost:
             source.lost_on_the_way(request)
-            self._submit(request, self.stages[0])
+            self._submit(request, 0)
         else:
             source.handed_over(request)
             request.saved, request.swap_tokens = request.context - 1, 0
-            self._submit(request, self.stages[1])
+            self._submit(request, 1)
 
     # ------------------------------------------------------------------ re-balancing and faults
 
@@ -373,16 +386,19 @@ class _Service:
         phase: Phase = "prefill" if pool.role == "prefill" else "decode"
         for turn in range(1, 10**9):
             yield clock.at(nanoseconds(spec.interval * turn), Order.REBALANCE)
+            if clock.pending < sum(pool.instances for pool in self.pools):  # nothing but re-balancing is to come
+                raise self._never_served()
             if instance.moves or int(clock.now) < instance.blocked_until_ns:
                 continue  # the last one is not in place yet
-            now = clock.now_s
+            now, before = clock.now_s, instance.placement
             load_LE = instance.loads.over(max(0.0, now - spec.window), now, phase)
-            found = replan(load_LE, instance.costs.cluster, instance.placement, spec.planner)
+            found = replan(load_LE, instance.costs.cluster, before, spec.planner)
             if self.recorder is not None:
                 self.recorder.add("plan", now, spec.delay, rank=instance.first_rank)
             if spec.delay:
                 yield clock.at(int(clock.now) + nanoseconds(spec.delay), Order.REBALANCE)
-            self._apply(instance, found, bulk=spec.apply == "bulk")
+            if instance.placement is before:  # else a rank was lost or came back meanwhile: the plan is of other ranks
+                self._apply(instance, found, bulk=spec.apply == "bulk")
 
     def _apply(self, instance: Instance, found: Replanned, bulk: bool) -> None:
         if bulk:
@@ -453,4 +469,4 @@ class _Service:
         for request in lost:  # their caches are gone: all of it is computed again elsewhere
             if self.spec.role == "decode":
                 request.saved = request.context - 1
-            self._submit(request, self.stages[0])
+            self._submit(request, 0)

@@ -11,10 +11,14 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.oracles import PlainCosts
-from moeplan.simulation.service import Pool, Replan, Served, simulate_service
+from moeplan.simulation.service import Pool, Replan, Replanned, Served, simulate_service
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.serving import EngineSpec, ServingSpec
+
+
+def trace(arrival_s: list[float], inputs: list[int], outputs: list[int], **more: object) -> RequestTrace:
+    return RequestTrace(np.array(inputs), np.array(outputs), np.array(arrival_s), **more)  # type: ignore[arg-type]
 
 
 def even_placement(ranks: int, layers: int = 1) -> Placement:
@@ -52,3 +56,18 @@ def serve(
     stages = pools if isinstance(pools, list) else [pools]
     stages = [replace(pool, replan=replan) for pool in stages] if replan else stages
     return simulate_service(serving(**fields), trace, stages, errors=errors)
+
+
+class Planner:
+    """Turns the placement round and takes 2 s per layer for it."""
+
+    def __init__(self, ranks: int, layers: int = 1, capacity: int = 10**9) -> None:
+        self.asked: list[tuple[np.ndarray, list[bool], str | None]] = []
+        self.ranks, self.layers, self.capacity = ranks, layers, capacity
+
+    def __call__(self, load_LE, cluster, current, planner):  # type: ignore[no-untyped-def]
+        self.asked.append((load_LE, [cluster.rank(r).failed for r in range(cluster.num_ranks)], planner))
+        rows = even_placement(self.ranks, self.layers).physical_to_logical_LP[:, ::-1].copy()
+        placement = Placement(rows, np.arange(self.ranks, dtype=np.int32), self.ranks, self.ranks, self.ranks)
+        order = tuple(range(self.layers))
+        return Replanned(placement, order, np.full(self.layers, 2.0), np.full(self.layers, 7.0), self.capacity)

@@ -6,19 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from service_pools import even_placement, plain_pool, serve, serving
+from service_pools import Planner, even_placement, plain_pool, serve, serving, trace
 
-from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.errors import InfeasibleError, SpecError
 from moeplan.simulation.clock import Clock, Order
 from moeplan.simulation.oracles import PlainCosts
 from moeplan.simulation.outcome import outcome_of
-from moeplan.simulation.service import Pool, Replanned, simulate_service
-
-
-def trace(arrival_s: list[float], inputs: list[int], outputs: list[int], **more: object) -> RequestTrace:
-    return RequestTrace(np.array(inputs), np.array(outputs), np.array(arrival_s), **more)  # type: ignore[arg-type]
+from moeplan.simulation.service import Pool, simulate_service
 
 
 def times(served: object, field: str) -> list[float]:
@@ -156,6 +151,15 @@ def test_round_robin_counts_on_and_least_loaded_looks() -> None:
     assert groups["least-loaded"] == [0, 1, 0, 1, 1]
 
 
+def test_round_robin_goes_round_each_pool_by_itself() -> None:
+    engine, link = {"max_num_batched_tokens": 1000}, {"link_bytes_per_s": 1e9, "link_latency_s": 0.0}
+    pools = [plain_pool(2, engine, 0.1, 0.0, role="prefill", **link), plain_pool(2, engine, 0.1, 0.0, role="decode")]
+    arrivals = trace([0.0, 1.0, 2.0, 3.0], [10] * 4, [2] * 4)
+    log = serve(pools, arrivals, prefill={"ranks": 2}, router="round-robin").log
+    assert log is not None
+    assert log.rank_V[log.of_kind("admit")].tolist() == [0, 2, 1, 3, 0, 2, 1, 3]
+
+
 def test_prefix_aware_goes_where_the_prompt_is() -> None:
     engine = {"max_num_batched_tokens": 1000, "block_size": 4, "prefix_caching": True}
     prefix = ((1, 2), (5, 6), (5, 6), (1, 2), (8,))
@@ -190,6 +194,16 @@ def test_a_closed_loop_holds_its_concurrency() -> None:
     assert inside.max() == 2
 
 
+def test_a_closed_loop_that_is_turned_away_at_once_is_refused() -> None:
+    requests = {"arrivals": "closed-loop", "concurrency": 5, "count": 100, "input_tokens": 4, "output_tokens": 3}
+    pool = plain_pool(1, {"max_num_seqs": 1, "max_waiting": 2}, base_s=1.0, per_token_s=0.0)
+    arrivals = RequestTrace(np.full(100, 4), np.full(100, 3))
+    with pytest.raises(SpecError, match=r"max_waiting \(2\) turns requests .* give think_time, .*concurrency \(5\)"):
+        simulate_service(serving(requests=requests), arrivals, [pool])
+    served = simulate_service(serving(requests=requests | {"think_time": "1 s"}), arrivals, [pool])
+    assert served.rejected + sum(r.finish_ns > 0 for r in served.requests) == 100
+
+
 # ---------------------------------------------------------------------- disaggregation
 
 
@@ -218,21 +232,6 @@ def test_a_decode_service_begins_with_the_cache() -> None:
 
 
 # ---------------------------------------------------------------------- re-balancing and faults
-
-
-class Planner:
-    """Turns the placement round and takes 2 s per layer for it."""
-
-    def __init__(self, ranks: int, layers: int = 1, capacity: int = 10**9) -> None:
-        self.asked: list[tuple[np.ndarray, list[bool], str | None]] = []
-        self.ranks, self.layers, self.capacity = ranks, layers, capacity
-
-    def __call__(self, load_LE, cluster, current, planner):  # type: ignore[no-untyped-def]
-        self.asked.append((load_LE, [cluster.rank(r).failed for r in range(cluster.num_ranks)], planner))
-        rows = even_placement(self.ranks, self.layers).physical_to_logical_LP[:, ::-1].copy()
-        placement = Placement(rows, np.arange(self.ranks, dtype=np.int32), self.ranks, self.ranks, self.ranks)
-        order = tuple(range(self.layers))
-        return Replanned(placement, order, np.full(self.layers, 2.0), np.full(self.layers, 7.0), self.capacity)
 
 
 def test_bulk_stalls_once_and_layer_wise_between_steps() -> None:
@@ -303,6 +302,26 @@ def test_a_lost_prefill_rank_computes_again_what_it_had_not_sent() -> None:
     assert prefill.alive_D.tolist() == [True, False]
     assert (prefill.free_D == prefill.capacity).all()
     assert served.instances[1].stats.generated == 2 + 1 + 2
+
+
+def test_a_plan_made_before_a_loss_is_not_put_in_place_after_it() -> None:
+    planner = Planner(2)
+    faults = [{"kind": "rank-loss", "at": "4 s", "rank": 1, "detect": "1 s"}]
+    rebalance = {"interval": "3.5 s", "window": "3 s", "apply": "bulk", "delay": "20 s"}
+    pool = plain_pool(2, {}, base_s=1.0, per_token_s=0.0)
+    served = serve(pool, trace([0.0], [1], [25]), planner, faults=faults, rebalance=rebalance)
+    assert [failed[1] for _, failed, _ in planner.asked[:2]] == [False, True]
+    assert served.end_s > 23.5
+    assert served.instances[0].stats.migrated_bytes == 7.0  # of the loss
+
+
+def test_re_balancing_does_not_go_on_for_ever() -> None:
+    # After the loss a group holds 16 tokens, fewer than the request needs by then.
+    faults = [{"kind": "rank-loss", "at": "2.5 s", "rank": 1, "detect": "1 s"}]
+    rebalance = {"interval": "3 s", "window": "3 s"}
+    pool = plain_pool(2, {"block_size": 4}, base_s=1.0, per_token_s=0.0, capacity_tokens=1000)
+    with pytest.raises(InfeasibleError, match=r"1 requests can never be served: .* no group has room"):
+        serve(pool, trace([0.0], [14], [20]), Planner(2, capacity=16), faults=faults, rebalance=rebalance)
 
 
 def test_a_slow_stage_sets_the_pace_of_a_pipeline() -> None:
