@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from moeplan.artifacts.profile import HardwareProfile
@@ -53,7 +55,8 @@ def coverage_notes(
 
 
 def faults_fit(spec: ServingSpec, pools: list[Pool]) -> None:
-    """Faults name pools, instances and ranks that there are, and nothing plans anew where ranks split experts.
+    """Faults name pools, instances and ranks that there are, and befall a rank one after the other; nothing plans anew
+    where ranks split experts.
 
     Raises:
         SpecError: which does not.
@@ -84,6 +87,14 @@ def faults_fit(spec: ServingSpec, pools: list[Pool]) -> None:
         ranks = pool.cluster.num_ranks * pool.engine.pp
         if fault.rank >= ranks:
             raise SpecError(f"{where}.rank ({fault.rank}) is outside 0..{ranks - 1} (ranks)")
+        for other, earlier in enumerate(spec.faults[:number]):
+            same = all(getattr(fault, f) == getattr(earlier, f) for f in ("kind", "pool", "instance", "rank"))
+            if same and fault.at < (earlier.until or math.inf) and earlier.at < (fault.until or math.inf):
+                raise SpecError(
+                    f"{where} ({fault.kind} of rank {fault.rank} from {fault.at:g} s) overlaps serving.faults.{other}"
+                    f" (from {earlier.at:g} s to {earlier.until or math.inf:g} s), which is the same of the same rank;"
+                    " let one end before the other begins"
+                )
 
 
 def slo_possible(spec: ServingSpec, requests: RequestTrace, pools: list[Pool]) -> None:
@@ -96,7 +107,8 @@ def slo_possible(spec: ServingSpec, requests: RequestTrace, pools: list[Pool]) -
     first = pools[0]
     least: dict[str, float] = {}
     if first.role != "decode":
-        least["ttft"] = _alone(first, shortest, 0)
+        shared = first.engine.prefix_caching and requests.prefix_Q is not None
+        least["ttft"] = _alone(first, 1 if shared else shortest, 0)  # the last token of a prompt is never in the cache
     if pools[-1].role != "prefill" and int(requests.output_tokens_Q.max()) > 1:
         least["tpot"] = _alone(pools[-1], 0, shortest)
         least["e2e"] = least.get("ttft", 0.0) + (answer - 1) * least["tpot"]

@@ -40,6 +40,7 @@ from moeplan.progress import Progress, no_progress
 from moeplan.simulation.detailed_costs import SAMPLED_LAYERS, first_layers
 from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of, share_deviations
 from moeplan.simulation.service import simulate_service
+from moeplan.specs.catalogue import names_a_file
 from moeplan.specs.scenario import Scenario
 
 __all__ = ["SIMULATION_PLACE", "Simulated", "Sweep", "cases_of", "simulate", "sweep", "write_simulation"]
@@ -47,7 +48,8 @@ __all__ = ["SIMULATION_PLACE", "Simulated", "Sweep", "cases_of", "simulate", "sw
 SIMULATION_PLACE = ("a simulation", ("result.json", "events.parquet"))
 """What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 
-_FIELDS_OF_FILES = ("trace", "current")
+_FIELDS_OF_FILES = ("trace", "current", "model", "cluster", "profile")
+_INSIDE = {"current": "plan.json", "prefill placement": "plan.json", "model": "config.json"}  # of a directory, one file
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +177,26 @@ def _digest(scenario: Scenario) -> str:
 
 def _provenance(scenario: Scenario, seeds: int) -> dict[str, str]:
     """Hashes of all that a case is made from; ``case_sha256`` is that of all of them."""
-    files = {name: getattr(scenario, name) for name in _FIELDS_OF_FILES}
+    files: dict[str, Any] = {name: getattr(scenario, name) for name in _FIELDS_OF_FILES}
     if scenario.serving is not None:
         files["requests"] = scenario.serving.requests.file
         files["prefill placement"] = scenario.serving.prefill.placement if scenario.serving.prefill else None
-    hashes = {
-        f"{name}_sha256": sha256_file(path) for name, path in files.items() if path is not None and path.is_file()
-    }
+    hashes = {f"{name}_sha256": digest for name, given in files.items() if (digest := _contents(name, given))}
     hashes |= {"scenario_sha256": _digest(scenario), "moeplan": version("moeplan")}
     return hashes | {"case_sha256": sha256_bytes(canonical_json({**hashes, "seeds": seeds}).encode())}
+
+
+def _contents(name: str, given: Any) -> str:
+    """Digest of the file or the directory that a field names; empty where it names none."""
+    if not isinstance(given, (str, Path)) or not names_a_file(given):
+        return ""
+    path = Path(given)
+    if path.is_dir() and name in _INSIDE:
+        path /= _INSIDE[name]
+    if path.is_dir():
+        inside = sorted(part for part in path.rglob("*") if part.is_file())
+        return sha256_bytes(canonical_json({str(p.relative_to(path)): sha256_file(p) for p in inside}).encode())
+    return sha256_file(path) if path.is_file() else ""
 
 
 def _headlines(seeds: int, answers: Sequence[_Answer]) -> dict[str, Headline]:

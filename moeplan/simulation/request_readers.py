@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.errors import InputError, TraceError
 from moeplan.files import read_lines, sha256_file
 from moeplan.registry import load_plugin, plugin_names
+
+_MOST_TOKENS = 10**12
 
 __all__ = ["RequestReader", "azure", "mooncake", "read_requests", "table"]
 
@@ -58,7 +61,12 @@ def read_requests(path: Path, format: str | None = None) -> RequestTrace:
     if len(claims) != 1:
         said = f"could be {' or '.join(r.name for r in claims)}" if claims else "is in no format known here"
         raise TraceError(f"{path} {said}; name its format: {', '.join(names)}")
-    found = claims[0].read(path)
+    try:
+        found = claims[0].read(path)
+    except TraceError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise TraceError(f"{path}: {error}") from error
     origin = {"format": claims[0].name, "file": path.name, "sha256": sha256_file(path)}
     return replace(found, origin=origin)
 
@@ -92,7 +100,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _number(place: str, row: dict[str, Any], column: str) -> float:
     value = row.get(column)
     try:
-        if isinstance(value, bool) or value is None:
+        if isinstance(value, bool) or value is None or not math.isfinite(float(value)):
             raise ValueError
         return float(value)
     except (TypeError, ValueError):
@@ -101,7 +109,7 @@ def _number(place: str, row: dict[str, Any], column: str) -> float:
 
 def _whole(place: str, row: dict[str, Any], column: str) -> int:
     value = _number(place, row, column)
-    if value != int(value):
+    if not value.is_integer() or abs(value) > _MOST_TOKENS:
         raise TraceError(f"{place}: {column} ({value:g}) is not a whole number of tokens")
     return int(value)
 
@@ -122,7 +130,7 @@ def _tokens(values: list[int]) -> Any:
 
 
 class _Azure:
-    """AzurePublicDataset: ``TIMESTAMP, ContextTokens, GeneratedTokens``."""
+    """AzurePublicDataset: ``TIMESTAMP, ContextTokens, GeneratedTokens``; times with a zone or without."""
 
     name = "azure"
     description = "Azure LLM inference trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens)"
@@ -135,8 +143,8 @@ class _Azure:
         for place, row in _rows(path):
             text = str(row.get("TIMESTAMP"))
             try:
-                head, _, fraction = text.partition(".")  # seven digits: more than datetime reads
-                times.append(datetime.fromisoformat(head).replace(tzinfo=UTC).timestamp() + float(f"0.{fraction or 0}"))
+                time = datetime.fromisoformat(text)
+                times.append((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp())
             except ValueError as error:
                 raise TraceError(f"{place}: TIMESTAMP ({text!r}) is not a time") from error
             inputs.append(_whole(place, row, "ContextTokens"))

@@ -66,7 +66,11 @@ def test_every_reader_has_a_contract_class() -> None:
         ("a.csv", "input_tokens,output_tokens\n5.5,1\n", r"input_tokens \(5.5\) is not a whole number"),
         ("a.csv", "x,y\n1,2\n", "is in no format known here; name its format: azure, mooncake, table"),
         ("a.jsonl", f"{MOONCAKE}\n", "2 hash_ids are more"),
-        ("a.csv", "arrival_s,input_tokens,output_tokens\n2,1,1\n1,1,1\n", "request 1 arrives before the one above"),
+        ("a.csv", "arrival_s,input_tokens,output_tokens\n2,1,1\n1,1,1\n", "a.csv: request 1 arrives before the one"),
+        ("a.csv", "arrival_s,input_tokens,output_tokens\n0,1,0\n", r"a.csv: request 0: output_tokens \(0\) must be 1"),
+        ("a.csv", "input_tokens,output_tokens\nnan,1\n", r"line 2: input_tokens \('nan'\) is not a number"),
+        ("a.csv", "input_tokens,output_tokens\n1,1e30\n", r"line 2: output_tokens \(1e\+30\) is not a whole number"),
+        ("a.csv", "arrival_s,input_tokens,output_tokens\ninf,1,1\n", r"line 2: arrival_s \('inf'\) is not a number"),
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n", r"TIMESTAMP \('yesterday'\)"),
     ],
 )  # fmt: skip
@@ -75,6 +79,14 @@ def test_damaged_files_name_the_line(tmp_path: Path, name: str, text: str, messa
     path.write_text(text)
     with pytest.raises(TraceError, match=message):
         read_requests(path)
+
+
+def test_times_with_a_zone(tmp_path: Path) -> None:
+    rows = ("2024-05-10 00:00:00.009930+00:00,5,1", "2024-05-10 00:00:01+00:00,5,1")
+    (tmp_path / "a.csv").write_text("\n".join(("TIMESTAMP,ContextTokens,GeneratedTokens", *rows)))
+    found = read_requests(tmp_path / "a.csv")
+    assert found.arrival_s_Q is not None
+    assert found.arrival_s_Q.tolist() == pytest.approx([0.0, 0.99007])
 
 
 def test_unknown_files_and_names(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from moeplan.pipeline.compare import compare
 from moeplan.pipeline.executor import InlineExecutor
 from moeplan.pipeline.serving import build_service
 from moeplan.pipeline.simulate import cases_of, simulate, sweep, write_simulation
+from moeplan.specs.models import find_model
 from moeplan.specs.scenario import Scenario
 
 DEMO = Path(__file__).resolve().parents[3] / "moeplan" / "data" / "demo_trace.npz"
@@ -216,6 +217,9 @@ def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
           "rebalance": {"interval": "1 s", "window": "1 s"}}, {}, SpecError,
          r"with engine.pp \(2\) above 1, faults and serving.rebalance cannot be simulated together yet"),
         ({"slo": {"tpot": "1 us"}}, {}, SpecError, r"slo.tpot \(0.001 ms\) is below the service time .* by"),
+        ({"faults": [{"kind": "slow-rank", "at": "0 s", "until": "2 s", "rank": 1, "speed": 0.5},
+                     {"kind": "slow-rank", "at": "1 s", "rank": 1, "speed": 0.1}]}, {}, SpecError,
+         r"faults.1 \(slow-rank of rank 1 from 1 s\) overlaps serving.faults.0 \(from 0 s to 2 s\)"),
         ({"slo": {"ttft": "1 us"}}, {}, SpecError, r"slo.ttft .* no load meets it; allow"),
         ({"requests": REQUESTS | {"duration": "1 us"}}, {}, SpecError, r"zero arrivals within duration"),
         ({"warmup": "1 h"}, {}, SpecError, r"zero finished requests arrive after it"),
@@ -240,6 +244,19 @@ def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
 def test_impossible_scenarios_say_why(serving: Any, fields: Any, kind: type[MoeplanError], message: str) -> None:
     with pytest.raises(kind, match=message):
         simulate(scenario(serving, **fields), seeds=1)
+
+
+def test_an_objective_that_cached_prompts_keep_is_possible(tmp_path: Path) -> None:
+    row = {"timestamp": 0, "input_length": 20480, "output_length": 1, "hash_ids": list(range(40))}
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row | {"timestamp": 1000 * n}) + "\n" for n in range(3)))
+    requests = {"requests": {"file": str(tmp_path / "m.jsonl")}, "engine": {"prefix_caching": True}}
+    usual = simulate(scenario(requests), seeds=1).result.distributions["ttft"]
+    assert usual[50] < 0.5 * usual[-1]  # the first prompt is computed, the next two are found
+    limit = {"ttft": f"{usual[-1] * 500:.6f} ms"}
+    found = simulate(scenario(requests | {"slo": limit}), seeds=1).result
+    assert found.headlines["slo_attainment"].value == pytest.approx(2 / 3)
+    with pytest.raises(SpecError, match="no load meets it"):
+        simulate(scenario({"requests": requests["requests"], "slo": limit}), seeds=1)
 
 
 def test_a_framework_without_rows_is_said(tmp_path: Path) -> None:
@@ -277,6 +294,22 @@ def test_a_sweep_resumes_and_lists_what_failed(tmp_path: Path) -> None:
     found = compare(tmp_path, tmp_path)
     assert len(found) == 2
     assert all(d.verdict == "equal" for _, differences in found for d in differences)
+
+
+def test_a_sweep_is_simulated_again_where_what_it_is_made_from_has_changed(tmp_path: Path) -> None:
+    model, plan = find_model("deepseek-v2-lite"), tmp_path / "plan"
+    (tmp_path / "model.json").write_text(model.model_dump_json())
+    files = {"model": str(tmp_path / "model.json"), "trace": None, "current": str(plan)}
+    few = {"requests": REQUESTS | {"count": 2}, "experts": {"mode": "balanced"}}
+    one = scenario(few, **files, sweep={"seed": [1]})
+    plan.mkdir()
+    for experts in (np.arange(64), np.arange(64)[::-1]):
+        rows = [experts.tolist()] * model.num_layers
+        (plan / "plan.json").write_text(json.dumps({"physical_to_logical_map": rows}))
+        assert sweep(one, tmp_path / "out", seeds=1).resumed == 0
+    assert sweep(one, tmp_path / "out", seeds=1).resumed == 1
+    (tmp_path / "model.json").write_text(model.model_copy(update={"vocab_size": 1000}).model_dump_json())
+    assert sweep(one, tmp_path / "out", seeds=1).resumed == 0
 
 
 def test_an_interrupted_sweep_keeps_its_finished_cases(tmp_path: Path) -> None:

@@ -93,3 +93,37 @@ def test_a_recording_gives_times_lengths_and_prefixes() -> None:
 def test_wrong_requests_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         make(**fields)
+
+
+TIMED = RequestTrace(np.array([4, 5]), np.array([1, 2]), np.array([0.0, 1.0]), ((1,), (1, 2)), 4)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "fields", "message"),
+    [
+        (TIMED, {"rate": "5 /s"}, r"requests.rate is for arrivals poisson, .*, but they are file, as the rec"),
+        (TIMED, {"concurrency": 5}, r"requests.concurrency is for arrivals closed-loop, but they are file"),
+        (TIMED, {"arrivals": "constant", "rate": "1 /s", "time_scale": 2.0}, r"time_scale is for arrivals file, but"),
+        (None, {"arrivals": "poisson", "rate": "1 /s", "count": 1, "think_time": "1 s"}, r"think_time is for arrivals"),
+        (None, {"arrivals": "poisson", "rate": "1e12 /s", "duration": "1 h"}, r"requests: 4.32e\+15 are more than"),
+        (None, {"arrivals": "closed-loop", "concurrency": 1, "count": 10**12}, r"requests: 1e\+12 are more than"),
+        (None, {"arrivals": "constant", "rate": "1e-15 /s", "count": 3}, r"the last one comes after 3e\+15 s"),
+        (None, {"arrivals": "constant", "rate": "1 /s", "count": 3, "input_tokens": {"mean": 1e300, "cv": 1}},
+         r"requests.input_tokens: mean \(1e\+300\) and cv \(1\) draw .* tokens, more than"),
+    ],
+)  # fmt: skip
+def test_what_arrivals_do_not_take_or_cannot_be_is_refused(
+    recorded: RequestTrace | None, fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        make(recorded, **fields)
+
+
+def test_prompts_of_a_repeated_recording_begin_like_each_other_only() -> None:
+    found = make(TIMED, arrivals="constant", rate="1 /s", count=5)
+    assert found.prefix_Q is not None
+    firsts = [chain[0] for chain in found.prefix_Q]
+    assert firsts[0] == firsts[1] == 1
+    assert firsts[2] == firsts[3]
+    assert len({firsts[0], firsts[2], firsts[4]}) == 3
+    assert len({item for chain in found.prefix_Q for item in chain}) == 5
