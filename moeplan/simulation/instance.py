@@ -288,8 +288,7 @@ class Instance:
     def lost_on_the_way(self, request: Request) -> None:
         """The group was lost while it still held the cache for a transfer: all of it is to be computed again."""
         self.load_D[request.group] -= 1
-        self.stats.recomputed += request.context - 1
-        request.held, request.saved, request.swap_tokens = (), 0, 0
+        self._lose(request)
 
     def preempted(self, request: Request, cached: int, prefilling: bool) -> None:
         """A request lost its place and goes to the head of its queue."""
@@ -325,10 +324,17 @@ class Instance:
         self.load_D[d] -= len(requests)
         self.pools[d].clear()
         for request in requests:
-            self.stats.recomputed += request.context if request.saved else 0
-            request.saved = request.swap_tokens = 0
+            if request.saved:
+                self._lose(request)
         self.note_state()
         return requests
+
+    def _lose(self, request: Request) -> None:
+        """A cache that waited or travelled is gone, and with it a first token that was not sent."""
+        if request.first_ns == NEVER:
+            request.generated = 0
+        self.stats.recomputed += request.context
+        request.held, request.saved, request.swap_tokens = (), 0, 0
 
     # ------------------------------------------------------------------ steps
 

@@ -287,21 +287,22 @@ def test_a_lost_prefill_rank_computes_again_what_it_had_not_sent() -> None:
     arrivals = trace([0.0, 0.0, 1.2], [10, 10, 10], [3, 3, 3])
     served = serve(pools, arrivals, Planner(2), faults=faults, prefill={"ranks": 2}, router="round-robin")
     # Both prompts end at 1 s and are on their links till 2 s. Rank 1 is lost with the second one's cache: it waits for
-    # rank 0 from 2 s on, which stalls for 3 + 2 s from the loss. The third was in the step of 1.2 s, whose rank stays.
+    # rank 0 from 2 s on, which stalls for 3 + 2 s from the loss, and computes its first token again. The third was in the step of 1.2 s, whose rank stays.
     kept, again, third = served.requests
-    assert times(served, "first_ns")[:2] == pytest.approx([2.0, 8.6])
+    assert times(served, "first_ns")[:2] == pytest.approx([2.0, 8.5])
     assert kept.finish_ns == pytest.approx(2.2e9)
     assert (again.generated, again.group, third.group) == (3, 0, 0)
     prefill = served.instances[0]
     assert prefill.stats.recomputed == 10
     steps = served.log.start_s_V[served.log.of_kind("step") & (served.log.rank_V == 0)]  # type: ignore[union-attr]
     assert not ((steps > 1.5) & (steps < 6.5)).any()
-    # From 6.5 s a step of 1 s yields its second token, 11 tokens take 1.1 s over the link, a decode step the third.
+    # From 6.5 s a step of 1 s yields its first token, 10 tokens take 1 s over the link, decode steps the other two.
     assert again.finish_ns == pytest.approx(8.7e9)
     assert prefill.load_D.tolist() == [0, 0]
     assert prefill.alive_D.tolist() == [True, False]
     assert (prefill.free_D == prefill.capacity).all()
-    assert served.instances[1].stats.generated == 2 + 1 + 2
+    assert served.instances[1].stats.generated == 2 + 2 + 2
+    assert sum(sum(instance.stats.gaps.values()) for instance in served.instances) == 2 + 2 + 2
 
 
 def test_a_plan_made_before_a_loss_is_not_put_in_place_after_it() -> None:
@@ -322,6 +323,20 @@ def test_re_balancing_does_not_go_on_for_ever() -> None:
     pool = plain_pool(2, {"block_size": 4}, base_s=1.0, per_token_s=0.0, capacity_tokens=1000)
     with pytest.raises(InfeasibleError, match=r"1 requests can never be served: .* no group has room"):
         serve(pool, trace([0.0], [14], [20]), Planner(2, capacity=16), faults=faults, rebalance=rebalance)
+
+
+def test_a_cache_lost_in_a_queue_for_decoding_is_no_token_sent() -> None:
+    link = {"kv_bytes": 1e6, "link_bytes_per_s": 1e9, "link_latency_s": 0.0}
+    pools = [
+        plain_pool(1, {}, 1.0, 0.0, role="prefill", **link),
+        plain_pool(2, {"max_num_seqs": 1}, 1.0, 0.0, role="decode"),
+    ]
+    faults = [{"kind": "rank-loss", "at": "3.5 s", "rank": 1, "detect": "1 s"}]
+    arrivals = trace([0.0] * 4, [10] * 4, [3] * 4)
+    served = serve(pools, arrivals, Planner(2), faults=faults, prefill={"ranks": 1}, router="round-robin")
+    assert all(r.generated == 3 for r in served.requests)
+    gaps_ns = sum(gap * count for instance in served.instances for gap, count in instance.stats.gaps.items())
+    assert gaps_ns == sum(r.finish_ns - r.first_ns for r in served.requests)
 
 
 def test_a_slow_stage_sets_the_pace_of_a_pipeline() -> None:
