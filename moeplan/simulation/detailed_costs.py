@@ -42,7 +42,8 @@ class DetailedCosts:
         )
         alone_s = whole.total_s - whole.exposed_s
         exposed_s = max(0.0, found.total_s - alone_s)
-        return StepSeconds(found.total_s, whole.relative_error, exposed_s, found.busy_s_R, found.log)
+        busy_R = np.minimum(found.busy_s_R, found.total_s - exposed_s)  # attention beside experts counts once
+        return StepSeconds(found.total_s, whole.relative_error, exposed_s, busy_R, found.log)
 
 
 def first_layers(instance: Instance) -> EventLog | None:

@@ -67,6 +67,20 @@ def test_serving_agrees_within_two_per_cent(tmp_path: Path, overlap: str) -> Non
             assert ends[mine].max() <= ends[at] + 2e-9
 
 
+def test_parts_of_a_ranks_time_add_up_where_work_lies_side_by_side() -> None:
+    document = json.loads(json.dumps(SERVING))
+    document["serving"]["engine"]["overlap"] = "shortcut"
+    shares = {}
+    for fidelity in ("step", "detailed"):
+        scenario = Scenario.parse(document | {"fidelity": fidelity}, "test")
+        ranks = simulate(scenario, seeds=1, keep_log=False).result.ranks
+        assert ranks is not None
+        total = np.sum([ranks.compute, ranks.exchange, ranks.bubble, ranks.idle], axis=0)
+        assert total == pytest.approx(np.ones(4), abs=1e-6)
+        shares[fidelity] = np.array(ranks.compute)
+    assert shares["detailed"] == pytest.approx(shares["step"], rel=0.05)
+
+
 def test_reports_look_inside_a_step(tmp_path: Path) -> None:
     """Both modes have a picture of a step and of memory; loads of all layers are known where all were played."""
     titles = {}

@@ -287,7 +287,8 @@ def test_a_lost_prefill_rank_computes_again_what_it_had_not_sent() -> None:
     arrivals = trace([0.0, 0.0, 1.2], [10, 10, 10], [3, 3, 3])
     served = serve(pools, arrivals, Planner(2), faults=faults, prefill={"ranks": 2}, router="round-robin")
     # Both prompts end at 1 s and are on their links till 2 s. Rank 1 is lost with the second one's cache: it waits for
-    # rank 0 from 2 s on, which stalls for 3 + 2 s from the loss, and computes its first token again. The third was in the step of 1.2 s, whose rank stays.
+    # rank 0 from 2 s on, which stalls for 3 + 2 s from the loss, and computes its first token again. The third was in
+    # the step of 1.2 s, whose rank stays.
     kept, again, third = served.requests
     assert times(served, "first_ns")[:2] == pytest.approx([2.0, 8.5])
     assert kept.finish_ns == pytest.approx(2.2e9)
