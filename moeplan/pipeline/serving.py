@@ -377,8 +377,10 @@ def _replanner(
 
     def replan(load_LE: Floats, cluster: ClusterSpec, current: Placement, planner: str | None) -> Replanned:
         live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
-        redundant = max(0, int(own_R[live_R].sum()) - model.num_experts)
-        slots_R, _ = slots_of_ranks(model, cluster, scenario.workload, redundant, None)
+        slots_R = np.bincount(current.rank_of_slot_P, minlength=cluster.num_ranks)
+        if ((slots_R > 0) != live_R).any():  # a rank was lost or came back
+            redundant = max(0, int(own_R[live_R].sum()) - model.num_experts)
+            slots_R, _ = slots_of_ranks(model, cluster, scenario.workload, redundant, None)
         room = kv_room(model, cluster, work, pool.engine, slots_R)
         load = ExpertLoad(load_LE[None], ("recent",), model.moe_layer_ids, model.top_k)
         problem = _problem(scenario, model, cluster, slots_R, load, profile)

@@ -46,14 +46,13 @@ _Process = Generator[simpy.Event, Any, None]
 @dataclass(frozen=True, slots=True, eq=False)
 class DetailedStep:
     """What a step did. ``link_bytes_X`` over the links ``links_X`` (source, target); ``busy_s_R`` each rank's
-    seconds of computing; ``exchange_s`` seconds during which some exchange was under way."""
+    seconds of computing."""
 
     total_s: float
     log: EventLog
     links_X: tuple[tuple[str, str], ...]
     link_bytes_X: Floats
     busy_s_R: Floats
-    exchange_s: float
 
 
 def simulate_step(
@@ -185,7 +184,6 @@ class _Step:
         self.env = simpy.Environment()
         self.recorder = EventRecorder()
         self.busy_s_R = np.zeros(self.num_ranks)
-        self.spans: list[tuple[float, float]] = []
         hidden, parts = model.model.routed_hidden_size, batches[0]
         out = token_bytes(hidden, model.workload.activation_dtype)
         self.wire = {"dispatch": out, "combine": returned_bytes(hidden, model.workload.activation_dtype)}
@@ -216,7 +214,6 @@ class _Step:
         self.recorder.add(
             kind, start, self.env.now - start, rank=rank, layer=layer, step=0, amount=float(exchange.sent_R[rank])
         )
-        self.spans.append((start, self.env.now))
 
     def _work(self, rank: int, layer: int, *parts: tuple[str, float, float]) -> _Process:
         """Compute (kind, seconds, amount) one after another, without another batch in between."""
@@ -284,15 +281,4 @@ class _Step:
         tokens = sum(parts.tokens for parts in self.batches)
         self.recorder.add("step", 0.0, total, step=0, amount=float(tokens))
         log = self.recorder.build("simulated", self.num_ranks, self.cluster.num_nodes, {"fidelity": "detailed"})
-        return DetailedStep(
-            total, log, self.network.links_X, self.links.moved_X, self.busy_s_R, _covered(self.spans)
-        )
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Seconds covered by at least one span."""
-    total, end = 0.0, 0.0
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
+        return DetailedStep(total, log, self.network.links_X, self.links.moved_X, self.busy_s_R)

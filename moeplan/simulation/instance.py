@@ -88,7 +88,6 @@ class InstanceStats:
     running_at: array[float] = field(default_factory=lambda: array("d"))
     waiting_at: array[float] = field(default_factory=lambda: array("d"))
     cache_at: array[float] = field(default_factory=lambda: array("d"))
-    largest_error: float = 0.0
 
     def gap(self, gap_ns: int, count: int) -> None:
         """``count`` tokens came ``gap_ns`` after the ones before them."""
@@ -358,7 +357,6 @@ class Instance:
         stats.busy_R += np.concatenate([step.busy_R for step in steps]) * scale
         stats.stepping_s += duration_ns * 1e-9 / pp
         stats.exposed_s += sum(step.exposed_s for step in steps) / pp * scale
-        stats.largest_error = max(stats.largest_error, error)
         tokens = float(batch.tokens_D.sum())
         stats.start_s.append(now_s)
         stats.length_s.append(duration_ns * 1e-9)

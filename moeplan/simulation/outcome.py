@@ -111,14 +111,14 @@ def outcome_of(served: Served, spec: ServingSpec) -> Outcome:
         distributions["itl"] = tuple(_weighted(gap_s, gap_counts, np.linspace(0, 1, 101)).tolist())
 
     num_ranks = sum(len(instance.stats.busy_R) for instance in served.instances)
-    begun = done & (first >= start) & (first <= end) & (spec.role != "decode")
+    begun = done & (first > start) & (first <= end) & (spec.role != "decode")
     tokens = float(begun.sum()) + _tokens_between(first[done], finish[done], outputs[done] - 1, start, end)
     figures["output_tokens_per_s"] = tokens / span
     figures["output_tokens_per_s_per_gpu"] = tokens / span / num_ranks
     figures["output_tokens_per_s_per_node"] = tokens / span / served.num_nodes
     if spec.role != "decode":
         figures["input_tokens_per_s_per_gpu"] = float(inputs[begun].sum()) / span / num_ranks
-    in_time = done & (finish >= start) & (finish <= end)
+    in_time = done & (finish > start) & (finish <= end)
     figures["requests_per_s"] = float(in_time.sum()) / span
     if (kept := _keeps_slo(spec, first - arrival, finish - first, finish - arrival, outputs)) is not None:
         figures["goodput_requests_per_s"] = float((in_time & kept).sum()) / span

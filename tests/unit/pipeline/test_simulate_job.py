@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def test_re_balancing_lowers_the_bubble() -> None:
     ).result  # fmt: skip
     assert moved.counts["migrated_bytes"] > 0
     assert moved.headlines["bubble_share"].value < still.headlines["bubble_share"].value
+
+
+def test_re_balancing_keeps_the_slots_of_every_rank() -> None:
+    pool = build_service(scenario({"experts": {"mode": "mean"}}), 0).pools[0]
+    slots_R = np.array([4, 12, 8, 8, 8, 8, 8, 8])
+    rank_of_slot_P = np.repeat(np.arange(8, dtype=np.int32), slots_R)
+    uneven = replace(pool.placement, rank_of_slot_P=rank_of_slot_P)
+    assert pool.replan is not None
+    found = pool.replan(pool.loads.at(0.0, "decode"), pool.cluster, uneven, "greedy")
+    assert found.placement.rank_of_slot_P.tolist() == rank_of_slot_P.tolist()
 
 
 def test_pools_of_different_size_are_re_balanced_and_slowed_apart() -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from service_pools import Planner, plain_pool, serve, serving, trace
 
+from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.simulation.outcome import Outcome, outcome_of
-from moeplan.simulation.service import Served
+from moeplan.simulation.service import Served, simulate_service
 
 
 def figures(served: Served, **fields: Any) -> Outcome:
@@ -73,6 +74,18 @@ def test_a_pool_is_credited_with_what_it_does() -> None:
     assert prefill.headlines["output_tokens_per_s"] == 2.0
     assert prefill.headlines["input_tokens_per_s_per_gpu"] == 200.0
     assert prefill.counts["output_tokens"] == 2
+
+
+def test_a_closed_loop_in_step_has_its_rates_whatever_the_edges() -> None:
+    # Four requests of 5 s each at a time; some end at the very end of the warm-up, and of the duration.
+    requests = {"arrivals": "closed-loop", "concurrency": 4, "duration": "100 s"}
+    spec = serving(requests=requests | {"input_tokens": 10, "output_tokens": 5}, warmup="10 s")
+    arrivals = RequestTrace(np.full(200, 10), np.full(200, 5))
+    served = simulate_service(spec, arrivals, [plain_pool(1, {}, 1.0, 0.0)])
+    found = outcome_of(served, spec).headlines
+    assert served.end_s == 105.0
+    assert found["requests_per_s"] == pytest.approx(0.8)
+    assert found["output_tokens_per_s"] == pytest.approx(4.0)
 
 
 def test_the_run_over_time_adds_up_whatever_the_steps() -> None:
