@@ -238,8 +238,11 @@ def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Seque
     first = answers[0]
     headlines = _headlines(seeds, answers) if scenario.training is None else _with_ends(first)
     notes = list(first.notes)
-    if seeds == 1 and scenario.training is None:
-        notes.append("one seed: intervals hold the costs' residuals only")
+    if scenario.training is None:
+        if seeds == 1:
+            notes.append("one seed: intervals hold the costs' residuals only")
+        elif all(answer.outcome.headlines == first.outcome.headlines for answer in answers[1:seeds]):
+            notes.append("seeds do not differ, as nothing here is drawn: intervals hold the costs' residuals only")
     if scenario.training is not None:
         notes.append("nothing in training is drawn: intervals hold the costs' residuals, seeds do not differ")
     result = SimulationResult(

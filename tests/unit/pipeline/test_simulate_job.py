@@ -76,6 +76,14 @@ def test_host_time_adds_to_every_step() -> None:
     assert slower.headlines["tpot_p50_s"].value == pytest.approx(usual + 0.02, abs=1e-8)
 
 
+def test_seeds_that_do_not_differ_are_said() -> None:
+    few = {"requests": REQUESTS | {"count": 3, "arrivals": "constant"}, "experts": {"mode": "mean"}}
+    drawn = few | {"requests": REQUESTS | {"count": 3}}
+    said = [any("seeds do not differ" in note for note in simulate(scenario(each), seeds=2).result.notes)
+            for each in (few, drawn)]  # fmt: skip
+    assert said == [True, False]
+
+
 def test_one_and_two_phases_and_samples() -> None:
     bubble = {}
     for mode in ("replay", "sample", "mean", "balanced"):
