@@ -49,11 +49,13 @@ _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill s
 
 
 def grid(highest: float, lowest: float = 1.0) -> Floats:
-    """1 and 1.5 times powers of two from ``lowest`` (one of them or below) to the first at or above ``highest``."""
+    """1 and 1.5 times powers of two from ``lowest`` (one of them or below) to the first at or above ``highest``; two or
+    more, as lines lie between two."""
     first, last = int(np.floor(np.log2(lowest))), int(np.ceil(np.log2(max(highest, 2.0))))
-    points = [factor * 2.0**power for power in range(first, last + 1) for factor in (1.0, 1.5)]
+    every = (factor * 2.0**power for power in range(first, last + 1) for factor in (1.0, 1.5))
+    points = [x for x in every if x < 1 or x == int(x)]
     top = next((i for i, x in enumerate(points) if x >= highest), len(points) - 1)
-    return np.array([x for x in points[: top + 1] if x < 1 or x == int(x)])
+    return np.array(points[: max(1, top) + 1])
 
 
 def stairs(points: Floats, tp: int = 1) -> Floats:

@@ -150,6 +150,14 @@ def test_slow_ranks_and_slow_links_take_longer() -> None:
     assert found.exposed_s > usual.exposed_s
 
 
+@pytest.mark.parametrize(("highest", "lowest"), [(1, 1.0), (1.5, 1.0), (2, 1.0), (1, 0.125), (3000, 1.0)])
+def test_a_line_always_has_two_ends(highest: float, lowest: float) -> None:
+    points = grid(highest, lowest)  # kernels read the point after the one at or below without a look at its number
+    assert len(points) >= 2
+    assert points[0] <= lowest
+    assert points[-1] >= highest
+
+
 def test_grid_has_one_and_a_half_steps() -> None:
     assert grid(100).tolist() == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
     assert grid(2, 1 / 3).tolist() == [0.25, 0.375, 0.5, 0.75, 1, 2]
