@@ -59,7 +59,8 @@ class Assumption(_Paper):
 
 
 class RankTimes(_Paper):
-    """Where each rank's time goes, as parts of the run that add up to 1; ranks of all instances in order."""
+    """Where each rank's time goes, as parts of the run after its warm-up that add up to 1; ranks of all instances in
+    order."""
 
     compute: tuple[float, ...] = Field(description="attention, dense parts and experts")
     exchange: tuple[float, ...] = Field(description="dispatch and combine that no compute hides")
