@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -21,7 +23,7 @@ from typing import Any
 from moeplan import errors
 from moeplan.errors import InputError, MissingExtraError, MoeplanError, RunError
 
-__all__ = ["Launch", "Rank", "join_torchrun", "run_ranks", "run_torchrun", "under_torchrun"]
+__all__ = ["Launch", "Rank", "join_torchrun", "restarts", "run_ranks", "run_torchrun", "under_torchrun"]
 
 _GRACE_S = 3.0
 _FAILED = 3
@@ -51,6 +53,11 @@ class Rank:
 def under_torchrun() -> bool:
     """Whether torchrun (or another launcher with its environment) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarts() -> int:
+    """How often torchrun has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _join(store: Any, rank: int, world: int, launch: Launch) -> None:
@@ -105,8 +112,7 @@ def join_torchrun(launch: Launch) -> Rank:
     except (KeyError, ValueError, RuntimeError, OSError) as error:
         raise RunError(f"rank {rank} cannot reach the store: {_first_line(error)}") from error
     # One store serves all attempts of torchrun: what the ranks before said must not be heard.
-    attempt = f"moeplan/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    _join(dist.PrefixStore(attempt, store), rank, world, launch)
+    _join(dist.PrefixStore(f"moeplan/attempt_{restarts()}", store), rank, world, launch)
     return Rank(rank, world, launch.device, lambda _message: None)
 
 
@@ -161,7 +167,7 @@ def _missing(store: Any, rank: int, world: int) -> str:
         while gone and time.monotonic() < until:
             gone = [other for other in gone if not store.check([f"moeplan/alive/{other}"])]
             time.sleep(0.05)
-        return f"rank {', '.join(map(str, gone))} died" if gone else f"rank {rank} failed"
+        return f"rank {', '.join(map(str, gone))} died or hangs" if gone else f"rank {rank} failed"
     except (RuntimeError, OSError):
         return "the process that holds the store died"
 
@@ -189,11 +195,16 @@ def _body(launch: Launch, rank: int, port: int, target: Callable[..., Any], args
         dist.destroy_process_group()
         link.send(("done", answer))
         link.close()
-    except (MoeplanError, RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError) as error:
+    except Exception as error:
         text = str(error) if isinstance(error, MoeplanError) else f"{_first_line(error)} ({_where(error)})"
-        link.send(("failed", type(error).__name__, text))
-        link.close()
+        with suppress(OSError):  # the one who started us may be gone, then nobody is told
+            link.send(("failed", type(error).__name__, text, _of_exchange(error)))
         os._exit(_FAILED)  # other ranks may be gone: no tidy end of the process group
+
+
+def _of_exchange(error: BaseException) -> bool:
+    """Whether ``error`` may come from another rank's: an exchange failed."""
+    return isinstance(error.__cause__ if isinstance(error, MoeplanError) else error, RuntimeError)
 
 
 def _first_line(error: BaseException) -> str:
@@ -253,7 +264,7 @@ def run_ranks(
             there.close()
             links.append(here)
             processes.append(process)
-        return _supervise(processes, links, on_message)
+        return _supervise(processes, links, launch.timeout_s, on_message)
     finally:
         for process in processes:
             if process.is_alive():
@@ -263,11 +274,21 @@ def run_ranks(
             link.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """How ``rank`` ended: ``kind`` is the name of an error, or "died"."""
+
+    rank: int
+    kind: str
+    text: str
+    of_exchange: bool = False
+
+
 def _supervise(
-    processes: list[Any], links: list[Connection], on_message: Callable[[int, Any], None]
+    processes: list[Any], links: list[Connection], timeout_s: float, on_message: Callable[[int, Any], None]
 ) -> list[Any]:
     answers: dict[int, Any] = {}
-    failures: list[tuple[int, str, str]] = []
+    failures: list[_Failure] = []
     open_links: dict[Any, int] = {link: rank for rank, link in enumerate(links)}
     trouble_at: float | None = None
     while open_links and (trouble_at is None or time.monotonic() - trouble_at < _GRACE_S):
@@ -279,7 +300,7 @@ def _supervise(
                 del open_links[link]
                 processes[rank].join()
                 if rank not in answers and processes[rank].exitcode != _FAILED:
-                    failures.insert(0, (rank, "died", _cause(processes[rank].exitcode)))
+                    failures.append(_Failure(rank, "died", _cause(processes[rank].exitcode)))
                     trouble_at = trouble_at or time.monotonic()
                 continue
             if kind == "message":
@@ -287,27 +308,32 @@ def _supervise(
             elif kind == "done":
                 answers[rank] = what[0]
             else:
-                failures.append((rank, str(what[0]), str(what[1])))
+                failures.append(_Failure(rank, *what))
                 trouble_at = trouble_at or time.monotonic()
     if not failures:
         return [answers[rank] for rank in range(len(processes))]
-    raise _worst(failures)
+    silent = set(range(len(processes))) - answers.keys() - {failure.rank for failure in failures}
+    raise _worst(failures, sorted(silent), timeout_s)
 
 
 def _cause(code: int) -> str:
     return f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
 
-def _worst(failures: list[tuple[int, str, str]]) -> MoeplanError:
-    """One error for all: a death before what a rank was told, before an exchange that failed because of either."""
-    for rank, kind, text in failures:
-        if kind == "died":
-            return RunError(f"rank {rank} died {text}; the other ranks were ended")
-    for _rank, kind, text in failures:
-        known = getattr(errors, kind, None)
-        if isinstance(known, type) and issubclass(known, MoeplanError):
-            odd = issubclass(known, (errors.UnknownNameError, errors.MissingExtraError))  # made of other words
-            return RunError(text) if odd else known(text)
-    order = sorted(failures, key=lambda failure: failure[1] in ("RuntimeError", "DistBackendError", "DistNetworkError"))
-    rank, _kind, text = order[0]
-    return RunError(f"rank {rank} failed: {text}; the other ranks were ended")
+def _worst(failures: list[_Failure], silent: list[int], timeout_s: float) -> MoeplanError:
+    """One error for all: a death before what a rank was told, before an exchange that failed because of either.
+
+    Where exchanges ran into their time limit, the ranks that say nothing (``silent``) are those that were waited for.
+    """
+    worst = min(failures, key=lambda f: (f.kind != "died", f.of_exchange, not hasattr(errors, f.kind)))
+    if worst.kind == "died":
+        return RunError(f"rank {worst.rank} died {worst.text}; the other ranks were ended")
+    if worst.of_exchange and silent and re.search("tim(ed |e)out", worst.text, re.IGNORECASE):
+        names = ", ".join(map(str, silent))
+        return RunError(f"rank {names} hangs: the others waited {timeout_s:g} s for it; all ranks were ended")
+    known = getattr(errors, worst.kind, None)
+    if known is None:
+        return RunError(f"rank {worst.rank} failed: {worst.text}; the other ranks were ended")
+    odd = issubclass(known, (errors.UnknownNameError, errors.MissingExtraError))  # made of other words
+    error: MoeplanError = RunError(worst.text) if odd else known(worst.text)
+    return error

@@ -171,10 +171,11 @@ def test_a_rank_that_never_joins_is_named(model: Path, text: Path) -> None:
 def test_a_plan_handed_to_a_run_and_its_metrics(tmp_path: Path, model: Path, text: Path) -> None:
     control, port = tmp_path / "control", _free_port()
     words = ("live", "--model", model, "--text", text, "--ranks", 2, "--steps", 100_000, "--batch", 4, "--length", 32)
-    run = subprocess.Popen(
-        [sys.executable, "-m", "moeplan.cli", *map(str, words), "--control", control, "--prometheus", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "moeplan.cli", *map(str, words), "--control", control, "--prometheus", str(port)],
+            stdout=subprocess.DEVNULL, stderr=said,
+        )  # fmt: skip
     try:
         until = time.monotonic() + 60
         while not (control / "run.json").is_file():
@@ -194,12 +195,14 @@ def test_a_plan_handed_to_a_run_and_its_metrics(tmp_path: Path, model: Path, tex
             f"error: prometheus port ({port}) cannot be used"
         )
     finally:
+        ranks = [rank for server in _children_of(run.pid) for rank in _children_of(server)]
         run.terminate()
         run.wait()
     until = time.monotonic() + 30
-    while _children_of(run.pid):  # ranks end with the one who started them
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):  # they end with the one who started them
         assert time.monotonic() < until
         time.sleep(0.05)
+    assert "Traceback" not in (tmp_path / "said").read_text()
     with pytest.raises(RunError, match=r"did not answer within 0.2 s; is it still running\?"):
         apply_plan(_plan(tmp_path), control, 0.2)
 
