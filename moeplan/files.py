@@ -25,6 +25,7 @@ __all__ = [
     "read_lines",
     "read_yaml",
     "require_place",
+    "require_writable",
     "sha256_bytes",
     "sha256_file",
     "write_text",
@@ -35,7 +36,7 @@ MAX_DOCUMENT_BYTES = 512 * 2**20
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write {path}: {error.strerror or error}; choose another --out")
+    return InputError(f"cannot write {path}: {error.strerror or error}; choose another place")
 
 
 @contextmanager
@@ -58,6 +59,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` where it is missing, and see that files can be written there.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def require_place(path: Path, what: str, files: Sequence[str]) -> Path:

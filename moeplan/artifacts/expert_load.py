@@ -47,6 +47,9 @@ class ExpertLoad:
         if not np.isfinite(self.load_WLE).all():
             w, l, e = (int(i[0]) for i in np.nonzero(~np.isfinite(self.load_WLE)))
             raise TraceError(f"load at window {w}, layer {l}, expert {e} is not finite; counts must be numbers")
+        if self.load_WLE.max() > 2**53:
+            w, l, e = (int(i[0]) for i in np.nonzero(self.load_WLE > 2**53))
+            raise TraceError(f"load at window {w}, layer {l}, expert {e} is above 2^53; counts are of tokens")
         if (self.load_WLE < 0).any():
             w, l, e = (int(i[0]) for i in np.nonzero(self.load_WLE < 0))
             raise TraceError(f"load at window {w}, layer {l}, expert {e} is negative; counts must be 0 or more")

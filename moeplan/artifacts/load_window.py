@@ -21,14 +21,14 @@ from moeplan.files import atomic_path
 
 __all__ = ["LoadWindow", "WindowCosts"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
 class WindowCosts:
     """Medians over a window's steps. ``expert_s``: the busiest rank's; ``exchange_s``: of the rank that waited least,
     so that waiting for slower ranks is left out. ``tokens`` enter a layer in a step, all ranks together. ``moving``:
-    experts moved meanwhile, so that the window measures no one placement; ``moved_bytes`` in ``stall_s``.
+    experts moved meanwhile, so that the window measures no one placement; ``moved_experts`` in ``stall_s``.
     """
 
     step_s: float
@@ -36,7 +36,7 @@ class WindowCosts:
     exchange_s: float
     tokens: int
     moving: bool = False
-    moved_bytes: int = 0
+    moved_experts: int = 0
     stall_s: float = 0.0
     steps_left: int | None = None
 
@@ -90,10 +90,14 @@ class LoadWindow:
                 arrays = dict(file)
             head = json.loads(str(arrays["head"]))
             version = head["schema_version"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            if version == SCHEMA_VERSION:
+                return cls._of(head, arrays)
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} cannot be read as a window of a live run: {error}") from error
-        if version != SCHEMA_VERSION:
-            raise InputError(f"{path}: schema_version ({version}) is not {SCHEMA_VERSION}; use the run's moeplan")
+        raise InputError(f"{path}: schema_version ({version}) is not {SCHEMA_VERSION}; use the run's moeplan")
+
+    @classmethod
+    def _of(cls, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> LoadWindow:
         load, trace, placement = arrays["load"], None, None
         if "experts" in arrays:
             ids = tuple(range(load.shape[1]))

@@ -13,6 +13,7 @@ from typing import Any
 from moeplan.artifacts.plan import Plan
 from moeplan.errors import MoeplanError
 from moeplan.execution.groups import Mesh
+from moeplan.execution.launch import restarts
 from moeplan.execution.migrate import MigrationReport, Migrator
 from moeplan.execution.moves import require_fits
 from moeplan.files import write_text
@@ -48,6 +49,8 @@ class PlanCallback:
         self._from_folder = False
         self._first = mesh.world.rank == 0
         if control is not None and self._first:
+            for name in () if restarts() else ("plan.json", "window.npz", "answer.json"):
+                (control / name).unlink(missing_ok=True)  # of a run before: not for this one
             about = {"model": model.name, "num_ranks": mesh.ep.size, "ranks_per_node": mesh.ranks_per_node}
             write_text(control / "run.json", json.dumps(about) + "\n")
 

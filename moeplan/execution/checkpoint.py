@@ -127,7 +127,7 @@ def _finish(trainer: Trainer, path: Path, temporary: Path, told: list[Any]) -> N
     index = {"metadata": {"total_size": sum(size for *_, size in told)}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(temporary / _INDEX, json.dumps(index, indent=1) + "\n")
     write_text(temporary / "config.json", trainer.options.model.model_dump_json(indent=1) + "\n")
-    placement, o = trainer.migrator.placement, trainer.options
+    placement, o = trainer.migrator.goal, trainer.options
     meta = {
         "schema_version": 1,
         "model": o.model.name,
@@ -175,7 +175,11 @@ class CheckpointReader:
         if not (path / _META).is_file():
             raise InputError(f"{path} is not a checkpoint of a live run: it has no {_META}")
         self.meta = read_json(path / _META)
-        self._map: dict[str, str] = (read_json(path / _INDEX) or {}).get("weight_map", {})
+        index = read_json(path / _INDEX)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+            raise InputError(f"checkpoint {path}: {_INDEX} has no weight_map of names to shards; it is damaged")
+        self._map: dict[str, str] = names
         for shard in sorted(set(self._map.values())):
             if not (path / shard).is_file():
                 raise InputError(f"checkpoint {path}: {shard} is missing, but {_INDEX} names it; bring all shards")
@@ -189,6 +193,11 @@ class CheckpointReader:
             InputError: the record is damaged.
         """
         return self._number("step")
+
+    @property
+    def exact(self) -> str:
+        """Prefix of the weights in float32: the master copies where it has them."""
+        return "optimizer.master." if any(name.startswith("optimizer.master.") for name in self._map) else ""
 
     @property
     def optimizer_steps(self) -> int:
@@ -268,15 +277,20 @@ class CheckpointReader:
             placement = Placement(
                 rows, np.asarray(saved["rank_of_slot"], np.int32), int(rows.max()) + 1, num_ranks, ranks_per_node, share
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"checkpoint {self.path}: {_META} is damaged ({error!r})") from error
         placement.require_valid(allow_duplicates=True)
         return placement
 
 
+def _prefix(state: str, reader: CheckpointReader) -> str:
+    """Where the optimizer's ``state`` stands: a master copy begins as the weights that were saved in float32."""
+    return reader.exact if state == "master" else f"optimizer.{state}."
+
+
 @torch.no_grad()
 def load_checkpoint(trainer: Trainer, reader: CheckpointReader) -> None:
-    """Bring a trainer to where the checkpoint was saved, whatever its ranks and placement.
+    """Bring a trainer to where the checkpoint was saved, whatever its ranks, placement and number format.
 
     Raises:
         InputError: it is of another model, or incomplete.
@@ -291,16 +305,16 @@ def load_checkpoint(trainer: Trainer, reader: CheckpointReader) -> None:
         for s, expert in enumerate(layer.table.local_experts_S.tolist()):
             if expert == EMPTY:
                 continue
-            layer.weights_SW[s] = layer.shape.local_part(reader.row("", layer.layer_id, expert, hidden, size))
+            layer.weights_SW[s] = layer.shape.local_part(reader.row(reader.exact, layer.layer_id, expert, hidden, size))
             for name, kept in state.tensors.items():
-                row = reader.row(f"optimizer.{name}.", layer.layer_id, expert, hidden, size)
+                row = reader.row(_prefix(name, reader), layer.layer_id, expert, hidden, size)
                 kept[s] = layer.shape.local_part(row)[state.columns]
         moe.router.bias_E.copy_(reader.tensor(_bias_name(layer.layer_id), (spec.num_experts,)))
     for name, parameter in zip(optimizer.names, optimizer.dense, strict=True):
-        parameter.copy_(reader.tensor(_dense_name(name), tuple(parameter.shape)))
+        parameter.copy_(reader.tensor(reader.exact + _dense_name(name), tuple(parameter.shape)))
     for prefix, kept in optimizer.dense_state.tensors.items():
         parts = [
-            reader.tensor(f"optimizer.{prefix}.{_dense_name(name)}", tuple(p.shape)).flatten()
+            reader.tensor(_prefix(prefix, reader) + _dense_name(name), tuple(p.shape)).flatten()
             for name, p in zip(optimizer.names, optimizer.dense, strict=True)
         ]
         kept.copy_(torch.cat(parts)[None, optimizer.dense_state.columns])

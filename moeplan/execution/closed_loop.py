@@ -74,7 +74,7 @@ class ClosedLoop:
         self.layers, self.plans, self.monitor = layers, plans, monitor
         self.advise, self.folder = advise, folder
         self._times: list[StepTimes] = []
-        self._moving, self._moved_bytes, self._stall_s = False, 0, 0.0
+        self._moving, self._moved_experts, self._stall_s = False, 0, 0.0
 
     def after_step(self, times: StepTimes, steps_left: int | None = None) -> MigrationReport | None:
         """Count the step, do what is due at its boundary, and ask for advice where a window is full.
@@ -88,7 +88,7 @@ class ClosedLoop:
         self.monitor.watch(self.layers)
         report = self.plans.after_step()
         if report is not None:
-            self._moved_bytes += report.moved_bytes
+            self._moved_experts += report.moved_experts
             self._stall_s += report.stall_s
         self._moving |= report is not None or self.plans.migrator.under_way
         window = self.monitor.end_step()
@@ -104,11 +104,11 @@ class ClosedLoop:
             exchange_s=median(min(t.alltoall_R) for t in times),
             tokens=round(median(t.tokens for t in times)),
             moving=self._moving,
-            moved_bytes=self._moved_bytes,
+            moved_experts=self._moved_experts,
             stall_s=self._stall_s,
             steps_left=steps_left,
         )
-        self._moving, self._moved_bytes, self._stall_s = self.plans.migrator.under_way, 0, 0.0
+        self._moving, self._moved_experts, self._stall_s = self.plans.migrator.under_way, 0, 0.0
         return replace(window, placement=self.plans.migrator.placement, costs=costs)
 
     def _consult(self, window: LoadWindow) -> None:

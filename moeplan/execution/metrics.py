@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moeplan.errors import InputError, MissingExtraError, RunError
 from moeplan.execution.train import StepMetrics
@@ -22,13 +23,14 @@ class MetricsSink:
     """
 
     def __init__(self, path: Path | None, port: int | None, *, go_on: bool = False) -> None:
-        self._file: IO[str] | None = None
+        self._path = path
+        self._file: FileIO | None = None
         self._server: Any = None
         self._gauges: dict[str, Any] = {}
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("a" if go_on else "w", encoding="utf-8")
+                self._file = path.open("ab" if go_on else "wb", buffering=0)  # a line is there once it is written
             except OSError as error:
                 raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
         if port is not None:
@@ -58,10 +60,16 @@ class MetricsSink:
         gauge("exposed_seconds", "part of the exchanges in which a rank computes nothing", ("rank",))
 
     def add(self, metrics: StepMetrics) -> None:
-        """One step."""
+        """One step.
+
+        Raises:
+            InputError: the file cannot be written any more.
+        """
         if self._file is not None:
-            self._file.write(json.dumps(metrics.to_json()) + "\n")
-            self._file.flush()
+            try:
+                self._file.write((json.dumps(metrics.to_json()) + "\n").encode())
+            except OSError as error:
+                raise InputError(f"cannot write {self._path}: {error.strerror or error}; make room there") from error
         if self._gauges:
             for name, value in (
                 ("step", metrics.step + 1),

@@ -96,7 +96,8 @@ def torch_state(optimizer: torch.optim.Optimizer, layers: Sequence[ExpertLayer])
 
 @dataclass(slots=True)
 class MigrationReport:
-    """What a migration did: ``stalls_s`` at each step boundary that worked on it, the slowest rank's.
+    """What a migration did: ``stalls_s`` at each step boundary that worked on it, the slowest rank's. ``moved_bytes``
+    are of all ranks.
 
     ``failure`` says why it stopped; layers that had switched by then stay switched, every other stands as it was.
     """
@@ -186,6 +187,11 @@ class Migrator:
         """Whether layers are still to be moved."""
         return self._target is not None
 
+    @property
+    def goal(self) -> Placement:
+        """The placement in force, or the one that layers are on their way to."""
+        return self.placement if self._target is None else self._target
+
     def at_step_boundary(self, budget_s: float | None = None) -> MigrationReport | None:
         """Move what fits into ``budget_s`` seconds, at least one layer; all layers as one without a budget.
 
@@ -268,7 +274,8 @@ class Migrator:
         self.report.moved_experts += sum(f.rank != f.source_rank for row in rows for f in fetches[row])
         for row in rows:
             size = sum(t.shape[1] * t.element_size() for t in self._tensors(row).values())
-            self.report.moved_bytes += size * sum(f.rank != f.source_rank for f in fetches[row])
+            groups = self.mesh.world.size // self.mesh.ep.size  # each moves its part or its own copy
+            self.report.moved_bytes += groups * size * sum(f.rank != f.source_rank for f in fetches[row])
         return None
 
     def _reason(self, why: str | None) -> str:

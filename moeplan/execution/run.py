@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import Placement
-from moeplan.errors import InputError, SpecError
+from moeplan.errors import InputError, RunError, SpecError
 from moeplan.execution.apply import PlanCallback
 from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
 from moeplan.execution.closed_loop import ClosedLoop
 from moeplan.execution.groups import Mesh, build_mesh
-from moeplan.execution.launch import Rank
+from moeplan.execution.launch import Rank, restarts
 from moeplan.execution.metrics import MetricsSink
 from moeplan.execution.migrate import MigrationReport
 from moeplan.execution.monitor import LoadMonitor
@@ -57,7 +57,7 @@ def latest(folder: Path) -> Path:
     """
     named = folder / "latest"
     if named.is_file():
-        return folder / named.read_text(encoding="utf-8").strip()
+        return folder / named.read_text(encoding="utf-8", errors="replace").strip()
     if not folder.is_dir():
         raise InputError(f"checkpoint {folder} does not exist; give a directory that --checkpoint wrote")
     return folder
@@ -67,12 +67,12 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     """Run ``job`` as one rank; the answer is rank 0's, other ranks return the same figures.
 
     Raises:
-        MoeplanError: bad input, the same on every rank, before anything has moved.
+        MoeplanError: bad input, the same on every rank, before anything has moved. RunError: the loss is not finite.
     """
     sink = MetricsSink(
         None if job.out is None or me.rank else job.out / "metrics.jsonl",
         None if me.rank else job.prometheus,
-        go_on=_restarts() > 0,
+        go_on=restarts() > 0,
     )
     mesh = build_mesh(job.options.tp, job.options.edp, job.options.ranks_per_node, me.device)
     try:
@@ -87,7 +87,7 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     events = gather_events(trainer, {"model": job.options.model.name, "seed": job.options.seed, "steps": job.steps})
     if job.out is not None and events is not None:
         events.write(job.out / "events.parquet")
-    if job.plan is not None and job.apply_at is not None and job.reference and not _restarts():
+    if job.plan is not None and job.apply_at is not None and job.reference and not restarts():
         reference, _ = _fresh(job, mesh, None)
         reference.clock.enabled = False
         answer["reference_losses"] = [reference.step().loss for _ in range(job.steps)]
@@ -96,16 +96,11 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     return answer
 
 
-def _restarts() -> int:
-    """How often torchrun has started the ranks again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Trainer, int]:
     """A trainer where the job begins, or at the last checkpoint if torchrun starts it again; and its first step."""
     reader = None if job.resume is None else CheckpointReader(latest(job.resume))
     first = 0 if reader is None else reader.step
-    if _restarts() and job.checkpoint is not None and (job.checkpoint / "latest").is_file():
+    if restarts() and job.checkpoint is not None and (job.checkpoint / "latest").is_file():
         reader = CheckpointReader(latest(job.checkpoint))
         placement = None  # as it was saved: with the plan if it had been applied by then
     if reader is not None and placement is None:
@@ -135,6 +130,7 @@ def _train(
     loop = _watching(job, trainer, callback)
     for number in range(trainer.steps_done - first, job.steps):
         metrics = trainer.step()
+        _require_finite(metrics.loss, f"step {trainer.steps_done - 1}", job)
         steps.append(metrics)
         if me.rank == 0:
             sink.add(metrics)
@@ -153,6 +149,8 @@ def _train(
         report = callback.after_step()
         if report is not None:
             reports.append(report)
+    held_out = trainer.evaluate()
+    _require_finite(held_out, "held-out text", job)
     warm = steps[_WARM_STEPS:] or steps
     median = statistics.median
     return {
@@ -166,9 +164,15 @@ def _train(
         "expert_s": np.median([m.expert_R for m in warm], axis=0).tolist() if warm else [],
         "alltoall_s": np.median([m.alltoall_R for m in warm], axis=0).tolist() if warm else [],
         "exposed_s": np.median([m.exposed_R for m in warm], axis=0).tolist() if warm else [],
-        "held_out_loss": trainer.evaluate(),
+        "held_out_loss": held_out,
         **_moved(reports),
     }
+
+
+def _require_finite(loss: float, of: str, job: LiveJob) -> None:
+    """The same on every rank."""
+    if not math.isfinite(loss):
+        raise RunError(f"the loss of {of} is {loss}: training diverged; give a lower --lr than {job.options.lr:g}")
 
 
 def _watching(job: LiveJob, trainer: Trainer, callback: PlanCallback) -> ClosedLoop | None:
@@ -205,8 +209,6 @@ def _save(trainer: Trainer, folder: Path) -> None:
 def _generate(trainer: Trainer, prompt: str, new_tokens: int) -> str:
     """Continue ``prompt``; every rank does so with the same numbers, as all must take part in the experts' exchange."""
     ids = torch.tensor([list(prompt.encode())], device=trainer.mesh.device)
-    if not ids.numel():
-        raise SpecError("generate needs a prompt of at least one character")
     generator = torch.Generator().manual_seed(trainer.options.seed)
     out = trainer.model.generate(ids, new_tokens, generator)[0].tolist()
     return bytes(out).decode("utf-8", errors="replace")

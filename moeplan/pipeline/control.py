@@ -56,11 +56,12 @@ class ControlOptions:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Measured over predicted seconds of experts and exchange; ``move_bytes_per_s`` of migrations, once seen."""
+    """Measured over predicted seconds of experts and exchange; ``move_s`` of an expert with its
+    optimizer state, once experts have moved."""
 
     expert: float = 1.0
     exchange: float = 1.0
-    move_bytes_per_s: float | None = None
+    move_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +120,8 @@ class Controller:
         if costs is None or placement is None:
             raise InputError("the window does not say what its steps cost and where experts were; write it from a run")
         start = window.first_step
-        if costs.moved_bytes and costs.stall_s:
-            self.calibration = replace(self.calibration, move_bytes_per_s=costs.moved_bytes / costs.stall_s)
+        if costs.moved_experts and costs.stall_s:
+            self.calibration = replace(self.calibration, move_s=costs.stall_s / costs.moved_experts)
         if costs.moving:
             return Decision(start, False, "experts moved in this window: it measures no one placement",
                             calibration=self.calibration)  # fmt: skip
@@ -237,8 +238,8 @@ class Controller:
         predicted = costs.step_s - saved_s
         if not verdict.apply:
             return False, verdict.reason, predicted
-        rate = self.calibration.move_bytes_per_s
-        stall_s = migration.bytes / rate if rate else migration.seconds
+        move_s = self.calibration.move_s
+        stall_s = migration.seconds if move_s is None else len(migration.moves) * move_s
         left = self.options.steps_left if costs.steps_left is None else costs.steps_left
         words = f"{saved_s * 1e3:.3g} ms saved in each of {left} steps, {stall_s * 1e3:.3g} ms to move"
         if saved_s * left <= stall_s:

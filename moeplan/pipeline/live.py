@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 
 from moeplan.artifacts.plan import Plan
 from moeplan.errors import InputError, PlanError, RunError, SpecError
-from moeplan.files import read_json, write_text
+from moeplan.files import read_json, require_writable, write_text
 from moeplan.progress import Progress, no_progress
 from moeplan.routing.io import save_trace
 from moeplan.routing.joining import join_traces
@@ -112,12 +113,21 @@ def _job(request: LiveRequest) -> LiveJob:
     if r.record is not None and r.record.suffix not in (".npz", ".parquet"):
         raise SpecError(f"record ({r.record}) must end in .npz or .parquet")
     model = find_model(r.model)
-    for name in ("steps", "new_tokens", "record_tokens", "checkpoint_every"):
-        if getattr(r, name) < 0:
+    for name in ("steps", "new_tokens", "record_tokens", "checkpoint_every", "seed", "aux_loss", "bias_rate"):
+        if not getattr(r, name) >= 0:
             raise SpecError(f"{name} ({getattr(r, name)}) must not be negative")
     for name in ("batch", "length", "nodes", "tp", "edp"):
         if getattr(r, name) < 1:
             raise SpecError(f"{name} ({getattr(r, name)}) must be positive")
+    if not 0 < r.lr < math.inf:
+        raise SpecError(f"lr ({r.lr}) must be positive")
+    if r.record is not None and not r.record_tokens:
+        raise SpecError(f"record ({r.record}) with record_tokens (0) would be empty; ask for tokens, or leave it out")
+    if r.generate == "":
+        raise SpecError("generate needs a prompt of at least one character")
+    for folder in (r.out, r.checkpoint, r.control, None if r.record is None else r.record.parent):
+        if folder is not None:
+            require_writable(folder)
     if r.apply_at is not None and r.plan is None:
         raise SpecError(f"apply_at ({r.apply_at}) needs a plan to apply; give --plan")
     plan = None if r.plan is None else Plan.load(r.plan)
@@ -126,6 +136,13 @@ def _job(request: LiveRequest) -> LiveJob:
     if ranks < 1 or ranks % (r.tp * r.edp) or ep % r.nodes:
         raise SpecError(
             f"ranks ({ranks}) must divide by tp ({r.tp}) x edp ({r.edp}), and the rest of them by nodes ({r.nodes})"
+        )
+    corpus = library_text() if r.text is None else text_of(r.text)
+    shortest = min(len(text) for side in (corpus.train, corpus.held_out) for text in side.values())
+    if r.length >= shortest:
+        raise SpecError(
+            f"length ({r.length}) must be below the bytes of each text, held-out parts included ({shortest} in"
+            f" {corpus.source}); give a shorter --length or more text"
         )
     options = TrainOptions(
         model=model,
@@ -144,7 +161,7 @@ def _job(request: LiveRequest) -> LiveJob:
     )
     return LiveJob(
         options=options,
-        corpus=library_text() if r.text is None else text_of(r.text),
+        corpus=corpus,
         steps=r.steps,
         plan=plan,
         apply_at=r.apply_at,
@@ -218,6 +235,8 @@ def apply_plan(plan_path: Path, control: Path, wait_s: float = 60.0) -> dict[str
     if not (control / "run.json").is_file():
         raise InputError(f"{control} is not watched by a live run; start one with --control {control}")
     run = read_json(control / "run.json")
+    if not isinstance(run, dict):
+        raise InputError(f"{control / 'run.json'} does not say what runs; start the run again")
     for name, ours, theirs in (
         ("model", slug(plan.model), slug(str(run.get("model")))),
         ("num_ranks", plan.num_ranks, run.get("num_ranks")),

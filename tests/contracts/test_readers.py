@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
+from moeplan.errors import TraceError
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.routing.readers.base import ReadOptions
 from moeplan.testing.readers import Layout, TraceReaderContract
@@ -348,6 +349,20 @@ class TestSimllm(TraceReaderContract):
         trace = self._read(self.build(tmp_path))
         assert trace.seq_lens_S.tolist() == [20, 20]
         assert trace.phase_T.tolist() == ([0] * 12 + [1] * 8) * 2
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ('"layer_index": 1', '"layer_index": "1"', r"line 2: layer_index \('1'\) must be an integer"),
+            ('"layer_index": 1', '"layer_index": [1]', r"line 2: layer_index \(\[1\]\) must be an integer"),
+            ("[0, 1, 2]", "7", "line 1: moe_layer_indices must be a list"),
+        ],
+    )
+    def test_layers_that_are_no_numbers(self, tmp_path: Path, old: str, new: str, message: str) -> None:
+        layout = self.build(tmp_path)
+        layout.path.write_text(layout.path.read_text().replace(old, new, 1))
+        with pytest.raises(TraceError, match=message):
+            self._read(layout)
 
 
 LAYOUTS = [

@@ -113,7 +113,7 @@ def test_a_directory_is_left_alone_when_the_block_fails(tmp_path):
 
 def test_places_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match=r"cannot write .*below: .*choose another --out"):
+    with pytest.raises(InputError, match=r"cannot write .*below: .*choose another place"):
         files.write_text(tmp_path / "file" / "below", "x")
     blocked = files.atomic_directory(tmp_path / "file", *PLAN)
     with pytest.raises(InputError, match=r"cannot write .*file: it is a file, not a directory"):

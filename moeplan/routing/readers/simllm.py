@@ -57,9 +57,10 @@ class SimllmReader:
                 header = strict_get(where, row, "provenance")
                 if not isinstance(header, dict):
                     raise TraceError(f"{where}: provenance must be an object")
-                layer_ids = [
-                    strict_int(where, "moe_layer_indices", i) for i in strict_get(where, header, "moe_layer_indices")
-                ]
+                listed = strict_get(where, header, "moe_layer_indices")
+                if not isinstance(listed, list):
+                    raise TraceError(f"{where}: moe_layer_indices must be a list")
+                layer_ids = [strict_int(where, "moe_layer_indices", i) for i in listed]
                 top_k = strict_int(where, "top_k", strict_get(where, header, "top_k"), 1)
                 stated = strict_int(where, "expert_count", strict_get(where, header, "expert_count"), 1)
             elif kind == "observed-dispatch":
@@ -103,7 +104,10 @@ class SimllmReader:
 def _one_token(where: str, routing: Any, layer_ids: list[int], top_k: int) -> Any:
     if not isinstance(routing, list) or not all(isinstance(r, dict) for r in routing):
         raise TraceError(f"{where}: routing must be a list of objects")
-    by_layer = {strict_get(where, r, "layer_index"): strict_get(where, r, "expert_ids") for r in routing}
+    by_layer = {
+        strict_int(where, "layer_index", strict_get(where, r, "layer_index")): strict_get(where, r, "expert_ids")
+        for r in routing
+    }
     if sorted(by_layer) != sorted(layer_ids) or len(routing) != len(layer_ids):
         raise TraceError(f"{where}: routing covers {len(by_layer)} layers, the header names {len(layer_ids)}")
     ids_LK = numbers(f"{where}: expert_ids", [by_layer[layer] for layer in layer_ids], 2)

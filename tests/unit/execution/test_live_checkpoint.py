@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from dense_reference import random_placement
 from safetensors import safe_open
 from tiny_run import SPEC, tiny_corpus, tiny_options
@@ -116,6 +117,8 @@ def test_relabelled_by_the_exporter(saved: tuple[Path, list[float]], tmp_path: P
         (lambda f: next(f.glob("model-00002*")).unlink(), r"model-00002-of-00004.safetensors is missing"),
         (lambda f: _forget(f, "layers.2.mlp.experts.5."), r"layer 2 has no expert 5 of 0..7 \(1 missing\).*without a"),
         (lambda f: _forget(f, "optimizer.first.model.norm"), r"optimizer.first.model.norm.weight is missing"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), r"has no weight_map of names to shards"),
+        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": 1}}'), r"has no weight_map"),
         (lambda f: _cut(next(f.glob("model-00001*"))), r"cannot be read from model-00001"),
         (lambda f: (f / "moeplan_checkpoint.json").unlink(), r"is not a checkpoint of a live run"),
     ],
@@ -139,6 +142,32 @@ def _forget(folder: Path, part: str) -> None:
 
 def _cut(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def test_resumes_in_another_number_format(tmp_path: Path) -> None:
+    """From bfloat16 with its master copies, from float32 with the weights as master copies."""
+    narrow, wide = Trainer(replace(OPTIONS, dtype="bf16"), tiny_corpus()), Trainer(OPTIONS, tiny_corpus())
+    narrow.step()
+    save_checkpoint(narrow, tmp_path / "narrow")
+    load_checkpoint(wide, CheckpointReader(tmp_path / "narrow"))
+    masters = [state.tensors["master"] for state in (*narrow.optimizer.states, narrow.optimizer.dense_state)]
+    taken = [moe.experts.weights_SW for moe in wide.moe_layers]
+    taken.append(wide.optimizer._flat(list(wide.optimizer.dense)))
+    assert all(map(torch.equal, taken, masters))
+    save_checkpoint(wide, tmp_path / "wide")
+    load_checkpoint(narrow, CheckpointReader(tmp_path / "wide"))
+    again = [state.tensors["master"] for state in (*narrow.optimizer.states, narrow.optimizer.dense_state)]
+    assert all(map(torch.equal, again, taken))
+    assert narrow.step().loss == pytest.approx(wide.step().loss, rel=1e-2)
+
+
+def test_saved_on_the_way_to_a_plan_it_resumes_under_the_plan(tmp_path: Path) -> None:
+    trainer, goal = Trainer(OPTIONS, tiny_corpus()), _placement(1, 0, 2)
+    trainer.migrator.submit(goal)
+    assert trainer.migrator.at_step_boundary(0.0) is None  # one layer of three
+    save_checkpoint(trainer, tmp_path / "saved")
+    found = CheckpointReader(tmp_path / "saved").placement(1, 1)
+    np.testing.assert_array_equal(found.physical_to_logical_LP, goal.physical_to_logical_LP)
 
 
 def _write_fails(me: Rank, folder: Path) -> str:

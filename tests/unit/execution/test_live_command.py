@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from tiny_run import SPEC
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.plan import Plan
 from moeplan.errors import InputError, MissingExtraError, PlanError, RunError, SpecError
+from moeplan.execution.metrics import MetricsSink
+from moeplan.execution.train import StepMetrics
 from moeplan.pipeline.live import LiveRequest, apply_plan, run_live
 from moeplan.routing.io import read_trace
 from moeplan.specs.workload import Objective, Workload
@@ -243,6 +246,42 @@ def test_requests_that_cannot_be_met(
     request = {"model": str(model), "ranks": 2, "steps": 2, "batch": 4, "length": 16, "text": text, **change}
     with pytest.raises(error, match=message):
         run_live(LiveRequest(**request))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, r"seed \(-1\) must not be negative"),
+        ({"lr": float("nan")}, r"lr \(nan\) must be positive"),
+        ({"length": 3000}, r"length \(3000\) must be below the bytes of each text, held-out parts included \(2399 in"),
+        ({"generate": ""}, "generate needs a prompt"),
+        ({"record": Path("r.npz"), "record_tokens": 0}, r"record \(r.npz\) with record_tokens \(0\) would be empty"),
+        ({"record": Path(__file__, "r.npz")}, "cannot write .*test_live_command.py: File exists"),
+        ({"checkpoint": Path(__file__, "saved")}, "cannot write .*test_live_command.py/saved: Not a directory"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(
+    model: Path, text: Path, change: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeplan.execution.launch.get_context", None)  # no rank is started
+    with pytest.raises(InputError, match=message):
+        run_live(LiveRequest(**{"model": str(model), "ranks": 2, "steps": 2, "batch": 4, "text": text, **change}))
+
+
+def test_a_run_that_diverges_says_so(model: Path, text: Path) -> None:
+    request = LiveRequest(model=str(model), ranks=2, steps=3, batch=4, length=16, text=text, lr=1e20)
+    with pytest.raises(RunError, match=r"^the loss of step 1 is nan: training diverged; give a lower --lr than 1e\+20$"):
+        run_live(request)
+    with pytest.raises(RunError, match="^the loss of held-out text is nan"):
+        run_live(replace(request, steps=1))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_metrics_on_a_full_disk() -> None:
+    sink = MetricsSink(Path("/dev/full"), None)
+    with pytest.raises(InputError, match="cannot write /dev/full: No space left on device"):
+        sink.add(StepMetrics(0, 1.0, 1.0, 1, [1.0], [0.0], [0.0], 1.0))
+    sink.close()
 
 
 def test_plans_that_do_not_fit_and_ports_in_use(tmp_path: Path, model: Path, text: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny_run import SPEC, tiny_corpus, tiny_options
 
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.errors import PlanError
+from moeplan.execution.apply import PlanCallback
 from moeplan.execution.groups import single_mesh
 from moeplan.execution.launch import Launch, Rank, run_ranks
 from moeplan.execution.migrate import Migrator, torch_state
@@ -57,7 +59,8 @@ def _losses(
     seen["copies"] = _copies_agree(trainer)
     if seen["report"] is not None:
         report = seen["report"]
-        seen["report"] = {"moved": report.moved_experts, "failure": report.failure, "finished": report.finished}
+        seen["report"] = {"moved": report.moved_experts, "failure": report.failure, "finished": report.finished,
+                          "bytes": report.moved_bytes}  # fmt: skip
     return losses, seen
 
 
@@ -137,7 +140,8 @@ def test_moves_change_no_bit_and_failures_roll_back() -> None:
         assert seen["same"]
         assert seen["placed"]
         assert seen["boundaries"] == 1
-        assert seen["report"] == {"moved": seen["expected_moves"], "failure": None, "finished": True}
+        size = seen["expected_moves"] * 3 * 3 * 32 * 32 * 4  # weights and two moments
+        assert seen["report"] == {"moved": seen["expected_moves"], "failure": None, "finished": True, "bytes": size}
         seen = answer["layer by layer"][1]
         assert seen["boundaries"] == 3  # one layer at each step boundary
         assert seen["report"]["moved"] == seen["expected_moves"]
@@ -169,6 +173,10 @@ def _meshes(me: Rank) -> list[dict]:
         options = tiny_options(**changes)
         reference = _losses(options, None)[0]
         answers.append({"reference": reference, "moved": _losses(options, _placement(2, 2, 0, 7))})
+        copies, report = 2 // options.tp, answers[-1]["moved"][1]["report"]  # of the weights; state is split
+        wide = options.dtype == "fp32"
+        bytes_of_expert = 3 * 32 * 32 * (copies * (4 if wide else 2) + 4 * (2 if wide else 3))
+        assert report["bytes"] == report["moved"] * bytes_of_expert
     plain = _losses(tiny_options(edp=2), None)[0]
     answers.append({"reference": plain, "moved": (answers[0]["reference"], {"same": True, "copies": True})})
     return answers
@@ -181,6 +189,15 @@ def test_state_shards_move_with_their_expert() -> None:
             assert losses == answer["reference"]
             assert seen["same"]
             assert seen["copies"]
+
+
+def test_a_plan_left_by_a_run_before_is_not_taken(tmp_path: Path) -> None:
+    for name in ("plan.json", "window.npz"):
+        (tmp_path / name).write_text("{}")
+    trainer = Trainer(tiny_options(), tiny_corpus())
+    plans = PlanCallback(trainer.migrator, SPEC, trainer.mesh, tmp_path)
+    assert plans.after_step() is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
 
 
 def test_one_rank_and_a_torch_optimizer() -> None:

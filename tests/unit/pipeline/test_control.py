@@ -70,8 +70,8 @@ def test_it_plans_checks_waits_and_plans_again(tmp_path):
     # the run has not taken the plan yet: nothing to check
     assert controller.decide(window(1)) is None
     assert controller.decisions[1].checked is None
-    assert controller.decide(window(2, placement=plan.placement, moving=True, moved_bytes=10**7, stall_s=0.1)) is None
-    assert controller.calibration.move_bytes_per_s == pytest.approx(1e8)
+    assert controller.decide(window(2, placement=plan.placement, moving=True, moved_experts=20, stall_s=0.1)) is None
+    assert controller.calibration.move_s == pytest.approx(0.005)
     assert controller.decide(window(3, placement=plan.placement, step_s=0.03)) is None
     checked = controller.decisions[3].checked
     assert checked["gain"] == pytest.approx(0.4)
@@ -110,9 +110,37 @@ def test_what_does_not_pay_is_declined(tmp_path):
     assert controller.decide(window(0, steps_left=0)) is None
     assert controller.decisions[0].reason.startswith("does not pay: ")
     slow = Controller(SCENARIO, tmp_path / "slow")
-    slow.calibration = Calibration(move_bytes_per_s=10.0)  # an earlier migration crawled
+    slow.calibration = Calibration(move_s=1000.0)  # an earlier migration crawled
     assert slow.decide(window(0)) is None
     assert slow.decisions[0].reason.startswith("does not pay: ")
+
+
+def test_the_stall_is_that_of_an_expert_with_its_state_times_the_moves(tmp_path):
+    """Not of bytes: the run moves optimizer state too, which a plan's bytes leave out."""
+    controller = Controller(SCENARIO, tmp_path)
+    seen = window(0, moving=True, moved_experts=8, stall_s=0.004)
+    assert controller.decide(seen) is None
+    plan = controller.decide(window(1))
+    assert f"{len(plan.migration.moves) * 0.5:.3g} ms to move" in controller.decisions[1].reason
+
+
+@pytest.mark.parametrize("lost", ["load", "ranks", "head", "costs", "placement", "steps"])
+def test_windows_that_lack_a_part_are_refused(tmp_path, lost):
+    path = tmp_path / "window.npz"
+    window(0).write(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    head = json.loads(str(arrays["head"]))
+    if lost in head:
+        head[lost] = {} if isinstance(head[lost], dict) else None
+        if lost == "steps":
+            del head[lost]
+        arrays["head"] = np.array(json.dumps(head))
+    else:
+        del arrays[lost]
+    np.savez(path, **arrays)
+    with pytest.raises(InputError, match="cannot be read as a window of a live run"):
+        LoadWindow.read(path)
 
 
 def test_recalibrated_costs_predict_what_the_window_measured(tmp_path):

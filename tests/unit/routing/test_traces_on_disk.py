@@ -308,6 +308,7 @@ def test_a_step_that_misses_a_layer_is_refused(tmp_path):
     [
         ("[[1, NaN], [2, 3]]", "not finite"),
         ("[[1, -2], [2, 3]]", "is negative"),
+        ("[[1, 1e308], [2, 3]]", r"layer 0, expert 1 is above 2\^53"),
         ("[[1, 2], [3]]", "ragged"),
         ("[]", "not be empty"),
         ("[[0, 0], [1, 2]]", "layer 0 has no tokens"),
