@@ -27,7 +27,7 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.evaluation import evaluate
 from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import InputError
-from moeplan.files import write_text
+from moeplan.files import require_writable, write_text
 from moeplan.pipeline.inputs import on_model_layers, profile_notes, profile_of
 from moeplan.pipeline.optimize import optimize
 from moeplan.routing.drift import Drift, drift_between
@@ -89,7 +89,8 @@ class Controller:
     ``notes`` say what speaks against the costs that it starts from.
 
     Raises:
-        SpecError, UnknownNameError: the scenario's model or cluster is not known.
+        SpecError, UnknownNameError: the scenario's model or cluster is not known. InputError: ``folder`` cannot be
+            written.
     """
 
     def __init__(self, scenario: Scenario, folder: Path, options: ControlOptions | None = None) -> None:
@@ -101,7 +102,7 @@ class Controller:
         self.decisions: list[Decision] = []
         self._reference: Any = None
         self._applied: tuple[WindowCosts, float, Placement] | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        require_writable(folder)
 
     def decide(self, window: LoadWindow) -> Plan | None:
         """The plan to apply now, or None; the reasons are in ``decisions`` and in the report.
@@ -119,6 +120,7 @@ class Controller:
         costs, placement = window.costs, window.placement
         if costs is None or placement is None:
             raise InputError("the window does not say what its steps cost and where experts were; write it from a run")
+        self._require_fits(placement)
         start = window.first_step
         if costs.moved_experts and costs.stall_s:
             self.calibration = replace(self.calibration, move_s=costs.stall_s / costs.moved_experts)
@@ -140,6 +142,19 @@ class Controller:
         if apply:
             self._applied = (costs, predicted, plan.placement)
         return Decision(start, apply, reason, drift, plan, predicted, self.calibration, checked)
+
+    def _require_fits(self, placement: Placement) -> None:
+        model, cluster = self.model, self.cluster
+        for what, run, ours, remedy in (
+            ("layers", placement.num_layers, model.num_moe_layers, "the run's --model"),
+            ("experts", placement.num_experts, model.num_experts, "the run's --model"),
+            ("ranks", placement.num_ranks, cluster.num_ranks, f"--ranks {placement.num_ranks}"),
+            ("nodes", placement.num_nodes, cluster.num_nodes, f"--nodes {placement.num_nodes}"),
+        ):
+            if run != ours:
+                raise InputError(
+                    f"{what} of the run ({run}) are not those of --model and --cluster ({ours}); give {remedy}"
+                )
 
     def _blocks(self, window: LoadWindow) -> NDArray[np.int64]:
         """What drift is looked for in: loads by block; on several nodes those of each home node apart, as sampled."""

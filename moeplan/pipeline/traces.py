@@ -13,7 +13,6 @@ from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import SpecError, TraceError
 from moeplan.files import atomic_directory, require_place
 from moeplan.progress import Progress, no_progress
-from moeplan.registry import load_plugin, plugin_names
 from moeplan.reports.trace_figures import (
     coactivation_picture,
     dependency_picture,
@@ -33,16 +32,10 @@ __all__ = [
     "convert",
     "inspect_trace",
     "synthesise_trace",
-    "trace_formats",
     "validate_trace",
 ]
 
 _PICTURES_PLACE = ("pictures of a trace", ("skew.svg", "drift.svg", "coactivation.svg", "dependency.svg"))
-
-
-def trace_formats() -> dict[str, str]:
-    """Description of each registered reader."""
-    return {name: load_plugin("trace_readers", name).description for name in plugin_names("trace_readers")}
 
 
 @dataclass(frozen=True, slots=True)

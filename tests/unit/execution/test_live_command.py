@@ -270,9 +270,9 @@ def test_what_would_fail_after_training_is_refused_before(
 
 def test_a_run_that_diverges_says_so(model: Path, text: Path) -> None:
     request = LiveRequest(model=str(model), ranks=2, steps=3, batch=4, length=16, text=text, lr=1e20)
-    with pytest.raises(RunError, match=r"^the loss of step 1 is nan: training diverged; give a lower --lr than 1e\+20$"):
+    with pytest.raises(RunError, match=r"the loss of step 1 is nan: training diverged; give a lower --lr than 1e\+20"):
         run_live(request)
-    with pytest.raises(RunError, match="^the loss of held-out text is nan"):
+    with pytest.raises(RunError, match="the loss of held-out text is nan"):
         run_live(replace(request, steps=1))
 
 

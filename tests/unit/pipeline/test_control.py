@@ -143,6 +143,25 @@ def test_windows_that_lack_a_part_are_refused(tmp_path, lost):
         LoadWindow.read(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cluster": "h100-sxm-80gb"}, r"ranks of the run \(4\) are not those of .* \(8\); give --ranks 4$"),
+        ({"cluster": CLUSTER.model_copy(update={"num_nodes": 1, "ranks_per_node": 4})}, r"nodes of .* \(2\).*\(1\)"),
+        ({"model": MODEL.model_copy(update={"num_experts": 32})}, r"experts of the run \(16\) .* \(32\)"),
+    ],
+)
+def test_a_run_of_another_model_or_cluster_is_refused(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        Controller(SCENARIO.model_copy(update=change), tmp_path).decide(window(0))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*file: File exists"):
+        Controller(SCENARIO, tmp_path / "file")
+
+
 def test_recalibrated_costs_predict_what_the_window_measured(tmp_path):
     controller = Controller(SCENARIO, tmp_path)
     seen = window(0, steps_left=0)
