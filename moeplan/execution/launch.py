@@ -1,6 +1,6 @@
 """Ranks: local processes started here, or those that torchrun started.
 
-A rank that fails, dies or never joins ends the others, and one error names it.
+A rank that fails, dies, hangs or never joins ends the others, and one error names it.
 """
 
 from __future__ import annotations
