@@ -234,7 +234,7 @@ def measure_command(table: str, region: Mapping[str, Any]) -> str:
     prefix = "moeplan"
     if subcommand == "collectives":
         nodes = region.get("nodes", 1)
-        prefix = f"torchrun --nproc-per-node {region.get('ranks_per_node', 'RANKS')} -m moeplan.cli"
+        prefix = f"torchrun --nproc-per-node {region.get('ranks_per_node', 'RANKS')} -m moeplan"
         if nodes > 1:  # run on every node; HOST is one of them
             prefix = prefix.replace(" ", f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 ", 1)
     options = [*(f"{flags[c]} {v}" for c, v in given.items()), f"--out {region.get('out', 'DIR')}"]

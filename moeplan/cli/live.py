@@ -78,7 +78,7 @@ def live(as_json: bool, quiet: bool, no_reference: bool, **options: Any) -> None
 
     \b
     Examples: moeplan live --ranks 4 --steps 40 --plan plan --apply-at 20
-              torchrun --nproc-per-node 4 -m moeplan.cli live --steps 40 --out run
+              torchrun --nproc-per-node 4 -m moeplan live --steps 40 --out run
     """
     from moeplan.pipeline.live import LiveRequest, run_live
 

@@ -49,7 +49,7 @@ def asked(remedy: str) -> ProfileRequest | None:
         launch = dict(zip(words[1:at:2], words[2:at:2], strict=True))
         assert "--nproc-per-node" in launch
         assert ("--rdzv-endpoint" in launch) == (int(launch.get("--nnodes", 1)) > 1)
-        assert words[at + 1] == "moeplan.cli"
+        assert words[at + 1] == "moeplan"
         words = ["moeplan", *words[at + 2 :]]
     assert words[:2] == ["moeplan", "profile"]
     command = profile_command.commands[words[2]]

@@ -62,7 +62,7 @@ def text(tmp_path: Path) -> Path:
 def _moeplan(
     *words: str | Path | int, launcher: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "moeplan.cli", *map(str, words)]
+    command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "moeplan", *map(str, words)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, check=False
     )
@@ -139,7 +139,7 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path: Path, model: Path, text: 
     words = ("live", "--model", model, "--text", text, "--steps", 120, "--batch", 4, "--length", 32, "--out", out)
     run = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-         "--master-port", str(_free_port()), "-m", "moeplan.cli", *map(str, words), "--checkpoint", str(saved),
+         "--master-port", str(_free_port()), "-m", "moeplan", *map(str, words), "--checkpoint", str(saved),
          "--checkpoint-every", "50"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -176,7 +176,7 @@ def test_a_plan_handed_to_a_run_and_its_metrics(tmp_path: Path, model: Path, tex
     words = ("live", "--model", model, "--text", text, "--ranks", 2, "--steps", 100_000, "--batch", 4, "--length", 32)
     with (tmp_path / "said").open("w") as said:
         run = subprocess.Popen(
-            [sys.executable, "-m", "moeplan.cli", *map(str, words), "--control", control, "--prometheus", str(port)],
+            [sys.executable, "-m", "moeplan", *map(str, words), "--control", control, "--prometheus", str(port)],
             stdout=subprocess.DEVNULL, stderr=said,
         )  # fmt: skip
     try:

@@ -325,7 +325,7 @@ def _wait_until(done: Callable[[], bool], parent: subprocess.Popen[str]) -> None
 
 
 def test_ranks_whose_parent_is_killed_end_without_a_word(tmp_path: Path):
-    command = [sys.executable, "-m", "moeplan.cli", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
+    command = [sys.executable, "-m", "moeplan", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
     command += ["--ranks", "2", "--budget", "60s", "--out", str(tmp_path / "p")]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     journal = tmp_path / "p.journal.jsonl"
@@ -335,7 +335,7 @@ def test_ranks_whose_parent_is_killed_end_without_a_word(tmp_path: Path):
 
 
 def test_ctrl_c_ends_all_ranks_with_one_word(tmp_path: Path):
-    command = [sys.executable, "-m", "moeplan.cli", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
+    command = [sys.executable, "-m", "moeplan", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
     command += ["--device", "cpu", "--ranks", "2", "--budget", "60s", "--out", str(tmp_path / "p")]
     parent = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
@@ -372,7 +372,7 @@ def test_a_rank_that_fails_before_the_first_point_leaves_nothing_to_go_on_from()
 
 def test_under_torchrun(tmp_path: Path, capsys):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "moeplan.cli"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "moeplan"]
     command += ["profile", "collectives", "--op", "alltoall", "--max-bytes", "1024", "--dtype", "fp32"]
     command += ["--budget", "1s", "--out", str(tmp_path / "p"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -427,7 +427,7 @@ def test_a_dying_rank_of_a_launcher_is_named_by_the_survivor(tmp_path: Path, ter
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moeplan.cli", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
+    command = [sys.executable, "-m", "moeplan", "profile", "collectives", "--op", "all_reduce", "--dtype", "fp32"]
     command += ["--budget", "60s", "--out", str(tmp_path / "p")]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     first, second = (
