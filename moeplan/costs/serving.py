@@ -9,7 +9,9 @@ hold different batches takes, with ``m`` the tokens of the busiest group and ``n
 - shared experts, dense layers and head at ``m``;
 - experts of each layer at its busiest rank, and the exchange: the slower of what the busiest rank receives under the
   placement at ``n``, and what the fullest group sends, which is a balanced exchange at ``m``;
-- combined layer by layer as the overlap mode says (:func:`moeplan.costs.step.combine`).
+- combined layer by layer as the overlap mode says (:func:`moeplan.costs.step.combine`);
+- between pipeline stages what the next one needs of the fullest group's tokens: hidden states and residuals in 16 bits,
+  each rank of the group a part of them, gathered where they arrive, as SGLang and vLLM send them.
 
 A chunk of ``q`` tokens after ``p`` that are in the cache attends to ``q p + q^2 / 2`` pairs: the kernel over ``p + q``
 tokens less the kernel over ``p``, both read by straight lines over the square of the context, the launch paid once per
@@ -30,21 +32,24 @@ from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.attention import attention_by_window
+from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.exchange import balanced_copies, engine_dispatch
 from moeplan.costs.group_kernel import group_seconds, row_at
 from moeplan.costs.interpolation import TILES
 from moeplan.costs.kv_cache import SwapCosts
 from moeplan.costs.step import BatchParts, StepModel, combine
+from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique
 from moeplan.costs.work import Work
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import ModelSpec, dense_beside
+from moeplan.specs.model import DTYPE_BYTES, ModelSpec, dense_beside
 from moeplan.specs.workload import Phase, Workload
 
 __all__ = ["Batch", "MoeTable", "ServingCosts", "StepSeconds", "grid", "stairs"]
 
 Floats = NDArray[np.float64]
+_SENT = "transfers between stages"
 _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
 
 
@@ -128,7 +133,8 @@ class ServingCosts:
     """One model on one cluster under one technique; see the module.
 
     ``technique.overlap`` concerns whole steps, ``technique.dispatch`` decode (see
-    :func:`moeplan.costs.exchange.engine_dispatch`). The cluster is that of one pipeline stage.
+    :func:`moeplan.costs.exchange.engine_dispatch`). ``cluster`` is that of one pipeline stage, ``stages`` that of all,
+    where there are several.
     """
 
     def __init__(
@@ -141,6 +147,7 @@ class ServingCosts:
         max_tokens: int,
         max_seqs: int,
         max_context: int,
+        stages: ClusterSpec | None = None,
     ) -> None:
         self.model, self.cluster, self.profile = model, cluster, profile
         self.technique = technique
@@ -164,6 +171,17 @@ class ServingCosts:
         self.part_errors: dict[str, float] = {}
         self._nothing_L = np.zeros(model.num_moe_layers)
         self._attention(max_seqs, max_context)
+        self._sent = None if stages is None else self._between(stages)
+
+    def _between(self, stages: ClusterSpec) -> Seconds:
+        """From stage to stage, all the way, at each number of tokens per rank."""
+        links, ranks = CollectiveCosts(stages, self.profile, self.technique.backend), self.cluster.num_ranks
+        size = self._busy.points * 2 * self.model.hidden_size * DTYPE_BYTES["bf16"]
+        sent = links.seconds("p2p", 2, size, ranks)
+        gathered = links.seconds("all_gather", self.technique.tp, size * self.technique.tp)
+        hops = stages.num_ranks // ranks - 1
+        error = max(sent.relative_error, gathered.relative_error)
+        return Seconds(hops * (sent.value + gathered.value), error, sent.source, sent.extrapolated)
 
     def _attention(self, max_seqs: int, max_context: int) -> None:
         model, how = self.model, self.technique
@@ -260,7 +278,10 @@ class ServingCosts:
         table.filled_B[b] = True
         self.source |= dict(cost.source)
         self.extrapolated |= set(cost.extrapolated)
-        for name, error in model.part_errors.items():
+        errors = dict(model.part_errors)
+        if self._sent is not None:
+            self.source[_SENT], errors[_SENT] = self._sent.source, self._sent.relative_error
+        for name, error in errors.items():
             self.part_errors[name] = max(error, self.part_errors.get(name, 0.0))
 
     def _at(self, table: MoeTable, tokens_per_rank: float) -> tuple[int, float]:
@@ -307,7 +328,11 @@ class ServingCosts:
         busy_D = (group_D3[:, 0] + group_D3[:, 1]) * (L / share) + group_D3[:, 2]
         busy_R = busy_D if how.tp == 1 else np.repeat(busy_D, how.tp)
         busy_R = np.minimum(busy_R + row_at(table.expert_BR, b, w) / share, alone + other)
-        return StepSeconds(layers + other, float(row_at(table.error_B, b, w)), layers - alone, busy_R)
+        sent = 0.0
+        if self._sent is not None:
+            sent = float(row_at(self._sent.value, *self._busy.place(float(tokens_D.max()))))
+        total_s, exposed_s = layers + other + sent, layers - alone + sent
+        return StepSeconds(total_s, float(row_at(table.error_B, b, w)), exposed_s, busy_R)
 
     def _groups(self, batch: Batch, share: float) -> tuple[Floats, float, Floats]:
         """Tokens on each rank of a group ``[D]``, their mean over live ranks, and seconds of each group ``[D, 3]``

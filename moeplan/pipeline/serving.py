@@ -106,7 +106,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         capacity = room.tokens if room.tokens is not None else 2**40
         if room.tokens is None:
             notes.append(f"{model.name}: attention is not known; its time and KV cache are not counted")
-        factory = _costs(scenario, model, engine, profile, longest)
+        factory = _costs(scenario, model, engine, profile, longest, whole)
         per_token = kv_bytes_per_token(model, engine, work.context, work.weight_dtype) or 0.0
         pools.append(
             Pool(
@@ -329,8 +329,9 @@ def _technique(scenario: Scenario, engine: EngineSpec) -> Technique:
 
 
 def _costs(
-    scenario: Scenario, model: ModelSpec, engine: EngineSpec, profile: HardwareProfile | None, longest: int
-) -> Callable[[ClusterSpec], ServingCosts | DetailedCosts]:
+    scenario: Scenario, model: ModelSpec, engine: EngineSpec, profile: HardwareProfile | None, longest: int,
+    whole: ClusterSpec,
+) -> Callable[[ClusterSpec], ServingCosts | DetailedCosts]:  # fmt: skip
     if scenario.fidelity == "detailed" and engine.pp > 1:
         raise SpecError(
             f"fidelity (detailed) plays the ranks of one pipeline stage, but engine.pp is {engine.pp}; use fidelity:"
@@ -338,6 +339,7 @@ def _costs(
         )
     technique = _technique(scenario, engine)
     context = 1 << (longest - 1).bit_length()  # runs with other lengths share the tables
+    stages = whole.model_dump_json() if engine.pp > 1 else None
     made: dict[str, ServingCosts | DetailedCosts] = {}
 
     def costs(cluster: ClusterSpec) -> ServingCosts | DetailedCosts:
@@ -345,7 +347,7 @@ def _costs(
         if key not in made:
             compiled = _compiled(
                 model, key, scenario.workload, technique, profile, engine.max_num_batched_tokens, engine.max_num_seqs,
-                context,
+                context, stages,
             )  # fmt: skip
             compiled.clear()
             made[key] = DetailedCosts(compiled) if scenario.fidelity == "detailed" else compiled
@@ -357,11 +359,11 @@ def _costs(
 @lru_cache(maxsize=8)
 def _compiled(
     model: ModelSpec, cluster: str, workload: Workload, technique: Technique, profile: HardwareProfile | None,
-    tokens: int, seqs: int, context: int,
+    tokens: int, seqs: int, context: int, stages: str | None,
 ) -> ServingCosts:  # fmt: skip
-    """Costs that the runs of a scenario share; ``cluster`` is a document, which can be compared."""
-    spec = ClusterSpec.model_validate_json(cluster)
-    return ServingCosts(model, spec, workload, technique, profile, tokens, seqs, context)
+    """Costs that the runs of a scenario share; ``cluster`` and ``stages`` are documents, which can be compared."""
+    spec, whole = ClusterSpec.model_validate_json(cluster), stages and ClusterSpec.model_validate_json(stages)
+    return ServingCosts(model, spec, workload, technique, profile, tokens, seqs, context, whole or None)
 
 
 # ---------------------------------------------------------------------- planning again

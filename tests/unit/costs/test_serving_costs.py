@@ -89,6 +89,20 @@ def test_equal_prompts_equal_the_step_model() -> None:
         assert found.step(batch, PLACE, LOAD).total_s == pytest.approx(want.total_s, rel=off)
 
 
+def test_stages_send_on_hidden_states_and_residuals() -> None:
+    """Three stages of a node each: two hops of two tensors in 16 bits over a NIC, 256 tokens on each rank."""
+    nodes = CLUSTER.model_copy(update={"num_nodes": 3 * CLUSTER.num_nodes})
+    batch = decode(RANKS, 256.0, 1024.0)
+    plain = costs().step(batch, PLACE, LOAD)
+    how = Technique(dispatch="per_expert")
+    piped = ServingCosts(MODEL, CLUSTER, WORK, how, PROFILE, 8192, 256, 8192, nodes)
+    found = piped.step(batch, PLACE, LOAD)
+    hop_s = nodes.nic_latency + 256 * 2 * MODEL.hidden_size * 2 / nodes.accelerator.nic_bandwidth
+    assert found.total_s - plain.total_s == pytest.approx(2 * hop_s)
+    assert found.exposed_s - plain.exposed_s == pytest.approx(2 * hop_s)
+    assert "transfers between stages" in piped.source
+
+
 def test_few_tokens_hit_few_experts() -> None:
     found = costs()
     one = decode(RANKS, 0.0, 100.0)
