@@ -104,6 +104,7 @@ def _from_server(url: str, dump_dir: Path | None, prompts: list[str], max_new_to
     if dump_dir is None or not prompts:
         raise SpecError("--sglang needs --dump-dir, where the server writes, and --prompts to send")
     server = SglangServer(url, dump_dir)
+    server.require_tokens()
 
     def send(times_s: list[float]) -> RunError | KeyboardInterrupt | None:
         try:

@@ -32,7 +32,7 @@ class Dumps:
 
 
 class SglangServer:
-    """A server at ``url``; ``dump_dir`` is where it writes its dumps.
+    """A server at ``url``; ``dump_dir`` is where it writes its dumps. Its first request may compile for minutes.
 
     Dumps are taken once names and sizes have held still for ``quiet_s`` seconds; where a rank's is missing or not
     whole, after ``patience_s`` seconds without a change.
@@ -42,7 +42,7 @@ class SglangServer:
     """
 
     def __init__(
-        self, url: str, dump_dir: Path, timeout_s: float = 60.0, quiet_s: float = 3.0, patience_s: float = 30.0
+        self, url: str, dump_dir: Path, timeout_s: float = 600.0, quiet_s: float = 3.0, patience_s: float = 30.0
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise SpecError(f"sglang ({url}) must be a URL such as http://127.0.0.1:30000")
@@ -79,18 +79,41 @@ class SglangServer:
         self._post("/generate", {"text": prompt, "sampling_params": sampling})
         return time.perf_counter() - start
 
-    def ranks(self) -> int | None:
-        """Ranks of the server, each of which writes a dump; None where it does not tell."""
+    def info(self) -> dict[str, Any]:
+        """Arguments that the server was started with; empty where it does not tell."""
         for path in ("/server_info", "/get_server_info"):  # the second name is the older
             try:
                 with urllib.request.urlopen(f"{self.url}{path}", timeout=self.timeout_s) as answer:
-                    info = json.load(answer)
-                # With attention parallel over data its ranks are among tp_size, else each holds a whole replica.
-                replicas = 1 if info.get("enable_dp_attention") else int(info.get("dp_size", 1))
-                return int(info["tp_size"]) * int(info.get("pp_size", 1)) * replicas
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):  # unreachable, or another answer
+                    told = json.load(answer)
+            except (OSError, ValueError):  # unreachable, or another answer
                 continue
-        return None
+            if isinstance(told, dict):
+                return told
+        return {}
+
+    def require_tokens(self) -> None:
+        """Whether the server records the experts of tokens; one started without a recorder dies when told to record.
+
+        Raises:
+            TraceError: it says that it does not.
+        """
+        mode = self.info().get("expert_distribution_recorder_mode", "per_token")
+        if mode != "per_token":
+            records = "counts only" if mode else "no routing"
+            raise TraceError(
+                f"{self.url} records {records} (expert_distribution_recorder_mode is {mode or 'not set'}); start the"
+                " server with --expert-distribution-recorder-mode per_token"
+            )
+
+    def ranks(self) -> int | None:
+        """Ranks of the server, each of which writes a dump; None where it does not tell."""
+        info = self.info()
+        try:
+            # With attention parallel over data its ranks are among tp_size, else each holds a whole replica.
+            replicas = 1 if info.get("enable_dp_attention") else int(info.get("dp_size", 1))
+            return int(info["tp_size"]) * int(info.get("pp_size", 1)) * replicas
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def record(self, drive: Callable[[], object]) -> Dumps:
         """Record while ``drive`` runs; what the ranks dumped.

@@ -144,16 +144,22 @@ class TestSglangStat(TraceReaderContract):
     reader = load_plugin("trace_readers", "sglang")
 
     def build(self, folder: Path) -> Layout:
-        """Five decoder layers of which 0 and 2 are dense: all zero."""
+        """Five decoder layers of which 0 and 2 are dense: all zero. A ring of a thousand steps, most of them unused."""
         torch = pytest.importorskip("torch")
         load = counted(choices())
-        counts = torch.zeros((4, 5, E), dtype=torch.int32)
+        counts = torch.zeros((1000, 5, E), dtype=torch.int32)
         for layer, where in enumerate((1, 3, 4)):
             counts[0, where] = torch.tensor(load[layer]).int()
             counts[2, where] = 2 * counts[0, where]
         path = folder / "expert_distribution_recorder_1700000000.0.pt"
         torch.save({"rank": 0, "logical_count": counts, "average_utilization_rate_over_window": None}, path)
         return Layout(path, 3 * load, (1, 3, 4))
+
+    def test_steps_without_a_token_are_no_windows(self, tmp_path: Path):
+        layout = self.build(tmp_path)
+        load = self.reader.read(layout.path, ReadOptions())
+        assert load.windows == ("step 0", "step 2")
+        assert (load.load_WLE[1] == 2 * load.load_WLE[0]).all()
 
 
 def recorder_map(layers: int, seed: int = 5) -> np.ndarray:
@@ -205,15 +211,18 @@ class TestSglangPerToken(TraceReaderContract):
                 for k in range(2):
                     slots = np.flatnonzero(physical_to_logical[layer + 1] == experts[token, layer, k])
                     ids[layer + 1, token, k] = slots[token % len(slots)]
+        counts = np.stack([np.bincount(layer[layer >= 0], minlength=E + 2) for layer in ids])
         record = {
             "forward_pass_id": 3,
             "rank": 0,
             "gatherer_key": "primary",
-            "topk_ids_of_layer": torch.tensor(ids),
-            "input_ids": torch.arange(23),
+            "input_ids": list(range(23)),
+            "positions": [*range(12), *range(8), 0, 0, 0],
+            "extend_seq_lens": [12, 8],
             "forward_mode": 1,
-            "extend_seq_lens": torch.tensor([12, 8]),
+            "topk_ids_of_layer": torch.tensor(ids),
             "misc_objects": [],
+            "global_physical_count": torch.tensor(counts).int(),
         }
         pack = {"records": [record], "last_physical_to_logical_map": torch.tensor(physical_to_logical)}
         path = folder / "expert_distribution_recorder_1.0_0.pt"

@@ -132,7 +132,8 @@ def recorded_load(
     source_SLE: NDArray[Any] | None = None,
     top_k: int | None = None,
 ) -> ExpertLoad:
-    """A recorder's counts as a load: dense layers (all zero) dropped, many steps folded into few windows.
+    """A recorder's counts as a load: dense layers and steps without a token (all zero: idle passes, the unused part
+    of a ring buffer) dropped, many steps folded into few windows.
 
     Raises:
         TraceError: all zero, or the number of experts is another model's.
@@ -144,11 +145,13 @@ def recorded_load(
     used_L = (counts_WLE != 0).any(axis=(0, 2))
     if not used_L.any():
         raise TraceError(f"{where} counts no tokens at all; did the recorder run while requests were served?")
-    counts_WLE = counts_WLE[:, used_L]
+    used_W = np.flatnonzero((counts_WLE != 0).any(axis=(1, 2)))
+    counts_WLE = counts_WLE[used_W][:, used_L]
     steps = len(counts_WLE)
     starts = np.unique(np.arange(min(steps, MAX_WINDOWS)) * steps // min(steps, MAX_WINDOWS))
     ends = [*starts[1:], steps]
-    names = (f"{window} {a}" if b == a + 1 else f"{window}s {a}-{b - 1}" for a, b in zip(starts, ends, strict=True))
+    spans = ((used_W[a], used_W[b - 1]) for a, b in zip(starts, ends, strict=True))
+    names = (f"{window} {a}" if a == b else f"{window}s {a}-{b}" for a, b in spans)
     return ExpertLoad(
         load_WLE=np.add.reduceat(counts_WLE.astype(np.float64), starts, axis=0),
         windows=tuple(names),

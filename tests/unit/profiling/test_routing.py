@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -612,7 +613,7 @@ def recording(tmp_path: Path, monkeypatch):
         quick = partialmethod(SglangServer.__init__, quiet_s=0.3, patience_s=patience_s)
         monkeypatch.setattr(SglangServer, "__init__", quick)
         monkeypatch.setattr(SglangServer, "_post", post)
-        monkeypatch.setattr(SglangServer, "ranks", lambda _self: ranks)
+        monkeypatch.setattr(SglangServer, "info", lambda _self: {} if ranks is None else {"tp_size": ranks})
         return record_routing(
             tmp_path / "t.npz", sglang="http://x", dump_dir=tmp_path / "dumps", prompts=tmp_path / "prompts.txt"
         )
@@ -665,6 +666,35 @@ def test_a_dump_that_stays_cut_is_an_error_and_the_others_are_kept(recording):
         record(None, lambda: _dump(folder, 0, 0), lambda: cut.write_bytes(b"PK\3\4"), patience_s=0.6)
 
 
+@contextmanager
+def _telling(path: str, info: object):
+    """A server that tells ``info`` at ``path``; its URL, and what is posted to it."""
+    posts: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == path else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(info).encode())
+
+        def do_POST(self):
+            posts.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}", posts
+        finally:
+            http.shutdown()
+            thread.join()
+
+
 @pytest.mark.parametrize(
     ("path", "info", "ranks"),
     [
@@ -676,18 +706,17 @@ def test_a_dump_that_stays_cut_is_an_error_and_the_others_are_kept(recording):
     ],
 )
 def test_how_many_ranks_a_server_has(tmp_path: Path, path, info, ranks):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path == path else 404)
-            self.end_headers()
-            self.wfile.write(json.dumps(info).encode())
+    with _telling(path, info) as (url, _):
+        assert SglangServer(url, tmp_path).ranks() == ranks
 
-        def log_message(self, *_args):
-            pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, daemon=True)
-        thread.start()
-        assert SglangServer(f"http://127.0.0.1:{http.server_port}", tmp_path).ranks() == ranks
-        http.shutdown()
-        thread.join()
+@pytest.mark.parametrize(
+    ("mode", "said"), [(None, r"no routing \(\w+ is not set\)"), ("stat", r"counts only \(\w+ is stat\)")]
+)
+def test_a_server_that_records_no_tokens_is_sent_nothing(tmp_path: Path, mode, said):
+    """SGLang 0.5.23 without a recorder ends when it is told to start recording."""
+    (tmp_path / "prompts.txt").write_text("one\n")
+    told = {"tp_size": 1, "expert_distribution_recorder_mode": mode}
+    with _telling("/server_info", told) as (url, posts), pytest.raises(TraceError, match=rf"{url} records {said}"):
+        record_routing(tmp_path / "t.npz", sglang=url, dump_dir=tmp_path, prompts=tmp_path / "prompts.txt")
+    assert posts == []
