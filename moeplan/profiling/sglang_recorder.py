@@ -92,17 +92,25 @@ class SglangServer:
         return {}
 
     def require_tokens(self) -> None:
-        """Whether the server records the experts of tokens; one started without a recorder dies when told to record.
+        """See that the server records the experts of its tokens. Without a recorder it dies when told to record; with
+        attention parallel over data and no all-to-all, experts are chosen for the gathered tokens of all ranks, and
+        each rank records as many of the first of them as it has tokens (seen in 0.5.23).
 
         Raises:
             TraceError: it says that it does not.
         """
-        mode = self.info().get("expert_distribution_recorder_mode", "per_token")
+        info = self.info()
+        mode = info.get("expert_distribution_recorder_mode", "per_token")
         if mode != "per_token":
             records = "counts only" if mode else "no routing"
             raise TraceError(
                 f"{self.url} records {records} (expert_distribution_recorder_mode is {mode or 'not set'}); start the"
                 " server with --expert-distribution-recorder-mode per_token"
+            )
+        if info.get("enable_dp_attention") and info.get("moe_a2a_backend", "") in (None, "none"):
+            raise TraceError(
+                f"{self.url} records other ranks' tokens (enable_dp_attention with moe_a2a_backend none); start the"
+                " server without attention parallel over data, or with --moe-a2a-backend"
             )
 
     def ranks(self) -> int | None:

@@ -1,6 +1,6 @@
 """Dumps of SGLang's expert distribution recorder (``expert_distribution_recorder_*.pt``).
 
-Modes ``stat`` and ``stat_approx``: one file, ``{rank, logical_count [steps, layers, E], ...}``. Modes
+Modes ``stat`` and ``stat_approx``: one file, ``{rank, logical_count [steps, layers, E], ...}``, a ring of steps. Modes
 ``per_pass`` and ``per_token``: one file per rank, ``{records: [...], last_physical_to_logical_map
 [layers, P]}``; a record holds ``forward_pass_id``, ``rank`` and ``global_physical_count`` [layers, P], or
 per token ``topk_ids_of_layer`` [layers, tokens, 8]: *physical* ids, room for eight whatever the model's

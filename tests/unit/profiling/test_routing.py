@@ -710,13 +710,34 @@ def test_how_many_ranks_a_server_has(tmp_path: Path, path, info, ranks):
         assert SglangServer(url, tmp_path).ranks() == ranks
 
 
+_TOKENS = {"expert_distribution_recorder_mode": "per_token"}
+
+
 @pytest.mark.parametrize(
-    ("mode", "said"), [(None, r"no routing \(\w+ is not set\)"), ("stat", r"counts only \(\w+ is stat\)")]
+    ("info", "said"),
+    [
+        ({"expert_distribution_recorder_mode": None}, r"no routing \(\w+ is not set\)"),
+        ({"expert_distribution_recorder_mode": "stat"}, r"counts only \(\w+ is stat\)"),
+        ({**_TOKENS, "enable_dp_attention": True, "moe_a2a_backend": "none"}, r"other ranks' tokens \(enable_dp_"),
+    ],
 )
-def test_a_server_that_records_no_tokens_is_sent_nothing(tmp_path: Path, mode, said):
-    """SGLang 0.5.23 without a recorder ends when it is told to start recording."""
+def test_a_server_that_does_not_record_its_tokens_is_sent_nothing(tmp_path: Path, info, said):
+    """As SGLang 0.5.23 tells. Without a recorder it ends when told to start; in the third case, on two CPU ranks,
+    no decoded token of the second had its own experts."""
     (tmp_path / "prompts.txt").write_text("one\n")
-    told = {"tp_size": 1, "expert_distribution_recorder_mode": mode}
-    with _telling("/server_info", told) as (url, posts), pytest.raises(TraceError, match=rf"{url} records {said}"):
+    with _telling("/server_info", info) as (url, posts), pytest.raises(TraceError, match=rf"{url} records {said}"):
         record_routing(tmp_path / "t.npz", sglang=url, dump_dir=tmp_path, prompts=tmp_path / "prompts.txt")
     assert posts == []
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {**_TOKENS, "enable_dp_attention": True, "moe_a2a_backend": "deepep"},
+        {**_TOKENS, "enable_dp_attention": False, "moe_a2a_backend": "none"},
+        {"version": "?"},
+    ],
+)
+def test_a_server_that_records_its_tokens_or_does_not_tell_passes(tmp_path: Path, info):
+    with _telling("/server_info", info) as (url, _):
+        SglangServer(url, tmp_path).require_tokens()
