@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,7 @@ class TestSglangPerPass(TraceReaderContract):
     reader = load_plugin("trace_readers", "sglang")
 
     def build(self, folder: Path) -> Layout:
-        """Two ranks, two passes; the ranks of a pass add up."""
+        """Two ranks, two passes; the ranks of a pass add up. The second's is two stages of a pipeline, of one rank."""
         torch = pytest.importorskip("torch")
         physical_to_logical = recorder_map(3)
         rng = np.random.default_rng(6)
@@ -192,8 +193,11 @@ class TestSglangPerPass(TraceReaderContract):
                         "global_physical_count": torch.tensor(physical),
                     }
                 )
-            pack = {"records": records, "last_physical_to_logical_map": torch.tensor(physical_to_logical)}
-            torch.save(pack, folder / f"expert_distribution_recorder_1.0_{rank}.pt")
+            for stage, layers in enumerate([[0, 1, 2]] if rank == 0 else [[0, 1], [2]]):
+                held = torch.tensor([[int(layer in layers)] for layer in range(3)])
+                part = [{**r, "global_physical_count": r["global_physical_count"] * held} for r in records]
+                pack = {"records": part, "last_physical_to_logical_map": torch.tensor(physical_to_logical)}
+                torch.save(pack, folder / f"expert_distribution_recorder_1.{stage}_{rank}.pt")
         return Layout(folder, load, (0, 1, 2))
 
 
@@ -228,6 +232,22 @@ class TestSglangPerToken(TraceReaderContract):
         path = folder / "expert_distribution_recorder_1.0_0.pt"
         torch.save(pack, path)
         return Layout(path, counted(experts), (1, 2, 3), experts, dropped_padding=4 * 23 * 8 - 20 * 3 * 2)
+
+
+class TestSglangPipeline(TestSglangPerToken):
+    def build(self, folder: Path) -> Layout:
+        """Both stages of a pipeline are rank 0, run the same passes, and hold layers of their own."""
+        torch = pytest.importorskip("torch")
+        layout = super().build(folder)
+        pack = torch.load(layout.path)
+        layout.path.unlink()
+        (record,) = pack["records"]
+        stage_L = torch.tensor([0, 0, 0, 1])[:, None, None]
+        for stage in range(2):
+            ids = torch.where(stage_L == stage, record["topk_ids_of_layer"], -1)
+            part = {**pack, "records": [{**record, "topk_ids_of_layer": ids}]}
+            torch.save(part, folder / f"expert_distribution_recorder_1.{stage}_0.pt")
+        return replace(layout, path=folder)
 
 
 class TestTrtllm(TraceReaderContract):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def _physical_to_logical(where: str, pack: dict[str, Any], options: ReadOptions)
 def _per_pass(path: Path, records: _Records, options: ReadOptions) -> ExpertLoad:
     """Each rank counts what it received; the ranks of a pass are added, as SGLang's own simulator does."""
     per_pass: dict[int, NDArray[np.int64]] = {}
-    seen: set[tuple[int, int]] = set()
+    seen: dict[tuple[int, int], NDArray[np.bool_]] = {}
     for where, pack, record in records:
         map_LP, num_experts = _physical_to_logical(where, pack, options)
         count_LP = tensor_array(where, strict_get(where, record, "global_physical_count"), 2)
@@ -140,9 +140,11 @@ def _per_pass(path: Path, records: _Records, options: ReadOptions) -> ExpertLoad
             raise TraceError(f"{where}: global_physical_count must hold counts of 0 or more")
         number = strict_int(where, "forward_pass_id", strict_get(where, record, "forward_pass_id"))
         rank = strict_int(where, "rank", strict_get(where, record, "rank"))
-        if (number, rank) in seen:
+        used_L = count_LP.any(axis=1)
+        before_L = seen.get((number, rank), np.zeros_like(used_L))
+        if (used_L & before_L).any():  # stages of a pipeline have one rank and layers of their own
             raise TraceError(f"{where}: forward pass {number} of rank {rank} appears twice; name one recording")
-        seen.add((number, rank))
+        seen[number, rank] = used_L | before_L
         logical_LE = np.zeros((len(map_LP), num_experts), np.int64)
         np.add.at(logical_LE, (np.arange(len(map_LP))[:, None], map_LP), count_LP)
         if number in per_pass and per_pass[number].shape != logical_LE.shape:
@@ -155,9 +157,10 @@ def _per_pass(path: Path, records: _Records, options: ReadOptions) -> ExpertLoad
 
 
 def _per_token(path: Path, records: _Records, options: ReadOptions) -> RoutingTrace:
-    """Tokens of each rank, in recorded order. Ranks that ran the same tokens (tensor parallel) count once."""
-    parts: list[RoutingTrace] = []
-    seen: set[tuple[int, bytes]] = set()
+    """Tokens of each rank, in recorded order. Ranks that ran the same tokens (tensor and pipeline parallelism) count
+    once: their records name the same pass and inputs, and differ in no layer that both hold."""
+    tokens: list[_Tokens] = []
+    same_inputs: dict[tuple[int, bytes], list[_Tokens]] = {}
     repeated = 0
     for where, pack, record in records:
         map_LP, num_experts = _physical_to_logical(where, pack, options)
@@ -169,20 +172,44 @@ def _per_token(path: Path, records: _Records, options: ReadOptions) -> RoutingTr
         if int(ids_LTK.min()) < -1 or int(ids_LTK.max()) >= map_LP.shape[1]:
             found = f"{int(ids_LTK.min())}..{int(ids_LTK.max())}"
             raise TraceError(f"{where}: physical ids {found} are not all within -1..{map_LP.shape[1] - 1}")
+        logical_LTK = np.where(ids_LTK < 0, -1, map_LP[np.arange(len(map_LP))[:, None, None], ids_LTK])
+        mine = _Tokens(where, record, num_experts, logical_LTK.astype(np.int32))
         number = strict_int(where, "forward_pass_id", strict_get(where, record, "forward_pass_id"))
         if record.get("input_ids") is not None:
             inputs = tensor_array(f"{where}: input_ids", record["input_ids"])
-            same = (number, hashlib.sha256(inputs.tobytes() + ids_LTK.tobytes()).digest())
-            if same in seen:
+            others = same_inputs.setdefault((number, hashlib.sha256(inputs.tobytes()).digest()), [])
+            if any(other.take(mine) for other in others):
                 repeated += 1
                 continue
-            seen.add(same)
-        logical_LTK = np.where(ids_LTK < 0, -1, map_LP[np.arange(len(map_LP))[:, None, None], ids_LTK])
-        parts.append(_record_trace(where, record, logical_LTK.transpose(1, 0, 2), num_experts))
-    if not parts:
+            others.append(mine)
+        tokens.append(mine)
+    if not tokens:
         raise TraceError(f"{path}: no record holds a token")
-    trace = drop_padding(join_traces(parts))
+    trace = drop_padding(join_traces([part.trace() for part in tokens]))
     return replace(trace, origin={"repeated_records": repeated}) if repeated else trace
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """Tokens of one record: logical expert ids, ``-1`` in layers that the rank does not run."""
+
+    where: str
+    record: dict[str, Any]
+    num_experts: int
+    experts_LTK: NDArray[np.int32]
+
+    def take(self, other: _Tokens) -> bool:
+        """Whether ``other`` is of the same tokens; the layers that only it holds are then added."""
+        if other.experts_LTK.shape != self.experts_LTK.shape:
+            return False
+        both_L = (self.experts_LTK >= 0).any(axis=(1, 2)) & (other.experts_LTK >= 0).any(axis=(1, 2))
+        same = np.array_equal(self.experts_LTK[both_L], other.experts_LTK[both_L])
+        if same:
+            self.experts_LTK = np.maximum(self.experts_LTK, other.experts_LTK)
+        return same
+
+    def trace(self) -> RoutingTrace:
+        return _record_trace(self.where, self.record, self.experts_LTK.transpose(1, 0, 2), self.num_experts)
 
 
 def _record_trace(where: str, record: dict[str, Any], experts_TLK: NDArray[Any], num_experts: int) -> RoutingTrace:
