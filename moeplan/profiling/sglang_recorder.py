@@ -7,6 +7,7 @@ into its ``SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR``, which must be readable fro
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,8 @@ from moeplan.errors import SpecError, TraceError
 
 __all__ = ["Dumps", "SglangServer"]
 
+_OF_ADMINISTRATORS = ("/flush_cache", *(f"/{verb}_expert_distribution_record" for verb in ("start", "stop", "dump")))
+
 
 @dataclass(frozen=True, slots=True)
 class Dumps:
@@ -32,7 +35,8 @@ class Dumps:
 
 
 class SglangServer:
-    """A server at ``url``; ``dump_dir`` is where it writes its dumps. Its first request may compile for minutes.
+    """A server at ``url``; ``dump_dir`` is where it writes its dumps. Keys are those of ``SGLANG_API_KEY`` and
+    ``SGLANG_ADMIN_API_KEY``. Its first request may compile for minutes.
 
     Dumps are taken once names and sizes have held still for ``quiet_s`` seconds; where a rank's is missing or not
     whole, after ``patience_s`` seconds without a change.
@@ -53,19 +57,26 @@ class SglangServer:
         self.url, self.dump_dir, self.timeout_s = url.rstrip("/"), dump_dir, timeout_s
         self.quiet_s, self.patience_s = quiet_s, patience_s
 
-    def _post(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        data = json.dumps(body or {}).encode()
-        request = urllib.request.Request(
-            f"{self.url}{path}", data=data, method="POST", headers={"Content-Type": "application/json"}
-        )
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """An open answer: a POST of ``body`` where there is one. Recorder and cache take the administrator's key of a
+        server that has one, else its other key."""
+        names = ["SGLANG_API_KEY", *(["SGLANG_ADMIN_API_KEY"] if path in _OF_ADMINISTRATORS else [])]
+        keys = [os.environ[name] for name in names if os.environ.get(name)]
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {keys[-1]}"} if keys else {})
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=headers)
+        return urllib.request.urlopen(request, timeout=self.timeout_s)
+
+    def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
-                content: bytes = answer.read()
-                return content
+            with self._ask(path, body or {}) as answer:
+                answer.read()
         except urllib.error.HTTPError as error:
             with error:
                 said = " ".join(error.read(300).decode(errors="replace").split()) or "nothing more"
-            if path.endswith("_expert_distribution_record"):
+            if error.code == 401:
+                said += "; set SGLANG_API_KEY to the server's --api-key, SGLANG_ADMIN_API_KEY to its --admin-api-key"
+            elif path.endswith("_expert_distribution_record"):
                 said += "; start the server with --expert-distribution-recorder-mode per_token"
             raise TraceError(f"{self.url}{path} answered {error.code} {error.reason}: {said}") from error
         except (urllib.error.URLError, OSError) as error:
@@ -83,7 +94,7 @@ class SglangServer:
         """Arguments that the server was started with; empty where it does not tell."""
         for path in ("/server_info", "/get_server_info"):  # the second name is the older
             try:
-                with urllib.request.urlopen(f"{self.url}{path}", timeout=self.timeout_s) as answer:
+                with self._ask(path) as answer:
                     told = json.load(answer)
             except (OSError, ValueError):  # unreachable, or another answer
                 continue

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -667,8 +668,8 @@ def test_a_dump_that_stays_cut_is_an_error_and_the_others_are_kept(recording):
 
 
 @contextmanager
-def _telling(path: str, info: object):
-    """A server that tells ``info`` at ``path``; its URL, and what is posted to it."""
+def _telling(path: str, info: object, keys: Callable[[str], str | None] = lambda path: None):
+    """A server that tells ``info`` at ``path``, and asks for the key of a path; its URL, and what is posted to it."""
     posts: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -679,7 +680,8 @@ def _telling(path: str, info: object):
 
         def do_POST(self):
             posts.append(self.path)
-            self.send_response(200)
+            key = keys(self.path)
+            self.send_response(200 if key is None or self.headers["Authorization"] == f"Bearer {key}" else 401)
             self.end_headers()
 
         def log_message(self, *_args):
@@ -728,6 +730,18 @@ def test_a_server_that_does_not_record_its_tokens_is_sent_nothing(tmp_path: Path
     with _telling("/server_info", info) as (url, posts), pytest.raises(TraceError, match=rf"{url} records {said}"):
         record_routing(tmp_path / "t.npz", sglang=url, dump_dir=tmp_path, prompts=tmp_path / "prompts.txt")
     assert posts == []
+
+
+def test_keys_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """SGLang 0.5.23 with both keys: the recorder and the cache take the administrator's, not the other."""
+    asked = SglangServer("http://127.0.0.1:1", tmp_path, timeout_s=10.0)
+    with _telling("/server_info", _TOKENS, lambda path: "any" if path == "/generate" else "root") as (asked.url, posts):
+        for name, key in (("SGLANG_API_KEY", "any"), ("SGLANG_ADMIN_API_KEY", "root")):
+            with pytest.raises(TraceError, match=r"answered 401 .*set SGLANG_API_KEY .*SGLANG_ADMIN_API_KEY"):
+                asked.generate("one", 1)
+            monkeypatch.setenv(name, key)
+        assert asked.generate("one", 1) > 0
+    assert posts == ["/flush_cache", "/flush_cache", "/flush_cache", "/generate"]
 
 
 @pytest.mark.parametrize(
