@@ -33,6 +33,7 @@ __all__ = [
     "home_ranks",
     "hop_shares",
     "served_slots",
+    "shares",
     "sum_by_rank",
 ]
 
@@ -253,6 +254,12 @@ def count_slots(load_WLE: NDArray[np.float64], placement: Placement) -> NDArray[
     return slots * placement.slot_share_LP
 
 
+def shares(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Parts of what all have together, along the last axis; of nothing 0."""
+    parts: NDArray[np.float64] = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1e-300)
+    return parts
+
+
 def served_slots(
     load: ExpertLoad, placement: Placement, split: ReplicaSplit, counts: TraceCounts | None
 ) -> NDArray[np.float64]:
@@ -261,8 +268,7 @@ def served_slots(
     """
     if counts is None or split != "nearest":
         return count_slots(load.load_WLE, placement)
-    share_WLP = counts.pairs_WLP / np.maximum(counts.pairs_WLP.sum(axis=2, keepdims=True), 1e-300)
-    slots: NDArray[np.float64] = share_WLP * load.load_WLE.sum(axis=2)[:, :, None]
+    slots: NDArray[np.float64] = shares(counts.pairs_WLP) * load.load_WLE.sum(axis=2)[:, :, None]
     return slots
 
 

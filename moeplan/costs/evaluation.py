@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.counting import TraceCounts, count_trace, hop_shares, served_slots, sum_by_rank
+from moeplan.costs.counting import TraceCounts, count_trace, hop_shares, served_slots, shares, sum_by_rank
 from moeplan.costs.exchange import touched_share
 from moeplan.costs.layer import LayerCosts
 from moeplan.costs.transitions import transition_counts
@@ -92,12 +92,6 @@ def _chosen_seconds(chance: NDArray[np.float64], costs: LayerCosts) -> NDArray[n
     return seconds
 
 
-def _shares(load_WLR: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Part of each window's selections that every rank works on."""
-    shares: NDArray[np.float64] = load_WLR / np.maximum(load_WLR.sum(axis=2, keepdims=True), _TINY)
-    return shares
-
-
 def _by_node(rank_WLR: NDArray[np.float64], placement: Placement) -> NDArray[np.float64]:
     sums: NDArray[np.float64] = rank_WLR.reshape(*rank_WLR.shape[:2], placement.num_nodes, -1).sum(axis=3)
     return sums
@@ -111,7 +105,7 @@ def _arrivals(
     dispatch: DispatchKind,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Copies per token into each node from others ``[W, L, N]`` and to each rank ``[W, L, R]``, in ``return_home``."""
-    share_WLR, top_k = _shares(load_WLR), load.top_k or 1
+    share_WLR, top_k = shares(load_WLR), load.top_k or 1
     elsewhere = 1 - 1 / placement.num_nodes
     if dispatch == "per_expert":
         rank_WLR = share_WLR * top_k
@@ -128,7 +122,7 @@ def _arrivals(
 
 def _met(load_WLR: NDArray[np.float64], placement: Placement) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """As :func:`hop_shares` by chance, ``[W, L]``: parts of the hops that stay on a rank, and inside a node."""
-    share_WLR = _shares(load_WLR)
+    share_WLR = shares(load_WLR)
 
     def kept(share: NDArray[np.float64]) -> NDArray[np.float64]:
         met: NDArray[np.float64] = (share * np.roll(share, -1, axis=1)).sum(axis=2)
@@ -173,7 +167,6 @@ def evaluate(
     same_rank = same_node = None
     exchange = np.full((W, L), costs.exchange_fixed_s)
     node, rank = np.zeros((W, L)), np.zeros((W, L))
-    link_R, link_N = costs.links(placement.num_ranks, placement.num_nodes)
     transitions = transitions_of(load)
     if transitions is not None:
         rank_share, node_share = hop_shares(transitions, placement)
@@ -182,11 +175,12 @@ def evaluate(
         kept_rank, kept_node = (
             (same_rank, same_node) if same_rank is not None and same_node is not None else _met(load_WLR, placement)
         )
-        hops = (kept_node - kept_rank) * costs.per_rank_copy_s / placement.num_ranks / link_R.min()
-        hops += (1 - kept_node) * costs.per_node_copy_s / placement.num_nodes / link_N.min()
+        rank_s, node_s = costs.hop_s(placement.num_ranks, placement.num_nodes)
+        hops = (kept_node - kept_rank) * rank_s + (1 - kept_node) * node_s
         hops[..., -1] = 0.0
         exchange += T * top_k * hops
     elif objective.dispatch != "allgather":
+        link_R, link_N = costs.links(placement.num_ranks, placement.num_nodes)
         node_WLN, rank_WLR = _arrivals(load, load_WLR, counts, placement, objective.dispatch)
         node, rank = (node_WLN / link_N).max(axis=2), (rank_WLR / link_R).max(axis=2)
     node_path, rank_path = T * costs.per_node_copy_s * node, T * costs.per_rank_copy_s * rank

@@ -60,6 +60,13 @@ class LayerCosts:
         link_R = np.array(self.link_R or [1.0] * ranks)
         return link_R, node_links(link_R, nodes)
 
+    def hop_s(self, ranks: int, nodes: int) -> tuple[float, float]:
+        """Seconds of a step per token copy that goes on to another rank of its node, and to another node, in ``stay``:
+        spread over all links, of which the slowest decides."""
+        link_R, link_N = self.links(ranks, nodes)
+        inside, between = self.per_rank_copy_s / ranks / link_R.min(), self.per_node_copy_s / nodes / link_N.min()
+        return float(inside), float(between)
+
     def known_from(self, load: ExpertLoad, return_mode: ReturnMode) -> LayerCosts:
         """As they are for a load: :meth:`of_counts` without tokens, unless ``stay`` is given the transitions."""
         coupled = return_mode == "stay" and load.transitions_LEE is not None

@@ -41,7 +41,7 @@ from moeplan.costs.kv_cache import SwapCosts
 from moeplan.costs.step import BatchParts, StepModel, combine
 from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique
-from moeplan.costs.work import Work
+from moeplan.costs.work import Work, link_speeds, speeds
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, ModelSpec, dense_beside
 from moeplan.specs.workload import Phase, Workload
@@ -155,11 +155,10 @@ class ServingCosts:
         self._plain = replace(technique, overlap="none")
         self.live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
         self._num_live = int(self.live_R.sum())
-        self.speed_R = np.array([cluster.rank(r).speed for r in range(cluster.num_ranks)])
+        self.speed_R = speeds(cluster)
         self.groups = cluster.num_ranks // technique.tp
         self._speed_D = self.speed_R.reshape(self.groups, technique.tp).min(1)
-        links = np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)])
-        self._link_D = links.reshape(self.groups, technique.tp).min(1)
+        self._link_D = link_speeds(cluster).reshape(self.groups, technique.tp).min(1)
         self._mean = _Curve(grid(max_tokens, 1.0 / self._num_live))
         self._busy = _Curve(stairs(grid(max_tokens), technique.tp))
         self._models: dict[tuple[Phase, float], StepModel] = {}

@@ -30,10 +30,12 @@ from moeplan.costs.exchange import ExchangeCosts, exchange_costs, touched, touch
 from moeplan.costs.expert_law import ExpertCosts
 from moeplan.costs.experts import expert_costs
 from moeplan.costs.fixed import FixedCosts, fixed_costs
+from moeplan.costs.layer import node_links
 from moeplan.costs.memory import RankMemory, memory_report
 from moeplan.costs.roofline import returned_bytes, token_bytes
 from moeplan.costs.technique import Overlap, Technique
 from moeplan.costs.traffic import Traffic
+from moeplan.costs.work import link_speeds, speeds
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
@@ -154,9 +156,9 @@ class StepModel:
         self.technique = technique or Technique()
         self.profile = profile
         self.live = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
-        self.speed_R = np.array([cluster.rank(r).speed for r in range(cluster.num_ranks)])
-        self.link_R = np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)])
-        self._link_N = self.link_R.reshape(cluster.num_nodes, -1).mean(1)
+        self.speed_R = speeds(cluster)
+        self.link_R = link_speeds(cluster)
+        self._link_N = node_links(self.link_R, cluster.num_nodes)
         self._tokens = tokens
         of = {"tp": cluster.num_ranks, "expert_tp": cluster.ranks_per_node}
         for name, number in of.items():

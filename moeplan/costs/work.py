@@ -18,9 +18,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from moeplan.costs.tables import Seconds
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Work"]
+from moeplan.costs.tables import Seconds
+from moeplan.specs.cluster import ClusterSpec
+
+__all__ = ["Work", "link_speeds", "speeds"]
+
+
+def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
+    """Relative speed of each rank."""
+    return np.array([cluster.rank(r).speed for r in range(cluster.num_ranks)], dtype=np.float64)
+
+
+def link_speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
+    """Part of the links' usual bandwidth that each rank has."""
+    return np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,11 @@ from moeplan.artifacts.plan import IMPORTED, LayerEvaluation, Plan, plan_file
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
 from moeplan.costs.operating_point import layer_costs
+from moeplan.costs.work import speeds
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.pipeline.exports import load_placement, own_plan
 from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_notes, profile_of, read_routing
-from moeplan.pipeline.optimize import SPLIT_OF_TARGET, layer_evaluations, spec_sha256, speeds
+from moeplan.pipeline.optimize import SPLIT_OF_TARGET, layer_evaluations, spec_sha256
 from moeplan.routing.loads import expert_load
 from moeplan.specs.catalogue import slug
 from moeplan.specs.cluster import ClusterSpec

@@ -25,6 +25,7 @@ from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
 from moeplan.costs.layer import LayerCosts
 from moeplan.costs.memory import memory_report
 from moeplan.costs.operating_point import layer_costs
+from moeplan.costs.work import speeds
 from moeplan.errors import InfeasibleError, SpecError
 from moeplan.exports.base import ExportContext, Exporter
 from moeplan.files import atomic_directory, canonical_json, sha256_bytes, write_text
@@ -57,7 +58,7 @@ from moeplan.specs.scenario import Scenario
 from moeplan.specs.workload import Objective, ReplicaSplit, Workload
 
 __all__ = [
-    "PLAN_PLACE", "SPLIT_OF_TARGET", "Optimized", "layer_evaluations", "optimize", "spec_sha256", "speeds",
+    "PLAN_PLACE", "SPLIT_OF_TARGET", "Optimized", "layer_evaluations", "optimize", "spec_sha256",
     "write_plan",
 ]  # fmt: skip
 
@@ -192,11 +193,6 @@ class _Job:
 def spec_sha256(spec: Spec) -> str:
     """Hash of a model or cluster, as a plan records it."""
     return sha256_bytes(canonical_json(spec.model_dump(mode="json")).encode())
-
-
-def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
-    """Relative speed of each rank."""
-    return np.asarray([cluster.rank(r).speed for r in range(cluster.num_ranks)], dtype=np.float64)
 
 
 def optimize(

@@ -25,10 +25,10 @@ from moeplan.costs.operating_point import layer_costs
 from moeplan.costs.run_traffic import Wire
 from moeplan.costs.serving import ServingCosts
 from moeplan.costs.technique import Technique
+from moeplan.costs.work import speeds
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
 from moeplan.pipeline.inputs import backend_notes, even_load_LE, profile_notes, profile_of, read_routing, slots_of_ranks
-from moeplan.pipeline.optimize import speeds
 from moeplan.pipeline.serving_limits import coverage_notes, faults_fit, slo_possible
 from moeplan.planning.migration import align, migration_of
 from moeplan.planning.problem import PlanningProblem

@@ -196,7 +196,6 @@ def _exchange_bound(
         problem.num_nodes,
         problem.num_ranks,
     )
-    link_R, link_N = costs.links(ranks, nodes)
     if objective.return_mode == "stay":
         if flow is None or layer >= len(flow):
             return 0.0
@@ -208,7 +207,7 @@ def _exchange_bound(
         node_cap = nodes * float(loads.reshape(2, nodes, -1).sum(axis=2).max())
         on_node = most_kept(part, nodes, node_slots, node_cap) if nodes > 1 else 1.0
         on_rank = min(on_node, most_kept(part, ranks, int(problem.slots_R.max()), ranks * float(loads.max())))
-        rank_s, node_s = costs.per_rank_copy_s / ranks / link_R.min(), costs.per_node_copy_s / nodes / link_N.min()
+        rank_s, node_s = costs.hop_s(ranks, nodes)
         # Where leaving the node is the cheaper hop, what stays in the node had better stay on the rank.
         kept = on_node if node_s >= rank_s else on_rank
         return T * top_k * max(0.0, float((kept - on_rank) * rank_s + (1 - kept) * node_s))
@@ -217,6 +216,7 @@ def _exchange_bound(
         return 0.0
     if objective.replica_split == "nearest" and not counts_only:
         return 0.0
+    link_R, link_N = costs.links(ranks, nodes)
     node_s, rank_s, link_R = costs.per_node_copy_s * (1 - 1 / nodes), costs.per_rank_copy_s, link_R[problem.live_R]
     if objective.dispatch == "per_expert" or counts_only:
         # The busiest link takes no less than all links together would for all copies.

@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from moeplan.costs.counting import shares
 from moeplan.costs.evaluation import copy_seconds, transitions_of
 from moeplan.costs.exchange import touched_share
 from moeplan.planning.prepare import Prepared
@@ -150,7 +151,7 @@ def _touched(ready: Prepared, layer: int) -> NDArray[np.float64]:
     if trace is None:  # as evaluation takes counts: choices are independent
         load_WE = load.load_WLE[:, layer]
         set_SE = (np.arange(1 << E)[:, None] >> np.arange(E)) & 1
-        share_WE = load_WE / np.maximum(load_WE.sum(axis=1, keepdims=True), 1e-300)
+        share_WE = shares(load_WE)
         return touched_share(share_WE @ set_SE.T, load.top_k or 1)
     window_T = np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
     chosen_TK = trace.experts_TLK[:, layer].astype(np.int64)
@@ -176,7 +177,8 @@ def _layer_costs(ready: Prepared, rank_AE: NDArray[np.int64]) -> NDArray[np.floa
     on_node = on_rank.reshape(*rank_AE.shape, nodes, -1).sum(axis=3)
     power_E = 1 << np.arange(rank_AE.shape[1])
     rank_set, node_set = (np.einsum("aeg,e->ag", where, power_E).astype(np.int64) for where in (on_rank, on_node))
-    top_k = load.top_k or 1
+    top_k, (link_R, _) = load.top_k or 1, costs.links(ranks, nodes)  # links are alike
+    node_price_s, rank_price_s = ready.node_price_s / link_R[0], ready.rank_price_s / link_R[0]
     for l in range(len(cost)):
         load_WE = load.load_WLE[:, l]
         if objective.kind != "traffic":
@@ -184,9 +186,9 @@ def _layer_costs(ready: Prepared, rank_AE: NDArray[np.int64]) -> NDArray[np.floa
             busiest = np.einsum("we,aer->awr", seconds_WE, on_rank).max(axis=2)
             cost[l] += busiest.mean(axis=1) / problem.speed_R[0]
         if objective.return_mode == "return_home" and objective.dispatch == "per_expert":
-            pairs_WE = load_WE / np.maximum(load_WE.sum(axis=1, keepdims=True), 1e-300) * top_k
+            pairs_WE = shares(load_WE) * top_k
             node_AW, rank_AW = (np.einsum("we,aeg->awg", pairs_WE, to).max(axis=2) for to in (on_node, on_rank))
-            cost[l] += np.maximum(node_AW * ready.node_price_s, rank_AW * ready.rank_price_s).mean(axis=1)
+            cost[l] += np.maximum(node_AW * node_price_s, rank_AW * rank_price_s).mean(axis=1)
         if objective.return_mode == "return_home" and objective.dispatch in ("per_node", "per_rank"):
             touched = _touched(ready, l)
             rank_AWR = touched[:, rank_set].transpose(1, 0, 2)
@@ -194,7 +196,7 @@ def _layer_costs(ready: Prepared, rank_AE: NDArray[np.int64]) -> NDArray[np.floa
                 node_AW = touched[:, node_set].max(axis=2).T
             else:
                 node_AW = rank_AWR.reshape(*rank_AWR.shape[:2], nodes, -1).sum(axis=3).max(axis=2)
-            slower = np.maximum(node_AW * ready.node_price_s, rank_AWR.max(axis=2) * ready.rank_price_s)
+            slower = np.maximum(node_AW * node_price_s, rank_AWR.max(axis=2) * rank_price_s)
             cost[l] += slower.mean(axis=1)
         peak_A = np.einsum("e,aer->ar", load_WE.sum(axis=0), on_rank).max(axis=1)
         cost[l, peak_A > peak_A.min() * (1 + ready.max_imbalance) + 1e-9] = np.inf
@@ -242,8 +244,8 @@ def exact_placement(ready: Prepared) -> ExactPlan | None:
         costs = problem.costs
         copies = costs.tokens_per_step * (problem.load.top_k or 1)
         share = flow / flow.sum(axis=(1, 2), keepdims=True)
-        rank_value = copies * costs.per_rank_copy_s / ranks
-        node_value = copies * costs.per_node_copy_s / nodes - rank_value if nodes > 1 else 0.0
+        rank_value, away_value = (copies * hop_s for hop_s in costs.hop_s(ranks, nodes))
+        node_value = away_value - rank_value if nodes > 1 else 0.0
         argument = f"exact dynamic programme over {len(rank_AE)} arrangements of each layer"
         if one_each:
             orders = np.asarray(list(permutations(range(experts // nodes))), dtype=np.int64)

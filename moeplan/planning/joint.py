@@ -319,9 +319,8 @@ def _stay(ready: Prepared, base_LP: Rows, clock: Clock, notes: list[str]) -> Row
     back = np.ascontiguousarray(flow.transpose(0, 2, 1))
     costs, nodes, ranks = problem.costs, problem.num_nodes, int(problem.live_R.sum())
     copies = costs.tokens_per_step * (problem.load.top_k or 1)
-    link_R, link_N = costs.links(problem.num_ranks, nodes)
-    rank_value = copies * costs.per_rank_copy_s / problem.num_ranks / link_R.min()
-    node_value = max(copies * costs.per_node_copy_s / nodes / link_N.min() - rank_value, 0.0) if nodes > 1 else 0.0
+    rank_value, away_value = (copies * hop_s for hop_s in costs.hop_s(problem.num_ranks, nodes))
+    node_value = max(away_value - rank_value, 0.0) if nodes > 1 else 0.0
     row_LP = base_LP.copy()
     limits = [_limits(ready, l, row) for l, row in enumerate(base_LP)]
     base_LW, cap_LW = np.stack([x.base_W for x in limits]), np.stack([x.cap_W for x in limits])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import EMPTY, Placement
-from moeplan.costs.counting import choose_slots, home_ranks
+from moeplan.costs.counting import choose_slots, home_ranks, shares
 from moeplan.costs.evaluation import aggregate, copy_seconds, evaluate
 from moeplan.planning.balance import LayerLoad
 from moeplan.planning.problem import PlanningProblem
@@ -109,7 +109,7 @@ def prepare(problem: PlanningProblem, weight_W: NDArray[np.float64] | None = Non
         group_R = _apart(problem, experts)
         most = max(1, min(len(np.unique(group_R[problem.live_R])), spare + 1))
         table = [
-            load_WE / np.maximum(load_WE.sum(axis=1, keepdims=True), 1e-300) / c
+            shares(load_WE) / c
             if by_load
             else copy_seconds(load_WE, costs, top_k, c)
             for c in range(1, most + 1)

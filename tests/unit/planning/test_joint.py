@@ -251,6 +251,19 @@ def test_the_placement_in_use_does_not_keep_from_an_exact_plan_and_stays_where_i
     assert kept.physical_to_logical_LP.tolist() == renamed.physical_to_logical_LP.tolist()
 
 
+@pytest.mark.parametrize("mode", ["return_home", "stay"])
+def test_exact_plans_charge_slow_links_as_dear_copies(mode):
+    """Links that are all a hundredth as fast are copies a hundred times as dear."""
+    objective = Objective(return_mode=mode)
+    problem = make_problem(layers=3, experts=8, ranks=4, ranks_per_node=2, sigma=1.0, objective=objective)
+    costs = problem.costs
+    dear = replace(costs, per_node_copy_s=100 * costs.per_node_copy_s, per_rank_copy_s=100 * costs.per_rank_copy_s)
+    slow, want = joint(replace(problem, costs=replace(costs, link_R=(0.01,) * 4))), joint(replace(problem, costs=dear))
+    assert slow.status == want.status == "optimal"
+    rows, best = (found.placement.physical_to_logical_LP.tolist() for found in (slow, want))
+    assert rows == best
+
+
 def test_a_search_that_finds_nothing_better_keeps_the_placement_in_use():
     problem = make_problem(layers=2, experts=16, ranks=4, ranks_per_node=2)
     found = joint(problem).placement
