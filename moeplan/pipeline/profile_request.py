@@ -129,6 +129,11 @@ class ProfileRequest:
                 words.append(f"{_flag(option)} {text}")
         return " ".join([*words, "--out DIR"])
 
+    @property
+    def task(self) -> str:
+        """The command without its time: runs of one task share their points."""
+        return self.command.replace(f" --budget {self.budget_s:g}s", "")
+
 
 def _flag(name: str) -> str:
     short = {name: name[:-1] for name in ("dtypes", "kernels", "ops", "directions", "windows")} | {"budget_s": "budget"}
@@ -158,7 +163,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "device": "cuda",
         "dtypes": ("bf16", "fp8"),
         "ep": (1, 8),
-        "budget_s": 1200.0,
+        "budget_s": 480.0,
     },
     "cpu": {
         "models": (),

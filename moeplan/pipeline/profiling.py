@@ -258,8 +258,8 @@ def measure_profile(
     Raises:
         SpecError: the device cannot, sizes are missing, or ``out`` holds something else; InputError: ``out`` cannot
             be replaced; ProfileError: an interrupted run's journal is there and ``resume`` is false, or it is of
-            another command, ``out`` is corrupt, of another device or of other threads, a rank died, nothing was
-            measured, or the profile cannot be written.
+            another command (only the budget may differ), ``out`` is corrupt, of another device or of other threads,
+            a rank died, nothing was measured, or the profile cannot be written.
         MissingExtraError: torch is not installed.
     """
     from moeplan.profiling import system
@@ -277,7 +277,7 @@ def measure_profile(
         if not device.is_cuda and set(request.parts) - {"system", "collectives"}:
             facts["threads"] = float(threads)
         _require_extendable(place, name, versions, facts)
-        header = {"device": name, "libraries": versions, "threads": threads, "command": request.command}
+        header = {"device": name, "libraries": versions, "threads": threads, "command": request.task}
         journal = Journal(place.with_name(place.name + ".journal.jsonl") if first else None, header, resume)
         clock = system.CpuClock()
         try:
@@ -342,9 +342,10 @@ def _measure(
     benches: list[Bench] = []
     if "memory" in request.parts:
         benches.append(memory_bench(device, 2**30 if device.is_cuda else 2**26))
-    for part, of_part in (("experts", _expert_benches), ("attention", _attention_benches), ("dense", _dense_benches)):
-        if part in request.parts:
-            benches += of_part(request, device, models, notes)
+    layers = (("experts", _expert_benches), ("attention", _attention_benches), ("dense", _dense_benches))
+    made = {part: of_part(request, device, models, notes) for part, of_part in layers if part in request.parts}
+    # Attention last: fused kernels of a GPU plan every new shape, and the others leave time for that.
+    benches += [bench for part in ("experts", "dense", "attention") for bench in made.get(part, ())]
     if not benches and not {"system", "collectives"} & set(request.parts):
         raise SpecError("; ".join(notes))
     if exchange:

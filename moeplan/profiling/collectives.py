@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,28 +116,19 @@ class Communicator:
         return int(-self.most(-self.device.free_bytes // (1 if self.device.is_cuda else self.per_node)))
 
 
-def _turned(call: Call, turn: int, _i: int) -> object:
-    return call(turn)
-
-
 class CollectiveTimer:
     """Times a collective on all ranks at once; the samples are the largest over ranks, the same on all."""
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._timer = CudaTimer() if comm.device.is_cuda else CpuTimer()
+        self._timer = CudaTimer() if comm.device.is_cuda else CpuTimer(before=comm.dist.barrier)
 
     def time(self, call: Call, count: int) -> list[float]:
         """See :class:`moeplan.profiling.protocol.Timer`."""
         comm, torch = self._comm, self._comm.device.torch
         if comm.device.is_cuda:
             comm.dist.barrier()
-            own = self._timer.time(call, count)
-        else:
-            own = []
-            for i in range(count):
-                comm.dist.barrier()
-                own += self._timer.time(partial(_turned, call, i), 1)
+        own = self._timer.time(call, count)
         slowest = torch.tensor(own, dtype=torch.float64, device=comm.device.kind)
         comm.dist.all_reduce(slowest, op=comm.dist.ReduceOp.MAX)
         return [float(value) for value in slowest.cpu()]

@@ -22,6 +22,8 @@ _OPS = (
     ("device_to_host", "pinned", 1),
 )
 
+_BUSY_BYTES = 2**22  # a link moves more while a GPU does one product of 4,096 x 4,096: the copy has company to its end
+
 
 def memory_bench(device: Device, max_bytes: int = 2**30) -> Bench:
     """Series over bytes; on a CPU only copies and allocations, since host and device are one there."""
@@ -44,14 +46,14 @@ def memory_bench(device: Device, max_bytes: int = 2**30) -> Bench:
 
 def _open(device: Device, what: Mapping[str, tuple[str, str, int]], high: int) -> Callable[[Series, int], Call]:
     torch = device.torch
-
-    def random_bytes(size: int, where: str, pinned: bool = False) -> Any:
-        made = torch.empty(size, dtype=torch.uint8, device=where, pin_memory=pinned)
-        return made.random_()
-
-    near = [random_bytes(high, device.kind) for _ in range(2)]
-    far = {kind: random_bytes(high, "cpu", kind == "pinned") for kind in ("pinned", "pageable") if device.is_cuda}
-    busy = device.normal((2048, 2048), torch.bfloat16) if device.is_cuda else None
+    near = [torch.empty(high, dtype=torch.uint8, device=device.kind).random_() for _ in range(2)]
+    # Filled from the device: a CPU takes many seconds to draw a gigabyte.
+    far = {
+        kind: torch.empty(high, dtype=torch.uint8, pin_memory=kind == "pinned").copy_(near[0])
+        for kind in ("pinned", "pageable")
+        if device.is_cuda
+    }
+    busy = device.normal((4096, 4096), torch.bfloat16) if device.is_cuda else None
     side = torch.cuda.Stream() if device.is_cuda else None
 
     def prepare(series: Series, size: int) -> Call:
@@ -79,7 +81,7 @@ def _open(device: Device, what: Mapping[str, tuple[str, str, int]], high: int) -
             if overlapped and side is not None:
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
-                    for _ in range(4):
+                    for _ in range(1 + size // _BUSY_BYTES):
                         torch.mm(busy, busy)
             return target[part].copy_(source[part], non_blocking=True)
 

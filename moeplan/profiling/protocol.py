@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from moeplan.errors import MoeplanError
 from moeplan.profiling.grid import coarse_sizes, interval_errors, midpoint
 from moeplan.profiling.journal import Journal
 
@@ -39,6 +40,8 @@ LEAST_PASSES = 2
 TOLERANCE = 0.01
 NOISY = 0.25
 MAX_SAMPLES = 400
+_EVENTS_US = 20.0  # more than the host takes to record the two events of a call
+_MOST_SPIN_US = 50_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +90,21 @@ class Timer(Protocol):
     """Times calls, in microseconds each."""
 
     def time(self, call: Call, count: int) -> list[float]:
-        """``count`` timed calls ``call(0) .. call(count - 1)``."""
+        """``call(-1)`` untimed, then ``count`` timed calls ``call(0) .. call(count - 1)``."""
 
 
 class CpuTimer:
-    """The monotonic clock around each call."""
+    """The monotonic clock around each call; ``before`` runs ahead of each timed one."""
+
+    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
+        self._before = before
 
     def time(self, call: Call, count: int) -> list[float]:
         """See :class:`Timer`."""
+        call(-1)
         samples = []
         for i in range(count):
+            self._before()
             start = time.perf_counter_ns()
             call(i)
             samples.append((time.perf_counter_ns() - start) / 1e3)
@@ -107,7 +115,7 @@ class CudaTimer:
     """Device events around each call on the current stream.
 
     A spin kernel ahead of the calls keeps the device busy while the host enqueues them: without it the gaps
-    between small kernels would be timed as if they were the kernels.
+    between small kernels would be timed as if they were the kernels. The untimed call tells how long that takes.
     """
 
     def __init__(self) -> None:
@@ -115,13 +123,13 @@ class CudaTimer:
 
         self._torch = torch
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(1_000_000)  # the first launch loads the module; time the second
+        # The first launch loads the module, and the clock of an idle device takes a while to rise: time the second.
+        torch.cuda._sleep(200_000_000)
         start.record()
         torch.cuda._sleep(10_000_000)
         end.record()
         torch.cuda.synchronize()
         self._cycles_per_us = 10_000_000 / (start.elapsed_time(end) * 1e3)
-        self._host_us: float = 50.0
 
     def time(self, call: Call, count: int) -> list[float]:
         """See :class:`Timer`."""
@@ -129,14 +137,16 @@ class CudaTimer:
         starts = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
         ends = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
         torch.cuda.synchronize()
-        spin_us = min(1.5 * self._host_us * count, 50_000.0)
-        torch.cuda._sleep(int(spin_us * self._cycles_per_us))
         begun = time.perf_counter_ns()
+        call(-1)
+        host_us = (time.perf_counter_ns() - begun) / 1e3
+        torch.cuda.synchronize()
+        spin_us = min(count * (2 * host_us + _EVENTS_US), _MOST_SPIN_US)
+        torch.cuda._sleep(int(spin_us * self._cycles_per_us))
         for i in range(count):
             starts[i].record()
             call(i)
             ends[i].record()
-        self._host_us = (time.perf_counter_ns() - begun) / 1e3 / count
         torch.cuda.synchronize()
         return [a.elapsed_time(b) * 1e3 for a, b in zip(starts, ends, strict=True)]
 
@@ -181,6 +191,11 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _reason(error: Exception) -> str:
+    """Kind and first line: what a device lacks ends in a RuntimeError, a ValueError, or one of Triton's."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
 def run_benches(benches: Sequence[Bench], rig: Rig, budget_s: float, report: Progress = lambda _w, _d: None) -> None:
     """Measure all benches within about ``budget_s``; samples go to the journal, omissions to ``left_out``.
 
@@ -215,16 +230,16 @@ def _run_bench(bench: Bench, rig: Rig, share_s: float, tell: Callable[[float], N
 
     try:
         prepare = _together(bench.open, rig)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if _out_of_memory(error):
             rig.left_out.append(
                 f"{bench.name}: not measured, weights and buffers do not fit into the memory of the device: free some,"
                 f" or {bench.smaller}"
             )
-        elif rig.strict:
+        elif rig.strict or isinstance(error, MoeplanError):
             raise
         else:
-            rig.left_out.append(f"{bench.name}: fails here: {str(error).strip().splitlines()[0]}")
+            rig.left_out.append(f"{bench.name}: fails here: {_reason(error)}")
         return
     try:
         _Run(bench, prepare, rig, left).run(share_s)
@@ -239,7 +254,7 @@ def _together(make: Callable[[], T], rig: Rig) -> T:
     short: Exception | None = None
     try:
         made = make()
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not _out_of_memory(error):
             raise
         short = error
@@ -281,9 +296,7 @@ class _Run:
     def timed(self, case: tuple[int, int], count: int) -> list[float]:
         series, size = self.bench.series[case[0]], case[1]
         self.rig.doing = f"{series.label} at {size}"
-        call = _together(lambda: self.prepare(series, size), self.rig)
-        call(-1)
-        return self.rig.timer.time(call, count)
+        return self.rig.timer.time(_together(lambda: self.prepare(series, size), self.rig), count)
 
     def scout(self, case: tuple[int, int]) -> bool:
         """Warm a case up and estimate it; False, and said, where the memory does not hold it."""
@@ -293,21 +306,20 @@ class _Run:
             return True
         try:
             self.estimate_us[case] = min(self.timed(case, 2))
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             self.drop(case, error, f"from size {case[1]} on")
             return False
         return True
 
     def drop(self, case: tuple[int, int], error: Exception, where: str) -> None:
         """Time a failing case no more, and say so; its samples are kept. Ends the run where a peer may be dead."""
-        if not _out_of_memory(error) and self.rig.strict:
+        if not _out_of_memory(error) and (self.rig.strict or isinstance(error, MoeplanError)):
             raise error
         label = self.bench.series[case[0]].label
         if _out_of_memory(error):
             self.rig.left_out.append(f"{label}: out of memory {where}")
         else:
-            reason = str(error).strip().split("\n")[0]
-            self.rig.left_out.append(f"{label}: fails here {where}: {reason}")
+            self.rig.left_out.append(f"{label}: fails here {where}: {_reason(error)}")
         self.failed.add(case)
         self.estimate_us.pop(case, None)
         gc.collect()
@@ -342,7 +354,7 @@ class _Run:
                 series, size = self.bench.series[case[0]], case[1]
                 try:
                     samples = self.timed(case, self.calls(case))
-                except (RuntimeError, MemoryError) as error:  # other programs took what the scouting had
+                except Exception as error:  # other programs took what the scouting had
                     self.drop(case, error, f"at size {size} in a later pass, its times until then are kept")
                     continue
                 self.rig.journal.add(series.table, series.row(size), samples)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -463,7 +464,7 @@ def test_presets_and_options_make_one_request():
     assert request.parts == ("experts",)
     assert (request.sizes.hidden, request.sizes.inter, request.max_tokens) == (64, 1024, 8)
     h200 = profile_request("all", "h200", {})
-    assert (h200.budget_s, h200.device, len(h200.models)) == (1200.0, "cuda", 7)
+    assert (h200.budget_s, h200.device, len(h200.models)) == (480.0, "cuda", 7)
     assert "collectives" not in h200.parts, "one GPU cannot measure an exchange"
     assert set(PRESETS) == {"cpu", "h200"}
 
@@ -589,9 +590,10 @@ def test_a_profile_that_cannot_be_written_keeps_its_points_for_the_same_command(
         patch.setattr(HardwareProfile, "save", full)
         with pytest.raises(ProfileError, match=r"another --out; \d+ points measured until then are kept in .*p.jour"):
             measure_profile(asked, out)
-    with pytest.raises(ProfileError, match=r"command \(moeplan profile memory .*0.2s.*\) is not this run's \(.*0.3s"):
-        measure_profile(ProfileRequest(parts=("memory",), budget_s=0.3), out, resume=True)
-    assert measure_profile(asked, out, resume=True)["resumed_points"] > 0
+    with pytest.raises(ProfileError, match=r"command \(moeplan profile memory .*\) is not this run's \(.*--seed 1"):
+        measure_profile(replace(asked, seed=1), out, resume=True)
+    again = measure_profile(replace(asked, budget_s=0.1), out, resume=True)
+    assert again["resumed_points"] > 0, "the time may be another"
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
 
 

@@ -13,7 +13,7 @@ import pytest
 from moeplan.errors import ProfileError
 from moeplan.profiling.grid import coarse_sizes, departure, interval_errors, midpoint
 from moeplan.profiling.journal import Journal
-from moeplan.profiling.protocol import Bench, Rig, Series, run_benches, statistics
+from moeplan.profiling.protocol import Bench, CpuTimer, CudaTimer, Rig, Series, run_benches, statistics
 
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
@@ -164,15 +164,96 @@ def test_a_bench_that_does_not_fit_is_left_out():
     assert not rig.journal.points
 
 
-def test_a_kernel_that_the_device_lacks_is_named_and_the_rest_goes_on():
+class CompilationError(Exception):
+    """Triton's errors are neither RuntimeError nor ValueError."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, CompilationError])
+def test_a_kernel_that_the_device_lacks_is_named_and_the_rest_goes_on(kind):
     def law(size):
         if size > 100:
-            raise RuntimeError("no kernel image is available\nfor execution")
+            raise kind("no kernel image is available\nfor execution")
         return 10.0
 
-    rig = _run([_series(label="a"), _series(label="b", high=64)], FakeTimer(law), budget=3.0)
-    assert rig.left_out == ["a: fails here from size 181 on: no kernel image is available"]
+    def closed():
+        raise kind
+
+    rig = Rig(FakeTimer(law), Journal(None, {}), random.Random(0))
+    benches = [Bench("ab", (_series(label="a"), _series(label="b", high=64)), _opened)]
+    run_benches([*benches, Bench("c", (_series(label="c"),), closed)], rig, 3.0)
+    assert rig.left_out == [
+        f"a: fails here from size 181 on: {kind.__name__}: no kernel image is available",
+        f"c: fails here: {kind.__name__}",
+    ]
     assert {row["kernel"] for _, row, _ in rig.journal.points.values()} == {"a", "b"}
+
+
+def test_an_error_of_ours_ends_the_run():
+    def law(_size):
+        raise ProfileError("cannot write")
+
+    with pytest.raises(ProfileError, match="cannot write"):
+        _run([_series()], FakeTimer(law))
+
+
+class FakeGpu:
+    """A stream on a clock, in microseconds: the host enqueues, the device runs what is enqueued in order."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = self.busy_until = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.run(host_us=3.0, device_us=0.0)
+                self.at = gpu.busy_until
+
+            def elapsed_time(self, end) -> float:
+                return (end.at - self.at) / 1e3
+
+        def synchronize():
+            gpu.now = max(gpu.now, gpu.busy_until)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.run(5.0, cycles / 1980))
+        monkeypatch.setattr("moeplan.profiling.protocol.time.perf_counter_ns", lambda: gpu.now * 1e3)
+
+    def run(self, host_us: float, device_us: float) -> None:
+        self.now += host_us
+        self.busy_until = max(self.busy_until, self.now) + device_us
+
+
+def test_what_the_host_takes_to_launch_is_not_timed_whatever_came_before(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    timer = CudaTimer()
+
+    def light(_i):
+        gpu.run(host_us=5.0, device_us=2.0)
+
+    def heavy(_i):
+        for _ in range(40):
+            gpu.run(host_us=5.0, device_us=2.0)
+
+    def blocking(_i):
+        gpu.run(host_us=5.0, device_us=100.0)
+        torch.cuda.synchronize()
+
+    for _ in range(3):
+        assert timer.time(light, 16) == pytest.approx([2.0] * 16)
+        assert timer.time(heavy, 16) == pytest.approx([80.0] * 16)
+        begun = gpu.now
+        timer.time(blocking, 16)
+        assert gpu.now - begun < 2 * 17 * 200, "the spin does not grow with what it made the host wait"
+
+
+def test_a_call_without_time_comes_before_the_timed_ones():
+    seen: list[int | str] = []
+    CpuTimer(before=lambda: seen.append("before")).time(seen.append, 2)
+    assert seen == [-1, "before", 0, "before", 1]
 
 
 def test_between_ranks_an_error_ends_the_run():
