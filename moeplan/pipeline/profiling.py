@@ -354,9 +354,11 @@ def _measure(
     split = 0.75 if exchange and benches else float(bool(benches))  # of the budget: benches, then exchanges
     if "system" in request.parts:
         facts.update(system.system_facts(device))
+    if benches or "system" in request.parts:
+        timer = CudaTimer() if device.is_cuda else CpuTimer()  # a GPU's clock has risen when its timer is there
+    if "system" in request.parts:
         facts.update(system.measure_launch(device, journal))
     if benches:
-        timer = CudaTimer() if device.is_cuda else CpuTimer()
         rig = Rig(timer, journal, random.Random(request.seed))
         run_benches(benches, rig, split * request.budget_s, lambda what, done: progress(what, split * done))
         notes += rig.left_out
