@@ -31,10 +31,12 @@ Floats = NDArray[np.float64]
 
 
 class Wire:
-    """How copies of one model's tokens travel."""
+    """How copies of one model's tokens travel, to experts that ``expert_tp`` neighbours split."""
 
-    def __init__(self, model: ModelSpec, dispatch: DispatchKind, activation_dtype: Dtype) -> None:
-        self.dispatch, self.top_k = dispatch, model.top_k
+    def __init__(
+        self, model: ModelSpec, dispatch: DispatchKind, activation_dtype: Dtype, expert_tp: int = 1
+    ) -> None:
+        self.dispatch, self.top_k, self.expert_tp = dispatch, model.top_k, expert_tp
         self.out_bytes = token_bytes(model.routed_hidden_size, activation_dtype)
         self.back_bytes = returned_bytes(model.routed_hidden_size, activation_dtype)
 
@@ -63,8 +65,12 @@ class Wire:
         """
         weight_L = np.ones(len(reach.rank_LR)) if weight_L is None else weight_L
         passed = Reach((weight_L @ reach.rank_LR)[None], (weight_L @ reach.node_LN)[None])
-        hops = spread(passed, cluster, self.dispatch, tokens_R)
+        hops = spread(passed, cluster, self.dispatch, tokens_R, self.expert_tp)
         copies_RR = hops.between_LRR[0] + hops.inside_LRR[0]
+        if self.dispatch == "per_expert":  # what came to one of the ranks that split experts the others gather
+            group_R, place_R = np.divmod(np.arange(len(tokens_R)), self.expert_tp)
+            came_R = passed.rank_LR[0] * np.bincount(place_R, tokens_R)[place_R]
+            copies_RR = copies_RR + came_R[:, None] * (group_R[:, None] == group_R)
         np.fill_diagonal(copies_RR, 0.0)
         answer: Floats = copies_RR * self.out_bytes + copies_RR.T * self.back_bytes
         return answer

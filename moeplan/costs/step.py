@@ -20,12 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.profile import HardwareProfile
+from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.exchange import ExchangeCosts, exchange_costs, touched, touched_share
 from moeplan.costs.expert_law import ExpertCosts
 from moeplan.costs.experts import expert_costs
@@ -33,6 +35,7 @@ from moeplan.costs.fixed import FixedCosts, fixed_costs
 from moeplan.costs.layer import node_links
 from moeplan.costs.memory import RankMemory, memory_report
 from moeplan.costs.roofline import returned_bytes, token_bytes
+from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Overlap, Technique
 from moeplan.costs.traffic import Traffic
 from moeplan.costs.work import link_speeds, speeds
@@ -80,8 +83,8 @@ class BatchParts:
     """What one batch of a step is made of (two of them under ``two_batch``), for who plays it event by event.
 
     ``expert_s_LR`` and ``pairs_LR``: seconds and (token, expert) pairs of each rank; ``attention_s_R`` and
-    ``shared_s_R`` of one layer; ``exchange_s_L`` dispatch and combine; ``exchange`` gives seconds per copy at
-    ``tokens`` over all ranks.
+    ``shared_s_R`` of one layer; ``exchange_s_L`` dispatch and combine, of which ranks that split experts gather and
+    scatter for ``gather_s_L``; ``exchange`` gives seconds per copy at ``tokens`` over all ranks.
     """
 
     tokens: float
@@ -89,6 +92,7 @@ class BatchParts:
     shared_s_R: Floats
     expert_s_LR: Floats
     exchange_s_L: Floats
+    gather_s_L: Floats
     pairs_LR: Floats
     exchange: ExchangeCosts
 
@@ -166,6 +170,7 @@ class StepModel:
             if degree < 1 or number % degree:
                 whose = f"ranks of a node ({number})" if name == "expert_tp" else f"number of ranks ({number})"
                 raise InputError(f"technique.{name} ({degree}) does not divide the {whose}; choose a divisor")
+        self._links = CollectiveCosts(cluster, profile, self.technique.backend)
         self._slots_R = np.zeros(0, np.int64)
         self._memory: tuple[RankMemory, ...] = ()
         self._whole = self._part(1.0)
@@ -192,8 +197,11 @@ class StepModel:
             phase=work.phase,
             sent=how.dispatch != "allgather",
         )
+        apart = cluster
+        if how.gathers and groups == 1:  # all others are those to gather from
+            apart = cluster.model_copy(update={"num_nodes": 1, "ranks_per_node": 1, "ranks": {}})
         exchange = exchange_costs(
-            model, cluster, how.dispatch, work.phase, work.activation_dtype,
+            model, apart, how.dispatch, work.phase, work.activation_dtype,
             profile=self.profile, tp=how.tp, backend=how.backend,
         )  # fmt: skip
         fixed = fixed_costs(model, cluster, work, batch, self.profile, how)
@@ -237,7 +245,7 @@ class StepModel:
         them touches a place that gets the part p of all with chance 1 - (1 - p)^K.
         """
         tokens, top_k, how = part.tokens, self.model.top_k, self.technique.dispatch
-        nodes = self.cluster.num_nodes
+        nodes, places = self.cluster.num_nodes, max(1, self.live.sum())
         pairs_LN = pairs_LR.reshape(len(pairs_LR), nodes, -1).sum(2) / self.technique.expert_tp
         if how == "allgather":
             away = 1 - 1 / nodes
@@ -248,9 +256,11 @@ class StepModel:
             return tokens * touched_share(pairs / whole, top_k)
 
         rank = pairs_LR if how == "per_expert" else merged(pairs_LR)
+        if self.technique.gathers:  # a copy goes to one rank of a group
+            rank, places = pairs_LR / self.technique.expert_tp, places / self.technique.expert_tp
         by_rank = rank.reshape(pairs_LN.shape[0], nodes, -1)
         node = merged(pairs_LN) if how == "per_node" else by_rank.sum(2)
-        return node * (1 - 1 / nodes), rank * (1 - 1 / max(1, self.live.sum()))
+        return node * (1 - 1 / nodes), rank * (1 - 1 / places)
 
     def _layers(
         self,
@@ -274,17 +284,49 @@ class StepModel:
             per_node = self.cluster.ranks_per_node
             node, rank = (part.tokens * ends for ends in traffic.arrivals(per_node))
             most_node, most_rank = (part.tokens * ends for ends in traffic.busiest(per_node))
-        return expert, self._exchange_s(most_node, most_rank, part), node, rank
+        if self.technique.gathers:
+            rank = rank + sums[1] * (1 - 1 / self.technique.expert_tp)
+        return expert, self._exchange_s(most_node, most_rank, sums[1], part), node, rank
 
-    def _exchange_s(self, node_LN: Floats, rank_LR: Floats, part: _Part) -> Floats:
-        """Seconds ``[L]`` of an exchange that brings so many copies into nodes and ranks."""
+    def _exchange_s(self, node_LN: Floats, rank_LR: Floats, pairs_LR: Floats, part: _Part) -> Floats:
+        """Seconds ``[L]`` of an exchange that brings so many copies into nodes and ranks, for ``pairs_LR``."""
         live = self.live.sum()
-        exchange = part.exchange.time_s(
+        exchange_L = part.exchange.time_s(
             part.tokens / live,
             (node_LN / self._link_N).max(1) * self.cluster.num_nodes / part.tokens,
             (rank_LR / self.link_R).max(1) * live / part.tokens,
         )
-        return np.asarray(exchange, float)
+        return np.asarray(exchange_L, float) + self._gathered_s(pairs_LR)
+
+    def _gathered_s(self, pairs_LR: Floats) -> Floats:
+        """Seconds ``[L]`` in which the slowest ranks that split experts gather rows of their pairs and scatter results,
+        there and back; none but where they do (:attr:`moeplan.costs.technique.Technique.gathers`)."""
+        seconds = np.zeros(len(pairs_LR))
+        if not self.technique.gathers:
+            return seconds
+        degree = self.technique.expert_tp
+        rows_LG, link_G = pairs_LR[:, ::degree], self.link_R.reshape(-1, degree).min(1)
+        for op, size in self._row_bytes.items():
+            found = self._links.seconds(op, degree, np.maximum(1.0, rows_LG.ravel()) * size)
+            value, wire = (np.asarray(each, float).reshape(rows_LG.shape) for each in (found.value, found.wire))
+            seconds += (value - wire + wire / link_G).max(1)
+        return seconds
+
+    @property
+    def _row_bytes(self) -> dict[str, float]:
+        """Bytes of a pair's row on its way to an expert, and of its result, by the collective among ranks that split
+        it."""
+        hidden, kind = self.model.routed_hidden_size, self.workload.activation_dtype
+        return {"all_gather": token_bytes(hidden, kind), "reduce_scatter": returned_bytes(hidden, kind)}
+
+    @cached_property
+    def _gathers(self) -> list[Seconds]:
+        """Both collectives among ranks that split experts evenly loaded; none where nothing is gathered."""
+        if not self.technique.gathers:
+            return []
+        degree = self.technique.expert_tp
+        pairs = self._whole.tokens * self.model.top_k / self.live.sum() * degree
+        return [self._links.seconds(op, degree, pairs * size) for op, size in self._row_bytes.items()]
 
     def _combined(self, exchange_L: Floats, expert_L: Floats, part: _Part) -> Floats:
         """Seconds ``[L]`` of layers; attention and shared experts at the pace of the slowest rank."""
@@ -312,8 +354,7 @@ class StepModel:
         else:
             layer = self._combined(exchange, expert.max(1), whole)
         total = float(layer.sum()) + whole.other_s
-        wire = token_bytes(self.model.routed_hidden_size, self.workload.activation_dtype)
-        wire += returned_bytes(self.model.routed_hidden_size, self.workload.activation_dtype)
+        wire = sum(self._row_bytes.values())
         slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
         errors = self.part_errors
         parts = {
@@ -335,6 +376,9 @@ class StepModel:
         source = {"experts": whole.experts.source, "exchange inside a node": whole.exchange.inside.source}
         if whole.exchange.between is not None:
             source["exchange between nodes"] = whole.exchange.between.source
+        if self._gathers:
+            sources = dict.fromkeys(each.source for each in self._gathers)
+            source["exchange among ranks that split experts"] = "; ".join(sources)
         return StepCost(
             total_s=total,
             low_s=total / (1 + error),
@@ -381,8 +425,9 @@ class StepModel:
             pairs_LR = np.zeros((len(pairs_LP), self.cluster.num_ranks))
             np.add.at(pairs_LR.T, placement.rank_of_slot_P, pairs_LP.T)
             return BatchParts(
-                part.tokens, part.attention_R, part.shared_R, expert, exchange_s_L, pairs_LR, part.exchange
-            )
+                part.tokens, part.attention_R, part.shared_R, expert, exchange_s_L, self._gathered_s(pairs_LR),
+                pairs_LR, part.exchange,
+            )  # fmt: skip
 
         return (parts(self._half),) * 2 if self.technique.overlap == "two_batch" else (parts(self._whole),)
 
@@ -393,7 +438,9 @@ class StepModel:
         slower = whole.exchange.inside if whole.exchange.between is None else whole.exchange.between
         return {
             "experts": whole.experts.relative_error,
-            "exchange": slower.told(whole.tokens / self.live.sum())[0],
+            "exchange": max(
+                [slower.told(whole.tokens / self.live.sum())[0], *(each.relative_error for each in self._gathers)]
+            ),
             "attention and dense parts": whole.fixed.relative_error,
         }
 
@@ -448,7 +495,7 @@ class StepModel:
     def _state(
         self, rank_of_slot_P: NDArray[np.int32], pairs_P: Floats, pairs_R: Floats, expert_s_R: Floats, part: _Part
     ) -> LayerState:
-        exchange_L = self._exchange_s(*self._arrivals(pairs_R[None], part), part)
+        exchange_L = self._exchange_s(*self._arrivals(pairs_R[None], part), pairs_R[None], part)
         layer_L = self._combined(exchange_L, expert_s_R.max(keepdims=True), part)
         return LayerState(rank_of_slot_P, pairs_P, pairs_R, expert_s_R, float(exchange_L[0]), float(layer_L[0]))
 

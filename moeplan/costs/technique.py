@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moeplan.errors import SpecError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import Dtype
+from moeplan.specs.model import Dtype, ModelSpec
 from moeplan.specs.workload import DispatchKind
 
-__all__ = ["Overlap", "Technique", "reduces_in_place"]
+__all__ = ["Overlap", "Technique", "expert_groups", "reduces_in_place"]
 
 Overlap = Literal["none", "shared_expert", "two_batch", "shortcut"]
 
@@ -18,7 +19,10 @@ Overlap = Literal["none", "shared_expert", "two_batch", "shortcut"]
 class Technique:
     """How a step runs. ``tp`` splits attention and dense parts, ``cp`` the sequence of a prefill, ``expert_tp`` each
     expert over so many consecutive ranks of a node: a placement gives them the same experts, tokens go to all of them
-    and their parts are added on return. ``launches_per_layer`` times the profile's launch latency is host overhead.
+    and their parts are added on return. With ``per_expert`` dispatch, a plain all-to-all, a token goes to one of them,
+    the one with its own rank's place; they gather what each of them got and scatter their summed results, as
+    Megatron-Core's ``MoEAlltoAllTokenDispatcher`` does (its ``MoEFlexTokenDispatcher``, over DeepEP, sends to all).
+    ``launches_per_layer`` times the profile's launch latency is host overhead.
     ``backend``: the framework whose kernels run, None: the fastest of all measured. ``dense_dtype``: of attention and
     dense weights, where it is not the usual one beside experts of the workload's.
 
@@ -35,6 +39,28 @@ class Technique:
     launches_per_layer: int = 0
     backend: str | None = None
     dense_dtype: Dtype | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether ranks that split experts gather tokens which came to one of them."""
+        return self.expert_tp > 1 and self.dispatch == "per_expert"
+
+
+def expert_groups(model: ModelSpec, cluster: ClusterSpec, expert_tp: int, where: str) -> ClusterSpec:
+    """``cluster`` as a placement sees it: ``expert_tp`` neighbours that split experts are one rank, none special.
+
+    Raises:
+        SpecError: they do not split a node, or an expert, evenly; ``where`` names the field.
+    """
+    if expert_tp == 1:
+        return cluster
+    for whose, number in (
+        ("ranks of a node in a stage", cluster.ranks_per_node),
+        (f"expert_intermediate_size of {model.name}", model.expert_intermediate_size),
+    ):
+        if number % expert_tp:
+            raise SpecError(f"{where} ({expert_tp}) does not divide the {whose} ({number}); choose a divisor")
+    return cluster.model_copy(update={"ranks_per_node": cluster.ranks_per_node // expert_tp, "ranks": {}})
 
 
 def reduces_in_place(dispatch: DispatchKind, tp: int, cluster: ClusterSpec) -> bool:

@@ -145,17 +145,24 @@ class Reach:
     rank_LR: Floats
     node_LN: Floats
 
+    def over_groups(self, expert_tp: int) -> Reach:
+        """Each rank becomes ``expert_tp`` neighbours that split its experts and need the same tokens."""
+        return Reach(self.rank_LR.repeat(expert_tp, 1), self.node_LN)
 
-def expected_reach(share_LR: Floats, cluster: ClusterSpec, dispatch: DispatchKind, top_k: int) -> Reach:
+
+def expected_reach(
+    share_LR: Floats, cluster: ClusterSpec, dispatch: DispatchKind, top_k: int, expert_tp: int = 1
+) -> Reach:
     """Where a token's K choices are independent, as ``StepModel`` takes them.
 
-    ``share_LR``: part of all (token, expert) pairs that each rank works on (not looked at for ``allgather``).
+    ``share_LR``: part of all (token, expert) pairs that each rank works on (not looked at for ``allgather``), all those
+    of its experts on each of ``expert_tp`` neighbours that split them.
     """
     if dispatch == "allgather":
         live = _live(cluster).astype(float)
         return Reach(np.broadcast_to(live, share_LR.shape), np.ones((len(share_LR), cluster.num_nodes)))
     rank_LR = share_LR * top_k if dispatch == "per_expert" else touched_share(share_LR, top_k)
-    share_LN = share_LR.reshape(len(share_LR), -1, cluster.ranks_per_node).sum(2)
+    share_LN = share_LR.reshape(len(share_LR), -1, cluster.ranks_per_node).sum(2) / expert_tp
     return Reach(rank_LR, touched_share(share_LN, top_k))
 
 
@@ -179,8 +186,14 @@ def counted_reach(
     return Reach(rank_LR, counts.node_arrivals_WLN[0] / elsewhere)
 
 
-def spread(reach: Reach, cluster: ClusterSpec, dispatch: DispatchKind, home_R: Floats | None = None) -> Traffic:
-    """Traffic of tokens at home as ``home_R`` says (parts of all tokens; left out: evenly on the ranks that work)."""
+def spread(
+    reach: Reach, cluster: ClusterSpec, dispatch: DispatchKind, home_R: Floats | None = None, expert_tp: int = 1
+) -> Traffic:
+    """Traffic of tokens at home as ``home_R`` says (parts of all tokens; left out: evenly on the ranks that work).
+
+    Of ``expert_tp`` neighbours that split experts the one with its home's place gets a ``per_expert`` copy: what they
+    gather from each other is left out (:attr:`moeplan.costs.technique.Technique.gathers`).
+    """
     live_R = _live(cluster)
     R, per_node = cluster.num_ranks, cluster.ranks_per_node
     home_R = live_R / live_R.sum() if home_R is None else home_R
@@ -188,6 +201,9 @@ def spread(reach: Reach, cluster: ClusterSpec, dispatch: DispatchKind, home_R: F
     same_node = np.ones((R, R), bool) if is_joined(cluster) else node_R[:, None] == node_R[None, :]
     others = ~np.eye(R, dtype=bool)
     direct_LRR = home_R[None, :, None] * reach.rank_LR[:, None, :]
+    if dispatch == "per_expert":
+        place_R = np.arange(R) % expert_tp
+        direct_LRR = direct_LRR * (place_R[:, None] == place_R)
     inside_LRR = direct_LRR * (same_node & others)
     between_LRR = direct_LRR * ~same_node
     if dispatch in ("per_node", "allgather") and not same_node.all():
@@ -202,7 +218,13 @@ def spread(reach: Reach, cluster: ClusterSpec, dispatch: DispatchKind, home_R: F
 
 
 def expected_traffic(
-    share_LR: Floats, cluster: ClusterSpec, dispatch: DispatchKind, top_k: int, home_R: Floats | None = None
+    share_LR: Floats,
+    cluster: ClusterSpec,
+    dispatch: DispatchKind,
+    top_k: int,
+    home_R: Floats | None = None,
+    expert_tp: int = 1,
 ) -> Traffic:
     """:func:`expected_reach`, spread from the tokens' homes."""
-    return spread(expected_reach(share_LR, cluster, dispatch, top_k), cluster, dispatch, home_R)
+    reach = expected_reach(share_LR, cluster, dispatch, top_k, expert_tp)
+    return spread(reach, cluster, dispatch, home_R, expert_tp)

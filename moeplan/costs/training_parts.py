@@ -56,6 +56,7 @@ def chunk_parts(costs: TrainingCosts, chunk: Chunk, window: int, backward: bool)
         attention_s_R=np.full_like(whole.attention_s_R, costs.attention_s[backward] + more_s),
         expert_s_LR=factor * whole.expert_s_LR[rows],
         exchange_s_L=whole.exchange_s_L[rows],
+        gather_s_L=whole.gather_s_L[rows],
         pairs_LR=whole.pairs_LR[rows],
     )
     layer_s = float((parts.attention_s_R + parts.shared_s_R).max())

@@ -24,7 +24,7 @@ from moeplan.costs.kv_cache import KvRoom, kv_bytes_per_token, kv_room, kv_rooms
 from moeplan.costs.operating_point import layer_costs
 from moeplan.costs.run_traffic import Wire
 from moeplan.costs.serving import ServingCosts
-from moeplan.costs.technique import Technique
+from moeplan.costs.technique import Technique, expert_groups
 from moeplan.costs.work import speeds
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
@@ -95,7 +95,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     rooms: list[tuple[KvRoom, float]] = []
     for role, engine, whole, instances, placed, link in _stages(scenario, spec, cluster):
         stage = _stage_cluster(whole, engine)
-        place, said = _placement(scenario, model, _expert_groups(scenario, stage, engine), placed, load)
+        place, said = _placement(scenario, model, _expert_groups(scenario, model, stage, engine), placed, load)
         place = place.over_groups(engine.expert_tp)
         notes += said
         used_P = (place.physical_to_logical_LP >= 0).any(0)
@@ -260,16 +260,13 @@ def _stage_cluster(cluster: ClusterSpec, engine: EngineSpec) -> ClusterSpec:
     raise SpecError(f"engine.pp ({pp}) does not divide the nodes ({cluster.num_nodes}); choose a divisor")
 
 
-def _expert_groups(scenario: Scenario, stage: ClusterSpec, engine: EngineSpec) -> ClusterSpec:
+def _expert_groups(scenario: Scenario, model: ModelSpec, stage: ClusterSpec, engine: EngineSpec) -> ClusterSpec:
     """A stage as a placement sees it: ranks that split experts are one."""
     degree = engine.expert_tp
+    groups = expert_groups(model, stage, degree, "engine.expert_tp")
     if degree == 1:
-        return stage
+        return groups
     where = f"engine.expert_tp ({degree})"
-    if stage.ranks_per_node % degree:
-        raise SpecError(
-            f"{where} does not divide the ranks of a node in a stage ({stage.ranks_per_node}); choose a divisor"
-        )
     if scenario.objective.dispatch != "allgather":
         raise SpecError(
             f"{where}: ranks that split experts need every token, but objective.dispatch is"
@@ -277,7 +274,7 @@ def _expert_groups(scenario: Scenario, stage: ClusterSpec, engine: EngineSpec) -
         )
     if any(rank.slots is not None for rank in stage.ranks.values()):
         raise SpecError(f"{where} and ranks with slots of their own cannot be simulated together; leave slots out")
-    return stage.model_copy(update={"ranks_per_node": stage.ranks_per_node // degree, "ranks": {}})
+    return groups
 
 
 def _placement(

@@ -6,7 +6,8 @@ links of the topology, which share them max-min fairly (:mod:`moeplan.simulation
 the cost model's exchange reaches on it: the bytes of a copy over its seconds. Half of an exchange's fixed part
 comes before dispatch, half before combine.
 
-As the step mode assumes, nobody goes on before an exchange has ended for everybody.
+As the step mode assumes, nobody goes on before an exchange has ended for everybody. What ranks that split experts
+gather and scatter among them takes its seconds from there too, and is not on the links.
 
 Both modes agree where the step mode's formulas hold: copies between nodes spread over a node's NICs
 (``per_node`` and ``allgather`` do; ``per_rank`` and ``per_expert`` load the NIC of the busiest rank, which the step
@@ -101,7 +102,8 @@ def play_step(
     if traffic is None:
         top_k, parts = model.model.top_k, batches[0]
         share_LR = parts.pairs_LR / (parts.tokens * top_k)
-        traffic = expected_traffic(share_LR, model.cluster, model.technique.dispatch, top_k, home_R)
+        how = model.technique
+        traffic = expected_traffic(share_LR, model.cluster, how.dispatch, top_k, home_R, how.expert_tp)
     fullest = 1 / model.live.sum() if home_R is None else float(home_R.max())
     return _Step(model, batches, other_s_R, network, traffic, overlap or model.technique.overlap, fullest).run()
 
@@ -116,6 +118,7 @@ class _Exchange:
         self.entered = self.missing = 0
         self.start_s = 0.0
         parts = step.batches[batch]
+        self.gather_s = float(parts.gather_s_L[layer]) / 2
         share = step.wire[kind] * parts.tokens
         between_RR, inside_RR = step.traffic.between_LRR[layer] * share, step.traffic.inside_LRR[layer] * share
         if kind == "combine":
@@ -138,6 +141,8 @@ class _Exchange:
         with self.step.wire_in_use.request() as turn:
             yield turn
             self.start_s = self.step.env.now
+            if self.gather_s:
+                yield self.step.env.timeout(self.gather_s)
             yield self.step.env.process(self._send())
             yield self.step.env.all_of(self.ready_R)
 
