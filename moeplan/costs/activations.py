@@ -26,8 +26,10 @@ def activation_bytes(
     recompute: Recompute,
     dtype: Dtype = "bf16",
     modules: tuple[RecomputeModule, ...] = (),
+    expert_tp: int = 1,
 ) -> float:
-    """Bytes kept per token for the backward of one layer where loads are even; ``dtype`` of activations."""
+    """Bytes kept per token for the backward of one layer where loads are even; ``dtype`` of activations. Where
+    ``expert_tp`` ranks split experts each works on the pairs of all their tokens."""
     hidden, wide = model.hidden_size, DTYPE_BYTES[dtype]
     if recompute == "full":
         return wide * hidden
@@ -44,7 +46,7 @@ def activation_bytes(
     columns = wide * ((2 if model.gated_ffn else 1) + 1)  # of a block's first products, and activated
     if not moe:
         return kept + norm + (0.0 if "mlp" in modules else columns * model.dense_intermediate_size)
-    routed = model.top_k * pair_bytes(model, recompute, dtype, modules)
+    routed = model.top_k * expert_tp * pair_bytes(model, recompute, dtype, modules, expert_tp)
     return kept + routed + columns * model.shared_intermediate_size
 
 
@@ -53,13 +55,15 @@ def pair_bytes(
     recompute: Recompute,
     dtype: Dtype = "bf16",
     modules: tuple[RecomputeModule, ...] = (),
+    expert_tp: int = 1,
 ) -> float:
-    """The part of it that is kept where the experts are, for each (token, expert) pair they work on."""
+    """The part of it that is kept where the experts are, for each (token, expert) pair they work on: as it arrives, on
+    each of ``expert_tp`` ranks that split them, and inside and as it returns, a part on each."""
     if recompute == "full":
         return 0.0
     activated = "moe_act" not in modules
     inner = ((2 if model.gated_ffn else 1) + activated) * model.expert_intermediate_size
-    return DTYPE_BYTES[dtype] * (2 * model.routed_hidden_size + inner)  # as it arrives, and as it returns
+    return DTYPE_BYTES[dtype] * (model.routed_hidden_size + (inner + model.routed_hidden_size) / expert_tp)
 
 
 def recomputed_s(

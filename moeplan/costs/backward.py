@@ -47,9 +47,10 @@ def backward_over_forward(
     tp: int,
     mean_pairs: float,
     local_experts: float,
+    expert_tp: int = 1,
 ) -> BackwardOverForward:
     """At ``tokens`` on a rank in sequences of ``sequence``, ``tp`` ranks sharing attention; ``local_experts`` on a rank
-    with ``mean_pairs`` tokens each."""
+    with ``mean_pairs`` tokens each, split over ``expert_tp`` ranks."""
 
     def parts(direction: Direction) -> dict[str, float]:
         """Seconds of the parts that are measured in this direction."""
@@ -63,7 +64,7 @@ def backward_over_forward(
             each = (share * kernel.kernel(tokens * tp / length, length).total for share, kernel in sorts)
             answer["attention"] = sum(each)
         experts = expert_costs(
-            model, accelerator, weights, profile, 1, None, mean_pairs, local_experts, direction=direction
+            model, accelerator, weights, profile, expert_tp, None, mean_pairs, local_experts, direction=direction
         )
         if not experts.extrapolated:
             answer["experts"] = float(experts.rank_s(np.full(round(local_experts), mean_pairs), mean_pairs))

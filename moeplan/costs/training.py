@@ -27,7 +27,7 @@ from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.elementwise import stream
 from moeplan.costs.step import StepModel
 from moeplan.costs.tables import Seconds
-from moeplan.costs.technique import Technique
+from moeplan.costs.technique import Technique, expert_groups
 from moeplan.costs.training_layers import BothWays, TrainingLayers
 from moeplan.costs.training_state import TrainingState
 from moeplan.costs.work import Work
@@ -49,13 +49,14 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-def expert_group(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
-    """``ranks`` neighbours of a cluster: one expert-parallel group, each of them as slow as the slowest that has its
-    place in any group of any stage, since all wait for each other.
+def expert_group(cluster: ClusterSpec, ep: int, expert_tp: int = 1) -> ClusterSpec:
+    """``ep x expert_tp`` neighbours of a cluster: one expert-parallel group, each of them as slow as the slowest that
+    has its place in any group of any stage, since all wait for each other.
 
     Raises:
         InputError: they do not fill nodes evenly, or a rank of the cluster has failed.
     """
+    ranks = ep * expert_tp
     for rank, spec in cluster.ranks.items():
         if spec.failed:
             raise InputError(
@@ -64,8 +65,9 @@ def expert_group(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
             )
     per_node = min(ranks, cluster.ranks_per_node)
     if ranks % per_node or ranks > cluster.num_ranks or cluster.topology == "explicit":
+        names = "training.ep" + " x expert_tp" * (expert_tp > 1)
         raise InputError(
-            f"training.ep ({ranks}) does not fill nodes of cluster.ranks_per_node ({cluster.ranks_per_node}) evenly,"
+            f"{names} ({ranks}) does not fill nodes of cluster.ranks_per_node ({cluster.ranks_per_node}) evenly,"
             " or the cluster has explicit links; choose a divisor or a multiple, and a preset topology"
         )
     own = {}
@@ -139,8 +141,9 @@ class Chunk:
 class TrainingCosts:
     """One model under one training specification: what each layer takes and weighs.
 
-    ``placement`` and ``load_WLE`` are of one expert-parallel group of ``spec.ep`` ranks. Seconds are those of the
-    slowest rank and link, for which all others wait (:mod:`moeplan.costs.work`).
+    ``placement`` and ``load_WLE`` are of one expert-parallel group of ``spec.ep`` ranks, each of which stands for the
+    ``spec.expert_tp`` neighbours that split its experts. Seconds are those of the slowest rank and link, for which all
+    others wait (:mod:`moeplan.costs.work`).
 
     Raises:
         InputError, SpecError: degrees, cluster, placement and load do not fit each other.
@@ -169,8 +172,10 @@ class TrainingCosts:
             weight_dtype=weight_dtype,
             activation_dtype=activation_dtype,
         )
-        how = Technique(dispatch=dispatch, tp=spec.tp, cp=spec.cp)
-        step = self.step = StepModel(model, expert_group(cluster, spec.ep), work, how, profile)
+        how = Technique(dispatch=dispatch, tp=spec.tp, cp=spec.cp, expert_tp=spec.expert_tp)
+        group = expert_group(cluster, spec.ep, spec.expert_tp)
+        self.groups = expert_groups(model, group, spec.expert_tp, "training.expert_tp")  # as a placement sees it
+        step = self.step = StepModel(model, group, work, how, profile)
         self.speeds = float(step.speed_R.min()), float(step.link_R.min())
         self.links = CollectiveCosts(cluster, profile)
         chip = cluster.accelerator
@@ -181,11 +186,12 @@ class TrainingCosts:
         self._state = TrainingState(model, cluster.num_ranks, spec, weight_dtype, placement, self.links, adam)
         worked_WLE, self.dropped_WL = capacity(load_WLE, spec.capacity_factor, spec.overflow == "pad")
         taken_WL = worked_WLE.sum(2, keepdims=True) / load_WLE.sum(2, keepdims=True)  # of all pairs, more if padded
+        split = placement.over_groups(spec.expert_tp)
         self.batches_W = [
-            step.batches(placement, worked_LE, taken_L)[0]
+            step.batches(split, worked_LE, taken_L)[0]
             for worked_LE, taken_L in zip(worked_WLE, taken_WL, strict=True)
         ]
-        whole, measured = step.step(placement, load_WLE.mean(0)), self._layers.ratio.measured
+        whole, measured = step.step(split, load_WLE.mean(0)), self._layers.ratio.measured
         self.relative_error = whole.high_s / whole.total_s - 1
         optimizer = adam.source if adam.measured else "modelled from bytes moved"
         self.source = {**whole.source, **self._layers.source, "optimizer": optimizer}
@@ -201,7 +207,7 @@ class TrainingCosts:
     def attention_s(self) -> tuple[float, float]:
         """Forward and backward of a MoE layer without its experts and exchanges; gradients of all its weights are added
         up in backward."""
-        dense, experts = self._state.layer_parameters[1], self._state.slots * self.model.expert_parameters
+        dense, experts = self._state.layer_parameters[1], self._state.slots * self._state.slot_parameters
         return (self._layers.attention + self._layers.added(dense + experts)).at(*self.speeds)
 
     @cached_property
@@ -280,12 +286,13 @@ class TrainingCosts:
         tables = self._embeds(layers) + (heads > 0 and not model.tie_word_embeddings)
         state = self._state.chunk(kinds, tables, predicting)
         again = spec.recompute_modules
-        by_kind = [activation_bytes(model, moe, spec.recompute, self._kind, again) for moe in (False, True)]
+        split = spec.expert_tp
+        by_kind = [activation_bytes(model, moe, spec.recompute, self._kind, again, split) for moe in (False, True)]
         kept = sum(by_kind[kind] for kind in kinds) * self.tokens
         kept += heads * self.tokens * model.vocab_size * 4  # logits and their softmax in fp32
         kept += predicting * self.tokens * 2 * model.hidden_size * DTYPE_BYTES[self._kind]
         pairs_WR = np.stack([batch.pairs_LR[list(moe_rows)].sum(0) for batch in self.batches_W])
-        beyond_WR = pairs_WR - len(moe_rows) * self.tokens * model.top_k  # an even load
+        beyond_WR = pairs_WR - len(moe_rows) * self.tokens * model.top_k * split  # an even load
         forward_s_W, backward_s_W, exchange_s_W = seconds_3W
         return Chunk(
             layers=tuple(layers),
@@ -298,7 +305,7 @@ class TrainingCosts:
             optimizer_s=state.optimizer.at(*self.speeds),
             sync_bytes=state.sync_bytes,
             state_bytes=state.state_bytes,
-            activation_bytes_WR=kept + pair_bytes(model, spec.recompute, self._kind, again) * beyond_WR,
+            activation_bytes_WR=kept + pair_bytes(model, spec.recompute, self._kind, again, split) * beyond_WR,
             tied_s=tied_s,
             tied_bytes=tied_bytes,
         )

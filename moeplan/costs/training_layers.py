@@ -79,10 +79,10 @@ class TrainingLayers:
         self._bandwidth = roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
         self._dense = DenseCosts(accelerator, dense_beside(weight_dtype), profile)
         self._onward, self._back = (stream(profile, accelerator, "norm", way) for way in ("forward", "backward"))
-        pairs = tokens * spec.ep * model.top_k / model.num_experts
+        pairs = tokens * spec.ep * spec.expert_tp * model.top_k / model.num_experts
         self.ratio = backward_over_forward(
             model, accelerator, weight_dtype, profile, tokens, spec.sequence, spec.tp, pairs,
-            model.num_experts / spec.ep,
+            model.num_experts / spec.ep, spec.expert_tp,
         )  # fmt: skip
         self._again_s = recomputed_s(
             spec.recompute_modules, model, tokens, spec.tp, self._dense, self._onward.bytes_per_s

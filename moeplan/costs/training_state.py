@@ -1,8 +1,9 @@
 """What training keeps in memory between micro-batches, and what a step does with it: gradients, optimizer, weights.
 
-- Gradients are reduced over the ranks that hold copies: ``ranks / (pp tp)`` for the dense parts, ``ranks / (pp ep)``
-  for experts, times their copies inside a group where a placement has some. Without ZeRO they are all-reduced, every
-  copy updates all its weights, and nothing is gathered; else gradients are reduce-scattered and weights all-gathered.
+- Gradients are reduced over the ranks that hold copies: ``ranks / (pp tp)`` for the dense parts, ``ranks / (pp ep
+  expert_tp)`` for experts, times their copies inside a group where a placement has some. Without ZeRO they are
+  all-reduced, every copy updates all its weights, and nothing is gathered; else gradients are reduce-scattered and
+  weights all-gathered.
   Once a step up to ZeRO stage 1, which adds up gradients where they are. From stage 2 on a rank keeps its part of them
   alone, so those of every micro-batch are reduce-scattered (DeepSpeed's ``allreduce_gradients``:
   stage 2 and above communicate off the boundaries of accumulation as well).
@@ -80,7 +81,7 @@ def _copied(placement: Placement) -> tuple[float, int]:
 
 class TrainingState:
     """``ranks`` of a job over ``links``; ``adam``: the bandwidth of an update. ``relative_error`` of the collectives
-    asked for so far."""
+    asked for so far; ``slots`` of the rank with most in a layer, ``slot_parameters`` of one of them on a rank."""
 
     def __init__(
         self,
@@ -98,6 +99,7 @@ class TrainingState:
         self._grad = DTYPE_BYTES[spec.gradient_dtype]
         self._copied = _copied(placement)
         self.slots = int(np.bincount(placement.rank_of_slot_P).max())
+        self.slot_parameters = model.expert_parameters / spec.expert_tp
         self.layer_parameters = model.layer_parameters_on(spec.tp)  # outside the experts, of a dense and of a MoE layer
 
     def chunk(self, kinds: Sequence[bool], tables: int, predicting: int) -> ChunkState:
@@ -136,12 +138,12 @@ class TrainingState:
         model, spec = self.model, self.spec
         dense = sum(self.layer_parameters[kind] for kind in kinds)
         dense += (tables * model.vocab_size + predicting * 2 * model.hidden_size) * model.hidden_size / spec.tp
-        slot = sum(kinds) * float(model.expert_parameters)
-        alike, several, copies = self._ranks // (spec.pp * spec.ep), *self._copied
+        slot = sum(kinds) * self.slot_parameters
+        alike, several, copies = self._ranks // (spec.pp * spec.ep * spec.expert_tp), *self._copied
         parts = (
             _Shared(dense, self._ranks // (spec.pp * spec.tp), spec.tp),
-            _Shared((self.slots - several) * slot, alike, spec.ep),
-            _Shared(several * slot, alike * copies, spec.ep // copies),
+            _Shared((self.slots - several) * slot, alike, spec.ep * spec.expert_tp),
+            _Shared(several * slot, alike * copies, spec.ep // copies * spec.expert_tp),
         )
         return [part for part in parts if part.parameters]
 

@@ -113,11 +113,13 @@ def own_plan(path: Path) -> Plan | None:
     return Plan.parse(document, str(path)) if ours else None
 
 
-def load_placement(path: Path, *, model: ModelSpec, num_ranks: int | None = None, num_nodes: int = 1) -> Plan:
+def load_placement(
+    path: Path, *, model: ModelSpec, num_ranks: int | None = None, num_nodes: int = 1, whose: str = "--ranks"
+) -> Plan:
     """The plan in ``plan.json``, or one made from any foreign file, recognised by its content.
 
     ``num_ranks`` is needed for foreign files, which do not say it; where a plan says another number, that is
-    an error.
+    an error, which says ``whose`` it is.
 
     Raises:
         InputError: unreadable or of no known format. PlanError: it does not fit the model or ranks.
@@ -126,9 +128,8 @@ def load_placement(path: Path, *, model: ModelSpec, num_ranks: int | None = None
     if (plan := own_plan(path)) is not None:
         _require_model(plan, path, model)
         if num_ranks is not None and num_ranks != plan.num_ranks:
-            raise PlanError(
-                f"{path}: num_ranks ({plan.num_ranks}) is not --ranks ({num_ranks}); leave --ranks out"
-            )
+            remedy = "leave --ranks out" if whose == "--ranks" else "set it to that, or plan for as many"
+            raise PlanError(f"{path}: num_ranks ({plan.num_ranks}) is not {whose} ({num_ranks}); {remedy}")
         return plan
     if num_ranks is None:
         raise SpecError(

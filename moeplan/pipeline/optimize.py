@@ -242,7 +242,8 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
     workload = scenario.workload.model_copy(update={"phase": phase} | batch)
     load, messages = _load(routing, windows, model)
     slots_R, num_redundant = slots_of_ranks(model, cluster, workload, scenario.redundant, scenario.kv_reserve)
-    in_use, place = None, {"num_ranks": cluster.num_ranks, "num_nodes": cluster.num_nodes}
+    in_use = None
+    place: dict[str, Any] = {"num_ranks": cluster.num_ranks, "num_nodes": cluster.num_nodes}
     if scenario.current is not None:
         in_use = load_placement(scenario.current, model=model, **place)
         messages += in_use.notes

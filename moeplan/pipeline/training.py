@@ -15,6 +15,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.simulation_result import MemoryTrack, TrafficMatrix
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.run_traffic import Wire
+from moeplan.costs.technique import expert_groups
 from moeplan.costs.traffic import counted_reach, expected_reach
 from moeplan.costs.training import TrainingCosts, expert_group
 from moeplan.errors import InfeasibleError, MoeplanError, SpecError
@@ -87,7 +88,7 @@ def simulate_training(
         raise SpecError("the scenario has no training section; add one, see docs/guides/training.md")
     model, cluster = scenario.model_spec(), scenario.cluster_spec()
     spec.micro_batches(cluster.num_ranks)  # degrees that do not divide are said before anything is read
-    group = expert_group(cluster, spec.ep)
+    groups = _groups(model, cluster, spec)
     profile = profile_of(scenario.profile, cluster.accelerator.name)
     notes = profile_notes(profile, cluster)
     load = None
@@ -96,9 +97,9 @@ def simulate_training(
     else:
         routing = read_routing(scenario.recording, model, format=scenario.trace_format)
         load = expert_load(routing, f"time:{spec.windows}" if spec.windows > 1 else "all")
-        notes += require(run_checks(Bundle(model=model, cluster=group, workload=scenario.workload, load=load)))
+        notes += require(run_checks(Bundle(model=model, cluster=groups, workload=scenario.workload, load=load)))
         load_WLE = load.load_WLE
-    placement = _placement(scenario, model, group)
+    placement = _placement(scenario, model, groups)
 
     def costs_of(spec: TrainingSpec, placement: Placement) -> TrainingCosts:
         work = scenario.workload
@@ -108,7 +109,7 @@ def simulate_training(
         )  # fmt: skip
 
     def peak_bytes(spec: TrainingSpec) -> float:
-        costs = costs_of(spec, _placement(scenario, model, expert_group(cluster, spec.ep)))
+        costs = costs_of(spec, _placement(scenario, model, _groups(model, cluster, spec)))
         return play(costs).peak.peak_bytes
 
     costs = costs_of(spec, placement)
@@ -146,7 +147,7 @@ def _too_large(spec: TrainingSpec, result: TrainingResult, peak_bytes: Callable[
         {"recompute": "full", "recompute_modules": ()},
         {"zero": 2},
         {"zero": 3},
-        *({name: 2 * getattr(spec, name)} for name in ("tp", "cp", "pp", "ep")),
+        *({name: 2 * getattr(spec, name)} for name in ("tp", "cp", "pp", "ep", "expert_tp")),
         {"micro_batch": spec.micro_batch // 2},
     ]
     tried = []
@@ -213,6 +214,12 @@ def _ends(costs: TrainingCosts, found: dict[str, float]) -> dict[str, tuple[floa
     return answer
 
 
+def _groups(model: ModelSpec, cluster: ClusterSpec, spec: TrainingSpec) -> ClusterSpec:
+    """One expert-parallel group as a placement sees it."""
+    group = expert_group(cluster, spec.ep, spec.expert_tp)
+    return expert_groups(model, group, spec.expert_tp, "training.expert_tp")
+
+
 def _traffic(
     costs: TrainingCosts, placement: Placement, load: ExpertLoad | None, scenario: Scenario
 ) -> TrafficMatrix:
@@ -221,7 +228,7 @@ def _traffic(
     Counted on the trace's tokens, or expected from the pairs that a capacity leaves.
     """
     spec, group = costs.spec, costs.step.cluster
-    wire = Wire(costs.model, scenario.objective.dispatch, scenario.workload.activation_dtype)
+    wire = Wire(costs.model, scenario.objective.dispatch, scenario.workload.activation_dtype, spec.expert_tp)
     trace = None if load is None or spec.capacity_factor is not None else load.trace
     window_T = np.zeros(0, np.int64) if load is None or load.window_T is None else load.window_T
     rows = [row for chunk in costs.chunks() for row in chunk.moe_rows]
@@ -232,11 +239,11 @@ def _traffic(
     for window, times in enumerate(np.bincount(played, minlength=len(costs.batches_W)).tolist()):
         if trace is not None:
             part = trace.tokens(np.flatnonzero(window_T == window)) if len(window_T) else trace
-            reach = counted_reach(part, placement, group, wire.dispatch)
+            reach = counted_reach(part, placement, costs.groups, wire.dispatch).over_groups(spec.expert_tp)
         else:
             batch = costs.batches_W[window]
             share_LR = batch.pairs_LR / (batch.tokens * wire.top_k)
-            reach = expected_reach(share_LR, group, wire.dispatch, wire.top_k)
+            reach = expected_reach(share_LR, group, wire.dispatch, wire.top_k, spec.expert_tp)
         bytes_RR += times * wire.bytes_RR(reach, group, tokens_R, weight_L)
     passes = 3 if spec.recompute == "full" else 2  # a whole forward again before its backward
     source = "expected from loads, a token's choices taken as independent"
@@ -249,7 +256,9 @@ def _traffic(
 def _placement(scenario: Scenario, model: ModelSpec, group: ClusterSpec) -> Placement:
     """The placement in use on one expert-parallel group, or experts in order."""
     if scenario.current is not None:
-        found = load_placement(scenario.current, model=model, num_ranks=group.num_ranks, num_nodes=group.num_nodes)
+        found = load_placement(
+            scenario.current, model=model, num_ranks=group.num_ranks, num_nodes=group.num_nodes, whose="training.ep"
+        )
         return found.placement
     ranks = group.num_ranks
     if model.num_experts % ranks:

@@ -1,8 +1,9 @@
 """What a training simulation is asked: batch, parallelism, pipeline schedule, optimizer sharding, overlap.
 
 The scenario's ranks are all of the job: ``ranks = pp * tp * cp * dp`` for the parts outside the experts, and
-``ranks = pp * ep * expert-data-parallel`` for the experts, over the same ranks. Ranks of one tensor-parallel group
-are neighbours, so are those of one expert-parallel group; pipeline stages are farthest apart.
+``ranks = pp * ep * expert_tp * expert-data-parallel`` for the experts, over the same ranks (Megatron-Core's parallel
+folding, arXiv 2504.14960). Ranks of one tensor-parallel group are neighbours, so are those that split an expert, and
+those of one expert-parallel group; pipeline stages are farthest apart.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ class TrainingSpec(Spec):
     pp: int = Field(1, gt=0, description="pipeline stages")
     virtual_stages: int = Field(1, gt=0, description="chunks per stage: above 1 the interleaved schedule")
     ep: int = Field(1, gt=0, description="expert-parallel ranks: split the experts of a layer")
+    expert_tp: int = Field(
+        1,
+        gt=0,
+        description="neighbouring ranks of a node that split each expert, whatever tp is; experts of a layer lie on"
+        " ep x expert_tp ranks. A placement is of ep ranks",
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         1,
         description="sharded over copies: 0 nothing, gradients are all-reduced; 1 optimizer state, 2 gradients, 3"
@@ -79,8 +86,9 @@ class TrainingSpec(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.ep % self.tp:
-            raise ValueError(f"ep ({self.ep}) is not a multiple of tp ({self.tp}); experts of a stage span its groups")
+        if self.ep * self.expert_tp % self.tp:
+            own = f"ep x expert_tp ({self.ep} x {self.expert_tp})" if self.expert_tp > 1 else f"ep ({self.ep})"
+            raise ValueError(f"{own} is not a multiple of tp ({self.tp}); experts of a stage span its groups")
         if self.sequence % (self.cp * self.tp):
             raise ValueError(
                 f"sequence ({self.sequence}) does not divide over cp x tp ({self.cp * self.tp}); choose divisors"
@@ -100,7 +108,11 @@ class TrainingSpec(Spec):
         Raises:
             SpecError: the degrees or the batch do not divide.
         """
-        for names, product in (("pp x tp x cp", self.pp * self.tp * self.cp), ("pp x ep", self.pp * self.ep)):
+        experts = "pp x ep" + " x expert_tp" * (self.expert_tp > 1)
+        for names, product in (
+            ("pp x tp x cp", self.pp * self.tp * self.cp),
+            (experts, self.pp * self.ep * self.expert_tp),
+        ):
             if ranks % product:
                 raise SpecError(f"training: {names} ({product}) does not divide ranks ({ranks}); change one of them")
         groups = ranks // (self.pp * self.tp * self.cp)
