@@ -133,10 +133,10 @@ class Verdict(_Paper):
     reason: str = Field(description="why, in one sentence")
     largest_possible_gain: float = Field(description="part of the baseline's step time that no placement can exceed")
     expected_gain: float = Field(
-        description="part of the baseline's step time, on held-out windows, of a plan made on the first half alone"
+        description="part of the baseline's step time, on what was held out, of a plan made on the rest alone"
     )
-    expected_gain_low: float = Field(description="lower end of the gain's 95 % interval over the windows")
-    expected_gain_high: float = Field(description="upper end of the gain's 95 % interval over the windows")
+    expected_gain_low: float = Field(description="lower end of the gain's 95 % interval")
+    expected_gain_high: float = Field(description="upper end of the gain's 95 % interval")
     held_out: str = Field(description="what the gain was measured on")
     migration_s: float | None = Field(None, description="predicted seconds to move the experts; null without --current")
     break_even_s: float | None = Field(None, description="seconds of MoE work until the migration has paid for itself")

@@ -50,7 +50,7 @@ from moeplan.progress import Progress, no_progress
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.reports.plan_page import render_plan_page
 from moeplan.reports.summary import Evidence
-from moeplan.routing.loads import expert_load, in_stretches, split_trace
+from moeplan.routing.loads import expert_load, split_trace, without_stretches
 from moeplan.specs.base import Spec
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
@@ -65,8 +65,8 @@ __all__ = [
 PLAN_PLACE = ("a plan", ("plan.json", "plan.html"))
 """What ``--out`` may hold before: see :func:`moeplan.files.require_place`."""
 
-HELD_OUT_WINDOWS = 4
-LOW = "a low estimate: short windows are uneven by chance, and half of the routing plans less well"
+HELD_OUT_STRETCHES = 4
+LOW = "a low estimate: half of the routing plans less well than all of it"
 MIN_HELD_OUT_TOKENS = 512
 SPLIT_OF_TARGET: dict[str, ReplicaSplit] = {
     "sglang": "nearest", "vllm": "even", "vllm-ascend": "even", "trtllm": "even",
@@ -429,33 +429,47 @@ def _unseen(job: _Job, first: ExpertLoad) -> Placement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Split:
-    """What to plan on, None where nothing can be held out; what to score on, in how many parts (stretches or windows),
-    and that in words; why nothing was held out and what to do.
+    """What to plan on, None where nothing can be held out; what to score on, and that in words; in how many parts it is
+    cut for the interval, stretches of its tokens or else its windows; why nothing was held out and what to do.
     """
 
     first: ExpertLoad | None
     rest: ExpertLoad
-    parts: int
     words: str
+    parts: int
+    stretches: bool = False
     unchecked: str = ""
 
 
 def _verdict(
     job: _Job, split: _Split, placement: Placement, best_possible: float, migration: Migration | None
 ) -> Verdict:
-    """What a placement gains on each part, all windows of it aggregated as the objective says."""
+    """What a placement gains on all that it is scored on, and there without each part."""
 
-    def seconds(plan: Placement) -> NDArray[np.float64]:
-        time_W = job.evaluate(plan, split.rest).time_WL.sum(axis=1)
-        return np.array([aggregate(part_W, job.objective) for part_W in np.array_split(time_W, split.parts)])
+    def seconds(load: ExpertLoad) -> NDArray[np.float64]:  # before and after, per window
+        return np.stack([job.evaluate(plan, load).time_WL.sum(axis=1) for plan in (job.baseline, placement)])
 
-    before_H, after_H = seconds(job.baseline), seconds(placement)
-    return judge(job.baseline_name, before_H, after_H, best_possible, split.words, split.unchecked, migration)
+    def steps(seconds_BW: NDArray[np.float64]) -> tuple[float, float]:
+        before_W, after_W = seconds_BW
+        return aggregate(before_W, job.objective), aggregate(after_W, job.objective)
+
+    rest_BW = seconds(split.rest)
+    if split.stretches:
+        others = [seconds(load) for load in without_stretches(split.rest, split.parts)]
+    else:
+        groups = np.array_split(np.arange(rest_BW.shape[1]), split.parts)
+        others = [np.delete(rest_BW, group, axis=1) for group in groups if split.parts > 1]
+    before_s, after_s = steps(rest_BW)
+    without_H = np.array([1.0 - after / before for before, after in map(steps, others)])
+    return judge(
+        job.baseline_name, before_s, 1.0 - after_s / before_s, without_H, best_possible, split.words, split.unchecked,
+        migration,
+    )  # fmt: skip
 
 
 def _all(job: _Job, why: str, remedy: str) -> _Split:
     parts = len(job.load.windows) if job.objective.aggregate == "mean" else 1
-    return _Split(None, job.load, parts, f"the data planned on ({why})", remedy)
+    return _Split(None, job.load, f"the data planned on ({why})", parts, unchecked=remedy)
 
 
 def _split(job: _Job) -> _Split:
@@ -466,11 +480,11 @@ def _split(job: _Job) -> _Split:
         seen, unseen = split_trace(routing)
         rest = expert_load(unseen, job.windows)
         fewest = unseen.num_tokens if rest.window_T is None else int(np.bincount(rest.window_T).min())
-        count = min(HELD_OUT_WINDOWS, unseen.num_tokens // (MIN_HELD_OUT_TOKENS // HELD_OUT_WINDOWS), fewest)
+        count = min(HELD_OUT_STRETCHES, unseen.num_tokens // (MIN_HELD_OUT_TOKENS // HELD_OUT_STRETCHES), fewest)
         if count > 1:
-            each = "" if len(rest.windows) == 1 else f" of {len(rest.windows)} kinds each"
-            words = f"the second half of the trace in {count} windows{each}, planned on the first ({LOW})"
-            return _Split(expert_load(seen, job.windows), in_stretches(rest, count), count, words)
+            each = "" if len(rest.windows) == 1 else f" in {len(rest.windows)} windows"
+            words = f"the second half of the trace{each}, planned on the first ({LOW})"
+            return _Split(expert_load(seen, job.windows), rest, words, count, stretches=True)
         unchecked = "a window has too few tokens to hold some out: record more"
     elif isinstance(routing, RoutingTrace):
         unchecked = f"the trace has {routing.num_tokens:,} tokens, holding out needs {least:,}: record more"
@@ -485,7 +499,7 @@ def _split(job: _Job) -> _Split:
             count = len(rest.windows)
             words = f"the last {count} windows, planned on the first {half}"
             # Where not the mean counts, two windows at least make a part.
-            return _Split(first, rest, count if job.objective.aggregate == "mean" else max(2, count // 2), words)
+            return _Split(first, rest, words, count if job.objective.aggregate == "mean" else max(2, count // 2))
     return _all(job, "nothing could be held out", unchecked)
 
 

@@ -16,11 +16,11 @@ from moeplan.errors import TraceError
 __all__ = [
     "count_selections",
     "expert_load",
-    "in_stretches",
     "pick_layers",
     "pick_tokens",
     "split_trace",
     "stream_load",
+    "without_stretches",
 ]
 
 MAX_RANKS = 2**16
@@ -94,24 +94,27 @@ def expert_load(trace: RoutingTrace | ExpertLoad, windows: str = "all") -> Exper
     )
 
 
-def in_stretches(load: ExpertLoad, count: int) -> ExpertLoad:
-    """Each window cut into ``count`` stretches of equally many tokens, in the order recorded: all windows' first
-    stretches, then all second ones, and so on.
+def without_stretches(load: ExpertLoad, count: int) -> tuple[ExpertLoad, ...]:
+    """The load ``count`` times, each without one stretch: every window is cut into ``count`` stretches of equally many
+    tokens, in the order recorded, and the first time lacks all windows' first ones.
 
     Raises:
         TraceError: the load has no tokens, or a window fewer than ``count``.
     """
-    trace, windows = load.trace, len(load.windows)
-    if trace is None or load.window_T is None or np.bincount(load.window_T, minlength=windows).min() < count:
+    trace, window_T, windows = load.trace, load.window_T, len(load.windows)
+    if trace is None or window_T is None or np.bincount(window_T, minlength=windows).min() < count:
         raise TraceError(f"windows of fewer than {count} tokens cannot be cut into {count} stretches; record more")
     stretch_T = np.empty(trace.num_tokens, np.int64)
     for w in range(windows):
-        own = np.flatnonzero(load.window_T == w)
+        own = np.flatnonzero(window_T == w)
         stretch_T[own] = np.arange(len(own)) * count // len(own)
-    window_T = stretch_T * windows + load.window_T
-    parts = [count_selections(trace.experts_TLK[window_T == w], trace.num_experts) for w in range(count * windows)]
-    names = tuple(f"{name} {i + 1}/{count}" for i in range(count) for name in load.windows)
-    return replace(load, load_WLE=np.stack(parts).astype(np.float64), windows=names, window_T=window_T)
+    parts = []
+    for stretch in range(count):
+        kept = np.flatnonzero(stretch_T != stretch)
+        part, kept_T = trace.tokens(kept), window_T[kept]
+        loads = [count_selections(part.experts_TLK[kept_T == w], part.num_experts) for w in range(windows)]
+        parts.append(replace(load, load_WLE=np.stack(loads).astype(np.float64), trace=part, window_T=kept_T))
+    return tuple(parts)
 
 
 def stream_load(batches: Iterable[RoutingTrace]) -> ExpertLoad:

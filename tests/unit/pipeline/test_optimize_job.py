@@ -37,7 +37,7 @@ def tokens(tmp_path) -> Path:
 def test_the_gain_is_measured_on_tokens_the_plan_has_not_seen(tokens):
     found = optimize(scenario(tokens))
     assert found.plan.verdict is not None
-    held_out = "the second half of the trace in 4 windows, planned on the first (a low estimate: "
+    held_out = "the second half of the trace, planned on the first (a low estimate: "
     assert found.plan.verdict.held_out.startswith(held_out)
     assert found.plan.verdict.expected_gain_low <= found.plan.verdict.expected_gain
     assert found.plan.prediction is not None
@@ -65,8 +65,20 @@ def test_the_gain_is_that_of_a_plan_for_the_same_windows_aggregated_alike(tokens
     monkeypatch.setattr("moeplan.pipeline.optimize.aggregate", aggregated)
     plan = optimize(scenario(mixed, objective={"aggregate": "worst"}), windows="domain").plan
     assert planned == [("a", "b")] * 2
-    assert scored[-8:] == [2] * 8  # four stretches of both domains, before and after
-    assert plan.verdict.held_out.startswith("the second half of the trace in 4 windows of 2 kinds each, planned on the")
+    assert scored[-10:] == [2] * 10  # both domains, whole and without each of four stretches, before and after
+    assert plan.verdict.held_out.startswith("the second half of the trace in 2 windows, planned on the first")
+
+
+def test_the_gain_is_that_on_the_second_half_as_a_whole(tokens):
+    experts, half = np.load(tokens)["experts"], tokens.with_name("half.npz")
+    verdict = optimize(scenario(tokens)).plan.verdict
+    assert verdict is not None
+    np.savez(half, experts=experts[:800], num_experts=8)
+    write_plan(optimize(scenario(half)), tokens.parent / "plan")
+    np.savez(half, experts=experts[800:], num_experts=8)
+    scores = [optimize(scenario(half, **more)).plan.prediction for more in ({}, {"current": tokens.parent / "plan"})]
+    before, after = (found.baseline_time_s for found in scores if found is not None)
+    assert verdict.expected_gain == pytest.approx(1 - after / before, rel=1e-12)
 
 
 def test_too_few_tokens_to_hold_out_are_said_with_how_many_it_takes(tokens):

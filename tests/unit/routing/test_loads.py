@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import TraceError
 from moeplan.routing.joining import join_traces
-from moeplan.routing.loads import expert_load, in_stretches, pick_tokens, split_trace, stream_load
+from moeplan.routing.loads import expert_load, pick_tokens, split_trace, stream_load, without_stretches
 
 
 def trace_of(tokens: int = 12, **fields) -> RoutingTrace:
@@ -135,16 +135,14 @@ def test_joining_matches_domains_by_name():
         join_traces([one, other])
 
 
-def test_stretches_cut_each_window_for_itself():
+def test_each_stretch_is_left_out_of_every_window_once():
     domain_T = np.array([0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0], np.int32)
     trace = trace_of(domain_T=domain_T, domains=("a", "b"))
-    load = in_stretches(expert_load(trace, "domain"), 2)
-    assert load.windows == ("a 1/2", "b 1/2", "a 2/2", "b 2/2")
-    tokens = [(0, 2, 3, 5), (1, 4), (6, 7, 8, 11), (9, 10)]
-    np.testing.assert_array_equal(load.load_WLE, [by_hand(trace, part) for part in tokens])
-    assert [np.flatnonzero(load.window_T == w).tolist() for w in range(4)] == [list(part) for part in tokens]
-    whole, timed = in_stretches(expert_load(trace), 4), expert_load(trace, "time:4")
-    np.testing.assert_array_equal(whole.window_T, timed.window_T)
-    np.testing.assert_array_equal(whole.load_WLE, timed.load_WLE)
+    first, second = without_stretches(expert_load(trace, "domain"), 2)
+    for load, kept in ((first, [(6, 7, 8, 11), (9, 10)]), (second, [(0, 2, 3, 5), (1, 4)])):
+        assert load.windows == ("a", "b")
+        np.testing.assert_array_equal(load.load_WLE, [by_hand(trace, part) for part in kept])
+        np.testing.assert_array_equal(load.trace.experts_TLK, trace.experts_TLK[sorted(kept[0] + kept[1])])
+        np.testing.assert_array_equal(load.window_T, load.trace.domain_T)
     with pytest.raises(TraceError, match="fewer than 5 tokens"):
-        in_stretches(expert_load(trace, "domain"), 5)
+        without_stretches(expert_load(trace, "domain"), 5)
