@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.plan import Status
-from moeplan.costs.evaluation import evaluate, transitions_of
+from moeplan.costs.evaluation import Evaluation, evaluate, transitions_of
 from moeplan.planning.balance import LayerLoad, balance_layer
 from moeplan.planning.budget import within_budget
 from moeplan.planning.clock import Clock, each_layer
@@ -40,7 +40,6 @@ from moeplan.planning.search_home import anneal_home
 from moeplan.planning.search_load import rank_loads
 from moeplan.planning.search_stay import anneal_stay
 from moeplan.planning.simple import contiguous
-from moeplan.planning.slots import rank_loads as token_loads
 from moeplan.planning.slots import require_room, separate_copies
 
 __all__ = ["joint"]
@@ -232,7 +231,7 @@ def _best_of(ready: Prepared, rows_LCP: Rows) -> Rows:
         experts_WL = 0.0 if problem.objective.kind == "traffic" else found.expert_WL
         price_CL[c] = weight_W @ (experts_WL + found.node_path_WL + found.rank_path_WL)
         # Windows held the search to the limit; all of them together must keep it as well.
-        busiest_L = np.array([_busiest(problem, l, row_P) for l, row_P in enumerate(rows_LP)])
+        busiest_L = _busiest(problem, found)
         if c == 0:
             limit_L = busiest_L * (1 + ready.max_imbalance) * (1 + 1e-9)
         price_CL[c, busiest_L > limit_L] = np.inf
@@ -263,18 +262,18 @@ def _current(problem: PlanningProblem) -> Placement | None:
 
 def _within_load(ready: Prepared, base: Placement, plan: Placement) -> bool:
     """Whether a plan keeps the limit of load in every layer, which the balanced one gives."""
-    return all(
-        _busiest(ready.problem, l, row_P) <= _busiest(ready.problem, l, base_P) * (1 + ready.max_imbalance) * (1 + 1e-9)
-        for l, (row_P, base_P) in enumerate(
-            zip(plan.physical_to_logical_LP, base.physical_to_logical_LP, strict=True)
-        )
+    problem = ready.problem
+    base_L, plan_L = (
+        _busiest(problem, evaluate(problem.load, each, problem.costs, problem.objective, problem.speed_R))
+        for each in (base, plan)
     )
+    return bool((plan_L <= base_L * (1 + ready.max_imbalance) * (1 + 1e-9)).all())
 
 
-def _busiest(problem: PlanningProblem, layer: int, row_P: Rows) -> float:
-    """Tokens of the busiest rank over its speed, all windows together."""
-    load_R = token_loads(row_P, problem.rank_of_slot_P, problem.load.load_LE[layer], problem.num_ranks)
-    return float((load_R / problem.speed_R).max())
+def _busiest(problem: PlanningProblem, found: Evaluation) -> NDArray[np.float64]:
+    """Tokens of each layer's busiest rank over its speed, all windows together."""
+    busiest_L: NDArray[np.float64] = (found.load_LR / problem.speed_R).max(axis=1)
+    return busiest_L
 
 
 def _search_layer(

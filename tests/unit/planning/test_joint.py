@@ -10,7 +10,7 @@ from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_loads, count_trace
 from moeplan.costs.evaluation import evaluate
 from moeplan.errors import InfeasibleError
-from moeplan.planning.joint import joint
+from moeplan.planning.joint import _best_of, joint
 from moeplan.planning.migration import moves_needed
 from moeplan.planning.prepare import MAX_SEARCH_TOKENS, objective_value, prepare
 from moeplan.planning.problem import PlanningProblem
@@ -315,3 +315,17 @@ def test_tokens_find_their_experts_in_their_home_node(dispatch):
     found = joint(problem).placement
     node_LE = np.stack([found.node_of_slot_P[np.argsort(row)] for row in found.physical_to_logical_LP])
     assert (node_LE != np.arange(16) % 2).all()
+
+
+def test_the_limit_of_load_is_kept_by_the_copies_that_serve():
+    """All tokens are at home in the first node, whose copy of expert 0 serves them alone."""
+    experts_T = np.repeat(np.arange(5, dtype=np.int32), (40, 20, 20, 10, 10))
+    trace = RoutingTrace(experts_T[:, None, None], 5, (0,), source_rank_T=np.zeros(100, np.int32))
+    problem = make_problem(layers=1, experts=5, ranks=2, ranks_per_node=1, slots=3, top_k=1)
+    objective = Objective(kind="traffic", replica_split="nearest", max_imbalance="30 %")
+    problem = replace(problem, load=expert_load(trace), objective=objective)
+    balanced, near = [0, 3, 4, 0, 1, 2], [0, 1, 2, 0, 3, 4]  # 60 and 40 tokens; 80 and 20, which halves the traffic
+    rows_LCP = np.array([[balanced, near]])
+    assert _best_of(prepare(problem), rows_LCP)[0].tolist() == balanced
+    loose = replace(problem, objective=objective.model_copy(update={"max_imbalance": 0.5}))
+    assert _best_of(prepare(loose), rows_LCP)[0].tolist() == near
