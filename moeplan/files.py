@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,9 +19,12 @@ import yaml
 from moeplan.errors import InputError, SpecError
 
 __all__ = [
+    "SUMS",
+    "as_made_afresh",
     "atomic_directory",
     "atomic_path",
     "canonical_json",
+    "read_sums",
     "read_json",
     "read_lines",
     "read_yaml",
@@ -28,8 +32,12 @@ __all__ = [
     "require_writable",
     "sha256_bytes",
     "sha256_file",
+    "unlike_its_sum",
+    "write_sums",
     "write_text",
 ]
+
+SUMS = "SHA256SUMS"
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_DOCUMENT_BYTES = 512 * 2**20
@@ -37,6 +45,13 @@ MAX_DOCUMENT_BYTES = 512 * 2**20
 
 def _unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot write {path}: {error.strerror or error}; choose another place")
+
+
+def as_made_afresh(path: Path, mode: int = 0o666) -> None:
+    """Give ``path`` the rights that new files have here: temporary ones are their owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(mode & ~umask)
 
 
 @contextmanager
@@ -49,9 +64,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     os.close(handle)
     temporary = Path(name)
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
+    as_made_afresh(temporary)
     try:
         yield temporary
         temporary.replace(path)
@@ -118,9 +131,7 @@ def atomic_directory(path: Path, what: str, files: Sequence[str]) -> Iterator[Pa
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        as_made_afresh(temporary, 0o777)
         if path.exists():
             path.rename(old)
         try:
@@ -160,6 +171,40 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_sums(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write ``SHA256SUMS`` of files in ``folder``, name -> hex digest, as ``sha256sum --check`` reads it."""
+    write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Name -> hex digest from ``SHA256SUMS``; none where ``folder`` has no such file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = folder / SUMS
+    if not path.is_file():
+        return {}
+    sums = {}
+    for number, line in enumerate(_read_document(path).splitlines(), 1):
+        found = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if found is None:
+            raise InputError(f"{path} line {number} ({line!r:.40}) is not a sha256 and a file's name; it is damaged")
+        sums[found[2]] = found[1]
+    return sums
+
+
+def unlike_its_sum(folder: Path, name: str, digest: str) -> str | None:
+    """What is wrong with a file of ``folder`` whose sum is ``digest``; None where nothing is."""
+    try:
+        found = sha256_file(folder / name)
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
+    if found == digest:
+        return None
+    return f"{name} is not the file that was written: its sha256 is {found[:12]}..., {SUMS} says {digest[:12]}..."
 
 
 def _read_document(path: Path) -> str:

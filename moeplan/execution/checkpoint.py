@@ -3,7 +3,8 @@
 A checkpoint does not know how it was placed or split: each expert, with its moments, stands once under its logical
 number, in the names of Hugging Face (``model.layers.3.mlp.experts.7.gate_proj.weight``), optimizer state under
 ``optimizer.first.`` and so on before the same name. So it resumes on any number of ranks under any placement, and
-whatever reads or relabels checkpoints of that form works on it. The directory appears whole or not at all.
+whatever reads or relabels checkpoints of that form works on it. The directory appears whole or not at all, holds
+finite numbers only, and ``SHA256SUMS`` of its files: what was damaged later is found before it is loaded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,22 @@ from safetensors.torch import save_file
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.errors import InputError, RunError
 from moeplan.execution.experts import split_row
+from moeplan.execution.groups import Axis
 from moeplan.execution.train import Trainer
-from moeplan.files import read_json, write_text
+from moeplan.files import (
+    SUMS,
+    as_made_afresh,
+    read_json,
+    read_sums,
+    sha256_bytes,
+    sha256_file,
+    unlike_its_sum,
+    write_sums,
+    write_text,
+)
 from moeplan.specs.catalogue import slug
 
-__all__ = ["CheckpointReader", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointReader", "load_checkpoint", "newest_whole", "save_checkpoint"]
 
 _INDEX, _META = "model.safetensors.index.json", "moeplan_checkpoint.json"
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -89,7 +102,7 @@ def save_checkpoint(trainer: Trainer, path: Path) -> int:
     """Write ``path`` (a directory), replacing what is there; every rank calls it. Bytes written by all ranks.
 
     Raises:
-        RunError: a rank could not write; nothing appears under ``path``.
+        RunError: a rank could not write, or has a number that is not finite; nothing appears under ``path``.
     """
     mesh = trainer.mesh
     path = path.absolute()
@@ -101,14 +114,16 @@ def save_checkpoint(trainer: Trainer, path: Path) -> int:
     shard = f"model-{mesh.world.rank + 1:05d}-of-{mesh.world.size:05d}.safetensors"
     with trainer.clock.span("checkpoint") as span:
         tensors = _named(trainer)
-        said: str | None = None
-        if tensors:
+        said, digest = _not_finite(trainer, tensors), ""
+        if tensors and said is None:
             try:
                 save_file(tensors, temporary / shard, metadata={"format": "pt"})
+                as_made_afresh(temporary / shard)
+                digest = sha256_file(temporary / shard)
             except (OSError, SafetensorError) as error:
                 said = f"rank {mesh.world.rank} cannot write {path}: {getattr(error, 'strerror', None) or error}"
             span.amount = sum(t.numel() * t.element_size() for t in tensors.values())
-        told = mesh.world.all_of((said, shard, sorted(tensors), int(span.amount)))
+        told = mesh.world.all_of((said, shard, digest, sorted(tensors), int(span.amount)))
         failures = [failure for failure, *_ in told if failure]
         if not failures and mesh.world.rank == 0:
             said_here = _quietly(lambda: _finish(trainer, path, temporary, told))
@@ -117,16 +132,26 @@ def save_checkpoint(trainer: Trainer, path: Path) -> int:
     if failures:
         if mesh.world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"{failures[0]}; the checkpoint before stands")
+        raise RunError(f"{failures[0]}; {path.name} was not written")
     return sum(size for *_, size in told)
+
+
+def _not_finite(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> str | None:
+    """The first tensor with a number that is none: a run resumed from it would diverge again."""
+    for name, tensor in tensors.items():
+        # Least and most are NaN where a number is; one pass, and a tenth of the time that isfinite takes.
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            return (
+                f"{name} is not finite after {trainer.steps_done} steps: training diverged; give a lower --lr than"
+                f" {trainer.options.lr:g}"
+            )
+    return None
 
 
 def _finish(trainer: Trainer, path: Path, temporary: Path, told: list[Any]) -> None:
     """Index, model and what to know about the run; then the directory takes its name."""
-    weight_map = {name: shard for _, shard, names, _ in told for name in names}
+    weight_map = {name: shard for _, shard, _, names, _ in told for name in names}
     index = {"metadata": {"total_size": sum(size for *_, size in told)}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(temporary / _INDEX, json.dumps(index, indent=1) + "\n")
-    write_text(temporary / "config.json", trainer.options.model.model_dump_json(indent=1) + "\n")
     placement, o = trainer.migrator.goal, trainer.options
     meta = {
         "schema_version": 1,
@@ -142,7 +167,12 @@ def _finish(trainer: Trainer, path: Path, temporary: Path, told: list[Any]) -> N
             "ranks_per_node": placement.ranks_per_node,
         },
     }
-    write_text(temporary / _META, json.dumps(meta) + "\n")
+    texts = {_INDEX: json.dumps(index, indent=1) + "\n", _META: json.dumps(meta) + "\n"}
+    texts["config.json"] = trainer.options.model.model_dump_json(indent=1) + "\n"
+    for name, text in texts.items():
+        write_text(temporary / name, text)
+    digests = {name: sha256_bytes(text.encode()) for name, text in texts.items()}
+    write_sums(temporary, digests | {shard: digest for _, shard, digest, names, _ in told if names})
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -166,11 +196,14 @@ def _quietly(work: Any) -> list[str]:
 class CheckpointReader:
     """The tensors of a checkpoint by name; shards are opened when they are needed.
 
+    Its files are held against ``SHA256SUMS``, where it has one (older checkpoints have none): all of them by this
+    rank, or, where ``ranks`` are given and each of them makes a reader, each rank its part.
+
     Raises:
         InputError: no checkpoint, damaged, or a shard or expert is missing; the message names it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ranks: Axis | None = None) -> None:
         self.path = path
         if not (path / _META).is_file():
             raise InputError(f"{path} is not a checkpoint of a live run: it has no {_META}")
@@ -183,6 +216,12 @@ class CheckpointReader:
         for shard in sorted(set(self._map.values())):
             if not (path / shard).is_file():
                 raise InputError(f"checkpoint {path}: {shard} is missing, but {_INDEX} names it; bring all shards")
+        sums = sorted(read_sums(path).items())
+        rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+        wrong = next((why for name, digest in sums[rank::size] if (why := unlike_its_sum(path, name, digest))), None)
+        told = [wrong] if ranks is None else ranks.all_of(wrong)
+        if why := next((why for why in told if why), None):
+            raise InputError(f"checkpoint {path}: {why}; it is damaged, or was changed (then remove {SUMS})")
         self._open: dict[str, Any] = {}
 
     @property
@@ -281,6 +320,14 @@ class CheckpointReader:
             raise InputError(f"checkpoint {self.path}: {_META} is damaged ({error!r})") from error
         placement.require_valid(allow_duplicates=True)
         return placement
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The last of the checkpoints ``step-*`` in ``folder`` that can be read and agrees with its sums; None if none."""
+    for path in sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
+        with suppress(InputError):
+            return CheckpointReader(path).path
+    return None
 
 
 def _prefix(state: str, reader: CheckpointReader) -> str:

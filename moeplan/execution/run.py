@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.placement import Placement
 from moeplan.errors import InputError, RunError, SpecError
 from moeplan.execution.apply import PlanCallback
-from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
+from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, newest_whole, save_checkpoint
 from moeplan.execution.closed_loop import ClosedLoop
 from moeplan.execution.groups import Mesh, build_mesh
 from moeplan.execution.launch import Rank, restarts
@@ -63,6 +63,24 @@ def latest(folder: Path) -> Path:
     return folder
 
 
+def _reader(folder: Path, mesh: Mesh, go_back: bool) -> CheckpointReader:
+    """The checkpoint to go on from: the one that ``folder`` names; with ``go_back`` an earlier one if it is damaged.
+
+    Raises:
+        InputError: it is damaged; the message names the file, and the newest checkpoint that is whole.
+    """
+    path = latest(folder)
+    try:
+        return CheckpointReader(path, mesh.world)
+    except InputError as error:
+        whole = newest_whole(path.parent)
+        if whole is None:
+            raise
+        if go_back:
+            return CheckpointReader(whole)
+        raise InputError(f"{error}; the newest whole checkpoint beside it: --resume {whole}") from error
+
+
 def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> dict[str, Any]:
     """Run ``job`` as one rank; the answer is rank 0's, other ranks return the same figures.
 
@@ -76,8 +94,8 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     )
     mesh = build_mesh(job.options.tp, job.options.edp, job.options.ranks_per_node, me.device)
     try:
-        trainer, callback, first = _set_up(job, mesh)
-        answer = _train(me, job, trainer, callback, sink, first)
+        trainer, callback, first, resumed_from = _set_up(job, mesh)
+        answer = {**_train(me, job, trainer, callback, sink, first), "resumed_from": resumed_from}
     finally:
         sink.close()
     if job.generate is not None:
@@ -88,7 +106,7 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     if job.out is not None and events is not None:
         events.write(job.out / "events.parquet")
     if job.plan is not None and job.apply_at is not None and job.reference and not restarts():
-        reference, _ = _fresh(job, mesh, None)
+        reference, *_ = _fresh(job, mesh, None)
         reference.clock.enabled = False
         answer["reference_losses"] = [reference.step().loss for _ in range(job.steps)]
         pairs = zip(answer["losses"], answer["reference_losses"], strict=True)
@@ -96,30 +114,33 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     return answer
 
 
-def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Trainer, int]:
-    """A trainer where the job begins, or at the last checkpoint if torchrun starts it again; and its first step."""
-    reader = None if job.resume is None else CheckpointReader(latest(job.resume))
+def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Trainer, int, str | None]:
+    """A trainer where the job begins, or at the last checkpoint if torchrun starts it again; its first step, and the
+    checkpoint."""
+    reader = None if job.resume is None else _reader(job.resume, mesh, go_back=False)
     first = 0 if reader is None else reader.step
     if restarts() and job.checkpoint is not None and (job.checkpoint / "latest").is_file():
-        reader = CheckpointReader(latest(job.checkpoint))
+        reader = _reader(job.checkpoint, mesh, go_back=True)  # nobody is there to be asked
         placement = None  # as it was saved: with the plan if it had been applied by then
     if reader is not None and placement is None:
         placement = reader.placement(mesh.ep.size, mesh.ranks_per_node)
     trainer = Trainer(job.options, job.corpus, placement, mesh)
     if reader is not None:
         load_checkpoint(trainer, reader)
-    return trainer, first
+    return trainer, first, None if reader is None else str(reader.path)
 
 
-def _set_up(job: LiveJob, mesh: Mesh) -> tuple[Trainer, PlanCallback, int]:
+def _set_up(job: LiveJob, mesh: Mesh) -> tuple[Trainer, PlanCallback, int, str | None]:
     plan = job.plan
     if plan is not None:
         require_fits(plan, job.options.model, mesh)
         if job.apply_at is not None and not 0 <= job.apply_at < job.steps:
             raise SpecError(f"apply_at ({job.apply_at}) must be a step of 0..{job.steps - 1} (steps - 1)")
-    trainer, first = _fresh(job, mesh, plan.placement if plan is not None and job.apply_at is None else None)
+    placement = plan.placement if plan is not None and job.apply_at is None else None
+    trainer, first, resumed_from = _fresh(job, mesh, placement)
     trainer.clock.origin_s = mesh.world.all_of(time.perf_counter())[0]
-    return trainer, PlanCallback(trainer.migrator, job.options.model, mesh, job.control, job.budget_s), first
+    callback = PlanCallback(trainer.migrator, job.options.model, mesh, job.control, job.budget_s)
+    return trainer, callback, first, resumed_from
 
 
 def _train(
@@ -172,7 +193,10 @@ def _train(
 def _require_finite(loss: float, of: str, job: LiveJob) -> None:
     """The same on every rank."""
     if not math.isfinite(loss):
-        raise RunError(f"the loss of {of} is {loss}: training diverged; give a lower --lr than {job.options.lr:g}")
+        raise RunError(
+            f"the loss of {of} is {loss}: training diverged; give a lower --lr than {job.options.lr:g}"
+            + ("" if job.checkpoint is None else _kept(job.checkpoint))
+        )
 
 
 def _watching(job: LiveJob, trainer: Trainer, callback: PlanCallback) -> ClosedLoop | None:
@@ -199,9 +223,17 @@ def _due(done: int, job: LiveJob) -> bool:
     return done == job.steps or bool(job.checkpoint_every and done % job.checkpoint_every == 0)
 
 
+def _kept(folder: Path) -> str:
+    """Words for the last checkpoint in ``folder``, which holds finite numbers; none where there is none."""
+    return f"; the last checkpoint: --resume {latest(folder)}" if (folder / "latest").is_file() else ""
+
+
 def _save(trainer: Trainer, folder: Path) -> None:
     name = f"step-{trainer.steps_done:06d}"
-    save_checkpoint(trainer, folder / name)
+    try:
+        save_checkpoint(trainer, folder / name)
+    except RunError as error:
+        raise RunError(f"{error}{_kept(folder)}") from error
     if trainer.mesh.world.rank == 0:
         write_text(folder / "latest", name + "\n")
 

@@ -16,7 +16,16 @@ from moeplan.exports import checkpoint_safetensors, checkpoint_torch
 from moeplan.exports.checkpoint_names import Permutations, expert_part
 from moeplan.exports.checkpoint_safetensors import SafetensorsFile, Tensor
 from moeplan.exports.checkpoint_torch import TorchFile
-from moeplan.files import atomic_directory, atomic_path, read_json, require_place
+from moeplan.files import (
+    atomic_directory,
+    atomic_path,
+    read_json,
+    read_sums,
+    require_place,
+    sha256_file,
+    unlike_its_sum,
+    write_sums,
+)
 from moeplan.progress import Progress
 
 __all__ = ["RECORD_NAME", "permute_checkpoint"]
@@ -87,11 +96,17 @@ def permute_checkpoint(
         with atomic_path(out) as temporary:
             job.write(source, temporary)
         return [out]
+    sums = read_sums(source)
+    for name, digest in sums.items():
+        if why := unlike_its_sum(source, name, digest):
+            raise InputError(f"checkpoint {source}: {why}; it is damaged, take another")
     with atomic_directory(out, *_PLACE) as directory:
         for path in paths:
             copied = directory / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             job.write(path, copied)
+        if sums:  # of the files as they are now
+            write_sums(directory, {name: sha256_file(directory / name) for name in sums})
         (directory / RECORD_NAME).write_text(record, encoding="utf-8")
     return [out / path.relative_to(source) for path in paths] + [out / RECORD_NAME]
 

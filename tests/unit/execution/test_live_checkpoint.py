@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,9 @@ from moeplan.execution.launch import Launch, Rank, run_ranks
 from moeplan.execution.options import RouterOptions
 from moeplan.execution.parcels import send_batch
 from moeplan.execution.train import Trainer
+from moeplan.files import read_sums
 from moeplan.pipeline.exports import export_plan
+from moeplan.pipeline.live import LiveRequest, run_live
 from moeplan.specs.workload import Objective, Workload
 
 FIRST, MORE = 3, 3
@@ -100,6 +104,7 @@ def test_relabelled_by_the_exporter(saved: tuple[Path, list[float]], tmp_path: P
     plan.save(tmp_path / "plan.json")
     export_plan(tmp_path / "plan.json", "megatron", tmp_path / "relabelled", checkpoint=folder)
     before, after = CheckpointReader(folder), CheckpointReader(tmp_path / "relabelled")
+    assert read_sums(folder).keys() == read_sums(after.path).keys()
     for layer, row in zip(SPEC.moe_layer_ids, rows, strict=True):
         for new, old in enumerate(row.tolist()):
             for prefix in ("", "optimizer.first.", "optimizer.second."):
@@ -119,7 +124,10 @@ def test_relabelled_by_the_exporter(saved: tuple[Path, list[float]], tmp_path: P
         (lambda f: _forget(f, "optimizer.first.model.norm"), r"optimizer.first.model.norm.weight is missing"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), r"has no weight_map of names to shards"),
         (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": 1}}'), r"has no weight_map"),
-        (lambda f: _cut(next(f.glob("model-00001*"))), r"cannot be read from model-00001"),
+        (lambda f: _cut(next(f.glob("model-00001*"))), r"model-00001-of-00004.safetensors is not the file that was wr"),
+        (lambda f: _flip(next(f.glob("model-00003*"))), r"model-00003-of-00004.safetensors is not the file that was wr"),
+        (lambda f: _flip(f / "config.json"), r"config.json is not the file that was written"),
+        (lambda f: (f / "SHA256SUMS").write_text("x  y"), r"SHA256SUMS line 1 \('x  y'\) is not a sha256"),
         (lambda f: (f / "moeplan_checkpoint.json").unlink(), r"is not a checkpoint of a live run"),
     ],
 )
@@ -134,6 +142,7 @@ def test_damaged_checkpoints_are_refused_by_one_message(
 
 
 def _forget(folder: Path, part: str) -> None:
+    (folder / "SHA256SUMS").unlink()
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"] = {n: s for n, s in index["weight_map"].items() if part not in n}
@@ -142,6 +151,93 @@ def _forget(folder: Path, part: str) -> None:
 
 def _cut(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def _flip(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+
+
+def _readers_fail(me: Rank, folder: Path) -> str:
+    mesh = Trainer(OPTIONS, tiny_corpus()).mesh
+    with pytest.raises(InputError) as error:
+        CheckpointReader(folder, mesh.world)
+    return str(error.value)
+
+
+def test_ranks_share_the_work_of_checking_and_all_say_the_same(saved: tuple[Path, list[float]], tmp_path: Path) -> None:
+    shutil.copytree(saved[0], tmp_path / "damaged")
+    _flip(tmp_path / "damaged" / "model-00004-of-00004.safetensors")
+    first, second = run_ranks(Launch(2), _readers_fail, tmp_path / "damaged")
+    assert first == second
+    assert "model-00004-of-00004.safetensors is not the file" in first
+
+
+def test_an_older_checkpoint_without_sums_is_read(saved: tuple[Path, list[float]], tmp_path: Path) -> None:
+    shutil.copytree(saved[0], tmp_path / "old")
+    (tmp_path / "old" / "SHA256SUMS").unlink()
+    assert CheckpointReader(tmp_path / "old").step == FIRST
+
+
+@pytest.mark.parametrize("state", ["weights", "second"])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, state: str) -> None:
+    trainer = Trainer(OPTIONS, tiny_corpus())
+    save_checkpoint(trainer, tmp_path / "saved")
+    if state == "weights":
+        trainer.moe_layers[1].experts.weights_SW.data[2, 5] = torch.nan
+    else:
+        trainer.optimizer.states[1].tensors["second"][2, 5] = torch.inf
+    name = r"(optimizer.second.)?model.layers.2.mlp.experts.2.gate_proj.weight"
+    with pytest.raises(RunError, match=rf"^{name} is not finite after 0 steps: training diverged; give a lower --lr"):
+        save_checkpoint(trainer, tmp_path / "saved")
+    load_checkpoint(trainer, CheckpointReader(tmp_path / "saved"))
+    assert trainer.moe_layers[1].experts.weights_SW.isfinite().all()
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.fixture
+def request_of_a_run(tmp_path: Path) -> Callable[..., LiveRequest]:
+    (tmp_path / "model.json").write_text(SPEC.model_dump_json())
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 400)
+
+    def request(**options) -> LiveRequest:
+        small = {"model": str(tmp_path / "model.json"), "text": tmp_path / "text.txt", "batch": 4, "length": 16}
+        return LiveRequest(**(small | {"ranks": 1, "checkpoint": tmp_path / "saved", "checkpoint_every": 1} | options))
+
+    return request
+
+
+def test_the_last_checkpoint_of_a_run_that_diverges_is_finite(request_of_a_run, tmp_path: Path) -> None:
+    """After two steps the loss is finite still, and the weights are not."""
+    with pytest.raises(RunError, match=r"is not finite after 2 steps.*step-000002 was not written.*saved/step-000001$"):
+        run_live(request_of_a_run(steps=4, lr=1e36))
+    assert (tmp_path / "saved/latest").read_text() == "step-000001\n"
+    with pytest.raises(RunError, match=r"the loss of step 2 is nan: .*; the last checkpoint: --resume .*/step-000001$"):
+        run_live(request_of_a_run(steps=2, lr=1e36, checkpoint_every=9, resume=tmp_path / "saved"))
+
+
+def test_the_newest_whole_checkpoint_is_offered(request_of_a_run, tmp_path: Path, monkeypatch) -> None:
+    run_live(request_of_a_run(steps=3))
+    saved = tmp_path / "saved"
+    _flip(next((saved / "step-000003").glob("*.safetensors")))
+    (saved / "step-000002" / "moeplan_checkpoint.json").unlink()
+    offer = rf"step-000003: model-00001-of-00001.safetensors is not the file .*: --resume {saved}/step-000001$"
+    with pytest.raises(InputError, match=offer):
+        run_live(request_of_a_run(steps=1, resume=saved))
+    assert run_live(request_of_a_run(steps=1, resume=saved / "step-000001"))["first_step"] == 1
+    _flip(next((saved / "step-000002").glob("*.safetensors")))
+    # Started again by torchrun, nobody is there to be asked.
+    (saved / "latest").write_text("step-000003\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (started | {"TORCHELASTIC_RESTART_COUNT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    answer = run_live(request_of_a_run(steps=4))
+    assert answer["resumed_from"] == str(saved / "step-000001")
+    assert len(answer["losses"]) == 3
 
 
 def test_resumes_in_another_number_format(tmp_path: Path) -> None:
@@ -176,10 +272,10 @@ def _write_fails(me: Rank, folder: Path) -> str:
     before = sorted(p.name for p in folder.iterdir())
     if me.rank == 1:
         trainer.mesh.world.all_of(None)  # where the others wait for the directory
-        assert trainer.mesh.world.all_of(("disk full", "", [], 0))
+        assert trainer.mesh.world.all_of(("disk full", "", "", [], 0))
         trainer.mesh.world.all_of(None)
         return ""
-    with pytest.raises(RunError, match="disk full; the checkpoint before stands"):
+    with pytest.raises(RunError, match="disk full; saved was not written"):
         save_checkpoint(trainer, folder)
     assert sorted(p.name for p in folder.iterdir()) == before
     return str(sorted(p.name for p in folder.parent.iterdir()))
