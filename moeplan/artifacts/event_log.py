@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from moeplan.errors import InputError
 from moeplan.files import atomic_path
 
-__all__ = ["EVENT_KINDS", "EventLog", "EventRecorder"]
+__all__ = ["EVENT_KINDS", "NONE", "EventLog", "EventRecorder"]
 
 SCHEMA_VERSION = 1
 NONE = -1  # a rank, layer, step or request that does not apply

@@ -96,7 +96,9 @@ class ExpertLayer(nn.Module):
         if tp.size > 1:
             out_TH = _ToAll.apply(out_TH, tp)
         if meanwhile is not None:
-            out_TH = out_TH + meanwhile()
+            with self.clock.span("shared", self.layer_id):
+                shared_TH = meanwhile()
+            out_TH = out_TH + shared_TH
         return out_TH.to(x_TH.dtype)
 
 

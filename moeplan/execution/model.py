@@ -98,7 +98,12 @@ class _Block(nn.Module):
         with self.clock.span("attention", self.layer):
             attended, k, v = self.self_attn(self.input_layernorm(x_BTH), past)
         x_BTH = x_BTH + attended
-        return x_BTH + self.mlp(self.post_attention_layernorm(x_BTH)), k, v
+        normed_BTH = self.post_attention_layernorm(x_BTH)
+        if isinstance(self.mlp, MoELayer):  # has spans of its own
+            return x_BTH + self.mlp(normed_BTH), k, v
+        with self.clock.span("dense", self.layer):
+            out_BTH = self.mlp(normed_BTH)
+        return x_BTH + out_BTH, k, v
 
 
 class LanguageModel(nn.Module):
@@ -161,7 +166,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids_BT: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Logits ``[B, T, V]``. A ``cache`` is read and extended in place."""
-        x = self.embed_tokens(ids_BT)
+        with self.clock.span("dense"):
+            x = self.embed_tokens(ids_BT)
         for number, block in enumerate(self.layers):
             past = cache[number] if cache else None
             x, k, v = block(x, past if past is not None and past[0].shape[2] else None)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moeplan.artifacts.event_log import EventLog
+from moeplan.artifacts.event_log import NONE, EventLog
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.simulation_result import TrafficMatrix
 from moeplan.errors import SpecError
@@ -164,7 +164,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: int = 4) -> float:
-        """Mean loss on held-out text, nats per byte."""
+        """Mean loss on held-out text, nats per byte; its events are of no step, nor are those after it until the next."""
+        self.clock.step = NONE
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number in range(batches):
             total += self.model.loss(self.rows(number, held_out=True)[0])[0].double()

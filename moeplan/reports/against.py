@@ -34,7 +34,7 @@ class Against:
 
 def seconds_per_step(log: EventLog, kind: str) -> Floats:
     """Seconds of the busiest rank in each step that has events of this kind."""
-    mine = log.of_kind(kind) & (log.duration_s_V > 0)
+    mine = log.of_kind(kind) & (log.duration_s_V > 0) & (log.step_V >= 0)
     if not mine.any():
         return np.zeros(0)
     steps, place = np.unique(log.step_V[mine], return_inverse=True)

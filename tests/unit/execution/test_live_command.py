@@ -24,6 +24,8 @@ from moeplan.errors import InputError, MissingExtraError, PlanError, RunError, S
 from moeplan.execution.metrics import MetricsSink
 from moeplan.execution.train import StepMetrics
 from moeplan.pipeline.live import LiveRequest, apply_plan, run_live
+from moeplan.reports.against import seconds_per_step
+from moeplan.reports.chrome_trace import chrome_trace
 from moeplan.routing.io import read_trace
 from moeplan.specs.workload import Objective, Workload
 
@@ -94,9 +96,19 @@ def test_a_plan_applied_in_mid_run(tmp_path: Path, model: Path, text: Path) -> N
     assert log.of_kind("loss").sum() == 6
     assert (np.diff(log.start_s_V) >= 0).all()
     # Each MoE layer, forward and backward, on each rank of each step; pairs of all ranks are tokens * top-k.
-    experts = log.of_kind("experts") & (log.step_V == 1)
-    assert experts.sum() == 3 * 2 * 2
-    assert log.amount_V[experts].sum() == 2 * 3 * 4 * 32 * SPEC.top_k
+    for step in (1, 5):  # what is evaluated and recorded after the last step is of none
+        experts = log.of_kind("experts") & (log.step_V == step)
+        assert experts.sum() == 3 * 2 * 2
+        assert log.amount_V[experts].sum() == 2 * 3 * 4 * 32 * SPEC.top_k
+        # Forward, once on each rank: shared experts of MoE layers, the dense layer, embedding and head.
+        shared, dense = (log.of_kind(kind) & (log.step_V == step) for kind in ("shared", "dense"))
+        assert sorted(log.layer_V[shared]) == [1, 1, 2, 2, 3, 3]
+        assert sorted(log.layer_V[dense]) == [-1, -1, -1, -1, 0, 0]
+        assert (log.duration_s_V[shared | dense] > 0).all()
+    assert (log.step_V[log.of_kind("experts")] == -1).any()
+    assert len(seconds_per_step(log, "experts")) == 6
+    slices = {event["name"] for event in chrome_trace(log)["traceEvents"] if event["ph"] == "X"}
+    assert {"shared, layer 1", "shared, layer 3", "dense, layer 0"} <= slices
     assert log.amount_V[log.of_kind("migrate")].sum() > 0
     trace = read_trace(tmp_path / "r.npz")
     assert trace.layer_ids == SPEC.moe_layer_ids
