@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -59,6 +60,29 @@ class Placement:
         slots_R[: experts % ranks] += 1
         rows = np.tile(np.arange(experts, dtype=np.int32), (layers, 1))
         return cls(rows, np.repeat(np.arange(ranks, dtype=np.int32), slots_R), experts, ranks, ranks_per_node)
+
+    @classmethod
+    def by_layer(cls, of_layer: Sequence[Placement]) -> Placement:
+        """Layer ``l`` placed as in ``of_layer[l]``, for one model and one set of ranks. Where those differ in slots, each
+        rank has as many as the most of them give it, and what a layer does not use is empty."""
+        first, different = of_layer[0], list({id(placement): placement for placement in of_layer}.values())
+        if len(different) == 1:
+            return first
+        ranks_R = np.arange(first.num_ranks, dtype=np.int32)
+        slots_R = np.max([np.bincount(p.rank_of_slot_P, minlength=len(ranks_R)) for p in different], axis=0)
+        first_R = np.cumsum(slots_R) - slots_R
+        rows_LP = np.full((len(of_layer), int(slots_R.sum())), EMPTY, np.int32)
+        share_LP = np.zeros(rows_LP.shape)
+        for layer, placement in enumerate(of_layer):
+            ranks_P = placement.rank_of_slot_P
+            place_P = first_R[ranks_P] + np.arange(len(ranks_P)) - np.searchsorted(ranks_P, ranks_P)
+            rows_LP[layer, place_P] = placement.physical_to_logical_LP[layer]
+            share_LP[layer, place_P] = placement.slot_share_LP[layer]
+        even = all(placement.share_LP is None for placement in different)
+        return cls(
+            rows_LP, np.repeat(ranks_R, slots_R), first.num_experts, first.num_ranks, first.ranks_per_node,
+            None if even else share_LP,
+        )  # fmt: skip
 
     @property
     def num_layers(self) -> int:

@@ -149,7 +149,6 @@ class Migrator:
         if isinstance(state, MoEAdamW):
             state = _AdamState(state)
         self.state: ExpertState = state or _NoState()
-        self.placement = placement  # of the layers that have not been moved
         self._of_layer = [placement] * len(self.layers)
         self._target: Placement | None = None
         self._left: list[int] = []
@@ -168,11 +167,10 @@ class Migrator:
         if self._target is not None:
             raise RunError("a migration is under way; wait for it before the next plan is applied")
         require_ranks(target, self.mesh)
-        old = self.placement
-        if (target.num_layers, target.num_experts) != (old.num_layers, old.num_experts):
+        ours, theirs = (len(self.layers), self._of_layer[0].num_experts), (target.num_layers, target.num_experts)
+        if ours != theirs:
             raise PlanError(
-                f"placement has {target.num_layers} layers of {target.num_experts} experts, the model has"
-                f" {old.num_layers} of {old.num_experts}"
+                f"placement has {theirs[0]} layers of {theirs[1]} experts, the model has {ours[0]} of {ours[1]}"
             )
         target.require_valid(allow_duplicates=True)
         told = self.mesh.world.all_of(_digest(target))
@@ -186,6 +184,12 @@ class Migrator:
     def under_way(self) -> bool:
         """Whether layers are still to be moved."""
         return self._target is not None
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in force, layer by layer: amid a migration, and after one that stopped, some layers have moved
+        and others not."""
+        return Placement.by_layer(self._of_layer)
 
     @property
     def goal(self) -> Placement:
@@ -220,10 +224,10 @@ class Migrator:
         self.report.stalls_s.append(spent)
         if self._left and self.report.failure is None:
             return None
-        report, target = self.report, self._target
+        report = self.report
         report.finished = not self._left
-        if report.finished:
-            self.placement, self._of_layer = target, [target] * len(self.layers)
+        if report.failure is not None and report.layers:
+            report.failure += f"; {len(report.layers)} of {len(self.layers)} layers had moved by then and stay so"
         self._target, self.report, self._left = None, None, []
         return report
 

@@ -162,7 +162,7 @@ def _train(
         report = callback.after_step() if loop is None else loop.after_step(metrics, left)
         if report is not None:
             reports.append(report)
-            if report.finished:
+            if report.layers:
                 trainer.clock.placed_anew()
         if job.checkpoint is not None and _due(number + 1, job):
             _save(trainer, job.checkpoint)

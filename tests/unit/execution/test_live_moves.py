@@ -11,12 +11,16 @@ import torch
 from dense_reference import random_placement
 from tiny_run import SPEC, tiny_corpus, tiny_options
 
+from moeplan.artifacts.load_window import LoadWindow
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.errors import PlanError
 from moeplan.execution.apply import PlanCallback
+from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
+from moeplan.execution.closed_loop import ClosedLoop
 from moeplan.execution.groups import single_mesh
 from moeplan.execution.launch import Launch, Rank, run_ranks
 from moeplan.execution.migrate import Migrator, torch_state
+from moeplan.execution.monitor import LoadMonitor
 from moeplan.execution.moves import fetches_of
 from moeplan.execution.parcels import pack, send_batch, unpack
 from moeplan.execution.train import Trainer
@@ -189,6 +193,74 @@ def test_state_shards_move_with_their_expert() -> None:
             assert losses == answer["reference"]
             assert seen["same"]
             assert seen["copies"]
+
+
+def _stopped(me: Rank, folder: Path) -> dict:
+    """A migration layer by layer, to more slots, that fails at its third layer; then one to another placement."""
+    trainer = Trainer(tiny_options(), tiny_corpus())
+    goal, later = _placement(2, 2, 4, 3), _placement(2, 2, 0, 4)
+    plans = PlanCallback(trainer.migrator, SPEC, trainer.mesh, budget_s=0.0)
+    loop = ClosedLoop(trainer.moe_layers, plans, LoadMonitor(trainer.mesh, 3, SPEC.num_experts, 2, 2), folder=folder)
+    calls, seen, windows = [0], [], []
+
+    def send(out, into, axis) -> None:
+        send_batch(out, into, axis)
+        calls[0] += 1
+        if calls[0] == 3:
+            raise RuntimeError("connection reset")
+
+    trainer.migrator.send = send
+    trainer.migrator.submit(goal)
+    failure = None
+    for step in range(8):
+        report = loop.after_step(trainer.step())
+        failure = failure or (report and report.failure)
+        seen.append([_held(trainer.migrator.placement), _in_tables(trainer)])
+        if step % 2:
+            window = LoadWindow.read(folder / "window.npz") if me.rank == 0 else None
+            windows.append(window and _held(window.placement))
+        if step == 3:
+            save_checkpoint(trainer, folder / "saved")
+            trainer.migrator.submit(later)
+    resumed = Trainer(tiny_options(), tiny_corpus(), CheckpointReader(folder / "saved").placement(2, 2))
+    load_checkpoint(resumed, CheckpointReader(folder / "saved"))
+    resumed.step()  # runs, with empty slots
+    return {
+        "failure": failure, "seen": seen, "windows": windows, "resumed": _in_tables(resumed),
+        "goal": _held(goal), "later": _held(later),
+        "contiguous": _held(Placement.contiguous(3, SPEC.num_experts, 2, 2)),
+    }  # fmt: skip
+
+
+def _held(placement: Placement) -> list[list[list[int]]]:
+    """Experts of each layer and rank, in the order of their slots."""
+    ranks_P = placement.rank_of_slot_P
+    return [
+        [[int(e) for e in row[ranks_P == rank] if e != EMPTY] for rank in range(placement.num_ranks)]
+        for row in placement.physical_to_logical_LP
+    ]
+
+
+def _in_tables(trainer: Trainer) -> list[list[list[int]]]:
+    """The same, from the tables by which tokens are routed."""
+    mine = [[int(e) for e in moe.experts.table.local_experts_S if e != EMPTY] for moe in trainer.moe_layers]
+    return [list(layer) for layer in zip(*trainer.mesh.ep.all_of(mine), strict=True)]
+
+
+def test_what_is_in_force_is_told_layer_by_layer(tmp_path: Path) -> None:
+    first, other = run_ranks(Launch(2), _stopped, tmp_path)
+    for answer in (first, other):
+        assert re.search(r"connection reset; 2 of 3 layers had moved by then and stay so$", answer["failure"])
+        for told, in_tables in answer["seen"]:
+            assert told == in_tables
+        stopped = [*answer["goal"][:2], answer["contiguous"][2]]
+        assert [told for told, _ in answer["seen"][:5]] == [
+            [answer["goal"][0], *answer["contiguous"][1:]], stopped, stopped, stopped,
+            [answer["later"][0], *stopped[1:]],
+        ]  # fmt: skip
+        assert answer["seen"][-1][0] == answer["later"]
+        assert answer["resumed"] == stopped
+    assert first["windows"] == [told for told, _ in first["seen"][1::2]]
 
 
 def test_a_plan_left_by_a_run_before_is_not_taken(tmp_path: Path) -> None:
