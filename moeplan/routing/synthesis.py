@@ -9,6 +9,10 @@ drawn tokens themselves: expert weights to the loads, ``boost`` to the co-activa
 the mutual information. Where full stickiness does not reach the information asked for, ``boost`` is
 raised further, and co-activation comes out higher than asked.
 
+Generated tokens are drawn as those of prompts are: what a real model chooses otherwise in decode is not in them. They
+differ in where they stand, as recorders of forward passes write them: prompts whole, generated tokens in steps of one
+token per sequence.
+
 ``T`` tokens, ``S`` segments (domain x window), ``L`` layers, ``E`` experts, ``K`` top-k, ``M`` = L - 1.
 """
 
@@ -74,6 +78,21 @@ def _lay_out(spec: SynthSpec, targets: SynthTargets, rng: np.random.Generator) -
     return _Tokens(seq_lens_S, segment_T, (segment_T // W).astype(np.int32), rank_T, starts_T)
 
 
+def _as_recorded(spec: SynthSpec, tokens: _Tokens) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
+    """In each window and domain the prompts, then step by step a token of every sequence that still generates: order
+    ``[T]`` of the tokens, and in this order the lengths of sequences (1 in decode) and phases ``[T]``."""
+    lens_S = tokens.seq_lens_S
+    prompt_S = {"prefill": lens_S, "decode": 0 * lens_S, "mix": (lens_S + 1) // 2}[spec.phase]
+    first_S = np.cumsum(lens_S) - lens_S
+    generated_T = np.arange(spec.tokens) - np.repeat(first_S + prompt_S, lens_S)  # below 0 in the prompt
+    decode_T = generated_T >= 0
+    stretch_T = np.cumsum(np.diff(tokens.segment_T, prepend=tokens.segment_T[0]) != 0)
+    order_T = np.lexsort((np.maximum(generated_T, -1), decode_T, stretch_T))
+    begins_T = (tokens.starts_T | decode_T)[order_T]
+    seq_lens_S = np.diff(np.flatnonzero(begins_T), append=spec.tokens)
+    return order_T, seq_lens_S, np.where(decode_T, PHASES.index("decode"), PHASES.index("prefill"))[order_T].astype(np.uint8)
+
+
 def _draw_topics(spec: SynthSpec, tokens: _Tokens, topics: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """A topic for each token: with probability ``source_affinity`` one of its source rank's own."""
     topic_T = rng.integers(topics, size=spec.tokens)
@@ -131,14 +150,15 @@ def synthesise(
         layer_rng = np.random.default_rng([spec.seed, 3, layer])
         topic_T, experts_TLK[:, layer] = drawer.layer(layer, share_SLE[:, layer], topic_T, layer_rng)
         progress("synthesis", (layer + 1) / L)
+    order_T, seq_lens_S, phase_T = _as_recorded(spec, tokens)
     return RoutingTrace(
-        experts_TLK=compact_ids(experts_TLK, E),
+        experts_TLK=compact_ids(experts_TLK, E)[order_T],
         num_experts=E,
         layer_ids=spec.layer_ids or tuple(range(L)),
-        seq_lens_S=tokens.seq_lens_S,
-        phase_T=np.full(spec.tokens, PHASES.index(spec.phase), np.uint8),
-        source_rank_T=None if spec.source_ranks is None else tokens.rank_T.astype(np.int32),
-        domain_T=tokens.domain_T if spec.domains else None,
+        seq_lens_S=seq_lens_S,
+        phase_T=phase_T,
+        source_rank_T=None if spec.source_ranks is None else tokens.rank_T[order_T].astype(np.int32),
+        domain_T=tokens.domain_T[order_T] if spec.domains else None,
         domains=spec.domains,
         origin={"synthetic": True, "spec": spec.model_dump(mode="json", exclude_defaults=True)},
     )

@@ -52,7 +52,9 @@ class SynthSpec(Spec):
     source_affinity: float = Field(0.0, ge=0, le=1, description="share of topics that belong to the source rank")
     sequence_length: int = Field(128, gt=0, description="mean tokens per sequence")
     persistence: float = Field(0.5, ge=0, lt=1, description="how often the next token keeps the topic")
-    phase: Literal["prefill", "decode"] = "prefill"
+    phase: Literal["prefill", "decode", "mix"] = Field(
+        "prefill", description="prompts, generated tokens, or sequences of which the first half is the prompt"
+    )
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

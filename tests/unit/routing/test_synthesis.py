@@ -16,6 +16,7 @@ from moeplan.routing.popularity import block_transitions, lognormal_profile, pro
 from moeplan.routing.statistics import cosine_drift, describe, max_over_mean, variation_drift
 from moeplan.routing.synthesis import synthesise
 from moeplan.routing.targets import SynthSpec, targets_like, targets_of
+from moeplan.routing.validation import validate
 
 SMALL = {"tokens": 3000, "layers": 4, "experts": 32, "top_k": 4, "seed": 5}
 
@@ -74,6 +75,33 @@ def test_loads_drift_over_time():
     assert similar[0, 2] == pytest.approx(0.75, abs=0.03)
     assert similar[0, 1] > similar[0, 2] + 0.05
     assert similar[1, 2] > similar[0, 2] + 0.05
+
+
+@pytest.mark.parametrize("phase", ["decode", "mix"])
+def test_phases_stand_as_recorders_write_them(phase):
+    """The tokens of prefill in another order: prompts whole, then steps of one token per sequence."""
+    options = {"tokens": 1200, "domains": ("a", "b"), "windows": 2, "dependency": 0.4, "persistence": 0.9,
+               "source_ranks": 2, "source_affinity": 0.5}  # fmt: skip
+    plain, trace = made(**options), made(**options, phase=phase)
+    ends_S = np.cumsum(plain.seq_lens_S)
+    sequences = list(zip(ends_S - plain.seq_lens_S, ends_S, strict=True))
+    order, lens, phases = [], [], []
+    for stretch in range(4):  # of 300 tokens: two windows of two domains
+        mine = [(a, b, a if phase == "decode" else a + (b - a + 1) // 2) for a, b in sequences if a // 300 == stretch]
+        for a, _, cut in mine:
+            order += range(a, cut)
+            lens += [cut - a] if cut > a else []
+            phases += [0] * (cut - a)
+        for step in range(300):
+            order += [cut + step for _, b, cut in mine if cut + step < b]
+        lens += [1] * (len(order) - sum(lens))
+        phases += [1] * (len(order) - len(phases))
+    assert len(order) == 1200
+    np.testing.assert_array_equal(trace.experts_TLK, plain.experts_TLK[order])
+    np.testing.assert_array_equal(trace.source_rank_T, plain.source_rank_T[order])
+    np.testing.assert_array_equal(trace.domain_T, plain.domain_T[order])
+    assert (trace.seq_lens_S.tolist(), trace.phase_T.tolist()) == (lens, phases)
+    assert not [finding for finding in validate(trace) if finding.code == "interleaved-sequences"]
 
 
 def test_group_limited_choices():
