@@ -12,6 +12,7 @@ from moeplan.cli.common import output_options, print_json, progress_bar
 __all__ = ["trace"]
 
 _PATH = click.Path(path_type=Path)
+_MATRIX = 8  # windows whose similarities a terminal shows as a matrix
 
 
 @click.group()
@@ -57,6 +58,22 @@ def inspect(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         _show(found.to_json())
 
 
+def _by_distance(count: int, cosine_WW: list[list[float]]) -> Any:
+    """Similarity of windows by how far apart they stand: neighbours tell noise and fast drift, far ones slow drift."""
+    from statistics import quantiles
+
+    from rich.table import Table
+
+    table = Table("load cosine", "pairs", "10 %", "median", "90 %", box=None, header_style="bold")
+    apart = [2**n for n in range(count.bit_length()) if 2**n < count - 1]
+    for distance in (*apart, count - 1):
+        values = [cosine_WW[w][w + distance] for w in range(count - distance)]
+        tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
+        name = {1: "neighbours", count - 1: "first and last"}.get(distance, f"{distance} windows apart")
+        table.add_row(name, str(len(values)), *(f"{tenths[place]:.2f}" for place in (0, 4, 8)))
+    return table
+
+
 def _show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -85,11 +102,16 @@ def _show(found: dict[str, Any]) -> None:
             cells.append("".join((f"{values[0]:.2f}", *(f" ({v:.2f})" for v in values[1:])) if values else ""))
         table.add_row(str(layer), *cells)
     console.print(table)
-    if len(found["windows"]) > 1:
-        drift = Table("load cosine", *found["windows"], box=None, header_style="bold")
-        for name, row in zip(found["windows"], found["cosine_between_windows"], strict=True):
+    names, cosine_WW = found["windows"], found["cosine_between_windows"]
+    if 1 < len(names) <= _MATRIX:
+        drift = Table("load cosine", *names, box=None, header_style="bold")
+        for name, row in zip(names, cosine_WW, strict=True):
             drift.add_row(name, *(f"{value:.2f}" for value in row))
         console.print(drift)
+    elif len(names) > _MATRIX:
+        console.print(_by_distance(len(names), cosine_WW))
+        least, a, b = min((cosine_WW[a][b], a, b) for b in range(len(names)) for a in range(b))
+        console.print(f"least alike: {names[a]} and {names[b]}, {least:.2f}; all pairs are in --json")
     if found["dropped_padding"]:
         console.print(f"{found['dropped_padding']:,} padding ids (-1) were dropped")
     for path in found["pictures"]:

@@ -48,6 +48,20 @@ def test_inspect_json_is_one_object(capsys, monkeypatch):
     assert found["origin"]["synthetic"] is True
 
 
+def test_many_windows_are_told_by_how_far_apart_they_stand(capsys, monkeypatch, tmp_path):
+    turn = np.linspace(0, np.pi / 4, 17)  # windows that turn from one expert to the other by equal angles
+    np.save(tmp_path / "counts.npy", np.round(1e6 * np.stack([np.cos(turn), np.sin(turn)], 1))[:, None])
+    code, out, _ = run(capsys, monkeypatch, "inspect", tmp_path / "counts.npy")
+    assert code == 0
+    rows = {line[:18].strip(): line[18:].split() for line in out[out.index("load cosine") :].splitlines()[1:-1]}
+    names = {"neighbours": 1, "2 windows apart": 2, "4 windows apart": 4, "8 windows apart": 8, "first and last": 16}
+    assert rows == {name: [str(17 - n), *[f"{np.cos(turn[n]):.2f}"] * 3] for name, n in names.items()}
+    assert out.splitlines()[-1] == "least alike: window 0 and window 16, 0.71; all pairs are in --json"
+    assert max(map(len, out.splitlines())) <= 80
+    _, out, _ = run(capsys, monkeypatch, "inspect", tmp_path / "counts.npy", "--json")
+    assert np.shape(json.loads(out)["cosine_between_windows"]) == (17, 17)
+
+
 def test_inspect_counts(capsys, monkeypatch, tmp_path):
     np.save(tmp_path / "counts.npy", np.arange(1, 25.0).reshape(2, 12))
     code, out, _ = run(capsys, monkeypatch, "inspect", tmp_path / "counts.npy", "--out", tmp_path / "p")
