@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.artifacts.expert_load import ExpertLoad
-from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import SpecError, TraceError
 from moeplan.files import atomic_directory, require_place
 from moeplan.progress import Progress, no_progress
@@ -35,6 +35,10 @@ __all__ = [
     "validate_trace",
 ]
 
+_OF_LIKE = frozenset((
+    "model", "layers", "experts", "top_k", "profile", "skew", "max_over_mean", "hot", "hot_layer", "coactivation",
+    "dependency", "domains", "domain_cosine", "windows", "drift_cosine",
+))  # fmt: skip
 _PICTURES_PLACE = ("pictures of a trace", ("skew.svg", "drift.svg", "coactivation.svg", "dependency.svg"))
 
 
@@ -148,8 +152,8 @@ def synthesise_trace(
 ) -> dict[str, Any]:
     """Make a trace and write it; a summary of what it came out as.
 
-    The shape is ``options``', else the model's, else that of ``like``. With ``like``, loads,
-    co-activation and dependency are those of that trace; options that ask for other ones are refused.
+    The shape is ``options``', else the model's. With ``like``, shape, domains, loads, co-activation and dependency are
+    those of that trace, and its phases where ``options`` name none; options that ask for other ones are refused.
 
     Raises:
         SpecError: options contradict each other or cannot be had; TraceError: ``like`` is unusable;
@@ -158,15 +162,18 @@ def synthesise_trace(
     fields = dict(options)
     targets = None
     if like is not None:
-        asked = sorted({"skew", "max_over_mean", "hot", "coactivation", "dependency", "domain_cosine"} & set(fields))
-        if asked or "windows" in fields:
-            raise SpecError(f"--like and {asked[0] if asked else 'windows'} both say what loads to make; give one")
+        asked = sorted(_OF_LIKE & (set(fields) | ({"model"} if model is not None else set())))
+        if asked:
+            raise SpecError(f"--like and {asked[0]} both say what to make; give one")
         source = read_trace(like)
         if not isinstance(source, RoutingTrace):
             raise TraceError(f"{like} holds counts only; --like needs a trace with tokens")
         targets = targets_like(source)
         shape = {"layers": source.num_layers, "experts": source.num_experts, "top_k": source.top_k}
         fields = {"tokens": source.num_tokens, "layer_ids": source.layer_ids, **fields, **shape}
+        if source.phase_T is not None:
+            present = np.unique(source.phase_T)
+            fields.setdefault("phase", "mix" if len(present) > 1 else PHASES[present[0]])
         if source.domain_T is not None:
             fields["domains"] = source.domains
     elif model is not None:

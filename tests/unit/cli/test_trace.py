@@ -156,8 +156,17 @@ def test_synth_like_a_trace(capsys, monkeypatch, tmp_path):
     made = json.loads(out)
     assert code == 0
     assert (made["tokens"], len(made["layer_ids"]), made["num_experts"]) == (1000, 3, 64)
-    code, _, err = run(capsys, monkeypatch, *words, "--hot", 9)
-    assert (code, "--like and hot both say what loads" in err) == (2, True)
+    for option, value in (("hot", 9), ("layers", 2), ("model", "deepseek-v2-lite"), ("drift-cosine", 0.9)):
+        code, _, err = run(capsys, monkeypatch, *words, f"--{option}", value)
+        assert (code, f"--like and {option.replace('-', '_')} both say what to make" in err) == (2, True)
+
+
+def test_synth_like_a_trace_has_its_phases(capsys, monkeypatch, tmp_path):
+    shape = ("--tokens", 600, "--layers", 2, "--experts", 16, "--top-k", 2, "--phase", "decode")
+    run(capsys, monkeypatch, "synth", *shape, "--out", tmp_path / "decode.npz")
+    for options, phases in (((), {1}), (("--phase", "mix"), {0, 1}), (("--phase", "prefill"), {0})):
+        run(capsys, monkeypatch, "synth", "--like", tmp_path / "decode.npz", *options, "--out", tmp_path / "like.npz")
+        assert set(read_trace(tmp_path / "like.npz").phase_T) == phases
 
 
 def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path):
