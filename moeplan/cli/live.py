@@ -95,8 +95,7 @@ def live(as_json: bool, quiet: bool, no_reference: bool, **options: Any) -> None
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(f"{answer['model']} on {answer['ranks']} ranks"
-                  + (f", resumed from {answer['resumed_from']}" if answer["resumed_from"] else ""))
+    console.print(f"{answer['model']} on {answer['ranks']} ranks")
     grid = Table("step", "loss")
     reference = answer.get("reference_losses")
     if reference is not None:

@@ -63,8 +63,8 @@ def latest(folder: Path) -> Path:
     return folder
 
 
-def _reader(folder: Path, mesh: Mesh, go_back: bool) -> CheckpointReader:
-    """The checkpoint to go on from: the one that ``folder`` names; with ``go_back`` an earlier one if it is damaged.
+def _reader(folder: Path, mesh: Mesh) -> CheckpointReader:
+    """The checkpoint that ``folder`` is, or the latest in it.
 
     Raises:
         InputError: it is damaged; the message names the file, and the newest checkpoint that is whole.
@@ -73,12 +73,10 @@ def _reader(folder: Path, mesh: Mesh, go_back: bool) -> CheckpointReader:
     try:
         return CheckpointReader(path, mesh.world)
     except InputError as error:
-        whole = newest_whole(path.parent)
+        whole = newest_whole(folder) or newest_whole(path.parent)
         if whole is None:
             raise
-        if go_back:
-            return CheckpointReader(whole)
-        raise InputError(f"{error}; the newest whole checkpoint beside it: --resume {whole}") from error
+        raise InputError(f"{error}; the newest whole checkpoint there: --resume {whole}") from error
 
 
 def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> dict[str, Any]:
@@ -94,8 +92,8 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     )
     mesh = build_mesh(job.options.tp, job.options.edp, job.options.ranks_per_node, me.device)
     try:
-        trainer, callback, first, resumed_from = _set_up(job, mesh)
-        answer = {**_train(me, job, trainer, callback, sink, first), "resumed_from": resumed_from}
+        trainer, callback, first = _set_up(job, mesh)
+        answer = _train(me, job, trainer, callback, sink, first)
     finally:
         sink.close()
     if job.generate is not None:
@@ -106,7 +104,7 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     if job.out is not None and events is not None:
         events.write(job.out / "events.parquet")
     if job.plan is not None and job.apply_at is not None and job.reference and not restarts():
-        reference, *_ = _fresh(job, mesh, None)
+        reference, _ = _fresh(job, mesh, None)
         reference.clock.enabled = False
         answer["reference_losses"] = [reference.step().loss for _ in range(job.steps)]
         pairs = zip(answer["losses"], answer["reference_losses"], strict=True)
@@ -114,33 +112,32 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     return answer
 
 
-def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Trainer, int, str | None]:
-    """A trainer where the job begins, or at the last checkpoint if torchrun starts it again; its first step, and the
-    checkpoint."""
-    reader = None if job.resume is None else _reader(job.resume, mesh, go_back=False)
+def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Trainer, int]:
+    """A trainer where the job begins, or at the last checkpoint if torchrun starts it again; and its first step."""
+    reader = None if job.resume is None else _reader(job.resume, mesh)
     first = 0 if reader is None else reader.step
     if restarts() and job.checkpoint is not None and (job.checkpoint / "latest").is_file():
-        reader = _reader(job.checkpoint, mesh, go_back=True)  # nobody is there to be asked
+        reader = _reader(job.checkpoint, mesh)
         placement = None  # as it was saved: with the plan if it had been applied by then
     if reader is not None and placement is None:
         placement = reader.placement(mesh.ep.size, mesh.ranks_per_node)
     trainer = Trainer(job.options, job.corpus, placement, mesh)
     if reader is not None:
         load_checkpoint(trainer, reader)
-    return trainer, first, None if reader is None else str(reader.path)
+    return trainer, first
 
 
-def _set_up(job: LiveJob, mesh: Mesh) -> tuple[Trainer, PlanCallback, int, str | None]:
+def _set_up(job: LiveJob, mesh: Mesh) -> tuple[Trainer, PlanCallback, int]:
     plan = job.plan
     if plan is not None:
         require_fits(plan, job.options.model, mesh)
         if job.apply_at is not None and not 0 <= job.apply_at < job.steps:
             raise SpecError(f"apply_at ({job.apply_at}) must be a step of 0..{job.steps - 1} (steps - 1)")
-    placement = plan.placement if plan is not None and job.apply_at is None else None
-    trainer, first, resumed_from = _fresh(job, mesh, placement)
+    trainer, first = _fresh(job, mesh, plan.placement if plan is not None and job.apply_at is None else None)
+    if job.checkpoint is not None and job.resume is None and mesh.world.rank == 0 and not restarts():
+        (job.checkpoint / "latest").unlink(missing_ok=True)  # of a run before: no restart of this one goes on from it
     trainer.clock.origin_s = mesh.world.all_of(time.perf_counter())[0]
-    callback = PlanCallback(trainer.migrator, job.options.model, mesh, job.control, job.budget_s)
-    return trainer, callback, first, resumed_from
+    return trainer, PlanCallback(trainer.migrator, job.options.model, mesh, job.control, job.budget_s), first
 
 
 def _train(
