@@ -100,9 +100,10 @@ def live(as_json: bool, quiet: bool, no_reference: bool, **options: Any) -> None
     reference = answer.get("reference_losses")
     if reference is not None:
         grid.add_column("without the move")
+    begun = answer["first_step"] + answer["steps"] - len(answer["losses"])
     for step, loss in enumerate(answer["losses"]):
         if step % max(1, len(answer["losses"]) // 10) == 0 or step == len(answer["losses"]) - 1:
-            row = [str(step), f"{loss:.4f}"]
+            row = [str(begun + step), f"{loss:.4f}"]
             grid.add_row(*row, *([] if reference is None else [f"{reference[step]:.4f}"]))
     if answer["losses"]:
         console.print(grid)

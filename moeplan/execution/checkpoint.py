@@ -253,6 +253,16 @@ class CheckpointReader:
             raise InputError(f"checkpoint {self.path}: {name} ({value!r}) in {_META} is not a number; it is damaged")
         return value
 
+    def require_model(self, name: str) -> None:
+        """It is of the model called ``name``.
+
+        Raises:
+            InputError: it is of another, or the record is damaged.
+        """
+        saved = self.meta.get("model") if isinstance(self.meta, dict) else None
+        if slug(str(saved)) != slug(name):
+            raise InputError(f"checkpoint {self.path} is of model {saved}, the run is of {name}")
+
     def require_experts(self, layers: Iterable[int], num_experts: int) -> None:
         """Every layer has the experts 0 to ``num_experts - 1``, without a gap, and no others.
 
@@ -343,8 +353,7 @@ def load_checkpoint(trainer: Trainer, reader: CheckpointReader) -> None:
         InputError: it is of another model, or incomplete.
     """
     spec, optimizer = trainer.options.model, trainer.optimizer
-    if slug(str(reader.meta.get("model"))) != slug(spec.name):
-        raise InputError(f"checkpoint {reader.path} is of model {reader.meta.get('model')}, the run is of {spec.name}")
+    reader.require_model(spec.name)
     reader.require_experts(spec.moe_layer_ids, spec.num_experts)
     hidden, size = spec.hidden_size, spec.expert_intermediate_size
     for moe, state in zip(trainer.moe_layers, optimizer.states, strict=True):

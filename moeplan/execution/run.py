@@ -119,8 +119,10 @@ def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Train
     if restarts() and job.checkpoint is not None and (job.checkpoint / "latest").is_file():
         reader = _reader(job.checkpoint, mesh)
         placement = None  # as it was saved: with the plan if it had been applied by then
-    if reader is not None and placement is None:
-        placement = reader.placement(mesh.ep.size, mesh.ranks_per_node)
+    if reader is not None:
+        reader.require_model(job.options.model.name)
+        if placement is None:
+            placement = reader.placement(mesh.ep.size, mesh.ranks_per_node)
     trainer = Trainer(job.options, job.corpus, placement, mesh)
     if reader is not None:
         load_checkpoint(trainer, reader)

@@ -216,6 +216,14 @@ def test_the_last_checkpoint_of_a_run_that_diverges_is_finite(request_of_a_run, 
         run_live(request_of_a_run(steps=2, lr=1e36, checkpoint_every=9, resume=tmp_path / "saved"))
 
 
+def test_a_checkpoint_of_another_model_is_refused_by_name(request_of_a_run, tmp_path: Path) -> None:
+    run_live(request_of_a_run(steps=1))
+    other = {"name": "small", "num_layers": 5, "moe_layer_ids": (1, 2, 3, 4)}
+    (tmp_path / "model.json").write_text(SPEC.model_copy(update=other).model_dump_json())
+    with pytest.raises(InputError, match=r"step-000001 is of model tiny, the run is of small$"):
+        run_live(request_of_a_run(steps=1, resume=tmp_path / "saved"))
+
+
 def test_the_newest_whole_checkpoint_is_offered(request_of_a_run, tmp_path: Path) -> None:
     run_live(request_of_a_run(steps=3))
     saved = tmp_path / "saved"
