@@ -63,8 +63,8 @@ class Placement:
 
     @classmethod
     def by_layer(cls, of_layer: Sequence[Placement]) -> Placement:
-        """Layer ``l`` placed as in ``of_layer[l]``, for one model and one set of ranks. Where those differ in slots, each
-        rank has as many as the most of them give it, and what a layer does not use is empty."""
+        """Layer ``l`` placed as in ``of_layer[l]``, all of one model and the same ranks. Where these differ in slots,
+        each rank has as many as the most of them give it, and what a layer does not use is empty."""
         first, different = of_layer[0], list({id(placement): placement for placement in of_layer}.values())
         if len(different) == 1:
             return first

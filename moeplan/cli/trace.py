@@ -198,7 +198,7 @@ def validate(ctx: click.Context, /, file: Path, as_json: bool, quiet: bool, **op
 @click.option("--sequence-length", type=int, help="Mean tokens per sequence.")
 @click.option("--persistence", type=float, help="How often the next token keeps the topic, 0 to 1.")
 @click.option("--phase", type=click.Choice(["prefill", "decode", "mix"]),
-              help="Prompts, generated tokens in decode steps, or half of each sequence each.  [prefill]")
+              help="Prompts, generated tokens step by step, or both. [prefill, or that of --like]")
 @click.option("--seed", type=int, help="Same seed, same bytes.")
 @output_options
 def synth(

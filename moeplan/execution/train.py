@@ -164,7 +164,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: int = 4) -> float:
-        """Mean loss on held-out text, nats per byte; its events are of no step, nor are those after it until the next."""
+        """Mean loss on held-out text, nats per byte; its events are of no step, as are all until the next step."""
         self.clock.step = NONE
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number in range(batches):

@@ -90,7 +90,8 @@ def _as_recorded(spec: SynthSpec, tokens: _Tokens) -> tuple[NDArray[np.int64], N
     order_T = np.lexsort((np.maximum(generated_T, -1), decode_T, stretch_T))
     begins_T = (tokens.starts_T | decode_T)[order_T]
     seq_lens_S = np.diff(np.flatnonzero(begins_T), append=spec.tokens)
-    return order_T, seq_lens_S, np.where(decode_T, PHASES.index("decode"), PHASES.index("prefill"))[order_T].astype(np.uint8)
+    phase_T = np.where(decode_T, PHASES.index("decode"), PHASES.index("prefill")).astype(np.uint8)
+    return order_T, seq_lens_S, phase_T[order_T]
 
 
 def _draw_topics(spec: SynthSpec, tokens: _Tokens, topics: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -113,6 +113,10 @@ def test_relabelled_by_the_exporter(saved: tuple[Path, list[float]], tmp_path: P
     answer = run_ranks(Launch(4), _resume, tmp_path / "relabelled", {}, contiguous)[0]
     # New expert s is old expert rows[s], on the rank where the plan wants it. Routers sum over experts in new order.
     np.testing.assert_allclose(answer, losses, rtol=2e-5)
+    shutil.copytree(folder, tmp_path / "damaged")
+    _flip(tmp_path / "damaged" / "model-00002-of-00004.safetensors")
+    with pytest.raises(InputError, match=r"damaged: model-00002-of-00004.safetensors is not the file that was written"):
+        export_plan(tmp_path / "plan.json", "megatron", tmp_path / "again", checkpoint=tmp_path / "damaged")
 
 
 @pytest.mark.parametrize(
@@ -123,8 +127,8 @@ def test_relabelled_by_the_exporter(saved: tuple[Path, list[float]], tmp_path: P
         (lambda f: _forget(f, "optimizer.first.model.norm"), r"optimizer.first.model.norm.weight is missing"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), r"has no weight_map of names to shards"),
         (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": 1}}'), r"has no weight_map"),
-        (lambda f: _cut(next(f.glob("model-00001*"))), r"model-00001-of-00004.safetensors is not the file that was wr"),
-        (lambda f: _flip(next(f.glob("model-00003*"))), r"model-00003-of-00004.safetensors is not the file that was wr"),
+        (lambda f: _cut(next(f.glob("model-00001*"))), r"model-00001-of-00004.safetensors is not the file that"),
+        (lambda f: _flip(next(f.glob("model-00003*"))), r"model-00003-of-00004.safetensors is not the file that"),
         (lambda f: _flip(f / "config.json"), r"config.json is not the file that was written"),
         (lambda f: (f / "SHA256SUMS").write_text("x  y"), r"SHA256SUMS line 1 \('x  y'\) is not a sha256"),
         (lambda f: (f / "moeplan_checkpoint.json").unlink(), r"is not a checkpoint of a live run"),
