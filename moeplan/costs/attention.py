@@ -41,7 +41,8 @@ _POINT = ("context_tokens", "batch", "heads", "kv_heads", "head_dim", "window", 
 
 class AttentionCosts:
     """Attention of one layer with ``1 / tp`` of its heads on a rank, in one phase, or its backward; in the type of
-    ``dense``'s activations, as the cache unless ``kv_dtype`` is narrower than 16 bits.
+    ``dense``'s activations, as the cache unless ``kv_dtype`` is narrower than 16 bits. In decode ``dcp`` of the ranks
+    each take the heads of all of them and ``1 / dcp`` of the context (:mod:`moeplan.costs.context_parallel`).
 
     Rows are those of ``backend``; of the framework with the fastest kernels of long contexts where none is named, or
     where the named one has none of the shape, or takes over ``_SLOWER`` times as long: it has timed another product.
@@ -60,10 +61,12 @@ class AttentionCosts:
         backend: str | None = None,
         window: int = 0,
         direction: Direction = "forward",
+        dcp: int = 1,
     ) -> None:
         self._spec, self._hidden, self._dense = attention, hidden, dense
-        self._decode, self._tp = decode, tp
-        heads, kv_heads = attention.num_heads / tp, max(1.0, attention.num_kv_heads / tp)
+        self._decode, self._tp, self._dcp = decode, tp, dcp if decode else 1
+        split = tp // self._dcp
+        heads, kv_heads = attention.num_heads / split, max(1.0, attention.num_kv_heads / split)
         rank, rotary = attention.kv_lora_rank or 0, attention.qk_rope_head_dim or 0
         query_dim = (attention.qk_nope_head_dim or attention.head_dim) + rotary
         bandwidth = roofline.MEMORY_EFFICIENCY * accelerator.memory_bandwidth
@@ -120,6 +123,8 @@ class AttentionCosts:
         are new. Where no kernel is measured with the window, one without it that sees as many tokens serves: in prefill
         its time at the context in proportion to the law."""
         window = self._cut
+        if self._dcp > 1:
+            context = np.maximum(1.0, np.asarray(context) / self._dcp)
         if not window:
             return self._kernel.seconds(context, batch)
         if self._decode:
@@ -199,6 +204,7 @@ def attention_by_window(
     tp: int = 1,
     backend: str | None = None,
     direction: Direction = "forward",
+    dcp: int = 1,
 ) -> tuple[tuple[float, AttentionCosts], ...]:
     """(share of the layers, their costs): layers alike but for how many of the last tokens they see.
 
@@ -211,4 +217,4 @@ def attention_by_window(
     layers = sum(count for _, count in alike)
     hidden = model.hidden_size
     common = (spec, hidden, accelerator, decode, dense, kv_dtype, profile, tp, backend)
-    return tuple((count / layers, AttentionCosts(*common, window, direction)) for window, count in alike)
+    return tuple((count / layers, AttentionCosts(*common, window, direction, dcp)) for window, count in alike)

@@ -44,19 +44,24 @@ def coverage_gaps(
         sent = hidden | {"top_k": model.top_k, "nodes": cluster.num_nodes, "mode": mode}
         regions.append(("alltoall", sent, experts | {"ranks_per_node": cluster.ranks_per_node}))
     if how is not None:
-        whole: dict[str, Any] = {"model": _name(model)} | ({"tp": how.tp} if how.tp > 1 else {})
+        def whole(tp: int) -> dict[str, Any]:
+            return {"model": _name(model)} | ({"tp": tp} if tp > 1 else {})
+
         if (a := model.attention) is not None:
+            decode = workload.phase == "decode"
+            split = how.tp // how.dcp if decode else how.tp  # ranks among which a kernel's heads are divided
             where = {
                 "kind": "mla" if a.is_mla else "gqa",
-                "phase": "decode" if workload.phase == "decode" else "prefill",
-                "heads": a.num_heads // how.tp,
-                "kv_heads": 1 if a.is_mla else max(1, a.num_kv_heads // how.tp),
+                "phase": "decode" if decode else "prefill",
+                "heads": a.num_heads // split,
+                "kv_heads": 1 if a.is_mla else max(1, a.num_kv_heads // split),
                 "head_dim": a.head_dim,
                 "dtype": table_dtypes(activations_beside(workload.weight_dtype)),
             }
             # The ranks of a latent cannot be given as sizes.
-            regions.append(("attention", where, whole if a.is_mla else {}))
-        regions.append(("gemm", {"dtype": table_dtypes(how.dense_dtype or dense_beside(workload.weight_dtype))}, whole))
+            regions.append(("attention", where, whole(split) if a.is_mla else {}))
+        dense = {"dtype": table_dtypes(how.dense_dtype or dense_beside(workload.weight_dtype))}
+        regions.append(("gemm", dense, whole(how.tp)))
     gaps: list[str] = []
     for table, where, command in regions:
         try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.attention import attention_by_window
 from moeplan.costs.collectives import CollectiveCosts
+from moeplan.costs.context_parallel import PartialAttention
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import PassCosts
 from moeplan.costs.tables import Seconds
@@ -29,14 +30,16 @@ class FixedCosts:
     """``layer``: attention, router, norms, permutation and host overhead of one MoE layer, ``routing_s`` the part of
     router, permutation and latent projections, which dense layers lack; ``shared``: its shared experts; ``other``:
     dense layers, embedding and head of the whole step. ``kernel_s`` is the attention kernel's part of ``layer``, which
-    depends on the context; ``other`` holds it ``other_kernels`` times. ``reduce``: an all-reduce over the ranks that
-    split attention; ``layer`` holds it once, dense layers twice, ``shared`` once where its tokens are gathered."""
+    depends on the context, ``partial`` what ranks that keep a cache together (``dcp``) exchange around it; ``other``
+    holds both ``other_kernels`` times. ``reduce``: an all-reduce over the ranks that split attention; ``layer`` holds
+    it once, dense layers twice, ``shared`` once where its tokens are gathered."""
 
     layer: Work
     routing_s: float
     shared: Work
     other: Work
     kernel_s: float
+    partial: Work
     other_kernels: int
     reduce: Work
     relative_error: float
@@ -92,7 +95,7 @@ def fixed_costs(
     kernel_s = 0.0
     parts: dict[str, list[Seconds]] = {"attention": [], "norms": [], "router and permutation": [], "links": []}
     if model.attention is not None:
-        sorts = attention_by_window(model, device, decode, dense, kv_dtype, profile, tp, backend)
+        sorts = attention_by_window(model, device, decode, dense, kv_dtype, profile, tp, backend, dcp=how.dcp)
         # Prefill: sequences of `context` tokens, cut among cp ranks.
         length = workload.context if decode else min(workload.context, tokens * cp)
         sequences = tokens if decode else max(1.0, tokens * cp / length)
@@ -102,6 +105,8 @@ def fixed_costs(
             parts["attention"].append(Seconds(value, kernel.relative_error, kernel.source, kernel.extrapolated))
         kernel_s = sum(kernel.total for kernel in parts["attention"])
         parts["attention"].append(sorts[0][1].projections(tokens))
+        among = PartialAttention(model, cluster, dense.activations, profile, how)
+        parts["context parallelism"] = among.merged(tokens) if decode else among.chunk(among.sent_of(0, tokens))
     own = tokens if reduces_in_place(how.dispatch, tp, cluster) else tokens / tp
     parts["norms"] += 2 * [passes.seconds("norm", own)]
     parts["router and permutation"] += [
@@ -144,6 +149,7 @@ def fixed_costs(
         shared=Work.of(shared),
         other=other,
         kernel_s=kernel_s,
+        partial=Work.of(parts.get("context parallelism", ())),
         other_kernels=other_kernels,
         reduce=Work.of([reduced]),
         relative_error=sum(s.total * s.relative_error for s in every) / total if total else 0.0,

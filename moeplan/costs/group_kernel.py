@@ -30,11 +30,12 @@ def row_at(rows_B, b, w):
 @njit(cache=True, nogil=True)
 def group_seconds(
     decodes_D, cached_D, chunk_s_D, tokens_D, speed_D, share, points_B, fixed_DB4, points_S, points_C, decode_s_SC,
-    launch_s,
+    merge_s_DS, launch_s,
 ):
     """Seconds of each group, ``[D, 3]``: attention and token-wise parts of one layer; shared experts of one layer;
     other layers and head of the step. ``share``: the part of the batch that runs at once; the last column is whole.
-    ``fixed_DB4`` is at each group's speeds already; ``speed_D`` is for the kernels.
+    ``fixed_DB4`` and ``merge_s_DS``, what decodes exchange around their kernel, are at each group's speeds already;
+    ``speed_D`` is for the kernels.
     """
     out = np.zeros((len(decodes_D), 3))
     for d in range(len(decodes_D)):
@@ -43,7 +44,7 @@ def group_seconds(
             continue
         kernels = np.zeros(2)  # of the share, of the whole
         for which in range(2):
-            part = share if which == 0 else 1.0
+            part, merge = share if which == 0 else 1.0, 0.0
             if which == 1 and share == 1.0:
                 kernels[1] = kernels[0]
                 break
@@ -53,9 +54,10 @@ def group_seconds(
                 low = decode_s_SC[i, j] + v * (decode_s_SC[i, j + 1] - decode_s_SC[i, j])
                 high = decode_s_SC[i + 1, j] + v * (decode_s_SC[i + 1, j + 1] - decode_s_SC[i + 1, j])
                 kernels[which] = low + w * (high - low)
+                merge = merge_s_DS[d, i] + w * (merge_s_DS[d, i + 1] - merge_s_DS[d, i])
             if chunk_s_D[d] >= 0:
                 kernels[which] += launch_s + part * chunk_s_D[d]
-        kernels /= speed_D[d]
+            kernels[which] = kernels[which] / speed_D[d] + merge
         fixed_B4 = fixed_DB4[d]
         b, w = _place(points_B, tokens * share)
         out[d, 0] = fixed_B4[b, 0] + w * (fixed_B4[b + 1, 0] - fixed_B4[b, 0]) + kernels[0]

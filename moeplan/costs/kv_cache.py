@@ -1,7 +1,8 @@
 """Bytes and seconds of the KV cache of a serving engine: what fits, and what moves.
 
-A group of ``tp`` ranks keeps one cache (:func:`moeplan.specs.attention_layers.kept_kv_bytes_per_token`). ``pp`` stages
-keep their own layers' part.
+A group of ``tp`` ranks keeps one cache (:func:`moeplan.specs.attention_layers.kept_kv_bytes_per_token`): a latent, or
+a key head of fewer than ranks, in copies, of which ``dcp`` ranks keep one between them; ``pcp`` times as many ranks
+keep it as often. ``pp`` stages keep their own layers' part.
 
 What is left for it on a rank, with ``f`` the part of memory that the engine may use,
 
@@ -55,7 +56,8 @@ def kv_bytes_per_token(
 ) -> float | None:
     """Bytes on one rank per token in the cache, over the layers of its stage, of sequences of ``context`` tokens; None
     where attention is not known."""
-    whole = kept_kv_bytes_per_token(model, context, cache_beside(weights, engine.kv_dtype), engine.tp)
+    dtype = cache_beside(weights, engine.kv_dtype)
+    whole = kept_kv_bytes_per_token(model, context, dtype, engine.tp, engine.dcp)
     return None if whole is None else whole / engine.pp
 
 
@@ -64,7 +66,7 @@ def kv_rooms(
 ) -> list[KvRoom]:
     """Memory of every rank that works. ``cluster`` and ``slots_R`` are those of one pipeline stage, sequences hold
     ``workload.context`` tokens."""
-    batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
+    batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.group_ranks)})
     other = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp
     workspace = workspace_bytes(model, batch)
     per_slot = slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp
@@ -105,16 +107,16 @@ def kv_room(
 
 
 def ranks_that_hold(model: ModelSpec, cluster: ClusterSpec, workload: Workload, engine: EngineSpec) -> int | None:
-    """Least ranks of a stage, a multiple of tp and expert_tp, that hold weights and one block of KV cache; None if none
-    do."""
-    batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.tp)})
+    """Least ranks of a stage, a multiple of a group's and of expert_tp, that hold weights and one block of KV cache;
+    None if none do."""
+    batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.group_ranks)})
     fixed = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp + workspace_bytes(model, batch)
-    fixed += (kv_bytes_per_token(model, engine, workload.context, workload.weight_dtype) or 0.0) * engine.block_size
+    fixed += (kv_bytes_per_token(model, engine, workload.context, workload.weight_dtype) or 0.0) * engine.block_tokens
     room = engine.memory_fraction * cluster.accelerator.memory - fixed
     slots = int(room // (slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp))
     if slots < 1:
         return None
-    ranks, whole = -(-model.num_experts // slots) * engine.expert_tp, math.lcm(engine.tp, engine.expert_tp)
+    ranks, whole = -(-model.num_experts // slots) * engine.expert_tp, math.lcm(engine.group_ranks, engine.expert_tp)
     return -(-ranks // whole) * whole * engine.pp
 
 

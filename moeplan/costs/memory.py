@@ -103,16 +103,17 @@ def memory_report(
     slots_R: NDArray[np.integer] | NDArray[np.floating],
     shards: int = 1,
     kv_dtype: Dtype = "bf16",
+    dcp: int = 1,
 ) -> list[RankMemory]:
     """Memory of every rank that works, with ``slots_R`` expert slots per layer, parts of one where ranks share it.
-    ``shards`` ranks share attention and its KV cache in ``kv_dtype``."""
+    ``shards`` ranks share attention and its KV cache in ``kv_dtype``, of which ``dcp`` keep one copy together."""
     other, workspace = (
         non_expert_bytes(model, workload.weight_dtype, shards),
         workspace_bytes(model, workload),
     )
     per_slot = slot_bytes(model, workload.weight_dtype)
     dtype = cache_beside(workload.weight_dtype, kv_dtype)
-    per_token = kept_kv_bytes_per_token(model, workload.context, dtype, shards)
+    per_token = kept_kv_bytes_per_token(model, workload.context, dtype, shards, dcp)
     notes = (
         ()
         if per_token

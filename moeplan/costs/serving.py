@@ -33,6 +33,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.attention import attention_by_window
 from moeplan.costs.collectives import CollectiveCosts
+from moeplan.costs.context_parallel import GatheredKeys, PartialAttention
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.exchange import balanced_copies, engine_dispatch
 from moeplan.costs.group_kernel import group_seconds, row_at
@@ -50,6 +51,7 @@ __all__ = ["Batch", "MoeTable", "ServingCosts", "StepSeconds", "grid", "stairs"]
 
 Floats = NDArray[np.float64]
 _SENT = "transfers between stages"
+_CHUNKS = "context parallelism of prompts"
 _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
 
 
@@ -156,9 +158,10 @@ class ServingCosts:
         self.live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
         self._num_live = int(self.live_R.sum())
         self.speed_R = speeds(cluster)
-        self.groups = cluster.num_ranks // technique.tp
-        self._speed_D = self.speed_R.reshape(self.groups, technique.tp).min(1)
-        self._link_D = link_speeds(cluster).reshape(self.groups, technique.tp).min(1)
+        self._group_ranks = ranks = technique.tp * technique.cp
+        self.groups = cluster.num_ranks // ranks
+        self._speed_D = self.speed_R.reshape(self.groups, ranks).min(1)
+        self._link_D = link_speeds(cluster).reshape(self.groups, ranks).min(1)
         self._mean = _Curve(grid(max_tokens, 1.0 / self._num_live))
         self._busy = _Curve(stairs(grid(max_tokens), technique.tp))
         self._models: dict[tuple[Phase, float], StepModel] = {}
@@ -188,6 +191,8 @@ class ServingCosts:
         self._squares = _Curve(self._context.points**2)  # over which prefill grows by nearly straight lines
         shape = (len(self._seqs.points), len(self._context.points))
         self._decode_s, self._chunk_s, self._launch_s = np.zeros(shape), np.zeros(shape[1]), 0.0
+        self._merge_s_DS = np.zeros((self.groups, shape[0]))
+        self._among: PartialAttention | GatheredKeys | None = None
         self._chunk_list = self._chunk_s.tolist()
         work = self._workload
         if model.attention is None:
@@ -197,16 +202,25 @@ class ServingCosts:
         def kernels(decode: bool, seqs: Floats, context: Floats) -> Floats:
             device = self.cluster.accelerator
             common = (dense, how.kv_dtype, self.profile, how.tp, how.backend)
-            sorts = attention_by_window(model, device, decode, *common)
+            sorts = attention_by_window(model, device, decode, *common, dcp=how.dcp)
             seconds: Floats = np.sum([share * costs.kernel(seqs, context).value for share, costs in sorts], 0)
             return seconds
 
         seqs, context = np.meshgrid(self._seqs.points, self._context.points, indexing="ij")
         self._decode_s = kernels(True, seqs, context)
+        if how.dcp > 1:
+            self._among = among = PartialAttention(model, self.cluster, dense.activations, self.profile, how)
+            merges = [Work.of(among.merged(tokens)).at(self._speed_D, self._link_D) for tokens in self._seqs.points]
+            self._merge_s_DS = np.stack(merges, 1)
         alone = kernels(False, np.ones(shape[1]), np.asarray(self._context.points, float))
         self._launch_s = float(alone[0])
-        self._chunk_s = np.maximum.accumulate(alone) - self._launch_s
+        self._chunk_s = (np.maximum.accumulate(alone) - self._launch_s) / how.cp
         self._chunk_list = self._chunk_s.tolist()
+        if how.cp > 1:
+            self._among = GatheredKeys(model, self.cluster, dense.activations, self.profile, how)
+        if self._among is not None:
+            self._exchanges = [self._among.chunk(tokens) for tokens in self._context.points]
+            self._exchange_list = [sum(part.total for part in parts) for parts in self._exchanges]
 
     # ------------------------------------------------------------------ tables
 
@@ -236,8 +250,8 @@ class ServingCosts:
             for b, tokens in enumerate(self._busy.points):
                 model = self.model_at(phase, tokens)
                 fixed, balanced_B[b] = model.fixed, float(model.exchange.time_s(tokens, *copies))
-                token_wise = fixed.layer + Work(-fixed.kernel_s)
-                other = fixed.other + Work(-fixed.other_kernels * fixed.kernel_s)
+                context = Work(-fixed.kernel_s) + fixed.partial * -1
+                token_wise, other = fixed.layer + context, fixed.other + context * fixed.other_kernels
                 for column, work in enumerate((token_wise, fixed.shared, other)):
                     rows_DB4[:, b, column] = work.at(self._speed_D, self._link_D)
                 rows_DB4[:, b, 3] = fixed.other_kernels
@@ -293,12 +307,22 @@ class ServingCosts:
     # ------------------------------------------------------------------ a step
 
     def chunk_s(self, before: int, new: int) -> float:
-        """Prefill attention of one layer over ``new`` tokens after ``before``, without the launch."""
+        """Prefill attention of one layer over ``new`` tokens after ``before``, without the launch; with what ranks that
+        keep a cache together, or cut prompts among them, send each other for it over links of the usual speed."""
         squares, seconds = self._squares, self._chunk_list
         i, w = squares.place(before**2)
         j, v = squares.place((before + new) ** 2)
         start = seconds[i] + w * (seconds[i + 1] - seconds[i])
-        return float(seconds[j] + v * (seconds[j + 1] - seconds[j]) - start)
+        kernel = float(seconds[j] + v * (seconds[j + 1] - seconds[j]) - start)
+        if self._among is None or not (tokens := self._among.sent_of(before, new)):
+            return kernel
+        i, w = self._context.place(tokens)
+        parts = self._exchanges[i + 1]
+        self.source[_CHUNKS] = "; ".join(sorted({part.source for part in parts}))
+        if any(part.extrapolated for part in parts):
+            self.extrapolated.add(_CHUNKS)
+        low, high = self._exchange_list[i : i + 2]
+        return kernel + low + w * (high - low)
 
     def swap_s(self, size_bytes: float, to_host: bool) -> float:
         """A rank's part of a cache to its host, or back."""
@@ -325,7 +349,7 @@ class ServingCosts:
         alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum())
         layers = float(combine(how.overlap, attention, shared, exchange_L, expert_L).sum())
         busy_D = (group_D3[:, 0] + group_D3[:, 1]) * (L / share) + group_D3[:, 2]
-        busy_R = busy_D if how.tp == 1 else np.repeat(busy_D, how.tp)
+        busy_R = busy_D if self._group_ranks == 1 else np.repeat(busy_D, self._group_ranks)
         busy_R = np.minimum(busy_R + row_at(table.expert_BR, b, w) / share, alone + other)
         sent = 0.0
         if self._sent is not None:
@@ -336,12 +360,12 @@ class ServingCosts:
     def _groups(self, batch: Batch, share: float) -> tuple[Floats, float, Floats]:
         """Tokens on each rank of a group ``[D]``, their mean over live ranks, and seconds of each group ``[D, 3]``
         (:func:`moeplan.costs.group_kernel.group_seconds`)."""
-        tokens_D = batch.tokens_D / self.technique.tp
-        mean = float(tokens_D.sum()) * self.technique.tp / self._num_live
+        tokens_D = batch.tokens_D / self._group_ranks
+        mean = float(tokens_D.sum()) * self._group_ranks / self._num_live
         fixed_DB4, _ = self._fixed_rows("prefill" if batch.has_prefill else "decode")
         seconds_D3 = group_seconds(
             batch.decodes_D, batch.cached_D, batch.chunk_s_D, tokens_D, self._speed_D, share, self._busy.points,
-            fixed_DB4, self._seqs.points, self._context.points, self._decode_s, self._launch_s,
+            fixed_DB4, self._seqs.points, self._context.points, self._decode_s, self._merge_s_DS, self._launch_s,
         )  # fmt: skip
         return tokens_D, mean, seconds_D3
 
@@ -360,7 +384,7 @@ class ServingCosts:
                 model = self.model_at(table.phase, float(self._mean.points[point]))
                 table.parts_B[point] = model.batches(placement, load_LE)[0]
         low, high = table.parts_B[b], table.parts_B[b + 1]
-        attention_R, shared_R, other_R = np.repeat(group_D3, how.tp, axis=0).T
+        attention_R, shared_R, other_R = np.repeat(group_D3, self._group_ranks, axis=0).T
         parts = replace(
             low,
             tokens=mean * share * self._num_live,
@@ -370,6 +394,6 @@ class ServingCosts:
             exchange_s_L=low.exchange_s_L + w * (high.exchange_s_L - low.exchange_s_L),
             pairs_LR=low.pairs_LR + w * (high.pairs_LR - low.pairs_LR),
         )
-        home_R = np.repeat(tokens_D, how.tp)
+        home_R = np.repeat(tokens_D, self._group_ranks)
         model = self.model_at(table.phase, float(self._mean.points[b]))
         return model, (parts,) * round(1 / share), other_R, home_R / home_R.sum()

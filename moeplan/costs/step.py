@@ -371,7 +371,7 @@ class StepModel:
         if not np.array_equal(slots_R, self._slots_R):
             whole_R = slots_R / self.technique.expert_tp
             how = self.technique
-            report = memory_report(self.model, self.cluster, self.workload, whole_R, how.tp, how.kv_dtype)
+            report = memory_report(self.model, self.cluster, self.workload, whole_R, how.tp, how.kv_dtype, how.dcp)
             self._slots_R, self._memory = slots_R, tuple(report)
         source = {"experts": whole.experts.source, "exchange inside a node": whole.exchange.inside.source}
         if whole.exchange.between is not None:

@@ -17,11 +17,12 @@ Overlap = Literal["none", "shared_expert", "two_batch", "shortcut"]
 
 @dataclass(frozen=True, slots=True)
 class Technique:
-    """How a step runs. ``tp`` splits attention and dense parts, ``cp`` the sequence of a prefill, ``expert_tp`` each
-    expert over so many consecutive ranks of a node: a placement gives them the same experts, tokens go to all of them
-    and their parts are added on return. With ``per_expert`` dispatch, a plain all-to-all, a token goes to one of them,
-    the one with its own rank's place; they gather what each of them got and scatter their summed results, as
-    Megatron-Core's ``MoEAlltoAllTokenDispatcher`` does (its ``MoEFlexTokenDispatcher``, over DeepEP, sends to all).
+    """How a step runs. ``tp`` splits attention and dense parts, ``cp`` the sequence of a prefill, ``dcp`` (of the
+    ``tp`` ranks) the KV cache by tokens (both: :mod:`moeplan.costs.context_parallel`), ``expert_tp`` each expert over
+    so many consecutive ranks of a node: a placement gives them the same experts, tokens go to all of them and their
+    parts are added on return. With ``per_expert`` dispatch, a plain all-to-all, a token goes to one of them, the one
+    with its own rank's place; they gather what each of them got and scatter their summed results, as Megatron-Core's
+    ``MoEAlltoAllTokenDispatcher`` does (its ``MoEFlexTokenDispatcher``, over DeepEP, sends to all).
     ``launches_per_layer`` times the profile's launch latency is host overhead.
     ``backend``: the framework whose kernels run, None: the fastest of all measured. ``dense_dtype``: of attention and
     dense weights, where it is not the usual one beside experts of the workload's.
@@ -35,6 +36,7 @@ class Technique:
     tp: int = 1
     expert_tp: int = 1
     cp: int = 1
+    dcp: int = 1
     kv_dtype: Literal["bf16", "fp8"] = "bf16"
     launches_per_layer: int = 0
     backend: str | None = None

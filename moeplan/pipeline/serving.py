@@ -29,7 +29,7 @@ from moeplan.costs.work import speeds
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
 from moeplan.pipeline.inputs import backend_notes, even_load_LE, profile_notes, profile_of, read_routing, slots_of_ranks
-from moeplan.pipeline.serving_limits import coverage_notes, faults_fit, slo_possible
+from moeplan.pipeline.serving_limits import context_parallel_fits, coverage_notes, faults_fit, slo_possible
 from moeplan.planning.migration import align, migration_of
 from moeplan.planning.problem import PlanningProblem
 from moeplan.planning.simple import contiguous
@@ -95,6 +95,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     rooms: list[tuple[KvRoom, float]] = []
     for role, engine, whole, instances, placed, link in _stages(scenario, spec, cluster):
         stage = _stage_cluster(whole, engine)
+        context_parallel_fits(model, engine, role)
         place, said = _placement(scenario, model, _expert_groups(scenario, model, stage, engine), placed, load)
         place = place.over_groups(engine.expert_tp)
         notes += said
@@ -246,9 +247,13 @@ def _stages(
 
 def _stage_cluster(cluster: ClusterSpec, engine: EngineSpec) -> ClusterSpec:
     """The ranks of one pipeline stage."""
-    ranks, pp, tp = cluster.num_ranks, engine.pp, engine.tp
-    if ranks % (tp * pp):
-        raise SpecError(f"engine.tp ({tp}) times engine.pp ({pp}) does not divide the ranks ({ranks}); choose divisors")
+    ranks, pp = cluster.num_ranks, engine.pp
+    if ranks % (engine.group_ranks * pp):
+        times = f" times engine.pcp ({engine.pcp})" if engine.pcp > 1 else ""
+        raise SpecError(
+            f"engine.tp ({engine.tp}){times} times engine.pp ({pp}) does not divide the ranks ({ranks}); choose"
+            " divisors"
+        )
     if pp == 1:
         return cluster
     if cluster.ranks:
@@ -318,6 +323,8 @@ def _technique(scenario: Scenario, engine: EngineSpec) -> Technique:
         dispatch=scenario.objective.dispatch,
         overlap=engine.overlap,
         tp=engine.tp,
+        cp=engine.pcp,
+        dcp=engine.dcp,
         expert_tp=engine.expert_tp,
         kv_dtype=engine.kv_dtype,
         launches_per_layer=engine.launches_per_layer,

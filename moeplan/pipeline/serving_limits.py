@@ -14,13 +14,14 @@ from moeplan.costs.technique import Technique
 from moeplan.errors import ProfileError, SpecError
 from moeplan.simulation.instance import Role
 from moeplan.simulation.service import Pool
+from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
-from moeplan.specs.serving import ServingSpec
+from moeplan.specs.serving import EngineSpec, ServingSpec
 from moeplan.specs.workload import Phase, Workload
 
-__all__ = ["coverage_notes", "faults_fit", "slo_possible"]
+__all__ = ["context_parallel_fits", "coverage_notes", "faults_fit", "slo_possible"]
 
 
 def coverage_notes(
@@ -52,6 +53,48 @@ def coverage_notes(
             " write none (roofline)"
         )
     return [f"scaled or modelled: {gap}" for gap in gaps]
+
+
+def context_parallel_fits(model: ModelSpec, engine: EngineSpec, role: Role) -> None:
+    """Ranks that keep one KV cache together split attention together, and would all hold the same of it; vLLM's rules
+    (``verify_with_parallel_config`` in ``vllm/config/model.py``; windows: ``SlidingWindowSpec``). Prompts are cut among
+    ranks where nothing is decoded, as SGLang asks of disaggregated services.
+
+    Raises:
+        SpecError: they do not, or are.
+    """
+    if engine.dcp == engine.pcp == 1:
+        return
+    name = "pcp" if engine.pcp > 1 else "dcp"
+    where, attention = f"engine.{name} ({getattr(engine, name)})", model.attention
+    if engine.pcp > 1 and role != "prefill":
+        raise SpecError(
+            f"{where} cuts prompts among ranks, of which decodes would have nothing; use 1 here, or instances that only"
+            " prefill (serving.prefill, or role: prefill)"
+        )
+    if engine.pcp > 1 and engine.dcp > 1:
+        raise SpecError(f"{where} and engine.dcp ({engine.dcp}) cannot be simulated together; set one to 1")
+    if engine.tp % engine.dcp:
+        raise SpecError(f"{where} does not divide engine.tp ({engine.tp}), among whose ranks it is; choose a divisor")
+    if attention is None:
+        raise SpecError(f"{where}: attention of {model.name} is not known, nor what ranks would share of it; use 1")
+    if windows := sorted({part.window for part in attention_layers(model) if part.window}):
+        raise SpecError(
+            f"{where}: layers of {model.name} keep a window of {windows[0]} tokens, which engines do not split; use 1"
+        )
+    if attention.is_mla or engine.dcp == 1:
+        return
+    heads, copies = attention.num_kv_heads, max(1, engine.tp // attention.num_kv_heads)
+    if copies % engine.dcp:
+        raise SpecError(
+            f"{where} does not divide the copies of a key head ({copies}: engine.tp, {engine.tp}, over num_kv_heads,"
+            f" {heads}, of {model.name}); choose a divisor of them, or a higher tp"
+        )
+    if (queries := attention.num_heads // heads) % engine.dcp:
+        raise SpecError(
+            f"{where} does not divide the {queries} query heads of a key head ({attention.num_heads} / {heads}) of"
+            f" {model.name}; choose a divisor"
+        )
 
 
 def faults_fit(spec: ServingSpec, pools: list[Pool]) -> None:

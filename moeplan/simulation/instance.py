@@ -147,9 +147,10 @@ class Instance:
         self.groups = D = costs.groups
         self.hooks, self.recorder, self.errors, self.traffic = hooks, recorder, errors, traffic
         self.kv_bytes, self._prefix_tokens = kv_bytes, prefix_tokens
-        capacity = capacity_tokens // spec.block_size
+        self.block = spec.block_tokens
+        capacity = capacity_tokens // self.block
         self.free_D = np.zeros(D, np.int64)
-        self._prefix_blocks = prefix_tokens // spec.block_size if spec.prefix_caching else 0
+        self._prefix_blocks = prefix_tokens // self.block if spec.prefix_caching else 0
         self.pools = [KvPool(self.free_D, d, capacity, self._prefix_blocks) for d in range(D)]
         self.stage_blocks = [capacity] * spec.pp
         self.capacity = capacity  # blocks of a group, of the stage with fewest
@@ -213,7 +214,7 @@ class Instance:
 
     def admit(self, lane: Lane, request: Request, d: int) -> bool:
         """Blocks for everything the request must have in the cache; False where there is no room."""
-        pool, block = self.pools[d], self.spec.block_size
+        pool, block = self.pools[d], self.block
         if request.saved:
             tokens = request.context - 1 + (1 if self.spec.chunked_prefill else 0)
             if not pool.take(-(-tokens // block)):
@@ -262,7 +263,7 @@ class Instance:
     def release(self, request: Request, cached: int) -> None:
         """The blocks of ``cached`` tokens back."""
         pool = self.pools[request.group]
-        pool.give(-(-cached // self.spec.block_size) - len(request.held) * self._prefix_blocks)
+        pool.give(-(-cached // self.block) - len(request.held) * self._prefix_blocks)
         pool.release(request.held)
         request.held = ()
 
@@ -420,5 +421,5 @@ class Instance:
 
     def _note(self, kind: str, request: Request, amount: float = 0.0) -> None:
         if self.recorder is not None:
-            rank = self.first_rank + request.group * self.spec.tp
+            rank = self.first_rank + request.group * self.spec.group_ranks
             self.recorder.add(kind, self.clock.now_s, rank=rank, request=request.number, amount=amount)

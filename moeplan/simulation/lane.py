@@ -45,7 +45,7 @@ class Lane:
 
     def __init__(self, instance: Instance) -> None:
         self.inst = instance
-        D, block = instance.groups, instance.spec.block_size
+        D, block = instance.groups, instance.block
         self.decodes_D, self.cached_D = np.zeros(D), np.zeros(D)
         self.growth_DB = np.zeros((D, block), np.int64)
         self.step_D = np.zeros(D, np.int64)
@@ -124,7 +124,7 @@ class Lane:
     def _grow(self, decoding_D: Any) -> None:
         """One more token for every decoding sequence: new blocks where they begin one, else preempt the newest."""
         inst = self.inst
-        place_D = -self.step_D % inst.spec.block_size
+        place_D = -self.step_D % inst.block
         need_D = self.growth_DB[self._every_D, place_D] * decoding_D
         free_D = inst.free_D
         short_D = need_D > free_D
@@ -176,7 +176,7 @@ class Lane:
         request.join_step, request.join_cached, request.saved = step, cached, 0
         self.decodes_D[d] += 1
         self.cached_D[d] += cached
-        self.growth_DB[d, (cached - step) % self.inst.spec.block_size] += 1
+        self.growth_DB[d, (cached - step) % self.inst.block] += 1
         finish = step + request.output - request.generated
         heappush(self._heaps[d], (finish, request.number, request.epoch, request))
         self.finish_D[d] = self._heaps[d][0][0]
@@ -188,7 +188,7 @@ class Lane:
         cached = request.join_cached + int(self.step_D[d]) - request.join_step
         self.decodes_D[d] -= 1
         self.cached_D[d] -= cached
-        self.growth_DB[d, (request.join_cached - request.join_step) % self.inst.spec.block_size] -= 1
+        self.growth_DB[d, (request.join_cached - request.join_step) % self.inst.block] -= 1
         if int(self.step_D[d]) == request.join_step:  # has not decoded yet
             self._fresh[d].remove(request.last_token_ns)
             self._fresh_D[d] -= 1

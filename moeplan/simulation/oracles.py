@@ -104,7 +104,7 @@ def token_by_token(
 
 def _work_of(group: _Group, engine: EngineSpec) -> list[tuple[_Sequence, int]]:
     """What a group does in the next step: each decoding sequence one token, then prompts as far as they fit."""
-    block = engine.block_size
+    block = engine.block_tokens
     for sequence in list(group.running):
         if sequence.left or sequence not in group.running:
             continue

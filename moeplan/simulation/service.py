@@ -157,13 +157,14 @@ class _Service:
         trace, engine = self.trace, pool.engine
         answers = trace.output_tokens_Q if pool.role != "prefill" else np.ones(1, np.int64)
         tokens = trace.input_tokens_Q + answers
-        blocks = pool.capacity_tokens // engine.block_size
-        if -(-int(tokens.max()) // engine.block_size) > blocks:
+        block = engine.block_tokens
+        blocks = pool.capacity_tokens // block
+        if -(-int(tokens.max()) // block) > blocks:
             q = int(tokens.argmax())
             raise InfeasibleError(
-                f"request {q} needs {int(tokens[q])} tokens of KV cache, {int(tokens[q]) - blocks * engine.block_size}"
-                f" more than a group holds ({blocks * engine.block_size}); use more ranks, a smaller weight_dtype or"
-                " kv_dtype, or a higher engine.memory_fraction"
+                f"request {q} needs {int(tokens[q])} tokens of KV cache, {int(tokens[q]) - blocks * block} more than a"
+                f" group holds ({blocks * block}); use more ranks, a smaller weight_dtype or kv_dtype, or a higher"
+                " engine.memory_fraction"
             )
         longest = int(trace.input_tokens_Q.max())
         if place == 0 and not engine.chunked_prefill and longest > engine.max_num_batched_tokens:
@@ -171,9 +172,10 @@ class _Service:
                 f"engine.max_num_batched_tokens ({engine.max_num_batched_tokens}) is less than the longest prompt"
                 f" ({longest}) and chunked_prefill is off; raise the one or turn on the other"
             )
-        if engine.prefix_caching and trace.prefix_tokens % engine.block_size:
+        if engine.prefix_caching and trace.prefix_tokens % block:
+            times = f" times engine.dcp ({engine.dcp})" if engine.dcp > 1 else ""
             raise SpecError(
-                f"engine.block_size ({engine.block_size}) does not divide the recording's prefix blocks"
+                f"engine.block_size ({engine.block_size}){times} does not divide the recording's prefix blocks"
                 f" ({trace.prefix_tokens} tokens); choose a divisor"
             )
 
@@ -352,14 +354,15 @@ class _Service:
         """
         clock, pool = self.clock, self.pools[0]
         source = self.stages[0][request.instance]
-        size, ranks = (request.context - 1) * pool.kv_bytes, range(pool.engine.tp)
-        first = request.group * pool.engine.tp
+        # Of ranks that keep the same because a prompt was cut among them each sends its part, as in SGLang.
+        size, ranks = (request.context - 1) * pool.kv_bytes / pool.engine.pcp, range(pool.engine.group_ranks)
+        first = request.group * pool.engine.group_ranks
         slowest = min(costs.cluster.rank(first + rank).link_speed for costs, _ in source.stages for rank in ranks)
         seconds = kv_transfer_s(size, pool.link_bytes_per_s * slowest, pool.link_latency_s)
         link, lost = (request.instance, request.group), source.lost_D[request.group]
         start = max(int(clock.now), self._link_free_ns.get(link, 0))
         end = self._link_free_ns[link] = start + nanoseconds(seconds)
-        whole = size * pool.engine.tp * pool.engine.pp
+        whole = size * pool.engine.group_ranks * pool.engine.pp
         self.transferred_bytes += whole
         source.stats.transferred_bytes += whole
         if self.recorder is not None:
@@ -421,7 +424,7 @@ class _Service:
         """A new placement of some stages at once, and what it leaves for the cache."""
         instance.moves.clear()
         instance.put(found.placement, stages)
-        instance.resize(found.capacity_tokens // instance.spec.block_size, stages)
+        instance.resize(found.capacity_tokens // instance.block, stages)
 
     def _fault(self, fault: FaultSpec) -> Generator[Any, Any, None]:
         clock = self.clock
@@ -453,14 +456,15 @@ class _Service:
         instance.stages[place] = pool.costs(changed), placement
         if fault.kind != "rank-loss":
             return
-        d, tp = number // instance.spec.tp, instance.spec.tp
+        size = instance.spec.group_ranks
+        d = number // size
         lost = instance.lose_group(d) if broken else []
         now = self.clock.now_s
         phase: Phase = "prefill" if pool.role == "prefill" else "decode"
         load_LE = instance.loads.over(max(0.0, now - 1.0), max(now, 1e-9), phase)
         found = self._planned(pool)(load_LE, changed, placement, None)
         self._put(instance, found, (place,))
-        members = [costs.cluster.rank(r) for costs, _ in instance.stages for r in range(d * tp, (d + 1) * tp)]
+        members = [costs.cluster.rank(r) for costs, _ in instance.stages for r in range(d * size, (d + 1) * size)]
         instance.alive_D[d] = not any(member.failed for member in members)
         own = np.array_split(np.arange(len(found.seconds_L)), instance.spec.pp)[place]  # layers of the stage
         moving, size_bytes = float(found.seconds_L[own].sum()), float(found.bytes_L[own].sum())

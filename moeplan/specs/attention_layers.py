@@ -55,12 +55,15 @@ def attention_layers(model: ModelSpec) -> tuple[AttentionLayers, ...]:
     return (whole,)
 
 
-def kept_kv_bytes_per_token(model: ModelSpec, context: float, dtype: Dtype = "bf16", tp: int = 1) -> float | None:
+def kept_kv_bytes_per_token(
+    model: ModelSpec, context: float, dtype: Dtype = "bf16", tp: int = 1, dcp: int = 1
+) -> float | None:
     """Those of :meth:`~moeplan.specs.model.ModelSpec.kv_bytes_per_token` that are kept of sequences of ``context``
-    tokens, in the mean: layers with a window keep its tokens alone, as in vLLM's hybrid KV cache manager."""
+    tokens, in the mean: layers with a window keep its tokens alone, as in vLLM's hybrid KV cache manager. Of ``dcp``
+    ranks, which would keep the same, each keeps its part."""
     whole = model.kv_bytes_per_token(dtype, tp)
     if whole is None:
         return None
     context = max(1.0, context)
     kept = sum(part.count * min(1.0, (part.window or context) / context) for part in attention_layers(model))
-    return whole * kept / model.num_layers
+    return whole * kept / model.num_layers / dcp

@@ -1,8 +1,8 @@
 """What a serving simulation is asked: requests, engine, routing of requests, objectives, re-balancing, faults.
 
 A service has ``instances`` equal engine instances of ``ranks`` accelerators each (the scenario's). An instance holds
-``ranks / (tp * pp)`` attention data-parallel groups, and each group a queue, a batch and a KV cache of its own; all
-groups of an instance step together, because every MoE layer exchanges tokens among all of them.
+``ranks / (tp * pcp * pp)`` attention data-parallel groups, and each group a queue, a batch and a KV cache of its own;
+all groups of an instance step together, because every MoE layer exchanges tokens among all of them.
 """
 
 from __future__ import annotations
@@ -109,6 +109,18 @@ class EngineSpec(Spec):
     prefix_caching: bool = Field(False, description="finished prompts' blocks serve later prompts that begin alike")
     max_waiting: int | None = Field(None, gt=0, description="waiting requests per group; one more is rejected")
     tp: int = Field(1, gt=0, description="ranks that split attention and dense parts")
+    dcp: int = Field(
+        1,
+        gt=0,
+        description="decode context parallelism: ranks of a tp group that keep one KV cache together, each every dcp-th"
+        " token of it; divides the copies there would be, tp / num_kv_heads, with a latent (MLA) tp",
+    )
+    pcp: int = Field(
+        1,
+        gt=0,
+        description="prefill context parallelism: a group is pcp times tp ranks, among which a prompt's tokens are cut;"
+        " keys are gathered and each tp ranks keep the whole cache. Of instances that only prefill",
+    )
     pp: int = Field(1, gt=0, description="pipeline stages; each holds its layers' experts on ranks / pp")
     expert_tp: int = Field(
         1,
@@ -124,6 +136,16 @@ class EngineSpec(Spec):
     )
     launches_per_layer: int = Field(0, ge=0, description="times the profile's launch latency: host overhead")
     step_overhead: Seconds = Field("0 s", description="of the host between steps: scheduling, sampling")  # type: ignore[assignment]
+
+    @property
+    def group_ranks(self) -> int:
+        """Ranks of an attention data-parallel group in a stage."""
+        return self.tp * self.pcp
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that one block of each of ``dcp`` ranks holds between them."""
+        return self.block_size * self.dcp
 
 
 class PrefillPoolSpec(Spec):

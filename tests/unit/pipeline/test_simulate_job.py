@@ -35,6 +35,7 @@ from moeplan.specs.scenario import Scenario
 
 DEMO = Path(__file__).resolve().parents[3] / "moeplan" / "data" / "demo_trace.npz"
 ALL: dict[str, Any] = {"objective": {"dispatch": "allgather"}}
+EVEN = {"experts": {"mode": "balanced"}}
 REQUESTS = {"arrivals": "poisson", "rate": "30 /s", "count": 40, "input_tokens": 200, "output_tokens": 20}
 
 
@@ -67,6 +68,44 @@ def test_a_result_has_intervals_around_its_values_and_can_be_read_back(tmp_path:
     assert log.num_ranks == 8
     with pytest.raises(SpecError, match="does not hold a simulation"):
         write_simulation(found, tmp_path)
+
+
+def test_ranks_that_keep_a_cache_together_hold_more_sequences(tmp_path: Path) -> None:
+    """Eight ranks that each hold latents whole have room for four of the prompts, with an eighth each for all."""
+    requests = REQUESTS | {"arrivals": "constant", "rate": "1000 /s", "count": 12, "input_tokens": 8000}
+    engine = {"tp": 8, "memory_fraction": "6 %"}
+    asked = {"requests": requests, "role": "decode"}
+    one, eight = (scenario(asked | {"engine": engine | {"dcp": dcp}}) for dcp in (1, 8))
+    pools = [build_service(each, 0).pools[0] for each in (one, eight)]
+    assert pools[0].kv_bytes == 8 * pools[1].kv_bytes == 27 * 576 * 2
+    assert pools[1].capacity_tokens == pytest.approx(8 * pools[0].capacity_tokens, abs=8)
+    assert 4 * 8020 < pools[0].capacity_tokens < 5 * 8020
+    few, all_of_them = (simulate(each, seeds=1).result for each in (one, eight))
+    assert few.counts["finished"] == all_of_them.counts["finished"] == 12
+    assert all_of_them.headlines["queue_p99_s"].value < 0.1 * few.headlines["queue_p99_s"].value
+    said = [{assumption.name for assumption in result.assumptions} for result in (few, all_of_them)]
+    assert ["costs of context parallelism" in names for names in said] == [False, True]
+    row = {"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_ids": [0, 1]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    blocks = {"tp": 8, "dcp": 8, "block_size": 128, "prefix_caching": True}
+    with pytest.raises(SpecError, match=r"block_size \(128\) times engine.dcp \(8\) does not divide .* \(512 tokens\)"):
+        simulate(scenario({"requests": {"file": str(tmp_path / "m.jsonl")}, "engine": blocks}), seeds=1)
+
+
+def test_a_prompt_cut_among_ranks_is_there_sooner_and_leaves_in_parts() -> None:
+    requests = REQUESTS | {"arrivals": "constant", "rate": "1 /s", "count": 3, "input_tokens": 32000}
+
+    def run(pcp: int, **more: Any) -> SimulationResult:
+        pool = {"ranks": 8, "engine": {"pcp": pcp}, "link": "1 GB/s"}
+        return simulate(scenario({"requests": requests, "prefill": pool} | more), seeds=1).result
+
+    one, four = run(1), run(4)
+    assert four.counts["finished"] == 3
+    assert four.counts["kv_transferred_bytes"] == one.counts["kv_transferred_bytes"] == 3 * 32000 * 27 * 576 * 2
+    # Of a quarter of the attention, and a cache that leaves over four links: without either it is not a third.
+    assert four.headlines["ttft_p50_s"].value < one.headlines["ttft_p50_s"].value / 3
+    lost = {"kind": "rank-loss", "pool": "prefill", "at": "1500 ms", "rank": 6}
+    assert run(4, faults=[lost]).counts["finished"] == 3
 
 
 def test_host_time_adds_to_every_step() -> None:
@@ -251,6 +290,18 @@ def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
         ({"engine": {"expert_tp": 2}, "faults": [{"kind": "rank-loss", "at": "1 s", "rank": 0}]}, ALL, SpecError,
          r"faults.0.kind \(rank-loss\): with engine.expert_tp \(2\) above 1"),
         ({"engine": {"tp": 3}}, {}, SpecError, r"engine.tp \(3\) times engine.pp \(1\) does not divide"),
+        ({"prefill": {"ranks": 8, "engine": {"tp": 2, "pcp": 3}}}, {}, SpecError,
+         r"engine.tp \(2\) times engine.pcp \(3\) times engine.pp \(1\) does not divide the ranks \(8\)"),
+        ({"engine": {"pcp": 2}}, {}, SpecError, r"engine.pcp \(2\) cuts prompts among ranks, .* use 1"),
+        ({"role": "prefill", "engine": {"tp": 2, "dcp": 2, "pcp": 2}}, {}, SpecError,
+         r"engine.pcp \(2\) and engine.dcp \(2\) cannot be simulated together"),
+        ({"engine": {"tp": 4, "dcp": 3}}, {}, SpecError, r"engine.dcp \(3\) does not divide engine.tp \(4\)"),
+        (EVEN | {"engine": {"tp": 8, "dcp": 4}}, {"model": "qwen3-30b-a3b", "trace": None}, SpecError,
+         r"engine.dcp \(4\) does not divide the copies of a key head \(2: engine.tp, 8, over num_kv_heads, 4, of"),
+        (EVEN | {"engine": {"tp": 4, "dcp": 2}}, {"model": "mixtral-8x7b", "trace": None}, SpecError,
+         r"does not divide the copies of a key head \(1: .* choose a divisor of them, or a higher tp"),
+        (EVEN | {"engine": {"tp": 8, "dcp": 2}}, {"model": "gpt-oss-120b", "trace": None}, SpecError,
+         r"engine.dcp \(2\): layers of GPT-OSS-120B keep a window of 128 tokens"),
         ({"requests": REQUESTS | {"input_tokens": 9_000_000}}, {}, InfeasibleError, r"more than a group holds"),
         ({"requests": REQUESTS | {"file": "none.csv"}}, {}, TraceError, r"none.csv does not exist"),
         ({}, {"trace": None}, SpecError, r"trace is missing"),
