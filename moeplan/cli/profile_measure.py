@@ -253,6 +253,13 @@ def check(profile: Path, hold_out: int, fresh_s: float | None, as_json: bool, qu
         grid.add_row(name, f"{entry['rows']:,}", doubtful, str(held["points"]), *cells, spread)
     console = Console(highlight=False)
     console.print(grid)
+    for name, entry in answer["tables"].items():
+        for form in entry["two_level"]:
+            unit, median = "bytes" if name == "collectives" else "tokens", form["held_out"]["median"]
+            over = [f"{ratio:.2f} of flat at {size:,} {unit}" for size, ratio in form["over_flat"].items()]
+            said = [*([] if median is None else [f"held out {median:.1%}"]), *over[:1], *over[1:][-1:]]
+            what = form.get("op") or form["phase"]
+            console.print(f"{what} on two levels, {form['ranks']} ranks on {form['nodes']} nodes: {', '.join(said)}")
     for name, what in (("vectors", "skewed vectors from balanced rows"), ("fresh", "fresh sizes")):
         found = answer[name]
         if found and found["points"]:

@@ -34,6 +34,7 @@ __all__ = ["check_profile", "diff_profiles", "show_profile"]
 Floats = NDArray[np.float64]
 _PREDICTED = 0.10  # of a table worth keeping held-out sizes are off by no more in the median
 _NOT_KEY = {*MEASURED, "source", "mark"}
+_FORMS = {"collectives": ("algorithm", "op"), "alltoall": ("mode", "phase")}  # column of the form, and of what is done
 _FOLLOWS = {"experts": {"rank_pairs", "active_experts", "rank_tokens", "vector"}, "attention": {"query_tokens"}}
 
 
@@ -78,6 +79,25 @@ def _figures(residual: Floats) -> dict[str, Any]:
     if not len(off):
         return {"points": 0, "median": None, "p90": None}
     return {"points": len(off), "median": float(np.median(off)), "p90": float(np.quantile(off, 0.9))}
+
+
+def _two_level(name: str, table: pa.Table, own: Floats) -> list[dict[str, Any]]:
+    """Of each two-level form the residuals ``own`` of its held-out sizes, and its time over the flat form's by size."""
+    if name not in _FORMS:
+        return []
+    column, op = _FORMS[name]
+    form, size, us = (table[c].to_numpy() for c in (column, SIZE_AXIS[name], "latency_us"))
+    skip = _NOT_KEY | {SIZE_AXIS[name], column}
+    series = group_ids(table, [c for c in columns_of(name) if c not in skip])
+    answer = []
+    for group in np.unique(series[form == "two_level"]):
+        two, flat = (np.flatnonzero((series == group) & (form == of)) for of in ("two_level", "flat"))
+        both, at_two, at_flat = np.intersect1d(size[two], size[flat], return_indices=True)
+        over = us[two[at_two]] / us[flat[at_flat]]
+        where = {c: table[c][int(two[0])].as_py() for c in (op, "ranks", "nodes")}
+        over_flat = dict(zip(both.tolist(), over.tolist(), strict=True))
+        answer.append({**where, "held_out": _figures(own[two]), "over_flat": over_flat})
+    return answer
 
 
 def _vectors(profile: HardwareProfile) -> dict[str, Any] | None:
@@ -129,6 +149,7 @@ def check_profile(
             "doubtful": dict(Counter(str(mark) for mark in marks if mark)),
             "held_out": {**_figures(own), "plain_median": _figures(plain)["median"]},
             "median_spread": float(np.median(known)) if len(known) else None,
+            "two_level": _two_level(name, part, own),
         }
     warnings = profile.warnings + [
         f"held-out sizes of {name} are predicted to {median:.0%} in the median, above {_PREDICTED:.0%}: the grid is too"

@@ -313,6 +313,34 @@ def test_held_out_residuals_of_a_known_law(tmp_path: Path):
     assert residual[(size == 4) & np.isfinite(residual)] == pytest.approx([1 / 1.3 - 1] * 2)
 
 
+def test_check_sets_two_levels_beside_flat(tmp_path: Path):
+    """Held out well, half of the time at 1 MiB; sizes that one form alone has are not compared."""
+    import pyarrow as pa
+
+    from moeplan.artifacts.profile import ProfileMeta, Source
+
+    rows = [
+        {"op": "all_reduce", "dtype": "fp32", "ranks": 4, "nodes": 2, "message_size_bytes": size, "source": "s",
+         "algorithm": algorithm, "backend": "gloo", "kernel": "gloo_all_reduce", "latency_us": 20 + us * size / 2**10}
+        for algorithm, us, first in (("flat", 2, 8), ("two_level", 1, 10)) for size in (2 ** np.arange(first, 21))
+    ]  # fmt: skip
+    meta = ProfileMeta(
+        name="two", accelerator="cpu", date="2026-01-01", command="none",
+        sources={"s": Source(kind="measured", title="a law")},
+    )  # fmt: skip
+    HardwareProfile(meta, {"collectives": pa.Table.from_pylist(rows)}).save(tmp_path / "p")
+    (form,) = check_profile(tmp_path / "p")["tables"]["collectives"]["two_level"]
+    assert (form["op"], form["ranks"], form["nodes"]) == ("all_reduce", 4, 2)
+    assert [*form["over_flat"]] == (2 ** np.arange(10, 21)).tolist()
+    assert form["over_flat"][2**20] == pytest.approx((20 + 1024) / (20 + 2048))
+    assert form["held_out"]["points"] > 0
+    assert form["held_out"]["median"] < 0.05
+    said = " ".join(_cli("check", str(tmp_path / "p")).stdout.split())
+    assert "all_reduce on two levels, 4 ranks on 2 nodes: held out " in said
+    assert "0.95 of flat at 1,024 bytes, 0.50 of flat at 1,048,576 bytes" in said
+    assert "two levels" not in _cli("check", str(_law(tmp_path / "law", None))).stdout
+
+
 def _law(out: Path, moved: int | None) -> Path:
     import pyarrow as pa
 
