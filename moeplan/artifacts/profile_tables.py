@@ -103,7 +103,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "scope": _s("experts (grouped FFN of one rank) or fused (dispatch and combine inside the kernel)", "experts"),
     },
     "alltoall": {
-        "mode": _s("low_latency, normal, nvlink_one_sided, nvlink_two_sided or flat"),
+        "mode": _s("low_latency, normal, nvlink_one_sided, nvlink_two_sided, flat or two_level"),
         "phase": _s("dispatch, combine or prepare"),
         "nodes": _i("N"),
         "ranks": _i("R"),

@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.collectives import CollectiveCosts
-from moeplan.costs.exchange_tables import FLAT, LIKE_MACHINES, UNKNOWN, Copies, curve_error, dispatch_and_combine
+from moeplan.costs.exchange_tables import (
+    FLAT,
+    LIKE_MACHINES,
+    TWO_LEVEL,
+    UNKNOWN,
+    Copies,
+    Curve,
+    curve_error,
+    dispatch_and_combine,
+)
 from moeplan.costs.technique import reduces_in_place
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import Dtype, ModelSpec
@@ -50,12 +59,13 @@ _SENDS: dict[str, DispatchKind] = {
     "low_latency": "per_expert",
     "normal": "per_node",
     FLAT: "per_expert",
+    TWO_LEVEL: "per_node",
     **dict.fromkeys(NVLINK_MODES, "per_rank"),
 }
 """What the kernels of a mode send one copy per."""
 MODES: dict[str, tuple[str, ...]] = {
     "low_latency": ("low_latency", FLAT),
-    "normal": ("normal", FLAT),
+    "normal": (TWO_LEVEL, "normal", FLAT),
     FLAT: (FLAT, "normal"),
     "nvlink": (*NVLINK_MODES, "normal", FLAT),
 }
@@ -184,19 +194,29 @@ def _table_path(
     Bytes are checked on TensorRT-LLM's two-sided kernels, measured in three types: from a narrower type this misses by
     less than scaling the time beyond the fixed part, from a wider one by as much (a little more below 64 tokens).
     """
-    # NVLink ends where nodes are joined by NICs.
-    modes = tuple(name for name in MODES[mode] if not (between and name in NVLINK_MODES))
-    found = dispatch_and_combine(profile, modes, model, nodes, ranks, activation)
-    if found is None:
+    # NVLink ends where nodes are joined by NICs. Two levels of other numbers of ranks are another exchange.
+    left_out = {*NVLINK_MODES} if between else set()
+    if not profile.select("alltoall", mode=TWO_LEVEL, nodes=nodes, ranks=ranks).num_rows:
+        left_out.add(TWO_LEVEL)
+    modes = tuple(name for name in MODES[mode] if name not in left_out)
+    nearest = dispatch_and_combine(profile, modes, model, nodes, ranks, activation)
+    if nearest is None:
         return None
+    sends = _SENDS[nearest[0].mode]
+    copies = _sent(sends, between)
+
+    def of_top_k(curve: Curve) -> Curve:
+        more = copies(model.top_k, curve.ranks, curve.nodes) / copies(curve.top_k, curve.ranks, curve.nodes)
+        return replace(curve, bytes_factor=curve.bytes_factor * more)
+
+    found = [of_top_k(curve) for curve in nearest]
     out = found[0]
-    sends = _SENDS[out.mode]
     here = out.ranks == ranks and (out.nodes == nodes or out.mode in NVLINK_MODES)
-    asked, sent = (_sent(kind, between)(model.top_k, ranks, nodes) for kind in (dispatch, sends))
+    asked, sent = _sent(dispatch, between)(model.top_k, ranks, nodes), copies(model.top_k, ranks, nodes)
     alike = abs(asked - sent) < 1e-9
     exact = here and alike and all(abs(curve.bytes_factor - 1) < 1e-9 for curve in found)
     phases = zip(found, ("dispatch", "combine"), strict=True)
-    error = max(curve_error(profile, curve, phase, here, _sent(sends, between)) for curve, phase in phases)
+    error = max(curve_error(profile, curve, phase, here, copies) for curve, phase in phases)
     error = error if alike else float(np.hypot(error, UNKNOWN))
 
     sizes = [curve.tokens / curve.bytes_factor for curve in found]
@@ -208,7 +228,7 @@ def _table_path(
     source = f"{kind}: {found[0].name} dispatch, {found[1].name} combine, {out.ranks} ranks"
     source += "" if alike else f", sent {sends.replace('_', ' ')}"
     seconds = np.maximum.accumulate(np.maximum(seconds, fixed))
-    reference = _sent(sends, between)(model.top_k, out.ranks, out.nodes)
+    reference = copies(model.top_k, out.ranks, out.nodes)
     return PathCosts(tokens, seconds, fixed, reference, source, error, not exact)
 
 

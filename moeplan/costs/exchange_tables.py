@@ -18,13 +18,14 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 
-__all__ = ["FLAT", "LIKE_MACHINES", "UNKNOWN", "Copies", "Curve", "curve_error", "dispatch_and_combine"]
+__all__ = ["FLAT", "LIKE_MACHINES", "TWO_LEVEL", "UNKNOWN", "Copies", "Curve", "curve_error", "dispatch_and_combine"]
 
 Floats = NDArray[np.float64]
 Copies = Callable[[int, int, int], float]
 """Copies per token at (top-k, ranks, nodes), choices falling evenly."""
 
-FLAT = "flat"  # what `moeplan profile collectives` measures: one copy per (token, expert)
+# What `moeplan profile collectives` measures: one copy per (token, expert); one per node, passed on inside it.
+FLAT, TWO_LEVEL = "flat", "two_level"
 LIKE_MACHINES = 0.135  # what the tables miss of DeepEP's publication at most, EP16-64 (`moeplan validate kernels`)
 UNKNOWN = 0.3  # too few curves to tell: where they are many, nine of ten points of another shape miss by 0.1 to 0.35
 _ENOUGH = 8
@@ -32,7 +33,8 @@ _ENOUGH = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
-    """One measured phase: seconds by tokens per rank, and where. ``bytes_factor``: bytes wanted over measured."""
+    """One measured phase: seconds by tokens per rank, and where. ``bytes_factor``: bytes of a copy, or of a token's
+    copies together, wanted over measured."""
 
     tokens: Floats
     seconds: Floats
@@ -53,7 +55,7 @@ class Curve:
     @property
     def name(self) -> str:
         """Source and kernel, and whether the numbers are another system's too."""
-        number = f", {self.sms} SMs" if self.sms else ""
+        number = f", {self.sms} SMs" if self.sms else ", two-level" * (self.mode == TWO_LEVEL)
         return f"{self.source} ({self.kernel}{number})" + " copied from another system" * self.copied
 
     @property
@@ -135,7 +137,7 @@ def _nearest(
         of_kernel.setdefault(c.name, c)
     # Of several numbers of SMs and versions the one that brings most tokens of the wanted width at its largest size.
     best = min(of_kernel.values(), key=lambda c: c.seconds[-1] / c.tokens[-1] * wider(c))
-    return replace(best, bytes_factor=model.routed_hidden_size * model.top_k / (best.hidden * best.top_k))
+    return replace(best, bytes_factor=model.routed_hidden_size / best.hidden)
 
 
 @lru_cache(maxsize=64)
@@ -151,9 +153,9 @@ def dispatch_and_combine(
             break
     else:
         return None
-    kernel = out.backend, out.kernel
+    kernel, rest = (out.backend, out.kernel), modes[modes.index(out.mode) :]
     back = next(
-        filter(None, (_nearest(_curves(profile, m, "combine"), model, nodes, ranks, out.dtype, kernel) for m in modes)),
+        filter(None, (_nearest(_curves(profile, m, "combine"), model, nodes, ranks, out.dtype, kernel) for m in rest)),
         None,
     )
     if back is None:
@@ -163,7 +165,7 @@ def dispatch_and_combine(
         wide, measured = (roofline.token_bytes(model.routed_hidden_size, of) for of in (dtype, out.wire))
         return replace(curve, bytes_factor=curve.bytes_factor * wide / measured)
 
-    if out.mode == FLAT:  # measured in one type both ways; tokens come back in 16 bits or more
+    if out.mode in (FLAT, TWO_LEVEL):  # measured in one type both ways; tokens come back in 16 bits or more
         back = sent_in(back, activations_beside(activation))
     return sent_in(out, activation), back
 
@@ -204,7 +206,8 @@ def _transfer_error(
         if not others:
             continue
         near = min(others, key=lambda each: each[0])[1]
-        tokens = c.tokens * (c.hidden * c.top_k / (near.hidden * near.top_k))
+        more = copies(c.top_k, near.ranks, near.nodes) / copies(near.top_k, near.ranks, near.nodes)
+        tokens = c.tokens * (c.hidden / near.hidden * more)
         within = (tokens >= near.tokens[0]) & (tokens <= near.tokens[-1])
         told = np.interp(tokens, near.tokens, near.seconds)
         sent, known = copies(c.top_k, c.ranks, c.nodes), copies(near.top_k, near.ranks, near.nodes)

@@ -1,18 +1,21 @@
 """Benches of exchanges between ranks: ``R`` ranks in ``N`` nodes of ``G`` ranks each.
 
 Scopes are measured apart: all ranks; the ranks of one node; one rank per node. Two-level forms first exchange
-inside nodes, then between ranks of the same place in their nodes. A sample is the slowest rank's time.
+inside nodes, then between ranks of the same place in their nodes; dispatch of tokens the other way round, so that one
+copy goes to each node, as in DeepEP's normal mode. A sample is the slowest rank's time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan.costs.roofline import expected_active
 from moeplan.errors import SpecError
 from moeplan.files import canonical_json, sha256_bytes
 from moeplan.profiling.device import Device
@@ -22,6 +25,7 @@ __all__ = ["OPS", "CollectiveTimer", "Communicator", "Exchange", "collective_ben
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "alltoall", "p2p")
 _TWO_LEVEL = ("all_reduce", "alltoall")
+_PHASES = ("dispatch", "combine")
 Prepare = Callable[[Series, int], Call]
 
 
@@ -94,6 +98,11 @@ class Communicator:
     def per_node(self) -> int:
         """``G``."""
         return self.world // self.nodes
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether there is something to exchange inside nodes and between them."""
+        return self.nodes > 1 and self.per_node > 1
 
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
@@ -204,7 +213,7 @@ def collective_benches(comm: Communicator, what: Exchange) -> list[Bench]:
             if ranks < 2 or (op == "p2p" and scope == "all" and comm.nodes > 1):
                 continue
             forms = [("flat", "even")]
-            if scope == "all" and comm.nodes > 1 and comm.per_node > 1 and op in _TWO_LEVEL:
+            if scope == "all" and comm.two_levels and op in _TWO_LEVEL:
                 forms.append(("two_level", "even"))
             if scope == "all" and op == "alltoall":
                 forms.append(("flat", "uneven"))
@@ -347,26 +356,24 @@ def _open(comm: Communicator, what: Exchange, cases: Mapping[str, _Case]) -> Pre
 def _token_bench(
     comm: Communicator, what: Exchange, layer: tuple[int, int, int], backend: str, room_bytes: int
 ) -> Bench:
-    """Dispatch and combine of tokens by their choices, one copy per (token, expert) pair."""
+    """Dispatch and combine of tokens by their choices: one copy per (token, expert) pair; on two levels one per node,
+    passed on there to each rank that is chosen."""
     hidden, top_k, num_experts = layer
     name = f"tokens H{hidden} K{top_k} {backend}"
     forms = _forms(comm, what)
     asked = what.max_tokens
     high = _fitting(asked, room_bytes, lambda tokens: 2 * _width(what) * hidden * _rows(forms, tokens * top_k))
     what = replace(what, max_tokens=high)
-    kinds = {
-        f"tokens {phase} {form}": (phase, form)
-        for phase in ("dispatch", "combine")
-        for form in ("balanced", "explicit")
-    }
+    ways = [("flat", "balanced"), ("flat", "explicit"), *([("two_level", "balanced")] if comm.two_levels else [])]
+    kinds = {f"tokens {phase} {mode} {form}": (mode, phase, form) for phase in _PHASES for mode, form in ways}
     series = []
-    for label, (phase, form) in kinds.items():
+    for label, (mode, phase, form) in kinds.items():
 
-        def row(tokens: int, phase: str = phase, form: str = form) -> Mapping[str, Any]:
+        def row(tokens: int, mode: str = mode, phase: str = phase, form: str = form) -> Mapping[str, Any]:
             return {
                 "backend": backend,
                 "kernel": f"{backend}_alltoall",
-                "mode": "flat",
+                "mode": mode,
                 "phase": phase,
                 "nodes": comm.nodes,
                 "ranks": comm.world,
@@ -386,7 +393,11 @@ def _token_bench(
 
 
 def _forms(comm: Communicator, what: Exchange) -> dict[str, NDArray[np.float64]]:
-    return {"balanced": np.ones((comm.world, comm.world)), "explicit": _weights(comm, what)}
+    return {"balanced": _even(comm.world), "explicit": _weights(comm, what)}
+
+
+def _even(ranks: int) -> NDArray[np.float64]:
+    return np.ones((ranks, ranks))
 
 
 def _rows(forms: Mapping[str, NDArray[np.float64]], pairs: int) -> int:
@@ -394,7 +405,7 @@ def _rows(forms: Mapping[str, NDArray[np.float64]], pairs: int) -> int:
 
 
 def _open_tokens(
-    comm: Communicator, what: Exchange, hidden: int, top_k: int, names: Mapping[str, tuple[str, str]]
+    comm: Communicator, what: Exchange, hidden: int, top_k: int, names: Mapping[str, tuple[str, str, str]]
 ) -> Prepare:
     dist = comm.dist
     kind = comm.device.dtype(what.dtype)
@@ -402,13 +413,21 @@ def _open_tokens(
     room = _rows(forms, what.max_tokens * top_k)
     source, target = (comm.device.normal((room, hidden), kind) for _ in range(2))
 
-    def prepare(series: Series, tokens: int) -> Call:
-        phase, form = names[series.label]
-        pairs_RR = uneven_splits(forms[form], tokens * top_k)
+    def hop(weight_MM: NDArray[np.float64], rows: int, group: Any, phase: str) -> partial[Any]:
+        split_MM = uneven_splits(weight_MM, rows)
         if phase == "combine":
-            pairs_RR = pairs_RR.T
-        out, into = pairs_RR[comm.rank].tolist(), pairs_RR[:, comm.rank].tolist()
-        a, b = source[: sum(out)], target[: sum(into)]
-        return lambda _i: dist.all_to_all_single(b, a, into, out)
+            split_MM = split_MM.T
+        me = dist.get_rank(group)
+        out, into = split_MM[me].tolist(), split_MM[:, me].tolist()
+        return partial(dist.all_to_all_single, target[: sum(into)], source[: sum(out)], into, out, group=group)
+
+    def prepare(series: Series, tokens: int) -> Call:
+        mode, phase, form = names[series.label]
+        hops = [(forms[form], tokens * top_k, None)]
+        if mode == "two_level":  # rows: the nodes, and the ranks of all nodes, that a token's choices fall on
+            per_node, per_rank = (round(tokens * expected_active(n, top_k)) for n in (comm.nodes, comm.world))
+            hops = [(_even(comm.nodes), per_node, comm.inter), (_even(comm.per_node), per_rank, comm.intra)]
+        calls = [hop(*each, phase) for each in (hops if phase == "dispatch" else hops[::-1])]
+        return lambda _i: [call() for call in calls]
 
     return prepare

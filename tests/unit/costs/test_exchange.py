@@ -295,6 +295,56 @@ def test_an_own_measured_exchange_serves_every_dispatch(dispatch: DispatchKind, 
     assert costs.inside.copies_per_token == balanced_copies("per_expert", 4, 8, 1)[1]
 
 
+def own_profile(*modes: str, nodes: int = 2) -> HardwareProfile:
+    """As the profiler measures: bf16 both ways; two levels take a third of what flat does."""
+    rows = [
+        row | {"dtype": "bf16", "latency_us": row["latency_us"] / (3 if mode == "two_level" else 1)}
+        for mode in modes
+        for row in profile([nodes], mode).select("alltoall").to_pylist()
+    ]
+    return HardwareProfile(META, {"alltoall": pa.Table.from_pylist(rows)})
+
+
+def costs_of(dispatch: DispatchKind, measured: HardwareProfile, nodes: int = 2) -> PathCosts:
+    found = exchange_costs(MODEL, cluster(nodes), dispatch, "prefill", "bf16", profile=measured).between
+    assert found is not None
+    return found
+
+
+def test_an_exchange_measured_on_two_levels_is_what_copies_per_node_take() -> None:
+    flat, both = own_profile("flat"), own_profile("flat", "two_level", "normal")
+    before, now = costs_of("per_node", flat), costs_of("per_node", both)
+    assert "two-level" not in before.source
+    assert before.extrapolated
+    assert now.source == "measured: s (k, two-level) dispatch, s (k, two-level) combine, 16 ranks"
+    assert not now.extrapolated
+    assert now.copies_per_token == balanced_copies("per_node", 4, 16, 2)[0]
+    assert now.balanced_s(256) == pytest.approx((60 + 0.6 * 256) / 3 * 1e-6)
+    # Copies per expert go as they did.
+    for dispatch in ("per_expert", "per_rank"):
+        was, still = (costs_of(dispatch, measured) for measured in (own_profile("flat", "normal"), both))
+        assert (still.source, still.balanced_s(256)) == (was.source, was.balanced_s(256))
+
+
+def test_two_levels_of_other_groups_tell_nothing() -> None:
+    measured = own_profile("flat", "two_level", nodes=4)
+    assert costs_of("per_node", measured, 2).source == costs_of("per_node", own_profile("flat", nodes=4), 2).source
+    assert "two-level" in costs_of("per_node", measured, 4).source
+
+
+@pytest.mark.parametrize("mode", ["two_level", "normal"])
+def test_of_another_top_k_bytes_go_with_the_copies_that_are_sent(mode: str) -> None:
+    """Of 8 choices instead of 4 hardly more fall on the other of two nodes: 0.996 copies a token, not 0.9375."""
+    wider = MODEL.model_copy(update={"top_k": 8})
+    found = exchange_costs(wider, cluster(2), "per_node", "prefill", "bf16", profile=own_profile(mode)).between
+    assert found is not None
+    copies, known = (balanced_copies("per_node", top_k, 16, 2)[0] for top_k in (8, 4))
+    assert found.copies_per_token == copies
+    part = 3 if mode == "two_level" else 1
+    assert found.balanced_s(256) == pytest.approx((60 + 0.6 * 256 * copies / known) / part * 1e-6)
+    assert found.source.startswith("modelled from the nearest")
+
+
 def test_without_a_table_bytes_go_over_the_links() -> None:
     costs = exchange_costs(MODEL, cluster(2), "per_node", "prefill", "bf16", profile=profile([1, 2], "low_latency"))
     assert costs.between is not None

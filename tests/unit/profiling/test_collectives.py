@@ -71,10 +71,10 @@ def test_as_many_elements_are_sent_as_are_said_and_columns_stay_even(ranks, pair
 
 @pytest.mark.parametrize(("ranks", "top_k"), [(8, 2), (16, 8)])
 def test_dispatch_and_combine_of_one_token_move_its_pairs(ranks, top_k):
-    def exchange(into, out, receives, sends):
+    def exchange(into, out, receives, sends, group):
         moved.append((sum(receives), sum(sends)))
 
-    dist = _alone(all_to_all_single=exchange)
+    dist = _alone(all_to_all_single=exchange, get_rank=lambda _group: rank)
     for rank in range(ranks):
         moved: list[tuple[int, int]] = []
         comm = Communicator(Device("cpu", torch, 1 << 12), rank, (0,) * ranks, dist)
@@ -84,6 +84,39 @@ def test_dispatch_and_combine_of_one_token_move_its_pairs(ranks, top_k):
             if series.row(1)["distribution"] == "balanced":
                 prepare(series, 1)(0)
         assert moved == [(top_k, top_k)] * 2
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_on_two_levels_tokens_go_once_to_a_node_and_once_to_each_rank_of_it(top_k):
+    """Three nodes of four: choices fall evenly, so a node is one of K's with chance 1 - (2/3)^K, a rank 1 - (11/12)^K.
+    Dispatch goes between nodes first, combine inside."""
+
+    def exchange(into, out, receives, sends, group):
+        assert (len(into), len(out)) == (sum(receives), sum(sends))
+        sent.append((len(group), sum(receives)))
+
+    def in_group(group):
+        return group.index(rank) if group else rank
+
+    dist = _alone(all_to_all_single=exchange, new_group=list, get_rank=in_group)
+    tokens = 96
+    per_node, per_rank = (tokens * n * (1 - (1 - 1 / n) ** top_k) for n in (3, 12))
+    whole = {"dispatch": [], "combine": []}
+    for rank in range(12):
+        comm = Communicator(Device("cpu", torch, 1 << 12), rank, tuple(np.arange(12) // 4), dist)
+        bench = collective_benches(comm, Exchange(ops=("alltoall",), tokens=((4, top_k, 24),)))[1]
+        prepare = bench.open()
+        for series in bench.series:
+            if series.row(1)["mode"] == "two_level":
+                sent: list[tuple[int, int]] = []
+                prepare(series, tokens)(0)
+                whole[series.row(1)["phase"]].append(sent)
+    for phase, order in (("dispatch", [3, 4]), ("combine", [4, 3])):
+        assert {tuple(members for members, _ in hops) for hops in whole[phase]} == {tuple(order)}
+        rows = {members: [dict(hops)[members] for hops in whole[phase]] for members in order}
+        assert np.mean(rows[3]) == pytest.approx(per_node, abs=1)
+        assert np.mean(rows[4]) == pytest.approx(per_rank, abs=1)
+        assert all(np.ptp(each) <= 1 for each in rows.values())
 
 
 def _run_short_of_memory(rank: int, port: int) -> None:
@@ -218,6 +251,10 @@ def test_every_scope_and_form_on_two_nodes_of_two(tmp_path: Path):
     assert ("all_reduce", "two_level", "even", 4, 2) in forms
     assert ("alltoall", "flat", "uneven", 4, 2) in forms
     assert all(r["backend"] == "gloo" and r["latency_us"] > 0 and r["samples"] >= 1 for r in table)
+    tokens = HardwareProfile.open(tmp_path / "p").table("alltoall").to_pylist()
+    ways = {(r["mode"], r["phase"], r["distribution"], r["ranks"], r["nodes"]) for r in tokens}
+    for phase in ("dispatch", "combine"):
+        assert {("two_level", phase, "balanced", 4, 2), ("flat", phase, "balanced", 4, 2)} <= ways
     assert answer["rows"]["alltoall"] >= 4
     assert "--ranks 4 --ranks-per-node 2" in HardwareProfile.open(tmp_path / "p").meta.command
     assert not (tmp_path / "p.journal.jsonl").exists()
