@@ -13,7 +13,7 @@ from moeplan.cli.common import output_options, print_json, progress_bar
 __all__ = ["command"]
 
 _MAIN = (
-    "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "e2e_p50_s", "output_tokens_per_s",
+    "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "accept_length", "e2e_p50_s", "output_tokens_per_s",
     "output_tokens_per_s_per_gpu", "requests_per_s", "goodput_requests_per_s", "slo_attainment",
     "usd_per_million_output_tokens", "compute_share", "exchange_share", "bubble_share", "mean_queue_length",
 )  # fmt: skip

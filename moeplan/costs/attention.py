@@ -139,6 +139,7 @@ class AttentionCosts:
 
     def work(self, batch: Floats, context: Floats, queries: float = 1.0) -> Floats:
         """Roofline seconds of the kernel with ``queries`` new tokens per sequence in decode, arrays of one shape."""
+        context = np.maximum(1.0, context / self._dcp)
         return self._law(np.stack([context.ravel(), batch.ravel()], -1), queries).reshape(batch.shape)
 
     def projections(self, tokens: Any) -> Seconds:

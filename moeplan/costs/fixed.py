@@ -32,7 +32,9 @@ class FixedCosts:
     dense layers, embedding and head of the whole step. ``kernel_s`` is the attention kernel's part of ``layer``, which
     depends on the context, ``partial`` what ranks that keep a cache together (``dcp``) exchange around it; ``other``
     holds both ``other_kernels`` times. ``reduce``: an all-reduce over the ranks that split attention; ``layer`` holds
-    it once, dense layers twice, ``shared`` once where its tokens are gathered."""
+    it once, dense layers twice, ``shared`` once where its tokens are gathered. ``draft``: what a pass of a prediction
+    layer takes beside one MoE layer and the ``head``, which is embedding, two norms and the projection of both to one
+    hidden state. Both are told where drafts are made."""
 
     layer: Work
     routing_s: float
@@ -42,6 +44,8 @@ class FixedCosts:
     partial: Work
     other_kernels: int
     reduce: Work
+    draft: Work
+    head: Work
     relative_error: float
     source: Mapping[str, str]
     extrapolated: bool
@@ -128,11 +132,17 @@ def fixed_costs(
         if tp > 1 and how.dispatch != "allgather":
             shared.append(reduced)
     ends = tokens if decode else max(1.0, tokens / workload.context)  # the head sees each sequence's last token
-    others = [dense.product(ends, model.vocab_size / tp, hidden), passes.seconds("embedding", batch)]
+    head, embedding = [dense.product(ends, model.vocab_size / tp, hidden)], [passes.seconds("embedding", batch)]
+    others = head + embedding
     if tp > 1:  # of a vocabulary that is split
-        others += [reduced, links.seconds("all_gather", tp, ends * model.vocab_size * wide)]
+        embedding.append(reduced)
+        head.append(links.seconds("all_gather", tp, ends * model.vocab_size * wide))
+        others += [reduced, head[1]]
     num_dense = model.num_layers - model.num_moe_layers
     other = Work.of(others)
+    draft: list[Seconds] = []
+    if how.draft_tokens:  # the projection is whole on every rank, as SGLang and vLLM hold it
+        draft = [*embedding, *2 * [passes.seconds("norm", own)], dense.product(own, hidden, 2 * hidden)]
     other_kernels = num_dense if model.dense_intermediate_size else 0
     if other_kernels:
         block = dense.ffn(tokens, hidden, model.dense_intermediate_size / tp, model.gated_ffn)
@@ -152,6 +162,8 @@ def fixed_costs(
         partial=Work.of(parts.get("context parallelism", ())),
         other_kernels=other_kernels,
         reduce=Work.of([reduced]),
+        draft=Work.of(draft),
+        head=Work.of(head if how.draft_tokens else ()),
         relative_error=sum(s.total * s.relative_error for s in every) / total if total else 0.0,
         source=source,
         extrapolated=any(s.extrapolated and s.total > 0.05 * total for s in every),

@@ -10,6 +10,10 @@ hold different batches takes, with ``m`` the tokens of the busiest group and ``n
 - experts of each layer at its busiest rank, and the exchange: the slower of what the busiest rank receives under the
   placement at ``n``, and what the fullest group sends, which is a balanced exchange at ``m``;
 - combined layer by layer as the overlap mode says (:func:`moeplan.costs.step.combine`);
+- with ``d`` drafts a decoding sequence brings ``1 + d`` tokens, and drafting anew takes ``d`` passes of one more layer,
+  the mean of the MoE layers: the first over all tokens of the step, as SGLang and vLLM run it, the others over one per
+  sequence. Attention is measured for one token per sequence; further ones add their work by the roofline, since the
+  cache is read once;
 - between pipeline stages what the next one needs of the fullest group's tokens: hidden states and residuals in 16 bits,
   each rank of the group a part of them, gathered where they arrive, as SGLang and vLLM send them.
 
@@ -23,6 +27,7 @@ step.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -47,11 +52,12 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, ModelSpec, dense_beside
 from moeplan.specs.workload import Phase, Workload
 
-__all__ = ["Batch", "MoeTable", "ServingCosts", "StepSeconds", "grid", "stairs"]
+__all__ = ["Batch", "MoeTable", "Pass", "ServingCosts", "StepSeconds", "grid", "joined", "stairs"]
 
 Floats = NDArray[np.float64]
 _SENT = "transfers between stages"
 _CHUNKS = "context parallelism of prompts"
+_CHECKED = "attention of drafts that are checked"
 _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
 
 
@@ -75,7 +81,8 @@ class Batch:
     """What every group does in one step. ``chunk_s_D``: prefill kernel seconds of a layer, the sum of
     :meth:`ServingCosts.chunk_s` over its chunks; -1 where it has none.
 
-    ``decodes_D`` sequences with ``cached_D`` tokens in the cache together; ``tokens_D`` of prefill and decode.
+    ``decodes_D`` sequences with ``cached_D`` tokens in the cache together; ``tokens_D`` of prefill and decode, drafts
+    to check among them.
     """
 
     decodes_D: Floats
@@ -97,6 +104,33 @@ class StepSeconds:
     exposed_s: float
     busy_R: Floats
     log: EventLog | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """What runs ``times`` in a step: ``batch``, ``queries`` tokens of each decoding sequence, through all layers of the
+    model, or ``drafting`` through the prediction layer."""
+
+    times: int
+    batch: Batch
+    queries: int
+    drafting: bool = False
+
+    @property
+    def phase(self) -> Phase:
+        """Whose kernels and dispatch it takes."""
+        return "prefill" if self.batch.has_prefill else "decode"
+
+
+def joined(passes: Sequence[Pass], found: Sequence[StepSeconds]) -> StepSeconds:
+    """The seconds of a step from those of its passes; errors weigh as the seconds do."""
+    if len(found) == 1:
+        return found[0]
+    total_s = sum(each.times * one.total_s for each, one in zip(passes, found, strict=True))
+    error = sum(each.times * one.total_s * one.relative_error for each, one in zip(passes, found, strict=True))
+    exposed_s = sum(each.times * one.exposed_s for each, one in zip(passes, found, strict=True))
+    busy_R = np.sum([each.times * one.busy_R for each, one in zip(passes, found, strict=True)], 0)
+    return StepSeconds(total_s, error / total_s, exposed_s, busy_R)
 
 
 class _Curve:
@@ -165,7 +199,7 @@ class ServingCosts:
         self._mean = _Curve(grid(max_tokens, 1.0 / self._num_live))
         self._busy = _Curve(stairs(grid(max_tokens), technique.tp))
         self._models: dict[tuple[Phase, float], StepModel] = {}
-        self._fixed: dict[Phase, tuple[Floats, Floats]] = {}
+        self._fixed: dict[tuple[Phase, int], tuple[Floats, Floats]] = {}
         self._tables: dict[tuple[int, int, Phase], MoeTable] = {}
         self._swaps: dict[bool, SwapCosts] = {}
         self.source: dict[str, str] = {}
@@ -190,29 +224,34 @@ class ServingCosts:
         self._seqs, self._context = _Curve(grid(max_seqs)), _Curve(grid(max(16, max_context)))
         self._squares = _Curve(self._context.points**2)  # over which prefill grows by nearly straight lines
         shape = (len(self._seqs.points), len(self._context.points))
-        self._decode_s, self._chunk_s, self._launch_s = np.zeros(shape), np.zeros(shape[1]), 0.0
-        self._merge_s_DS = np.zeros((self.groups, shape[0]))
+        self._chunk_s, self._launch_s = np.zeros(shape[1]), 0.0
         self._among: PartialAttention | GatheredKeys | None = None
         self._chunk_list = self._chunk_s.tolist()
+        self._decode_s_of = dict.fromkeys((1, 1 + how.draft_tokens), np.zeros(shape))  # by queries of a sequence
+        self._merge_s_of = dict.fromkeys(self._decode_s_of, np.zeros((self.groups, shape[0])))
+        self._queries_source = ""
         work = self._workload
         if model.attention is None:
             return
         dense = DenseCosts(self.cluster.accelerator, dense_beside(work.weight_dtype), self.profile, how.backend)
 
-        def kernels(decode: bool, seqs: Floats, context: Floats) -> Floats:
-            device = self.cluster.accelerator
-            common = (dense, how.kv_dtype, self.profile, how.tp, how.backend)
-            sorts = attention_by_window(model, device, decode, *common, dcp=how.dcp)
-            seconds: Floats = np.sum([share * costs.kernel(seqs, context).value for share, costs in sorts], 0)
-            return seconds
-
+        device, common = self.cluster.accelerator, (dense, how.kv_dtype, self.profile, how.tp, how.backend)
+        decode, prefill = (attention_by_window(model, device, phase, *common, dcp=how.dcp) for phase in (True, False))
         seqs, context = np.meshgrid(self._seqs.points, self._context.points, indexing="ij")
-        self._decode_s = kernels(True, seqs, context)
+        self._decode_s_of[1] = one = np.sum([share * costs.kernel(seqs, context).value for share, costs in decode], 0)
+        if (queries := 1 + how.draft_tokens) > 1:
+            further = [s * (c.work(seqs, context, queries) - c.work(seqs, context)) for s, c in decode]
+            self._decode_s_of[queries] = one + np.sum(further, 0)
+            if any(costs.measured for _, costs in decode):
+                self._queries_source = "measured for one token of each, further ones by the roofline"
         if how.dcp > 1:
             self._among = among = PartialAttention(model, self.cluster, dense.activations, self.profile, how)
-            merges = [Work.of(among.merged(tokens)).at(self._speed_D, self._link_D) for tokens in self._seqs.points]
-            self._merge_s_DS = np.stack(merges, 1)
-        alone = kernels(False, np.ones(shape[1]), np.asarray(self._context.points, float))
+            for queries in self._merge_s_of:
+                tokens_S = self._seqs.points * queries
+                merges = [Work.of(among.merged(tokens)).at(self._speed_D, self._link_D) for tokens in tokens_S]
+                self._merge_s_of[queries] = np.stack(merges, 1)
+        points = np.asarray(self._context.points, float)
+        alone = np.sum([share * costs.kernel(np.ones(shape[1]), points).value for share, costs in prefill], 0)
         self._launch_s = float(alone[0])
         self._chunk_s = (np.maximum.accumulate(alone) - self._launch_s) / how.cp
         self._chunk_list = self._chunk_s.tolist()
@@ -239,24 +278,31 @@ class ServingCosts:
             )
         return self._models[key]
 
-    def _fixed_rows(self, phase: Phase) -> tuple[Floats, Floats]:
+    def _fixed_rows(self, phase: Phase, drafts_of: int = 0) -> tuple[Floats, Floats]:
         """``[D, B, 4]`` of each group: token-wise part of a layer, shared experts, other layers and head, how many
-        kernels among those; ``[B]``: a layer's exchange where choices fall evenly."""
-        if phase not in self._fixed:
+        kernels among those; ``[B]``: a layer's exchange where choices fall evenly. Of a drafting pass over
+        ``drafts_of`` tokens of each sequence there are no other layers, and the head sees one of them."""
+        if (phase, drafts_of) not in self._fixed:
             cluster, (D, B) = self.cluster, (self.groups, len(self._busy.points))
-            rows_DB4, balanced_B = np.zeros((D, B, 4)), np.zeros(B)
+            rows_DB4, head_DB, balanced_B = np.zeros((D, B, 4)), np.zeros((D, B)), np.zeros(B)
             dispatch = engine_dispatch(self._plain.dispatch, phase)
             copies = balanced_copies(dispatch, self.model.top_k, cluster.num_ranks, cluster.num_nodes)
             for b, tokens in enumerate(self._busy.points):
                 model = self.model_at(phase, tokens)
                 fixed, balanced_B[b] = model.fixed, float(model.exchange.time_s(tokens, *copies))
-                context = Work(-fixed.kernel_s) + fixed.partial * -1
-                token_wise, other = fixed.layer + context, fixed.other + context * fixed.other_kernels
+                context, kernels = Work(-fixed.kernel_s) + fixed.partial * -1, 0 if drafts_of else fixed.other_kernels
+                token_wise = fixed.layer + context
+                other = (fixed.draft if drafts_of else fixed.other) + context * kernels
                 for column, work in enumerate((token_wise, fixed.shared, other)):
                     rows_DB4[:, b, column] = work.at(self._speed_D, self._link_D)
-                rows_DB4[:, b, 3] = fixed.other_kernels
-            self._fixed[phase] = rows_DB4, balanced_B
-        return self._fixed[phase]
+                rows_DB4[:, b, 3] = kernels
+                head_DB[:, b] = fixed.head.at(self._speed_D, self._link_D)
+            if drafts_of:
+                points = self._busy.points
+                seen = points / drafts_of if phase == "decode" else points
+                rows_DB4[:, :, 2] += [np.interp(seen, points, head_B) for head_B in head_DB]
+            self._fixed[phase, drafts_of] = rows_DB4, balanced_B
+        return self._fixed[phase, drafts_of]
 
     def table(self, placement: Placement, load_LE: Floats, phase: Phase) -> MoeTable:
         """The table of a placement under a load; the same objects give the same table."""
@@ -334,50 +380,73 @@ class ServingCosts:
             self.extrapolated.add(name)
         return swaps.seconds(size_bytes)
 
+    def passes(self, batch: Batch) -> tuple[Pass, ...]:
+        """What a step runs, one after another."""
+        drafts = self.technique.draft_tokens
+        found = [Pass(1, batch, 1 + drafts)]
+        if drafts:
+            found.append(Pass(1, batch, 1 + drafts, drafting=True))
+        if drafts > 1 and batch.decodes_D.any():
+            none_D = np.full(self.groups, -1.0)
+            alone = Batch(batch.decodes_D, batch.cached_D, none_D, batch.decodes_D, False)
+            found.append(Pass(drafts - 1, alone, 1, drafting=True))
+        return tuple(found)
+
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
         """Seconds of one step in which at least one token is worked on."""
+        passes = self.passes(batch)
+        return joined(passes, [self.pass_seconds(each, placement, load_LE) for each in passes])
+
+    def pass_seconds(self, each: Pass, placement: Placement, load_LE: Floats) -> StepSeconds:
+        """Seconds of one pass, once."""
         how, L = self.technique, len(load_LE)
-        table = self.table(placement, load_LE, "prefill" if batch.has_prefill else "decode")
+        if each.queries > 1 and self._queries_source and each.batch.decodes_D.any():
+            self.source[_CHECKED] = self._queries_source
+            self.extrapolated.add(_CHECKED)
+        table = self.table(placement, load_LE, each.phase)
         share = 0.5 if how.overlap == "two_batch" else 1.0
-        tokens_D, mean, group_D3 = self._groups(batch, share)
+        tokens_D, mean, group_D3 = self._groups(each, share)
         b, w = self._at(table, mean * share)
         expert_L = row_at(table.expert_BL, b, w)
         i, v = self._busy.place(float((tokens_D / self._link_D).max()) * share)
         sent_s = float(row_at(self._fixed_rows(table.phase)[1], i, v))
         exchange_L = np.maximum(row_at(table.exchange_BL, b, w), sent_s)
         attention, shared, other = group_D3.max(0).tolist()
-        alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum())
-        layers = float(combine(how.overlap, attention, shared, exchange_L, expert_L).sum())
-        busy_D = (group_D3[:, 0] + group_D3[:, 1]) * (L / share) + group_D3[:, 2]
+        part = 1 / L if each.drafting else 1.0  # of the layers: one as they are in the mean
+        alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum()) * part
+        layers = float(combine(how.overlap, attention, shared, exchange_L, expert_L).sum()) * part
+        busy_D = (group_D3[:, 0] + group_D3[:, 1]) * (L * part / share) + group_D3[:, 2]
         busy_R = busy_D if self._group_ranks == 1 else np.repeat(busy_D, self._group_ranks)
-        busy_R = np.minimum(busy_R + row_at(table.expert_BR, b, w) / share, alone + other)
+        busy_R = np.minimum(busy_R + row_at(table.expert_BR, b, w) * (part / share), alone + other)
         sent = 0.0
         if self._sent is not None:
             sent = float(row_at(self._sent.value, *self._busy.place(float(tokens_D.max()))))
         total_s, exposed_s = layers + other + sent, layers - alone + sent
         return StepSeconds(total_s, float(row_at(table.error_B, b, w)), exposed_s, busy_R)
 
-    def _groups(self, batch: Batch, share: float) -> tuple[Floats, float, Floats]:
+    def _groups(self, each: Pass, share: float) -> tuple[Floats, float, Floats]:
         """Tokens on each rank of a group ``[D]``, their mean over live ranks, and seconds of each group ``[D, 3]``
         (:func:`moeplan.costs.group_kernel.group_seconds`)."""
+        batch = each.batch
         tokens_D = batch.tokens_D / self._group_ranks
         mean = float(tokens_D.sum()) * self._group_ranks / self._num_live
-        fixed_DB4, _ = self._fixed_rows("prefill" if batch.has_prefill else "decode")
+        fixed_DB4, _ = self._fixed_rows(each.phase, each.queries if each.drafting else 0)
         seconds_D3 = group_seconds(
             batch.decodes_D, batch.cached_D, batch.chunk_s_D, tokens_D, self._speed_D, share, self._busy.points,
-            fixed_DB4, self._seqs.points, self._context.points, self._decode_s, self._merge_s_DS, self._launch_s,
+            fixed_DB4, self._seqs.points, self._context.points, self._decode_s_of[each.queries],
+            self._merge_s_of[each.queries], self._launch_s,
         )  # fmt: skip
         return tokens_D, mean, seconds_D3
 
     def batches(
-        self, batch: Batch, placement: Placement, load_LE: Floats
+        self, each: Pass, placement: Placement, load_LE: Floats
     ) -> tuple[StepModel, tuple[BatchParts, ...], Floats, Floats]:
-        """A step apart, for who plays it event by event: a step model of about its size; its batches, two under
+        """A pass apart, for who plays it event by event: a step model of about its size; its batches, two under
         ``two_batch``; each rank's seconds outside MoE layers; the part of all tokens at home on each rank."""
         how = self.technique
-        table = self.table(placement, load_LE, "prefill" if batch.has_prefill else "decode")
+        table = self.table(placement, load_LE, each.phase)
         share = 0.5 if how.overlap == "two_batch" else 1.0
-        tokens_D, mean, group_D3 = self._groups(batch, share)
+        tokens_D, mean, group_D3 = self._groups(each, share)
         b, w = self._mean.place(mean * share)
         for point in (b, b + 1):
             if point not in table.parts_B:
@@ -394,6 +463,9 @@ class ServingCosts:
             exchange_s_L=low.exchange_s_L + w * (high.exchange_s_L - low.exchange_s_L),
             pairs_LR=low.pairs_LR + w * (high.pairs_LR - low.pairs_LR),
         )
+        if each.drafting:
+            rows = ("expert_s_LR", "exchange_s_L", "pairs_LR")
+            parts = replace(parts, **{name: getattr(parts, name).mean(0, keepdims=True) for name in rows})
         home_R = np.repeat(tokens_D, self._group_ranks)
         model = self.model_at(table.phase, float(self._mean.points[b]))
         return model, (parts,) * round(1 / share), other_R, home_R / home_R.sum()

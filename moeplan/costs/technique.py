@@ -27,6 +27,9 @@ class Technique:
     ``backend``: the framework whose kernels run, None: the fastest of all measured. ``dense_dtype``: of attention and
     dense weights, where it is not the usual one beside experts of the workload's.
 
+    ``draft_tokens`` of every decoding sequence are checked beside its newest token, and as many drafted anew by a
+    prediction layer.
+
     Ranks that split attention all-reduce its result, or scatter it, send tokens on from where they then are, and gather
     them again after the experts: the same bytes (but see :func:`reduces_in_place`).
     """
@@ -41,6 +44,7 @@ class Technique:
     launches_per_layer: int = 0
     backend: str | None = None
     dense_dtype: Dtype | None = None
+    draft_tokens: int = 0
 
     @property
     def gathers(self) -> bool:

@@ -103,12 +103,13 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         slots_R = np.bincount(place.rank_of_slot_P[used_P], minlength=stage.num_ranks)
         notes += require(run_checks(Bundle(model=model, cluster=stage, workload=work, load=load, current=place)))
         notes += coverage_notes(scenario, model, stage, role, _technique(scenario, engine), profile)
-        room = kv_room(model, stage, work, engine, slots_R)
+        held = _held(model, engine)
+        room = kv_room(held, stage, work, engine, slots_R)
         capacity = room.tokens if room.tokens is not None else 2**40
         if room.tokens is None:
             notes.append(f"{model.name}: attention is not known; its time and KV cache are not counted")
         factory = _costs(scenario, model, engine, profile, longest, whole)
-        per_token = kv_bytes_per_token(model, engine, work.context, work.weight_dtype) or 0.0
+        per_token = kv_bytes_per_token(held, engine, work.context, work.weight_dtype) or 0.0
         pools.append(
             Pool(
                 role, instances, engine, stage, place, loads, factory, capacity, per_token,
@@ -116,7 +117,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
                 wire=Wire(model, scenario.objective.dispatch, work.activation_dtype), num_nodes=whole.num_nodes,
             )
         )  # fmt: skip
-        rooms += [(each, capacity * per_token) for each in kv_rooms(model, stage, work, engine, slots_R)]
+        rooms += [(each, capacity * per_token) for each in kv_rooms(held, stage, work, engine, slots_R)]
         pools[-1] = replace(pools[-1], replan=_replanner(scenario, model, pools[-1], profile, work))
         size = f"{capacity:,} tokens, {capacity * per_token / 2**30:.1f} GiB on each of its ranks"
         assumptions.append((f"KV cache of a group ({role})", size, "modelled: what memory leaves"))
@@ -131,6 +132,11 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         scenario, spec, model, cluster, requests, tuple(pools), _memory(rooms), tuple(assumptions),
         tuple(dict.fromkeys(notes)),
     )  # fmt: skip
+
+
+def _held(model: ModelSpec, engine: EngineSpec) -> ModelSpec:
+    """What memory and cache hold layers of: the model, and with drafts its prediction layer."""
+    return model if engine.speculative is None else model.with_prediction_layer()
 
 
 def _memory(rooms: list[tuple[KvRoom, float]]) -> RankBytes:
@@ -232,6 +238,7 @@ def _stages(
     if spec.prefill is None:
         return [(spec.role, spec.engine, cluster, spec.instances, scenario.current, None)]
     first = spec.prefill
+    engine = first.engine.model_copy(update={"speculative": spec.engine.speculative})  # prompts pass its layer too
     if isinstance(scenario.cluster, ClusterSpec):
         nodes = first.nodes or -(-first.ranks // cluster.ranks_per_node)
         if first.ranks % nodes:
@@ -240,7 +247,7 @@ def _stages(
     else:
         ahead = sized_cluster(scenario.cluster, first.ranks, first.nodes)
     return [
-        ("prefill", first.engine, ahead, first.instances, first.placement, first.link),
+        ("prefill", engine, ahead, first.instances, first.placement, first.link),
         ("decode", spec.engine, cluster, spec.instances, scenario.current, None),
     ]
 
@@ -329,6 +336,7 @@ def _technique(scenario: Scenario, engine: EngineSpec) -> Technique:
         kv_dtype=engine.kv_dtype,
         launches_per_layer=engine.launches_per_layer,
         backend=engine.backend,
+        draft_tokens=engine.tokens_per_sequence - 1,
     )
 
 
@@ -387,7 +395,7 @@ def _replanner(
         if ((slots_R > 0) != live_R).any():  # a rank was lost or came back
             redundant = max(0, int(own_R[live_R].sum()) - model.num_experts)
             slots_R, _ = slots_of_ranks(model, cluster, scenario.workload, redundant, None)
-        room = kv_room(model, cluster, work, pool.engine, slots_R)
+        room = kv_room(_held(model, pool.engine), cluster, work, pool.engine, slots_R)
         load = ExpertLoad(load_LE[None], ("recent",), model.moe_layer_ids, model.top_k)
         problem = _problem(scenario, model, cluster, slots_R, load, profile)
         found = load_plugin("planners", planner or usual)(problem).placement

@@ -153,7 +153,7 @@ def slo_possible(spec: ServingSpec, requests: RequestTrace, pools: list[Pool]) -
         shared = first.engine.prefix_caching and requests.prefix_Q is not None
         least["ttft"] = _alone(first, 1 if shared else shortest, 0)  # the last token of a prompt is never in the cache
     if pools[-1].role != "prefill" and int(requests.output_tokens_Q.max()) > 1:
-        least["tpot"] = _alone(pools[-1], 0, shortest)
+        least["tpot"] = _alone(pools[-1], 0, shortest) / pools[-1].engine.tokens_per_sequence  # every draft accepted
         least["e2e"] = least.get("ttft", 0.0) + (answer - 1) * least["tpot"]
     for name, seconds in least.items():
         limit = getattr(spec.slo, name)
@@ -172,7 +172,7 @@ def _alone(pool: Pool, prompt: int, cached: int) -> float:
     tokens_D = np.zeros(costs.groups)
     total, before = pool.engine.step_overhead, 0
     if not prompt:
-        decodes_D[0] = tokens_D[0] = 1.0
+        decodes_D[0], tokens_D[0] = 1.0, pool.engine.tokens_per_sequence
         cached_D[0] = cached
         load_LE = pool.loads.at(0.0, "decode")
         batch = Batch(decodes_D, cached_D, chunks_D, tokens_D, False)

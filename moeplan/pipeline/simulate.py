@@ -120,7 +120,7 @@ def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
         service = build_service(scenario, run.seed)
         served = simulate_service(
             service.spec, service.requests, service.pools,
-            keep_log=run.keep_log, errors=run.errors, progress=progress,
+            keep_log=run.keep_log, errors=run.errors, seed=run.seed, progress=progress,
             origin={"seed": run.seed, "scenario_sha256": _digest(scenario), "moeplan": version("moeplan"),
                     "fidelity": scenario.fidelity},
         )  # fmt: skip

@@ -5,14 +5,16 @@ For small services: a step of L layers on R ranks is some 10 L R events and 2 L 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.serving import Batch, ServingCosts, StepSeconds
+from moeplan.costs.serving import Batch, Pass, ServingCosts, StepSeconds, joined
 from moeplan.simulation.detailed import play_step
 from moeplan.simulation.instance import Instance
 from moeplan.simulation.network import Network
@@ -35,8 +37,14 @@ class DetailedCosts:
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
         """Play one step; the interval is the step mode's."""
-        whole = self._costs.step(batch, placement, load_LE)
-        model, batches, other_s_R, home_R = self._costs.batches(batch, placement, load_LE)
+        passes = self._costs.passes(batch)
+        played = [self._played(each, placement, load_LE) for each in passes]
+        return replace(joined(passes, played), log=_in_turn(passes, played, len(load_LE)))
+
+    def _played(self, each: Pass, placement: Placement, load_LE: Floats) -> StepSeconds:
+        """One pass, once."""
+        whole = self._costs.pass_seconds(each, placement, load_LE)
+        model, batches, other_s_R, home_R = self._costs.batches(each, placement, load_LE)
         found = play_step(
             model, batches, other_s_R, self._network, home_R=home_R, overlap=self._costs.technique.overlap
         )
@@ -44,6 +52,17 @@ class DetailedCosts:
         exposed_s = max(0.0, found.total_s - alone_s)
         busy_R = np.minimum(found.busy_s_R, found.total_s - exposed_s)  # attention beside experts counts once
         return StepSeconds(found.total_s, whole.relative_error, exposed_s, busy_R, found.log)
+
+
+def _in_turn(passes: Sequence[Pass], played: Sequence[StepSeconds], layers: int) -> EventLog:
+    """The events of passes one after another; the prediction layer is the one after the model's ``layers``."""
+    start_s, logs = 0.0, []
+    for each, found in zip(passes, played, strict=True):
+        assert found.log is not None  # played
+        for _ in range(each.times):
+            logs.append(found.log.part_of_run(start_s, layers=[layers] if each.drafting else None))
+            start_s += found.total_s
+    return reduce(EventLog.joined, logs)
 
 
 def first_layers(instance: Instance) -> EventLog | None:
@@ -54,7 +73,8 @@ def first_layers(instance: Instance) -> EventLog | None:
     sample = instance.sample
     if sample is None or not isinstance(sample.costs, ServingCosts):
         return None
-    model, batches, other_s_R, home_R = sample.costs.batches(sample.batch, sample.placement, sample.load_LE)
+    first = sample.costs.passes(sample.batch)[0]
+    model, batches, other_s_R, home_R = sample.costs.batches(first, sample.placement, sample.load_LE)
     few = tuple(
         replace(
             parts,

@@ -19,7 +19,9 @@ from moeplan.artifacts.event_log import EventRecorder
 from moeplan.artifacts.placement import Placement
 from moeplan.costs.run_traffic import RunTraffic
 from moeplan.costs.serving import Batch, StepSeconds
+from moeplan.simulation.acceptance import Acceptance
 from moeplan.simulation.clock import Clock, nanoseconds
+from moeplan.simulation.drafting_lane import DraftingLane
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.kv_pool import KvPool
 from moeplan.simulation.lane import Lane
@@ -63,7 +65,8 @@ class StepCosts(Protocol):
 class InstanceStats:
     """What an instance did. ``busy_R``: seconds in which a rank computed; ``exposed_s``: exchange that nothing hid.
 
-    ``gaps``: nanoseconds between two tokens of a sequence -> how often. One entry of ``start_s``, ``length_s`` and
+    ``gaps``: nanoseconds between two times at which a sequence has tokens -> how often; ``decoded`` tokens in so many
+    ``sequence_steps``, a step of one decoding sequence each. One entry of ``start_s``, ``length_s`` and
     ``tokens`` per step; of the ``at`` arrays whenever a request or a step comes, or the last one ends: what then holds.
     """
 
@@ -74,6 +77,8 @@ class InstanceStats:
     steps: int = 0
     prefilled: int = 0
     generated: int = 0
+    decoded: int = 0
+    sequence_steps: int = 0
     reused: int = 0
     recomputed: int = 0
     preemptions: int = 0
@@ -90,13 +95,20 @@ class InstanceStats:
     cache_at: array[float] = field(default_factory=lambda: array("d"))
 
     def gap(self, gap_ns: int, count: int) -> None:
-        """``count`` tokens came ``gap_ns`` after the ones before them."""
+        """``count`` sequences had tokens ``gap_ns`` after the ones before."""
         self.gaps[gap_ns] = self.gaps.get(gap_ns, 0) + count
+
+    def brought(self, tokens: int, sequences: int) -> None:
+        """A step brought so many decoding sequences so many tokens together."""
+        self.generated += tokens
+        self.decoded += tokens
+        self.sequence_steps += sequences
 
     def warmed_up(self) -> None:
         """Times count from now on."""
         self.busy_R = np.zeros_like(self.busy_R)
         self.stepping_s = self.exposed_s = 0.0
+        self.decoded = self.sequence_steps = 0
         self.gaps = {}
 
 
@@ -140,6 +152,7 @@ class Instance:
         hooks: Hooks,
         errors: int = 0,
         traffic: RunTraffic | None = None,
+        acceptance: Acceptance | None = None,
     ) -> None:
         self.clock, self.number, self.first_rank, self.spec, self.role = clock, number, first_rank, spec, role
         self.loads = loads
@@ -164,7 +177,7 @@ class Instance:
         self._swap_s = 0.0
         self.sample: Sample | None = None
         self.stats = InstanceStats(np.zeros(costs.cluster.num_ranks * spec.pp))
-        self.lanes = [Lane(self) for _ in range(spec.pp)]
+        self.lanes = [Lane(self) if acceptance is None else DraftingLane(self, acceptance) for _ in range(spec.pp)]
         for lane in self.lanes:
             clock.process(lane.run())
 
@@ -216,7 +229,7 @@ class Instance:
         """Blocks for everything the request must have in the cache; False where there is no room."""
         pool, block = self.pools[d], self.block
         if request.saved:
-            tokens = request.context - 1 + (1 if self.spec.chunked_prefill else 0)
+            tokens = request.context - 1 + (lane.first_tokens(request) if self.spec.chunked_prefill else 0)
             if not pool.take(-(-tokens // block)):
                 return False
         else:
@@ -334,7 +347,7 @@ class Instance:
         if request.first_ns == NEVER:
             request.generated = 0
         self.stats.recomputed += request.context
-        request.held, request.saved, request.swap_tokens = (), 0, 0
+        request.held, request.saved, request.swap_tokens, request.path = (), 0, 0, None
 
     # ------------------------------------------------------------------ steps
 

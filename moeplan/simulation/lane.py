@@ -57,6 +57,7 @@ class Lane:
         self._fresh_D = np.zeros(D)
         self._decoded_ns_D = np.zeros(D, np.int64)
         self._every_D = np.arange(D)
+        self._width = instance.spec.tokens_per_sequence
         self.wake: Any = None
 
     # ------------------------------------------------------------------ the process
@@ -114,7 +115,7 @@ class Lane:
             self._grow(decoding_D)
             decoding_D &= self.decodes_D > 0
         decodes_D = np.where(decoding_D, self.decodes_D, 0.0)
-        tokens_D = decodes_D + prefill_D
+        tokens_D = decodes_D * self._width + prefill_D
         if not tokens_D.any():
             return None
         cached_D = np.where(decoding_D, self.cached_D, 0.0)
@@ -122,9 +123,8 @@ class Lane:
         return _Step(batch, chunks, decoding_D, swap_s)
 
     def _grow(self, decoding_D: Any) -> None:
-        """One more token for every decoding sequence: new blocks where they begin one, else preempt the newest."""
-        inst = self.inst
-        place_D = -self.step_D % inst.block
+        """Room for the tokens of this step: new blocks where sequences begin one, else preempt the newest."""
+        inst, place_D = self.inst, self._place(self.step_D)
         need_D = self.growth_DB[self._every_D, place_D] * decoding_D
         free_D = inst.free_D
         short_D = need_D > free_D
@@ -140,7 +140,7 @@ class Lane:
         """Chunks of group ``d`` in this step with their attention seconds; and seconds of caches brought back."""
         inst, spec, costs = self.inst, self.inst.spec, self.inst.costs
         running, waiting = self.running[d], inst.waiting[d]
-        budget = spec.max_num_batched_tokens - (int(self.decodes_D[d]) if chunked else 0)
+        budget = spec.max_num_batched_tokens - (int(self.decodes_D[d]) * self._width if chunked else 0)
         chunks: list[tuple[Request, int, int]] = []
         seconds = swap_s = 0.0
         for request in self.prefilling[d]:
@@ -161,7 +161,7 @@ class Lane:
                 swap_s += inst.swap_seconds(request.swap_tokens, to_host=False)
                 request.swap_tokens = 0
                 self._join(request, d)
-                budget -= 1
+                budget -= self._width
                 continue
             self.prefilling[d].append(request)
             tokens = min(budget, request.to_prefill)
@@ -176,8 +176,7 @@ class Lane:
         request.join_step, request.join_cached, request.saved = step, cached, 0
         self.decodes_D[d] += 1
         self.cached_D[d] += cached
-        self.growth_DB[d, (cached - step) % self.inst.block] += 1
-        finish = step + request.output - request.generated
+        finish = step + self._enter(request, d)
         heappush(self._heaps[d], (finish, request.number, request.epoch, request))
         self.finish_D[d] = self._heaps[d][0][0]
         self._fresh.setdefault(d, []).append(request.last_token_ns)
@@ -185,14 +184,41 @@ class Lane:
 
     def _leave(self, request: Request, d: int) -> int:
         """A decoding request stops; its tokens in the cache."""
-        cached = request.join_cached + int(self.step_D[d]) - request.join_step
+        cached = request.join_cached + self._decoded(request, d)
         self.decodes_D[d] -= 1
         self.cached_D[d] -= cached
-        self.growth_DB[d, (request.join_cached - request.join_step) % self.inst.block] -= 1
+        self._withdraw(request, d)
         if int(self.step_D[d]) == request.join_step:  # has not decoded yet
             self._fresh[d].remove(request.last_token_ns)
             self._fresh_D[d] -= 1
         return cached
+
+    # ------------------------------------------------------------------ tokens of a step
+
+    def first_tokens(self, _request: Request) -> int:
+        """Tokens that the first step of decoding brings a request."""
+        return 1
+
+    def _place(self, step: Any) -> Any:
+        """Column of ``growth_DB`` that holds the blocks begun at a step."""
+        return -step % self.inst.block
+
+    def _taken_D(self, decoding_D: Any) -> Any:
+        """Tokens that the step brings each group, which are then no longer to come."""
+        return self.decodes_D * decoding_D
+
+    def _decoded(self, request: Request, d: int) -> int:
+        """Tokens of a decoding request since it joined."""
+        return int(self.step_D[d]) - request.join_step
+
+    def _enter(self, request: Request, d: int) -> int:
+        """Note the blocks that a request will begin; steps to its last token."""
+        self.growth_DB[d, (request.join_cached - request.join_step) % self.inst.block] += 1
+        return request.output - request.generated
+
+    def _withdraw(self, request: Request, d: int) -> None:
+        """Take back what :meth:`_enter` noted and has not come yet."""
+        self.growth_DB[d, (request.join_cached - request.join_step) % self.inst.block] -= 1
 
     # ------------------------------------------------------------------ preemption
 
@@ -204,7 +230,7 @@ class Lane:
             self.prefilling[d].remove(request)
             cached = 0
         else:
-            request.generated += int(self.step_D[d]) - request.join_step
+            request.generated += self._decoded(request, d)
             cached = self._leave(request, d)
             if int(self.step_D[d]) > request.join_step:
                 request.last_token_ns = int(self._decoded_ns_D[d])
@@ -225,8 +251,10 @@ class Lane:
     def _complete(self, step: _Step) -> None:
         inst, now = self.inst, int(self.inst.clock.now)
         decoding_D = step.decoding_D
+        taken_D = self._taken_D(decoding_D)
         self.step_D += decoding_D
-        self.cached_D += self.decodes_D * decoding_D
+        self.cached_D += taken_D
+        inst.stats.brought(int(taken_D.sum()), int(self.decodes_D @ decoding_D))
         self._between_tokens(decoding_D, now)
         for d in np.flatnonzero(self.step_D >= self.finish_D).tolist():
             heap, reached = self._heaps[d], int(self.step_D[d])
@@ -245,9 +273,8 @@ class Lane:
                     self._prefilled(request, now)
 
     def _between_tokens(self, decoding_D: Any, now: int) -> None:
-        """Note the gap before every token of this step."""
+        """Note the gap before the tokens that each sequence has of this step."""
         stats = self.inst.stats
-        stats.generated += int(self.decodes_D @ decoding_D)
         old_D = (self.decodes_D - self._fresh_D) * decoding_D
         gaps_D = now - self._decoded_ns_D
         for d in [d for d in self._fresh if decoding_D[d]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moeplan.artifacts.placement import Placement
 from moeplan.costs.kv_cache import SwapCosts
 from moeplan.costs.serving import Batch, StepSeconds
+from moeplan.simulation.acceptance import Acceptance
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.serving import EngineSpec
 
@@ -60,6 +61,7 @@ class _Sequence:
     cached: int = 0
     generated: int = 0
     blocks: int = 0
+    coming: list[int] = field(default_factory=list)  # tokens of the steps to come, once it decodes
     first_ns: int = -1
     finish_ns: int = -1
 
@@ -77,6 +79,7 @@ def token_by_token(
     groups: int,
     capacity_blocks: int,
     step_ns: Callable[[list[int]], int],
+    acceptance: Acceptance | None = None,
 ) -> list[tuple[int, int]]:
     """(first token, finish) of each request ``(arrival_ns, input, output)``; request q is served by group q mod D.
 
@@ -98,27 +101,28 @@ def token_by_token(
         now += step_ns(tokens)
         for group, each in zip(state, work, strict=True):
             for sequence, count in each:
-                _advance(group, sequence, count, now)
+                _advance(group, sequence, count, now, acceptance)
     return [(s.first_ns, s.finish_ns) for s in every]
 
 
 def _work_of(group: _Group, engine: EngineSpec) -> list[tuple[_Sequence, int]]:
-    """What a group does in the next step: each decoding sequence one token, then prompts as far as they fit."""
+    """What a group does in the next step: each decoding sequence one token and its drafts, then prompts as far as they
+    fit."""
     block = engine.block_tokens
     for sequence in list(group.running):
         if sequence.left or sequence not in group.running:
             continue
-        if sequence.cached == sequence.blocks * block:
-            while group.free == 0 and sequence in group.running:
-                newest = group.running.pop()
-                group.free += newest.blocks
-                newest.blocks = newest.cached = newest.left = 0
-                group.waiting.insert(0, newest)
-            if sequence in group.running:
-                group.free -= 1
-                sequence.blocks += 1
-    work = [(s, 1) for s in group.running if not s.left]
-    budget = engine.max_num_batched_tokens - len(work)
+        needed = -(-(sequence.cached + sequence.coming[0]) // block) - sequence.blocks
+        while group.free < needed and sequence in group.running:
+            newest = group.running.pop()
+            group.free += newest.blocks
+            newest.blocks = newest.cached = newest.left = 0
+            group.waiting.insert(0, newest)
+        if sequence in group.running:
+            group.free -= needed
+            sequence.blocks += needed
+    work = [(s, engine.tokens_per_sequence) for s in group.running if not s.left]
+    budget = engine.max_num_batched_tokens - sum(count for _, count in work)
     for sequence in group.running:
         if sequence.left and budget > 0:
             work.append((sequence, min(budget, sequence.left)))
@@ -137,15 +141,23 @@ def _work_of(group: _Group, engine: EngineSpec) -> list[tuple[_Sequence, int]]:
     return work
 
 
-def _advance(group: _Group, sequence: _Sequence, count: int, now: int) -> None:
-    sequence.cached += count
+def _advance(group: _Group, sequence: _Sequence, count: int, now: int, acceptance: Acceptance | None) -> None:
+    taken = 1
     if sequence.left:
+        sequence.cached += count
         sequence.left -= count
         if sequence.left:
             return
         if sequence.first_ns < 0:
             sequence.first_ns = now
-    sequence.generated += 1
+        left = sequence.output - sequence.generated - 1
+        sequence.coming = [1] * left
+        if acceptance is not None and left:
+            sequence.coming = np.diff(acceptance.tokens_after(sequence.number, sequence.generated + 1, left)).tolist()
+    else:
+        taken = sequence.coming.pop(0)
+        sequence.cached += taken
+    sequence.generated += taken
     if sequence.generated == sequence.output:
         sequence.finish_ns = now
         group.running.remove(sequence)

@@ -3,7 +3,9 @@
 Latencies are of requests that came after the warm-up; the times between two tokens (ITL) and shares of time are from
 its end to the end of the run. Rates and queues count what happened from the warm-up's end to the end of
 ``requests.duration`` or, without one, of the run; a request's further tokens are spread evenly from its first to its
-last. TTFT runs from arrival to first token, TPOT is the mean time per further token. A service that only decodes is
+last. TTFT runs from arrival to first token, TPOT is the mean time per further token. With drafts, tokens of one step
+come together and ITL is the time from one step's to the next one's; the accept length is the mean number that a step
+brings a sequence, without what its last step drops. A service that only decodes is
 credited with neither prompts nor first tokens, which come to it with the cache.
 """
 
@@ -41,6 +43,7 @@ DIRECTIONS: dict[str, tuple[str, str]] = {
     "compute_share": ("1", "higher"),
     "exchange_share": ("1", "lower"),
     "bubble_share": ("1", "lower"),
+    "accept_length": ("tokens", "higher"),
     "mean_queue_length": ("1", "lower"),
     "longest_queue": ("1", "lower"),
     **{
@@ -129,6 +132,9 @@ def outcome_of(served: Served, spec: ServingSpec) -> Outcome:
     ranks = _rank_times(served, start)
     for name, shares in (("compute", ranks.compute), ("exchange", ranks.exchange), ("bubble", ranks.bubble)):
         figures[f"{name}_share"] = float(np.mean(shares))
+    checked = [i.stats for i in served.instances if i.spec.speculative is not None]
+    if steps := sum(stats.sequence_steps for stats in checked):
+        figures["accept_length"] = sum(stats.decoded for stats in checked) / steps
     figures["mean_queue_length"], figures["longest_queue"] = _queues(served, start, start + span)
     return Outcome(
         figures, _counts(served), distributions, ranks, _timeline(served), served.end_s, _traffic(served)

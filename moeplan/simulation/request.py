@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 __all__ = ["NEVER", "Request"]
 
 NEVER = -1
@@ -12,14 +15,15 @@ class Request:
 
     ``generated`` tokens are out; ``cached`` are in the KV cache. ``to_prefill`` are still to be computed before the
     next token. ``join_step`` is the step of its group at which it began to decode, with ``join_cached`` tokens.
-    ``held``: ids of its prompt's prefix that it shares. ``epoch`` counts its placements: what an engine noted of an
-    older one no longer holds. ``saved``: its cache is kept elsewhere (host memory, or a prefill instance).
+    ``path``: tokens after each step since it joined, where steps bring several. ``held``: ids of its prompt's prefix
+    that it shares. ``epoch`` counts its placements: what an engine noted of an older one no longer holds. ``saved``:
+    its cache is kept elsewhere (host memory, or a prefill instance).
     """
 
     __slots__ = (
         "admit_ns", "arrival_ns", "chain", "epoch", "finish_ns", "first_ns", "generated", "group", "held", "hit_tokens",
-        "input", "instance", "join_cached", "join_step", "last_token_ns", "number", "output", "preemptions", "saved",
-        "swap_tokens", "to_prefill",
+        "input", "instance", "join_cached", "join_step", "last_token_ns", "number", "output", "path", "preemptions",
+        "saved", "swap_tokens", "to_prefill",
     )  # fmt: skip
 
     def __init__(
@@ -32,6 +36,7 @@ class Request:
         self.admit_ns = self.first_ns = self.finish_ns = self.last_token_ns = NEVER
         self.instance = self.group = NEVER
         self.held: tuple[int, ...] = ()
+        self.path: NDArray[np.int64] | None = None
         self.saved = 0
 
     @property

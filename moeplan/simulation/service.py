@@ -21,6 +21,7 @@ from moeplan.costs.kv_cache import kv_transfer_s
 from moeplan.costs.run_traffic import RunTraffic, Wire
 from moeplan.errors import InfeasibleError, SpecError
 from moeplan.progress import Progress, no_progress
+from moeplan.simulation.acceptance import Acceptance
 from moeplan.simulation.clock import Clock, Order, nanoseconds
 from moeplan.simulation.expert_loads import ExpertLoads, Phase
 from moeplan.simulation.instance import Hooks, Instance, Role, StepCosts
@@ -96,15 +97,17 @@ def simulate_service(
     *,
     keep_log: bool = True,
     errors: int = 0,
+    seed: int = 0,
     origin: dict[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> Served:
-    """Serve the requests to the end. ``errors``: -1, 0 or 1, the end of the costs' interval that every step takes.
+    """Serve the requests to the end. ``errors``: -1, 0 or 1, the end of the costs' interval that every step takes;
+    ``seed`` draws which drafts are accepted.
 
     Raises:
         InfeasibleError: a request cannot fit any group's cache, or every rank is lost.
     """
-    return _Service(spec, requests, pools, keep_log, errors, progress).run(origin or {})
+    return _Service(spec, requests, pools, keep_log, errors, seed, progress).run(origin or {})
 
 
 class _Service:
@@ -115,6 +118,7 @@ class _Service:
         pools: Sequence[Pool],
         keep_log: bool,
         errors: int,
+        seed: int,
         progress: Progress,
     ) -> None:
         self.spec, self.trace, self.pools = spec, requests, pools
@@ -132,6 +136,9 @@ class _Service:
         first_rank = number = 0
         for place, pool in enumerate(pools):
             hooks = Hooks(self._finished, self._transfer)
+            drafts, acceptance = pool.engine.speculative, None
+            if drafts is not None:
+                acceptance = Acceptance(drafts, seed, int(requests.output_tokens_Q.max()))
             stage = []
             for _ in range(pool.instances):
                 costs = pool.costs(pool.cluster)
@@ -142,7 +149,7 @@ class _Service:
                     Instance(
                         self.clock, number, first_rank, pool.engine, pool.role, costs, pool.placement, pool.loads,
                         pool.capacity_tokens, requests.prefix_tokens, pool.kv_bytes, self.recorder, hooks, errors,
-                        traffic,
+                        traffic, acceptance,
                     )
                 )  # fmt: skip
                 first_rank += pool.cluster.num_ranks * pool.engine.pp

@@ -193,6 +193,18 @@ class ModelSpec(Spec):
                 extra = 2 * self.num_layers * self.hidden_size * a.head_dim * more
         return (self.non_expert_parameters - copied) / tp + copied + extra
 
+    def with_prediction_layer(self) -> ModelSpec:
+        """With the weights and the cache of one more MoE layer, behind a projection of two hidden states to one;
+        embedding and head are the model's (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
+        return self.model_copy(
+            update={
+                "num_layers": self.num_layers + 1,
+                "moe_layer_ids": (*self.moe_layer_ids, self.num_layers),
+                "experts_per_layer": self.experts_per_layer and (*self.experts_per_layer, self.num_experts),
+                "extra_parameters": self.extra_parameters + 2 * self.hidden_size**2,
+            }
+        )
+
     def layer_parameters_on(self, tp: int) -> tuple[float, float]:
         """Those of one dense and of one MoE layer; ``extra_parameters``, whose layers are not known, spread evenly."""
         matrices, hidden = 3 if self.gated_ffn else 2, self.hidden_size

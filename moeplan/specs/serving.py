@@ -7,6 +7,7 @@ all groups of an instance step together, because every MoE layer exchanges token
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +28,7 @@ __all__ = [
     "RouterPolicy",
     "ServingSpec",
     "SloSpec",
+    "SpeculativeSpec",
 ]
 
 Arrivals = Literal["file", "poisson", "gamma", "constant", "bursts", "closed-loop"]
@@ -94,6 +96,46 @@ class RequestsSpec(Spec):
         return self
 
 
+class SpeculativeSpec(Spec):
+    """Drafts by the model's own prediction layer (MTP), checked by the next step: a chain, no tree."""
+
+    num_speculative_tokens: int = Field(
+        gt=0,
+        description="drafts per sequence and step: vLLM's num_speculative_tokens, SGLang's --speculative-num-steps with"
+        " --speculative-eagle-topk 1",
+    )
+    accept_length: float | None = Field(
+        None,
+        description="mean tokens per sequence and step, the model's own among them: SGLang's accept len, vLLM's mean"
+        " acceptance length; every draft is then as likely after an accepted one",
+    )
+    acceptance_rates: tuple[float, ...] | None = Field(
+        None, description="part of the steps in which each draft was accepted: vLLM's per-position acceptance rate"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        drafts, length, rates = self.num_speculative_tokens, self.accept_length, self.acceptance_rates
+        if (length is None) == (rates is None):
+            raise ValueError("give either accept_length or acceptance_rates")
+        if length is not None and not 1 <= length <= 1 + drafts:
+            raise ValueError(
+                f"accept_length ({length:g}) is outside 1..{1 + drafts} (1 + num_speculative_tokens): it counts the"
+                " model's own token of each step, too"
+            )
+        if rates is not None:
+            if len(rates) != drafts:
+                raise ValueError(
+                    f"acceptance_rates has {len(rates)} entries for num_speculative_tokens ({drafts}); give one each"
+                )
+            if not all(0 <= rate <= 1 for rate in rates) or any(b > a for a, b in pairwise(rates)):
+                raise ValueError(
+                    f"acceptance_rates {list(rates)} must lie within 0..1 and not rise: a draft is accepted only after"
+                    " those before it"
+                )
+        return self
+
+
 class EngineSpec(Spec):
     """One engine instance. Limits are per attention data-parallel group, as engines set them."""
 
@@ -136,6 +178,29 @@ class EngineSpec(Spec):
     )
     launches_per_layer: int = Field(0, ge=0, description="times the profile's launch latency: host overhead")
     step_overhead: Seconds = Field("0 s", description="of the host between steps: scheduling, sampling")  # type: ignore[assignment]
+    speculative: SpeculativeSpec | None = Field(None, description="left out: one token per sequence and step")
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Of a decoding sequence in one step: its newest token and the drafts after it."""
+        return 1 + (self.speculative.num_speculative_tokens if self.speculative is not None else 0)
+
+    @model_validator(mode="after")
+    def _drafts_fit(self) -> Self:
+        if self.speculative is None:
+            return self
+        if self.pp > 1:
+            raise ValueError(
+                f"pp ({self.pp}) and speculative cannot be simulated together yet; leave one of them out"
+            )
+        most = self.max_num_seqs * self.tokens_per_sequence
+        if most > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is less than the {most} tokens of max_num_seqs"
+                f" ({self.max_num_seqs}) sequences with speculative.num_speculative_tokens"
+                f" ({self.tokens_per_sequence - 1}) drafts each; raise the one or lower the others"
+            )
+        return self
 
     @property
     def group_ranks(self) -> int:
@@ -159,6 +224,15 @@ class PrefillPoolSpec(Spec):
     link: BytesPerSecond | None = Field(
         None, description="KV cache out of one rank; left out: the accelerator's NIC bandwidth"
     )
+
+    @model_validator(mode="after")
+    def _one_draft(self) -> Self:
+        if self.engine.speculative is not None:
+            raise ValueError(
+                "engine.speculative: both pools hold the prediction layer of serving.engine.speculative; give it there"
+                " alone"
+            )
+        return self
 
 
 class ExpertLoadSpec(Spec):

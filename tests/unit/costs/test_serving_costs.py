@@ -10,6 +10,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, Source, load_profile
 from moeplan.costs.attention import AttentionCosts
 from moeplan.costs.dense import DenseCosts
+from moeplan.costs.elementwise import PassCosts
 from moeplan.costs.fixed import fixed_costs
 from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room, kv_transfer_s, ranks_that_hold
 from moeplan.costs.serving import Batch, ServingCosts, grid, stairs
@@ -253,3 +254,66 @@ def test_caches_go_to_the_host_and_back_as_copies_were_measured() -> None:
     assert bus is not None
     assert plain.swap_s(3e9, True) == plain.swap_s(3e9, False) == pytest.approx(3e9 / bus)
     assert plain.extrapolated == {"caches to the host", "caches from the host"}
+
+
+# ---------------------------------------------------------------------- drafts
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_a_step_with_drafts_by_hand(drafts: int) -> None:
+    """Of more tokens through all layers, then one layer over them all, then over one token of each sequence."""
+    batch, context, queries = 256.0, 4096, 1 + drafts  # so many that the head does not only read its weights
+    how = Technique(dispatch="per_expert", draft_tokens=drafts)
+    found = ServingCosts(MODEL, CLUSTER, WORK, how, None, 8192, 256, 8192)
+    every = np.full(RANKS, batch)
+    step = Batch(every, every * (context - 1), np.full(RANKS, -1.0), every * queries, False)
+
+    def pass_s(tokens: int, kernel_s: float, layers: int) -> float:
+        work = WORK.model_copy(update={"phase": "decode", "batch_per_rank": tokens, "context": context})
+        model = StepModel(MODEL, CLUSTER, work, how, None)
+        cost, fixed = model.step(PLACE, LOAD), model.fixed
+        more = kernel_s - fixed.kernel_s  # the step model has as many sequences as tokens
+        if layers == 1:
+            head = StepModel(MODEL, CLUSTER, work.model_copy(update={"batch_per_rank": 256}), how).fixed.head
+            return float(cost.layer_s_L.mean()) + more + fixed.draft.total_s + head.total_s
+        return cost.total_s + more * MODEL.num_layers
+
+    device, dense = CLUSTER.accelerator, DenseCosts(CLUSTER.accelerator, "fp8")
+    assert MODEL.attention is not None
+    kernel = AttentionCosts(MODEL.attention, MODEL.hidden_size, device, True, dense)
+    one_s, checked_s = (float(kernel.work(np.array([batch]), np.array([4096.0]), q)[0]) for q in (1, queries))
+    tokens = int(batch) * queries
+    wanted = pass_s(tokens, checked_s, 61) + pass_s(tokens, checked_s, 1)
+    wanted += (drafts - 1) * pass_s(int(batch), one_s, 1)
+    assert found.step(step, PLACE, LOAD).total_s == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_draft_takes_embedding_projection_and_the_whole_head() -> None:
+    work = WORK.model_copy(update={"phase": "decode", "batch_per_rank": 64})
+    passes, dense = PassCosts(CLUSTER.accelerator, "bf16", 7168, 256, 8), DenseCosts(CLUSTER.accelerator, "fp8")
+    parts = (dense.product(64, 7168, 14336), passes.seconds("embedding", 64))
+    by_hand = sum(part.total for part in parts) + 2 * passes.seconds("norm", 64).total
+    found = fixed_costs(MODEL, CLUSTER, work, 64, None, Technique(draft_tokens=1))
+    assert found.draft.total_s == pytest.approx(by_hand)
+    assert found.head.total_s == pytest.approx(dense.product(64, 129280, 7168).total)
+
+
+def test_checking_drafts_is_said_to_go_beyond_measurements() -> None:
+    for profile in (PROFILE, None):
+        how = Technique(dispatch="per_expert", draft_tokens=1)
+        found = ServingCosts(MODEL, CLUSTER, WORK, how, profile, 64, 32, 4096)
+        found.step(decode(RANKS, 16.0, 2048), PLACE, LOAD)
+        assert ("attention of drafts that are checked" in found.extrapolated) == (profile is not None)
+
+
+def test_a_prediction_layer_has_its_weights_and_cache() -> None:
+    """DeepSeek-V3's has 11.5 G parameters of its own (README_WEIGHTS.md), without embedding and head."""
+    more = MODEL.with_prediction_layer()
+    assert more.total_parameters - MODEL.total_parameters == pytest.approx(11.5e9, rel=0.01)
+    assert kv_bytes_per_token(more, EngineSpec(), 4096) == 62 * 576 * 2
+    slots = np.full(RANKS, 8)
+    plain, drafting = (kv_room(model, CLUSTER, WORK, EngineSpec(), slots) for model in (MODEL, more))
+    assert drafting.expert_bytes - plain.expert_bytes == 8 * 3 * 7168 * 2048
+    assert plain.tokens is not None
+    assert drafting.tokens is not None
+    assert drafting.tokens < plain.tokens

@@ -101,7 +101,7 @@ def test_groups_of_a_service_wait_for_their_slowest_rank_and_link() -> None:
     groups = {}
     for name, cluster in (("plain", BOXES), ("slow", _slow(speed=0.5)), ("narrow", _slow(link_speed=0.5))):
         costs = ServingCosts(LITE, cluster, WORK, how, None, 1024, 512, 2048)
-        _, (parts,), other_R, _ = costs.batches(batch, PLACE, EVEN)
+        _, (parts,), other_R, _ = costs.batches(costs.passes(batch)[0], PLACE, EVEN)
         groups[name] = np.stack([parts.attention_s_R, parts.shared_s_R, other_R])[:, ::4]
         took = costs.step(batch, PLACE, EVEN)
         inside = 26 * (parts.attention_s_R.max() + parts.shared_s_R.max() + parts.expert_s_LR.max()) + other_R.max()

@@ -45,17 +45,23 @@ def _command(tmp_path: Path, document: dict[str, Any], fidelity: str) -> tuple[d
     return {name: line["value"] for name, line in lines.items()}, EventLog.read(out / "events.parquet")
 
 
-@pytest.mark.parametrize("overlap", ["none", "shared_expert"])
-def test_serving_agrees_within_two_per_cent(tmp_path: Path, overlap: str) -> None:
+@pytest.mark.parametrize(("overlap", "drafts"), [("none", 0), ("shared_expert", 0), ("none", 2)])
+def test_serving_agrees_within_two_per_cent(tmp_path: Path, overlap: str, drafts: int) -> None:
     document = json.loads(json.dumps(SERVING))
     document["serving"]["engine"]["overlap"] = overlap
+    if drafts:
+        speculative = {"num_speculative_tokens": drafts, "accept_length": 1.5}
+        document["serving"]["engine"] |= {"speculative": speculative, "max_num_seqs": 64}
     whole, log = _command(tmp_path, document, "step")
     played, inside = _command(tmp_path, document, "detailed")
     for name in ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "e2e_p50_s", "output_tokens_per_s", "exchange_share"):
         assert played[name] == pytest.approx(whole[name], rel=0.02), name
-    # Every rank computes the experts of all 26 MoE layers in every step; the step mode looks into one step's first 3.
-    steps = int(inside.of_kind("step").sum())
-    assert inside.of_kind("experts").sum() == steps * 26 * 4
+    # Every rank computes the experts of all 26 MoE layers in every step, and of the prediction layer for drafts; the
+    # step mode looks into one step's first 3.
+    steps, mine = int(inside.of_kind("step").sum()), inside.of_kind("experts")
+    assert (mine & (inside.layer_V < 26)).sum() == steps * 26 * 4
+    passes = (mine & (inside.layer_V == 26)).sum() / 4
+    assert passes == 0 if not drafts else steps <= passes <= steps * drafts
     assert log.of_kind("experts").sum() == 3 * 4
     assert len(np.unique(log.step_V[log.of_kind("experts")])) == 1
     for each in (log, inside):  # what happens inside a step happens between its ends

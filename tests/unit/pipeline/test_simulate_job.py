@@ -144,6 +144,37 @@ def test_disaggregation_and_stages_run() -> None:
     assert stages.counts["finished"] == 40
 
 
+def test_drafts_bring_more_tokens_a_step_from_longer_steps() -> None:
+    def served(drafts: int, accept_length: float = 1.0, **more: Any) -> SimulationResult:
+        speculative = {"num_speculative_tokens": drafts, "accept_length": accept_length} if drafts else None
+        return simulate(scenario({"engine": {"speculative": speculative}} | more), seeds=1).result
+
+    plain, refused, accepted = served(0), served(1), served(1, 2.0)
+    assert "accept_length" not in plain.headlines
+    tpot = [each.headlines["tpot_p50_s"].value for each in (accepted, plain, refused)]
+    assert tpot == sorted(tpot)
+    assert refused.headlines["accept_length"].value == 1.0
+    assert 1.8 < accepted.headlines["accept_length"].value <= 2.0  # 19 tokens after the first: the last step is cut
+    assert all(each.counts["output_tokens"] == 40 * 20 for each in (plain, refused, accepted))
+    # Some sequence may always have its drafts accepted: half of a step per token can be kept, a tenth of it never.
+    least = refused.distributions["tpot"][0]
+    assert served(1, slo={"tpot": f"{0.7e3 * least:.6f} ms"}).headlines["slo_attainment"].value == 0.0
+    with pytest.raises(SpecError, match=r"slo.tpot .* no load meets it"):
+        served(1, slo={"tpot": f"{0.1e3 * least:.6f} ms"})
+
+
+def test_both_pools_hold_the_prediction_layer() -> None:
+    drafts = {"speculative": {"num_speculative_tokens": 1, "accept_length": 1.7}}
+    split = {"prefill": {"ranks": 4}, "engine": {"max_num_seqs": 16} | drafts}
+    found = simulate(scenario(split), seeds=1).result
+    assert found.counts["kv_transferred_bytes"] == 40 * 200 * (28 * 576 * 2)  # over 27 layers and the prediction layer
+    assert found.headlines["accept_length"].value > 1.5
+    other = simulate(scenario(split, seed=1), seeds=1).result
+    assert other.headlines["accept_length"].value != found.headlines["accept_length"].value
+    plain, drafting = (build_service(scenario({**split, "engine": e}), 0) for e in ({}, drafts))
+    assert all(a.capacity_tokens > b.capacity_tokens for a, b in zip(plain.pools, drafting.pools, strict=True))
+
+
 def test_experts_split_over_all_ranks_are_always_in_balance() -> None:
     def served(tp: int, expert_tp: int, fidelity: str = "step") -> SimulationResult:
         engine = {"engine": {"tp": tp, "expert_tp": expert_tp}}

@@ -7,12 +7,14 @@ import pytest
 from service_pools import plain_pool, serve
 
 from moeplan.artifacts.request_trace import RequestTrace
+from moeplan.simulation.acceptance import Acceptance
 from moeplan.simulation.oracles import PlainCosts, token_by_token
 from moeplan.simulation.recursion import first_come_first_served
 
 
+@pytest.mark.parametrize("drafts", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(25))
-def test_equals_token_by_token(seed: int) -> None:
+def test_equals_token_by_token(seed: int, drafts: int) -> None:
     rng = np.random.default_rng(seed)
     groups, count = int(rng.integers(1, 4)), 30
     engine = {
@@ -20,6 +22,9 @@ def test_equals_token_by_token(seed: int) -> None:
         "max_num_batched_tokens": int(rng.integers(8, 40)),
         "block_size": int(rng.choice([1, 4, 8])),
     }
+    rates = tuple(np.sort(rng.random(drafts))[::-1].tolist())
+    speculative = {"num_speculative_tokens": drafts, "acceptance_rates": rates} if drafts else None
+    engine |= {"speculative": speculative, "max_num_batched_tokens": engine["max_num_batched_tokens"] * (1 + drafts)}
     inputs, outputs = rng.integers(1, 60, count), rng.integers(1, 30, count)
     blocks = int(rng.integers(90, 200)) // engine["block_size"] + 1  # the longest fits; several do not
     arrival_ns = np.sort(rng.integers(0, 3_000_000, count)) // 1000 * 1000
@@ -33,6 +38,7 @@ def test_equals_token_by_token(seed: int) -> None:
     wanted = token_by_token(
         list(zip(arrival_ns.tolist(), inputs.tolist(), outputs.tolist(), strict=True)),
         pool.engine, groups, blocks, step_ns,
+        Acceptance(pool.engine.speculative, 0, int(outputs.max())) if pool.engine.speculative else None,
     )  # fmt: skip
     assert [(r.first_ns, r.finish_ns) for r in served.requests] == wanted
     stats = served.instances[0].stats
