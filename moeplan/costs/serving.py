@@ -6,7 +6,8 @@ hold different batches takes, with ``m`` the tokens of the busiest group and ``n
 
 - attention and token-wise parts of the group that takes longest: projections, router, norms at its tokens; one decode
   kernel over its sequences at their mean context; one prefill kernel over its chunks (:meth:`AttentionCosts.kernel`);
-- shared experts, dense layers and head at ``m``;
+- shared experts, dense layers and head of each group at its tokens: what they add at the group that takes longest for
+  all it does between two exchanges (:func:`moeplan.costs.work.in_turn`);
 - experts of each layer at its busiest rank, and the exchange: the slower of what the busiest rank receives under the
   placement at ``n``, and what the fullest group sends, which is a balanced exchange at ``m``;
 - combined layer by layer as the overlap mode says (:func:`moeplan.costs.step.combine`);
@@ -27,7 +28,7 @@ step.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -47,7 +48,7 @@ from moeplan.costs.kv_cache import SwapCosts
 from moeplan.costs.step import BatchParts, StepModel, combine
 from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique
-from moeplan.costs.work import Work, link_speeds, speeds
+from moeplan.costs.work import Work, in_turn, link_speeds, speeds
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, ModelSpec, dense_beside
 from moeplan.specs.workload import Phase, Workload
@@ -55,7 +56,7 @@ from moeplan.specs.workload import Phase, Workload
 __all__ = ["Batch", "MoeTable", "Pass", "ServingCosts", "StepSeconds", "grid", "joined", "stairs"]
 
 Floats = NDArray[np.float64]
-_SENT = "transfers between stages"
+_SENT, _GATHERED = "transfers between stages", "gathers between stages"
 _CHUNKS = "context parallelism of prompts"
 _CHECKED = "attention of drafts that are checked"
 _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
@@ -150,6 +151,17 @@ class _Curve:
         return i, (value - points[i]) / (points[i + 1] - points[i])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Onward:
+    """What stages of a pipeline send on, all the way, at each number of tokens per rank ``[B]``: its parts by name,
+    seconds of all, seconds that all take longer at half the links' speed, relative error of all."""
+
+    parts_B: list[dict[str, Seconds]]
+    seconds_B: Floats
+    late_B: Floats
+    error_B: Floats
+
+
 @dataclass(slots=True, eq=False)
 class MoeTable:
     """Experts and exchange of one placement under one load in one phase, filled as grid points are touched."""
@@ -207,17 +219,26 @@ class ServingCosts:
         self.part_errors: dict[str, float] = {}
         self._nothing_L = np.zeros(model.num_moe_layers)
         self._attention(max_seqs, max_context)
-        self._sent = None if stages is None else self._between(stages)
+        self._met_sent: set[int] = set()  # points of what is sent on whose sources, marks and errors are noted
+        self._onward = None if stages is None else self._between(stages)
 
-    def _between(self, stages: ClusterSpec) -> Seconds:
-        """From stage to stage, all the way, at each number of tokens per rank."""
+    def _between(self, stages: ClusterSpec) -> _Onward:
+        """A slow link holds up the hop that comes in over it and the one that goes on."""
         links, ranks = CollectiveCosts(stages, self.profile, self.technique.backend), self.cluster.num_ranks
-        size = self._busy.points * 2 * self.model.hidden_size * DTYPE_BYTES["bf16"]
-        sent = links.seconds("p2p", 2, size, ranks)
-        gathered = links.seconds("all_gather", self.technique.tp, size * self.technique.tp)
-        hops = stages.num_ranks // ranks - 1
-        error = max(sent.relative_error, gathered.relative_error)
-        return Seconds(hops * (sent.value + gathered.value), error, sent.source, sent.extrapolated)
+        tp, hops = self.technique.tp, stages.num_ranks // ranks - 1
+        parts_B, rows_B3 = [], []
+        for tokens in self._busy.points.tolist():
+            size = tokens * 2 * self.model.hidden_size * DTYPE_BYTES["bf16"]
+            parts = {_SENT: links.seconds("p2p", 2, size, ranks)}
+            late_s = 2 * Work.of(parts.values()).wire_s
+            if tp > 1:
+                parts[_GATHERED] = gathered = links.seconds("all_gather", tp, size * tp)
+                late_s += Work.of([gathered]).wire_s
+            seconds = sum(part.total for part in parts.values())
+            error = sum(part.total * part.relative_error for part in parts.values()) / seconds
+            parts_B.append(parts)
+            rows_B3.append((hops * seconds, hops * late_s, error))
+        return _Onward(parts_B, *np.array(rows_B3).T)
 
     def _attention(self, max_seqs: int, max_context: int) -> None:
         model, how = self.model, self.technique
@@ -323,7 +344,7 @@ class ServingCosts:
 
     def clear(self) -> None:
         """Drop all tables of placements, and what the answers so far rested on; what depends on neither stays."""
-        for kept in (self._tables, self.source, self.extrapolated, self.part_errors):
+        for kept in (self._tables, self.source, self.extrapolated, self.part_errors, self._met_sent):
             kept.clear()
 
     def _fill(self, table: MoeTable, b: int) -> None:
@@ -337,9 +358,9 @@ class ServingCosts:
         table.filled_B[b] = True
         self.source |= dict(cost.source)
         self.extrapolated |= set(cost.extrapolated)
-        errors = dict(model.part_errors)
-        if self._sent is not None:
-            self.source[_SENT], errors[_SENT] = self._sent.source, self._sent.relative_error
+        self._met(model.part_errors)
+
+    def _met(self, errors: Mapping[str, float]) -> None:
         for name, error in errors.items():
             self.part_errors[name] = max(error, self.part_errors.get(name, 0.0))
 
@@ -411,18 +432,36 @@ class ServingCosts:
         i, v = self._busy.place(float((tokens_D / self._link_D).max()) * share)
         sent_s = float(row_at(self._fixed_rows(table.phase)[1], i, v))
         exchange_L = np.maximum(row_at(table.exchange_BL, b, w), sent_s)
-        attention, shared, other = group_D3.max(0).tolist()
+        attention, shared, other = in_turn(group_D3).tolist()
         part = 1 / L if each.drafting else 1.0  # of the layers: one as they are in the mean
         alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum()) * part
         layers = float(combine(how.overlap, attention, shared, exchange_L, expert_L).sum()) * part
         busy_D = (group_D3[:, 0] + group_D3[:, 1]) * (L * part / share) + group_D3[:, 2]
         busy_R = busy_D if self._group_ranks == 1 else np.repeat(busy_D, self._group_ranks)
         busy_R = np.minimum(busy_R + row_at(table.expert_BR, b, w) * (part / share), alone + other)
-        sent = 0.0
-        if self._sent is not None:
-            sent = float(row_at(self._sent.value, *self._busy.place(float(tokens_D.max()))))
+        sent, sent_error = self._sent_on(tokens_D)
         total_s, exposed_s = layers + other + sent, layers - alone + sent
-        return StepSeconds(total_s, float(row_at(table.error_B, b, w)), exposed_s, busy_R)
+        error = float(row_at(table.error_B, b, w))
+        return StepSeconds(total_s, error + (sent_error - error) * sent / total_s, exposed_s, busy_R)
+
+    def _sent_on(self, tokens_D: Floats) -> tuple[float, float]:
+        """Seconds that the stages take to send a step on, at the group that takes longest, and their relative error."""
+        if (on := self._onward) is None:
+            return 0.0, 0.0
+        taken_D = tokens_D
+        if (late_D := 1 / self._link_D - 1).any():
+            of_D = [np.interp(tokens_D, self._busy.points, rows_B) for rows_B in (on.seconds_B, on.late_B)]
+            taken_D = of_D[0] + late_D * of_D[1]
+        d = int(taken_D.argmax())
+        b, w = self._busy.place(float(tokens_D[d]))
+        for point in {b, b + (w > 0)} - self._met_sent:
+            self._met_sent.add(point)
+            parts = on.parts_B[point]
+            self.source |= {name: part.source for name, part in parts.items()}
+            self.extrapolated |= {name for name, part in parts.items() if part.extrapolated}
+            self._met({name: part.relative_error for name, part in parts.items()})
+        seconds = row_at(on.seconds_B, b, w) + late_D[d] * row_at(on.late_B, b, w)
+        return float(seconds), float(row_at(on.error_B, b, w))
 
     def _groups(self, each: Pass, share: float) -> tuple[Floats, float, Floats]:
         """Tokens on each rank of a group ``[D]``, their mean over live ranks, and seconds of each group ``[D, 3]``

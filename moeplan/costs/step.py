@@ -10,7 +10,9 @@ experts of the busiest rank:
 - ``two_batch``: two half batches, one computing while the other exchanges: max(2 (a + s + e)', 2 x') with the
   halves' times; ``shortcut`` (ScMoE, arXiv 2404.05019): max(a + s, x + e).
 
-``a`` and ``s`` are those of the slowest live rank: all wait for it (:mod:`moeplan.costs.work`).
+``a`` is that of the slowest live rank, ``s`` what the shared expert adds to it on the rank that takes longest for both:
+all wait for it when they exchange (:mod:`moeplan.costs.work`). Dense layers, embedding and head come before the first
+MoE layer, as they do where steps are played.
 
 ``L`` MoE layers, ``P`` slots, ``E`` experts, ``R`` ranks, ``N`` nodes, ``T`` tokens over all ranks.
 """
@@ -38,7 +40,7 @@ from moeplan.costs.roofline import returned_bytes, token_bytes
 from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Overlap, Technique
 from moeplan.costs.traffic import Traffic
-from moeplan.costs.work import link_speeds, speeds
+from moeplan.costs.work import in_turn, link_speeds, speeds
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
@@ -58,7 +60,7 @@ class StepCost:
 
     ``layer_s_L`` MoE layers at their busiest rank; ``expert_s_LR`` experts by rank; ``exchange_s_L``;
     ``node_bytes_LN`` into each node from others and ``rank_bytes_LR`` into each rank, dispatch and combine;
-    ``attention_s`` and ``shared_s`` of one layer, ``other_s`` dense layers, embedding and head, all at the pace of the
+    ``attention_s`` and ``shared_s`` of one layer, ``other_s`` dense layers, embedding and head: what each adds at the
     slowest rank; ``low_s`` and ``high_s`` bound ``total_s`` by the residuals.
     """
 
@@ -113,7 +115,7 @@ class LayerState:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
     """Everything a layer needs at one batch size. ``attention_R`` and ``shared_R`` of a layer and ``other_R`` of the
-    step: seconds of ``fixed`` on each rank; ``_s``: on the slowest live one."""
+    step: seconds of ``fixed`` on each rank; ``_s``: what they add on the slowest live one."""
 
     tokens: float
     experts: ExpertCosts
@@ -207,10 +209,10 @@ class StepModel:
         fixed = fixed_costs(model, cluster, work, batch, self.profile, how)
         # Ranks that split attention keep the pace of their slowest, all layers that of the slowest group.
         pace_R, wire_R = (each_R.reshape(-1, how.tp).min(1).repeat(how.tp) for each_R in (self.speed_R, self.link_R))
-        attention_R, shared_R, other_R = on_R = [
+        on_R = attention_R, shared_R, other_R = [
             work.at(pace_R, wire_R) for work in (fixed.layer, fixed.shared, fixed.other)
         ]
-        attention_s, shared_s, other_s = (float(each_R[self.live].max()) for each_R in on_R)
+        attention_s, shared_s, other_s = in_turn(np.stack(on_R, 1)[self.live]).tolist()
         bins = np.arange(_BINS + 1) * (mean * _REACH / _BINS)
         curve = experts.expected_s(bins)
         scale = _BINS / (mean * _REACH)

@@ -30,7 +30,7 @@ from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique, expert_groups
 from moeplan.costs.training_layers import BothWays, TrainingLayers
 from moeplan.costs.training_state import TrainingState
-from moeplan.costs.work import Work
+from moeplan.costs.work import Work, in_turn, link_speeds, speeds
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
@@ -142,8 +142,9 @@ class TrainingCosts:
     """One model under one training specification: what each layer takes and weighs.
 
     ``placement`` and ``load_WLE`` are of one expert-parallel group of ``spec.ep`` ranks, each of which stands for the
-    ``spec.expert_tp`` neighbours that split its experts. Seconds are those of the slowest rank and link, for which all
-    others wait (:mod:`moeplan.costs.work`).
+    ``spec.expert_tp`` neighbours that split its experts. Seconds are those of the slowest, for which all others wait
+    (:mod:`moeplan.costs.work`): of what ranks of ``tp`` and ``cp`` do together the slowest such group anywhere in the
+    job, of experts and exchanges the slowest rank and link (:func:`expert_group`).
 
     Raises:
         InputError, SpecError: degrees, cluster, placement and load do not fit each other.
@@ -177,6 +178,8 @@ class TrainingCosts:
         self.groups = expert_groups(model, group, spec.expert_tp, "training.expert_tp")  # as a placement sees it
         step = self.step = StepModel(model, group, work, how, profile)
         self.speeds = float(step.speed_R.min()), float(step.link_R.min())
+        paces_2R = np.stack([speeds(cluster), link_speeds(cluster)])
+        self._paces_2G = np.unique(paces_2R.reshape(2, -1, spec.tp * spec.cp).min(2), axis=1)
         self.links = CollectiveCosts(cluster, profile)
         chip = cluster.accelerator
         self._layers = TrainingLayers(
@@ -203,17 +206,28 @@ class TrainingCosts:
         """Backward of routed experts over their forward, which is computed again under full recomputation."""
         return self._layers.experts_back
 
-    @cached_property
-    def attention_s(self) -> tuple[float, float]:
-        """Forward and backward of a MoE layer without its experts and exchanges; gradients of all its weights are added
-        up in backward."""
-        dense, experts = self._state.layer_parameters[1], self._state.slots * self._state.slot_parameters
-        return (self._layers.attention + self._layers.added(dense + experts)).at(*self.speeds)
+    def _on_groups(self, part: BothWays) -> Floats:
+        """Seconds ``[2, G]``, forward and backward, on each sort of group of ranks that split sequences and layers."""
+        return np.array(part.at(*self._paces_2G))
 
     @cached_property
-    def shared_s(self) -> tuple[float, float]:
-        """Forward and backward of its shared experts."""
-        return self._layers.shared.at(*self.speeds)
+    def _moe(self) -> Floats:
+        """``[forward and backward, attention and shared experts]`` of a MoE layer; gradients of all its weights are
+        added up in backward."""
+        dense, experts = self._state.layer_parameters[1], self._state.slots * self._state.slot_parameters
+        attention = self._layers.attention + self._layers.added(dense + experts)
+        parts_22G = np.stack([self._on_groups(attention), self._on_groups(self._layers.shared)], 1)
+        return np.stack([in_turn(parts_2G.T) for parts_2G in parts_22G])
+
+    @property
+    def attention_s(self) -> Floats:
+        """Forward and backward of a MoE layer without its experts and exchanges."""
+        return self._moe[:, 0]
+
+    @property
+    def shared_s(self) -> Floats:
+        """What its shared experts add to them."""
+        return self._moe[:, 1]
 
     # ------------------------------------------------------------------ layers and chunks
 
@@ -250,7 +264,7 @@ class TrainingCosts:
         """Seconds ``[K, 3, W]`` of layers of ``kinds`` (MoE or not) with loads of ``rows``: forward, backward, exchange
         of one direction."""
         spec, layers = self.spec, self._layers
-        attention, shared = np.array(self.attention_s), np.array(self.shared_s)
+        attention, shared = self.attention_s, self.shared_s
         expert_WL = np.stack([batch.expert_s_LR.max(1) for batch in self.batches_W])
         exchange_WL = np.stack([batch.exchange_s_L for batch in self.batches_W])
         back_WL = self.experts_back * expert_WL + (exchange_WL if spec.recompute == "full" else 0.0)
@@ -261,7 +275,8 @@ class TrainingCosts:
         dense = layers.attention + layers.dense_block + layers.added(self._state.layer_parameters[0])
 
         def column(part: BothWays) -> Floats:
-            return np.array(part.at(*self.speeds))[:, None]
+            slowest: Floats = self._on_groups(part).max(1, keepdims=True)
+            return slowest
 
         answer = moe_3WL[:, :, rows].transpose(2, 0, 1)
         plain = ~np.array(kinds)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
@@ -53,7 +54,7 @@ class BothWays:
     def __add__(self, other: BothWays) -> BothWays:
         return BothWays(self.forward + other.forward, self.backward + other.backward)
 
-    def at(self, speed: float, link_speed: float) -> tuple[float, float]:
+    def at(self, speed: Any, link_speed: Any) -> tuple[Any, Any]:
         """Seconds of both (:meth:`moeplan.costs.work.Work.at`)."""
         return self.forward.at(speed, link_speed), self.backward.at(speed, link_speed)
 

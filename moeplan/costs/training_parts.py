@@ -53,7 +53,8 @@ def chunk_parts(costs: TrainingCosts, chunk: Chunk, window: int, backward: bool)
     more_s = backward * (costs.shared_s[1] - costs.shared_s[0])
     parts = replace(
         whole,
-        attention_s_R=np.full_like(whole.attention_s_R, costs.attention_s[backward] + more_s),
+        attention_s_R=np.full_like(whole.attention_s_R, costs.attention_s[int(backward)] + more_s),
+        shared_s_R=np.full_like(whole.shared_s_R, costs.shared_s[0]),
         expert_s_LR=factor * whole.expert_s_LR[rows],
         exchange_s_L=whole.exchange_s_L[rows],
         gather_s_L=whole.gather_s_L[rows],

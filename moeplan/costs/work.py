@@ -2,13 +2,17 @@
 
 - What a rank computes takes ``1 / speed`` of it. Whoever works together waits for the slowest: ranks of a collective
   for each other, and in every layer all ranks, since all exchange with all.
+- Parts that a group does one after the other without waiting for another group take what the slowest group needs for
+  all of them (:func:`in_turn`), not each what its own slowest does.
 - Of a collective the bytes take ``1 / link_speed`` at the slowest link of the group: each rank of a ring passes on all
   of them, and each NIC of a node carries one channel of the ring. What it takes besides stays: launches are the
   host's, hops the network's. So do its reductions: they move three bytes of memory for one of a link, and an H100
   moves six in that time, so they would only show below half its speed.
 - Dispatch and combine are costed by copies (:mod:`moeplan.costs.exchange`): those of a rank take ``1 / link_speed``,
   those of a node go over all its NICs, at their mean; the fixed part stays.
-- A cache that leaves for another pool takes ``1 / link_speed`` at the slowest rank of its group.
+- What pipeline stages send on takes ``1 / link_speed`` where it comes in over a slow link and where it goes on over it.
+- A cache that goes to another pool takes ``1 / link_speed`` at the slowest rank of the group that it leaves, or that it
+  comes to.
 - Inside a rank, and between it and its host, ``link_speed`` means nothing.
 """
 
@@ -24,7 +28,7 @@ from numpy.typing import NDArray
 from moeplan.costs.tables import Seconds
 from moeplan.specs.cluster import ClusterSpec
 
-__all__ = ["Work", "link_speeds", "speeds"]
+__all__ = ["Work", "in_turn", "link_speeds", "speeds"]
 
 
 def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
@@ -35,6 +39,14 @@ def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
 def link_speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
     """Part of the links' usual bandwidth that each rank has."""
     return np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)], dtype=np.float64)
+
+
+def in_turn(seconds_GP: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What each of ``P`` parts adds to the time of the slowest of ``G`` groups that do them in this order and wait for
+    each other after the last: together the largest sum of a group."""
+    added_P: NDArray[np.float64] = seconds_GP.cumsum(1).max(0)
+    added_P[1:] -= added_P[:-1].copy()
+    return added_P
 
 
 @dataclass(frozen=True, slots=True)

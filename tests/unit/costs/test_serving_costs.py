@@ -104,6 +104,61 @@ def test_stages_send_on_hidden_states_and_residuals() -> None:
     assert "transfers between stages" in piped.source
 
 
+LITE = find_model("deepseek-v2-lite")  # 4 KiB of a hidden state and 4 KiB of residual a token
+BOX = cluster_for("h100", 1, 8)
+LITE_PLACE = Placement(
+    np.tile(np.arange(64, dtype=np.int32), (26, 1)), np.repeat(np.arange(8, dtype=np.int32), 8), 64, 8, 8
+)
+
+
+def _lite(stages: int, slow: float = 1.0) -> ServingCosts:
+    """Stages of a box each, in groups of two ranks; transfers are measured to 1 MiB, gathers to 64 MiB, both with a
+    start of 100 us and then 10 GB/s. ``slow``: speed of the links of rank 3."""
+    ops = {("p2p", 2): 2**20, ("all_gather", 1): 2**26}
+    rows = [
+        {"op": op, "dtype": "bf16", "ranks": 2, "nodes": nodes, "message_size_bytes": size, "backend": "nccl",
+         "kernel": "NCCL", "source": op, "latency_us": 100 + size / 1e4}
+        for (op, nodes), most in ops.items()
+        for size in 2 ** np.arange(8, 27) if size <= most
+    ]  # fmt: skip
+    meta = ProfileMeta(name="toy", accelerator="toy", date="2026-11-30", command="none", sources={})
+    profile = HardwareProfile(meta, {"collectives": pa.Table.from_pylist(rows)})
+    one = BOX.model_copy(update={"ranks": {3: RankSpec(link_speed=slow)}})
+    whole = BOX.model_copy(update={"num_nodes": stages}) if stages > 1 else None
+    how = Technique(dispatch="per_node", tp=2)
+    return ServingCosts(LITE, one, Workload(), how, profile, 2048, 256, 2048, whole)
+
+
+@pytest.mark.parametrize(("tokens", "beyond"), [(64, False), (256, True)])
+def test_what_stages_send_on_says_where_it_is_from_and_how_sure(tokens: int, beyond: bool) -> None:
+    even, batch = np.ones((26, 64)), decode(4, 2.0 * tokens, 1024.0)
+    found = _lite(3)
+    found.step(decode(4, 2.0 * (320 - tokens), 1024.0), LITE_PLACE, even)
+    found.clear()  # another run rests on what it asks for itself
+    step, alone = found.step(batch, LITE_PLACE, even), _lite(1).step(batch, LITE_PLACE, even)
+    names = ("transfers between stages", "gathers between stages")
+    told = [found.source[name].partition(":")[0] for name in names]
+    assert told == ["extrapolated" if beyond else "measured", "measured"]
+    assert [name in found.extrapolated for name in names] == [beyond, False]
+    # Two hops, and a gather of twice as much after each, whose seconds weigh what they miss by.
+    by_hand = 2 * np.array([1e-4 + tokens * 8192 / 1e10, 1e-4 + tokens * 16384 / 1e10])
+    assert step.total_s - alone.total_s == pytest.approx(by_hand.sum(), rel=0.15 if beyond else 0.02)
+    by_hand[0] += step.total_s - alone.total_s - by_hand.sum()
+    misses = alone.total_s * alone.relative_error + float(by_hand @ [found.part_errors[name] for name in names])
+    assert step.relative_error == pytest.approx(misses / step.total_s)
+    assert step.relative_error != pytest.approx(alone.relative_error, rel=0.01)
+
+
+def test_what_stages_send_on_waits_for_a_slow_link() -> None:
+    """It comes in over it and goes on over it, and is gathered over it once: of each the bytes take twice as long."""
+    even, batch = np.ones((26, 64)), decode(4, 128.0, 1024.0)
+    sent = [
+        np.subtract(*(_lite(stages, slow).step(batch, LITE_PLACE, even).total_s for stages in (3, 1)))
+        for slow in (1.0, 0.5)
+    ]
+    assert sent[1] - sent[0] == pytest.approx(2 * (2 * 64 * 8192 + 64 * 16384) / 1e10, rel=0.01)
+
+
 def test_few_tokens_hit_few_experts() -> None:
     found = costs()
     one = decode(RANKS, 0.0, 100.0)

@@ -16,6 +16,7 @@ from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.costs.training import TrainingCosts
 from moeplan.costs.work import Work
+from moeplan.simulation.detailed import simulate_step
 from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.models import find_model
@@ -113,6 +114,61 @@ def test_groups_of_a_service_wait_for_their_slowest_rank_and_link() -> None:
     for name, want in (("slow", 2 * plain[:, 1] - links_s), ("narrow", plain[:, 1] + wire_s)):
         np.testing.assert_allclose(groups[name][:, 1], want)
         np.testing.assert_allclose(groups[name][:, [0, 2, 3]], plain[:, [0, 2, 3]])
+
+
+SLOW, NARROW = {"speed": 0.5}, {"link_speed": 0.1}
+
+
+def _ranks(ranks: dict[int, dict[str, float]]) -> ClusterSpec:
+    return BOXES.model_copy(update={"ranks": {rank: RankSpec.model_validate(one) for rank, one in ranks.items()}})
+
+
+@pytest.mark.parametrize("overlap", ["none", "shared_expert", "two_batch", "shortcut"])
+def test_a_slow_rank_and_a_slow_link_of_two_groups_do_not_add_up(overlap: Any) -> None:
+    """The one takes longest for attention, the other for shared experts; between them nobody waits."""
+    how, work = Technique(tp=4, dispatch="per_node", overlap=overlap), WORK.model_copy(update={"batch_per_rank": 512})
+    model = StepModel(LITE, _ranks({0: SLOW, 5: NARROW}), work, how)
+    found = model.step(PLACE, EVEN)
+    parts, *twice = model.batches(PLACE, EVEN)
+    assert (parts.attention_s_R.argmax(), parts.shared_s_R.argmax()) == (0, 4)
+    a, x, e = parts.attention_s_R.max(), parts.exchange_s_L[0], parts.expert_s_LR[0].max()
+    both = (parts.attention_s_R + parts.shared_s_R).max()
+    want = {
+        "none": both + x + e, "shared_expert": max(both, a + x) + e, "two_batch": 2 * max(both + e, x),
+        "shortcut": max(both, x + e),
+    }  # fmt: skip
+    assert found.layer_s_L == pytest.approx(want[overlap])
+    assert model.layer(PLACE, EVEN, 3).layer_s == pytest.approx(found.layer_s_L[3])
+    # A service says the same of so many tokens on each rank, beside the exchange.
+    full = np.full(4, 2048.0)
+    batch = Batch(full, full * 1023, np.full(4, -1.0), full, False)
+    served = ServingCosts(LITE, model.cluster, work, how, None, 8192, 2048, 2048).step(batch, PLACE, EVEN)
+    beside = max(both, e) if overlap == "shortcut" else both + e
+    alone = 26 * (1 + len(twice)) * beside + found.other_s
+    assert served.total_s - served.exposed_s == pytest.approx(alone, rel=0.01 if twice else 1e-3)
+
+
+@pytest.mark.parametrize("tokens", [64, 512])
+def test_groups_hold_each_other_up_as_in_a_step_that_is_played(tokens: int) -> None:
+    """What a link at a tenth of its speed adds to an exchange is costed by its node's mean; all else is alike."""
+    how, work = Technique(tp=4, dispatch="per_node"), WORK.model_copy(update={"batch_per_rank": tokens})
+    apart = []
+    for ranks in ({5: NARROW}, {0: SLOW, 5: NARROW}, {0: SLOW, 1: NARROW}):
+        model = StepModel(LITE, _ranks(ranks), work, how)
+        apart.append(simulate_step(model, PLACE, EVEN).total_s - model.step(PLACE, EVEN).total_s)
+    assert apart == pytest.approx([apart[0]] * 3, rel=1e-3)
+
+
+def test_in_training_groups_of_a_sequence_take_what_the_slowest_takes_for_all_of_a_layer() -> None:
+    fields = {"tp": 2, "cp": 2}
+    slow, narrow, apart, same = (
+        np.add(costs.attention_s, costs.shared_s)
+        for costs in (_training(_ranks(r), **fields) for r in ({0: SLOW}, {5: NARROW}, {0: SLOW, 5: NARROW},
+                                                               {0: SLOW, 1: NARROW}))
+    )  # fmt: skip
+    assert apart == pytest.approx(np.maximum(slow, narrow))
+    assert (slow[0] < narrow[0], slow[1] < narrow[1]) == (True, False)
+    assert (same > 1.1 * apart).all()
 
 
 def _training(cluster: ClusterSpec, **fields: Any) -> TrainingCosts:

@@ -128,6 +128,8 @@ def test_shares_of_a_service_move_where_one_part_is_off_alone() -> None:
     # The exchange alone: twice as long it is half of all, half as long a fifth.
     assert both["exchange_share"][1] == pytest.approx(np.hypot(1 / 2 - 1 / 3, 1 / 2 - 1 / 3))
     assert both["exchange_share"][0] == pytest.approx(np.hypot(1 / 3 - 1 / 5, 1 / 3 - 1 / 5))
+    sent = share_deviations(shares, {"experts": 0.0, "exchange": 0.2, "transfers between stages": 1.0})
+    assert sent["exchange_share"] == pytest.approx((1 / 3 - 1 / 5, 1 / 2 - 1 / 3))
     idle = share_deviations({**shares, "compute_share": 0.0, "bubble_share": 0.0}, {"experts": 1.0})
     assert idle["exchange_share"] == (0.0, 0.0)
 
