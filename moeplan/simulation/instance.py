@@ -29,7 +29,7 @@ from moeplan.simulation.request import NEVER, Request
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.serving import EngineSpec
 
-__all__ = ["Hooks", "Instance", "InstanceStats", "Role", "Sample", "StepCosts"]
+__all__ = ["Hooks", "Instance", "InstanceStats", "Kept", "Role", "Sample", "StepCosts"]
 
 Floats = NDArray[np.float64]
 Role = Literal["both", "prefill", "decode"]
@@ -126,10 +126,28 @@ class Sample:
 
 @dataclass(slots=True, eq=False)
 class Hooks:
-    """What an instance tells its service."""
+    """What an instance tells its service: a request has all its tokens; its prompt is in the cache and it decodes
+    elsewhere; a lane has a slot and room for its cache."""
 
     finished: Callable[[Request], None]
     handed_over: Callable[[Request], None]
+    fetch: Callable[[Request, Lane], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """The cache of a request that was handed over: where it is, its prefix and tokens. ``lost``: losses before it."""
+
+    instance: Instance
+    group: int
+    held: tuple[int, ...]
+    tokens: int
+    lost: int
+
+    @property
+    def gone(self) -> bool:
+        """Whether its group was lost since."""
+        return bool(self.instance.lost_D[self.group] != self.lost)
 
 
 class Instance:
@@ -229,8 +247,7 @@ class Instance:
         """Blocks for everything the request must have in the cache; False where there is no room."""
         pool, block = self.pools[d], self.block
         if request.saved:
-            tokens = request.context - 1 + (lane.first_tokens(request) if self.spec.chunked_prefill else 0)
-            if not pool.take(-(-tokens // block)):
+            if not pool.take(self._blocks_of(lane, request)):
                 return False
         else:
             chain: tuple[int, ...] = ()
@@ -250,13 +267,16 @@ class Instance:
             self.stats.reused += hit
         self.num_waiting -= 1
         self.num_running += 1
-        lane.running[d][request.number] = request
+        (lane.running if request.kept is None else lane.arriving)[d][request.number] = request
         if request.admit_ns == NEVER:
             request.admit_ns = int(self.clock.now)
         self._note("admit", request)
-        if self.role == "decode":
-            self.first_token(request)
         return True
+
+    def _blocks_of(self, lane: Lane, request: Request) -> int:
+        """Blocks that a saved cache comes back to: where prompts are cut, a request that joins decodes at once."""
+        tokens = request.context - 1 + (lane.first_tokens(request) if self.spec.chunked_prefill else 0)
+        return -(-tokens // self.block)
 
     def prompt_done(self, request: Request) -> None:
         """The prompt's blocks serve later prompts from now on."""
@@ -275,10 +295,13 @@ class Instance:
 
     def release(self, request: Request, cached: int) -> None:
         """The blocks of ``cached`` tokens back."""
-        pool = self.pools[request.group]
-        pool.give(-(-cached // self.block) - len(request.held) * self._prefix_blocks)
-        pool.release(request.held)
+        self._give(request.group, request.held, cached)
         request.held = ()
+
+    def _give(self, d: int, held: tuple[int, ...], cached: int) -> None:
+        pool = self.pools[d]
+        pool.give(-(-cached // self.block) - len(held) * self._prefix_blocks)
+        pool.release(held)
 
     def finished(self, request: Request) -> None:
         """A request has all its tokens."""
@@ -290,18 +313,34 @@ class Instance:
     def hand_over(self, request: Request) -> None:
         """A request leaves for a decode instance; its blocks stay until :meth:`handed_over`."""
         self.num_running -= 1
+        d, tokens = request.group, request.context - 1
+        request.kept = Kept(self, d, request.held, tokens, int(self.lost_D[d]))
+        request.saved, request.swap_tokens, request.held = tokens, 0, ()
         self.hooks.handed_over(request)
 
     def handed_over(self, request: Request) -> None:
-        """The cache has been transferred."""
-        self.load_D[request.group] -= 1
-        self.release(request, request.context - 1)
+        """The cache is in the decode instance, or of no more use."""
+        if (kept := request.kept) is not None:
+            self.load_D[kept.group] -= 1
+            if not kept.gone:
+                self._give(kept.group, kept.held, kept.tokens)
+            request.kept = None
+            self._wake()
+
+    def turned_back(self, lane: Lane, request: Request) -> None:
+        """A request whose cache does not come after all leaves its place."""
+        d = request.group
+        del lane.arriving[d][request.number]
+        self._give(d, (), self._blocks_of(lane, request) * self.block)
+        self.num_running -= 1
+        self.load_D[d] -= 1
         self._wake()
 
-    def lost_on_the_way(self, request: Request) -> None:
-        """The group was lost while it still held the cache for a transfer: all of it is to be computed again."""
-        self.load_D[request.group] -= 1
-        self._lose(request)
+    def arrived(self, lane: Lane, request: Request) -> None:
+        """Its cache is here: it decodes from the next step on."""
+        del lane.arriving[request.group][request.number]
+        lane.landed[request.group].append(request)
+        self._wake()
 
     def preempted(self, request: Request, cached: int, prefilling: bool) -> None:
         """A request lost its place and goes to the head of its queue."""
@@ -326,24 +365,32 @@ class Instance:
         return self.costs.swap_s(tokens * self.kv_bytes, to_host)
 
     def lose_group(self, d: int) -> list[Request]:
-        """All requests of a group whose rank is lost, without their caches."""
+        """All requests of a group whose rank is lost, without their caches but those kept elsewhere."""
         self.alive_D[d] = False
         self.lost_D[d] += 1
+        landed: list[Request] = []
         for lane in self.lanes:
             lane.evict(d)
-        requests = list(self.waiting[d])
+            landed += lane.landed[d]
+            places = len(lane.landed[d]) + len(lane.arriving[d])
+            self.num_running -= places
+            self.load_D[d] -= places
+            lane.landed[d].clear()
+            lane.arriving[d].clear()  # what travels comes to nothing, and is sent again
+        self.num_waiting -= len(self.waiting[d])
+        self.load_D[d] -= len(self.waiting[d])
+        requests = [*self.waiting[d], *landed]
         self.waiting[d].clear()
-        self.num_waiting -= len(requests)
-        self.load_D[d] -= len(requests)
         self.pools[d].clear()
         for request in requests:
-            if request.saved:
-                self._lose(request)
+            if request.saved and request.kept is None:
+                self.lose(request)
         self.note_state()
         return requests
 
-    def _lose(self, request: Request) -> None:
+    def lose(self, request: Request) -> None:
         """A cache that waited or travelled is gone, and with it a first token that was not sent."""
+        request.path = None
         if request.first_ns == NEVER:
             request.generated = 0
         self.stats.recomputed += request.context

@@ -4,13 +4,16 @@ All groups step together. Decoding sequences are not touched one by one: a group
 and knows by a histogram which of them begin a new block at which step, and by a heap which finish when. A step costs
 a few array operations over groups, and Python only for what begins, ends or is preempted.
 
-A pipeline of ``pp`` stages holds ``pp`` lanes, each with its own sequences, a stage apart.
+A pipeline of ``pp`` stages holds ``pp`` lanes, each with its own sequences, a stage apart, and its even part of the
+slots: SGLang's ``pp_max_micro_batch_size``, ``max_running_requests // pp_size``. Neither it nor vLLM spreads sequences
+further: a batch that is formed takes what waits.
 
 ``D`` groups, ``B`` tokens of a block.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -53,12 +56,15 @@ class Lane:
         self._heaps: list[list[tuple[int, int, int, Request]]] = [[] for _ in range(D)]
         self.running: list[dict[int, Request]] = [{} for _ in range(D)]
         self.prefilling: list[list[Request]] = [[] for _ in range(D)]
+        self.arriving: list[dict[int, Request]] = [{} for _ in range(D)]  # have a slot and room, their caches travel
+        self.landed: list[deque[Request]] = [deque() for _ in range(D)]  # their caches are here
         self._fresh: dict[int, list[int]] = {}  # group -> last tokens of sequences that have not decoded since
         self._fresh_D = np.zeros(D)
         self._decoded_ns_D = np.zeros(D, np.int64)
         self._every_D = np.arange(D)
         self._width = instance.spec.tokens_per_sequence
         self.wake: Any = None
+        self._slots = max(1, instance.spec.max_num_seqs // instance.spec.pp)  # of a group
 
     # ------------------------------------------------------------------ the process
 
@@ -100,8 +106,8 @@ class Lane:
         chunks: list[tuple[Request, int, int]] = []
         chunk_s_D, prefill_D = inst.no_chunks_D, inst.nothing_D
         swap_s = 0.0
-        waiting, prefilling = inst.waiting, self.prefilling
-        for d in [d for d in range(inst.groups) if waiting[d] or prefilling[d]]:
+        waiting, prefilling, landed = inst.waiting, self.prefilling, self.landed
+        for d in [d for d in range(inst.groups) if waiting[d] or prefilling[d] or landed[d]]:
             found, seconds, swapped = self._prompts(d, chunked)
             swap_s = max(swap_s, swapped)
             if found:
@@ -150,13 +156,23 @@ class Lane:
             seconds += costs.chunk_s(request.context - request.to_prefill, tokens)
             chunks.append((request, request.epoch, tokens))
             budget -= tokens
-        while waiting and budget > 0 and len(running) < spec.max_num_seqs:
+        while self.landed[d] and budget > 0:
+            request = self.landed[d].popleft()
+            running[request.number] = request
+            inst.first_token(request)
+            self._join(request, d)
+            budget -= self._width
+        arriving = self.arriving[d]
+        while waiting and budget > 0 and len(running) + len(arriving) + len(self.landed[d]) < self._slots:
             request = waiting[0]
             if not chunked and chunks and not request.saved and request.context > budget:
                 break
             if not inst.admit(self, request, d):
                 break
             waiting.popleft()
+            if request.kept is not None:
+                inst.hooks.fetch(request, self)
+                continue
             if request.saved:
                 swap_s += inst.swap_seconds(request.swap_tokens, to_host=False)
                 request.swap_tokens = 0

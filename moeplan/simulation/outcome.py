@@ -29,6 +29,7 @@ __all__ = ["DIRECTIONS", "Outcome", "outcome_of", "share_deviations"]
 Floats = NDArray[np.float64]
 _QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 _BINS = 120
+_COMPUTED = ("experts", "attention and dense parts")  # parts of a step; all others go over links
 
 # headline -> (unit, which way is good); latencies are added below
 DIRECTIONS: dict[str, tuple[str, str]] = {
@@ -145,14 +146,14 @@ def share_deviations(headlines: dict[str, float], errors: Mapping[str, float]) -
     """How far each share of the ranks' time lies (below, above) where one part of the costs is off alone.
 
     Steps that all take longer leave shares as they are, so parts are moved one by one: all that computes, with those
-    that wait for it, by the larger error of experts and attention, and the exchange by its own; what is hidden stays
-    so. The deviations of the two are added in squares.
+    that wait for it, by the larger error of experts and attention, and the exchange, with what pipeline stages send on,
+    by the larger of theirs; what is hidden stays so. The deviations of the two are added in squares.
     """
     names = ("compute_share", "bubble_share", "exchange_share")
     shares = np.array([headlines[name] for name in names])
-    computing = max((error for name, error in errors.items() if name != "exchange"), default=0.0)
     found = []
-    for error, mine in ((computing, np.array([1, 1, 0])), (errors.get("exchange", 0.0), np.array([0, 0, 1]))):
+    for computes, mine in ((True, np.array([1, 1, 0])), (False, np.array([0, 0, 1]))):
+        error = max((error for name, error in errors.items() if (name in _COMPUTED) == computes), default=0.0)
         ends = []
         for factor in (1 / (1 + error), 1 + error):
             longer = 1 + (factor - 1) * mine

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from moeplan.simulation.instance import Kept
 
 __all__ = ["NEVER", "Request"]
 
@@ -17,12 +22,13 @@ class Request:
     next token. ``join_step`` is the step of its group at which it began to decode, with ``join_cached`` tokens.
     ``path``: tokens after each step since it joined, where steps bring several. ``held``: ids of its prompt's prefix
     that it shares. ``epoch`` counts its placements: what an engine noted of an older one no longer holds. ``saved``:
-    its cache is kept elsewhere (host memory, or a prefill instance).
+    tokens of its cache kept elsewhere (host memory, or a prefill instance, which is ``kept`` then).
     """
 
     __slots__ = (
         "admit_ns", "arrival_ns", "chain", "epoch", "finish_ns", "first_ns", "generated", "group", "held", "hit_tokens",
-        "input", "instance", "join_cached", "join_step", "last_token_ns", "number", "output", "path", "preemptions",
+        "input", "instance", "join_cached", "join_step", "kept", "last_token_ns", "number", "output", "path",
+        "preemptions",
         "saved", "swap_tokens", "to_prefill",
     )  # fmt: skip
 
@@ -38,6 +44,7 @@ class Request:
         self.held: tuple[int, ...] = ()
         self.path: NDArray[np.int64] | None = None
         self.saved = 0
+        self.kept: Kept | None = None
 
     @property
     def context(self) -> int:

@@ -107,6 +107,16 @@ def _number(place: str, row: dict[str, Any], column: str) -> float:
         raise TraceError(f"{place}: {column} ({value!r}) is not a number") from None
 
 
+def _time(place: str, row: dict[str, Any], column: str) -> float:
+    """Seconds since 1970 of a date and time, of UTC where it does not say."""
+    text = str(row.get(column))
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise TraceError(f"{place}: {column} ({text!r}) is not a time") from error
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+
+
 def _whole(place: str, row: dict[str, Any], column: str) -> int:
     value = _number(place, row, column)
     if not value.is_integer() or abs(value) > _MOST_TOKENS:
@@ -141,12 +151,7 @@ class _Azure:
     def read(self, path: Path) -> RequestTrace:
         times, inputs, outputs = [], [], []
         for place, row in _rows(path):
-            text = str(row.get("TIMESTAMP"))
-            try:
-                time = datetime.fromisoformat(text)
-                times.append((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp())
-            except ValueError as error:
-                raise TraceError(f"{place}: TIMESTAMP ({text!r}) is not a time") from error
+            times.append(_time(place, row, "TIMESTAMP"))
             inputs.append(_whole(place, row, "ContextTokens"))
             outputs.append(_whole(place, row, "GeneratedTokens"))
         at = np.array(times)
@@ -184,7 +189,10 @@ class _Mooncake:
 
 _INPUT = ("input_tokens", "input_toks", "num_prefill_tokens", "input_length", "prompt_tokens")
 _OUTPUT = ("output_tokens", "output_toks", "num_decode_tokens", "output_length", "completion_tokens")
-_ARRIVAL = {"arrival_s": 1.0, "arrived_at": 1.0, "arrival_time_ns": 1e-9, "arrival_ms": 1e-3}
+_ARRIVAL = {
+    "arrival_s": 1.0, "arrived_at": 1.0, "arrival_time_ns": 1e-9, "arrival_ms": 1e-3,
+    "timestamp": 1e-3,  # as in Mooncake's traces, and where AIPerf and Dynamo replay some; or a date and time
+}  # fmt: skip
 
 
 class _Table:
@@ -193,7 +201,7 @@ class _Table:
     name = "table"
     description = (
         f"CSV or JSON lines with one of {', '.join(_INPUT)}; one of {', '.join(_OUTPUT)};"
-        f" and, where times are known, one of {', '.join(_ARRIVAL)}"
+        f" and, where times are known, one of {', '.join(_ARRIVAL)} (milliseconds, or dates and times)"
     )
 
     def sniff(self, path: Path) -> bool:
@@ -211,7 +219,9 @@ class _Table:
                 names = (found[0], found[1], found[2])
             inputs.append(_whole(place, row, names[0]))
             outputs.append(_whole(place, row, names[1]))
-            if names[2] is not None:
+            if names[2] == "timestamp" and ":" in str(row.get("timestamp")):
+                times.append(_time(place, row, names[2]))
+            elif names[2] is not None:
                 times.append(_number(place, row, names[2]) * _ARRIVAL[names[2]])
         at = np.array(times) - times[0] if times else None
         return RequestTrace(_tokens(inputs), _tokens(outputs), at)

@@ -24,7 +24,8 @@ from moeplan.progress import Progress, no_progress
 from moeplan.simulation.acceptance import Acceptance
 from moeplan.simulation.clock import Clock, Order, nanoseconds
 from moeplan.simulation.expert_loads import ExpertLoads, Phase
-from moeplan.simulation.instance import Hooks, Instance, Role, StepCosts
+from moeplan.simulation.instance import Hooks, Instance, Kept, Role, StepCosts
+from moeplan.simulation.lane import Lane
 from moeplan.simulation.request import Request
 from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.serving import EngineSpec, FaultSpec, RebalanceSpec, ServingSpec
@@ -57,9 +58,9 @@ class Replan(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
-    """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank; ``replan`` plans
-    anew for these instances; ``wire``: how tokens travel, left out: not followed; ``num_nodes`` of an instance, 0:
-    those of its stages."""
+    """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank; ``link`` of a
+    prefill pool: out of one of its ranks and into one of the decode pool; ``replan`` plans anew for these instances;
+    ``wire``: how tokens travel, left out: not followed; ``num_nodes`` of an instance, 0: those of its stages."""
 
     role: Role
     instances: int
@@ -128,14 +129,14 @@ class _Service:
         self.requests: list[Request] = []
         self.rejected = self.done = 0
         self.transferred_bytes = 0.0
-        self._link_free_ns: dict[tuple[int, int], int] = {}
+        self._link_free_ns: dict[tuple[Instance, int], int] = {}
         self.finished = self.clock.event()
         self._closed = requests.arrival_s_Q is None
         self._next = 0
         self.stages: list[list[Instance]] = []
         first_rank = number = 0
         for place, pool in enumerate(pools):
-            hooks = Hooks(self._finished, self._transfer)
+            hooks = Hooks(self._finished, self._handed_over, self._fetch)
             drafts, acceptance = pool.engine.speculative, None
             if drafts is not None:
                 acceptance = Acceptance(drafts, seed, int(requests.output_tokens_Q.max()))
@@ -160,7 +161,11 @@ class _Service:
         self._rounds = [cycle([(i, d) for i in stage for d in range(i.groups)]) for stage in self.stages]
 
     def _require_room(self, pool: Pool, place: int) -> None:
-        """Every request fits a group's cache and, where prompts are not cut, a step."""
+        """Every request fits a group's cache and, where prompts are not cut, a step.
+
+        All of its tokens count, though nothing is kept of the last one: a sequence of vLLM's ``max_model_len`` must
+        fit its cache, and SGLang's ``max_req_len`` is a token below its own.
+        """
         trace, engine = self.trace, pool.engine
         answers = trace.output_tokens_Q if pool.role != "prefill" else np.ones(1, np.int64)
         tokens = trace.input_tokens_Q + answers
@@ -169,8 +174,9 @@ class _Service:
         if -(-int(tokens.max()) // block) > blocks:
             q = int(tokens.argmax())
             raise InfeasibleError(
-                f"request {q} needs {int(tokens[q])} tokens of KV cache, {int(tokens[q]) - blocks * block} more than a"
-                f" group holds ({blocks * block}); use more ranks, a smaller weight_dtype or kv_dtype, or a higher"
+                f"request {q} has {int(tokens[q])} tokens, prompt and answer, which is"
+                f" {int(tokens[q]) - blocks * block} more than the KV cache of a group holds"
+                f" ({blocks * block}); use more ranks, a smaller weight_dtype or kv_dtype, or a higher"
                 " engine.memory_fraction"
             )
         longest = int(trace.input_tokens_Q.max())
@@ -285,6 +291,8 @@ class _Service:
                     f" ({self.spec.requests.concurrency})"
                 )
             self.rejected += 1
+            if request.kept is not None:
+                request.kept.instance.handed_over(request)
             self._finished(request)
 
     def _finished(self, request: Request) -> None:
@@ -350,39 +358,59 @@ class _Service:
 
     # ------------------------------------------------------------------ disaggregation
 
-    def _transfer(self, request: Request) -> None:
-        self.clock.process(self._transferring(request))
+    def _handed_over(self, request: Request) -> None:
+        """A prompt is in the cache, which stays in its group until a decode group has fetched it."""
+        self._submit(request, 1)
 
-    def _transferring(self, request: Request) -> Generator[Any, Any, None]:
-        """The cache leaves over its group's link, at the slowest of its ranks, one after the other; then the request
-        waits for a decode group.
+    def _fetch(self, request: Request, lane: Lane) -> None:
+        self.clock.process(self._fetching(request, lane))
 
-        Where the group was lost on the way it is prefilled again.
-        """
-        clock, pool = self.clock, self.pools[0]
-        source = self.stages[0][request.instance]
-        # Of ranks that keep the same because a prompt was cut among them each sends its part, as in SGLang.
-        size, ranks = (request.context - 1) * pool.kv_bytes / pool.engine.pcp, range(pool.engine.group_ranks)
-        first = request.group * pool.engine.group_ranks
-        slowest = min(costs.cluster.rank(first + rank).link_speed for costs, _ in source.stages for rank in ranks)
-        seconds = kv_transfer_s(size, pool.link_bytes_per_s * slowest, pool.link_latency_s)
-        link, lost = (request.instance, request.group), source.lost_D[request.group]
-        start = max(int(clock.now), self._link_free_ns.get(link, 0))
-        end = self._link_free_ns[link] = start + nanoseconds(seconds)
-        whole = size * pool.engine.group_ranks * pool.engine.pp
-        self.transferred_bytes += whole
-        source.stats.transferred_bytes += whole
-        if self.recorder is not None:
-            rank = source.first_rank + first
-            self.recorder.add("transfer", start * 1e-9, seconds, rank=rank, request=request.number, amount=whole)
-        yield clock.at(end, Order.TRANSFER)
-        if source.lost_D[request.group] != lost:
-            source.lost_on_the_way(request)
+    def _fetching(self, request: Request, lane: Lane) -> Generator[Any, Any, None]:
+        """A decode group with a slot and room for a cache fetches it. Lost on the way where it comes from, it is
+        computed again; where it goes to, it is fetched again."""
+        kept, target, d = request.kept, lane.inst, request.group
+        assert kept is not None  # or nobody would fetch it
+        lost = int(target.lost_D[d])
+        if not kept.gone:
+            yield self.clock.at(self._travelled_ns(request, kept, target), Order.TRANSFER)
+        here = int(target.lost_D[d]) == lost
+        if kept.gone:
+            if here:
+                target.turned_back(lane, request)
+            kept.instance.handed_over(request)
+            kept.instance.lose(request)
             self._submit(request, 0)
-        else:
-            source.handed_over(request)
-            request.saved, request.swap_tokens = request.context - 1, 0
+        elif not here:
             self._submit(request, 1)
+        else:
+            kept.instance.handed_over(request)
+            target.arrived(lane, request)
+
+    def _travelled_ns(self, request: Request, kept: Kept, target: Instance) -> int:
+        """When a cache that is fetched now is there: out over the one group's links, in over the other's."""
+        first, second = self.pools
+        start, sent = self._crossed_ns(first, kept.instance, kept.group, kept.tokens, int(self.clock.now))
+        _, received = self._crossed_ns(second, target, request.group, kept.tokens, start)
+        end = max(sent, received)
+        whole = kept.tokens * first.kv_bytes * first.engine.tp * first.engine.pp
+        self.transferred_bytes += whole
+        kept.instance.stats.transferred_bytes += whole
+        if self.recorder is not None:
+            rank, seconds = kept.instance.first_rank + kept.group * first.engine.group_ranks, (end - start) * 1e-9
+            self.recorder.add("transfer", start * 1e-9, seconds, rank=rank, request=request.number, amount=whole)
+        return end
+
+    def _crossed_ns(self, pool: Pool, instance: Instance, d: int, tokens: int, ready_ns: int) -> tuple[int, int]:
+        """When a cache begins to cross the links of a group's ranks, and is through: they carry one after the other, at
+        the pace of the slowest. Of ranks that keep the same because a prompt was cut among them each sends its part, as
+        in SGLang."""
+        engine, link = pool.engine, self.pools[0]
+        members, size = range(d * engine.group_ranks, (d + 1) * engine.group_ranks), tokens * pool.kv_bytes / engine.pcp
+        slowest = min(costs.cluster.rank(r).link_speed for costs, _ in instance.stages for r in members)
+        seconds = kv_transfer_s(size, link.link_bytes_per_s * slowest, link.link_latency_s)
+        start = max(ready_ns, self._link_free_ns.get((instance, d), 0))
+        end = self._link_free_ns[instance, d] = start + nanoseconds(seconds)
+        return start, end
 
     # ------------------------------------------------------------------ re-balancing and faults
 
@@ -477,7 +505,7 @@ class _Service:
         moving, size_bytes = float(found.seconds_L[own].sum()), float(found.bytes_L[own].sum())
         instance.stall(moving + (fault.detect if broken else 0.0))
         instance.migrated(-1, moving, size_bytes)
-        for request in lost:  # their caches are gone: all of it is computed again elsewhere
+        for request in lost:  # their caches are gone, but those not fetched: all of it is computed again elsewhere
             if self.spec.role == "decode":
                 request.saved = request.context - 1
-            self._submit(request, 0)
+            self._submit(request, 0 if request.kept is None else 1)

@@ -139,7 +139,7 @@ class SpeculativeSpec(Spec):
 class EngineSpec(Spec):
     """One engine instance. Limits are per attention data-parallel group, as engines set them."""
 
-    max_num_seqs: int = Field(256, gt=0, description="sequences decoded together")
+    max_num_seqs: int = Field(256, gt=0, description="sequences that run at once; of each of pp batches, an even part")
     max_num_batched_tokens: int = Field(8192, gt=0, description="tokens of one step")
     chunked_prefill: bool = Field(
         True, description="prompts are cut to fit a step beside decodes; off: whole prompts first, decodes wait"
@@ -222,7 +222,7 @@ class PrefillPoolSpec(Spec):
     engine: EngineSpec = EngineSpec()
     placement: Path | None = Field(None, description="plan or engine's file; left out: contiguous")
     link: BytesPerSecond | None = Field(
-        None, description="KV cache out of one rank; left out: the accelerator's NIC bandwidth"
+        None, description="KV cache out of one rank and into one; left out: the accelerator's NIC bandwidth"
     )
 
     @model_validator(mode="after")

@@ -64,6 +64,8 @@ def test_every_reader_has_a_contract_class() -> None:
         ("a.csv", "input_tokens,output_tokens\n5,five\n", r"a.csv line 2: output_tokens \('five'\) is not a number"),
         ("a.csv", "input_tokens,output_tokens\n5\n", "line 2 does not have the header's 2 columns"),
         ("a.csv", "input_tokens,output_tokens\n5.5,1\n", r"input_tokens \(5.5\) is not a whole number"),
+        ("a.csv", "timestamp,input_tokens,output_tokens\nten,5,2\n", r"line 2: timestamp \('ten'\) is not a number"),
+        ("a.csv", "timestamp,input_tokens,output_tokens\n10:99,5,2\n", r"line 2: timestamp \('10:99'\) is not a time"),
         ("a.csv", "x,y\n1,2\n", "is in no format known here; name its format: azure, mooncake, table"),
         ("a.jsonl", f"{MOONCAKE}\n", "2 hash_ids are more"),
         ("a.csv", "arrival_s,input_tokens,output_tokens\n2,1,1\n1,1,1\n", "a.csv: request 1 arrives before the one"),
@@ -87,6 +89,22 @@ def test_times_with_a_zone(tmp_path: Path) -> None:
     found = read_requests(tmp_path / "a.csv")
     assert found.arrival_s_Q is not None
     assert found.arrival_s_Q.tolist() == pytest.approx([0.0, 0.99007])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "timestamp,input_tokens,output_tokens\n100,5,2\n1600,6,3\n"),
+        ("a.csv", "timestamp,input_tokens,output_tokens\n2026-11-30 10:00:00.5,5,2\n2026-11-30T10:00:02+00:00,6,3\n"),
+        ("a.jsonl", '{"timestamp": 0, "input_length": 5, "output_length": 2}\n'
+                    '{"timestamp": 1500.0, "input_length": 6, "output_length": 3}\n'),
+    ],
+)  # fmt: skip
+def test_timestamps_of_a_table_are_milliseconds_or_dates(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    found = read_requests(tmp_path / name)
+    assert found.arrival_s_Q == pytest.approx([0.0, 1.5])
+    assert found.input_tokens_Q.tolist() == [5, 6]
 
 
 def test_unknown_files_and_names(tmp_path: Path) -> None:

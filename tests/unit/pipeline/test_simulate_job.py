@@ -97,7 +97,8 @@ def test_a_prompt_cut_among_ranks_is_there_sooner_and_leaves_in_parts() -> None:
 
     def run(pcp: int, **more: Any) -> SimulationResult:
         pool = {"ranks": 8, "engine": {"pcp": pcp}, "link": "1 GB/s"}
-        return simulate(scenario({"requests": requests, "prefill": pool} | more), seeds=1).result
+        parts = {"tp": 4, "dcp": 4}  # each rank that decodes takes a quarter of a cache in
+        return simulate(scenario({"requests": requests, "prefill": pool, "engine": parts} | more), seeds=1).result
 
     one, four = run(1), run(4)
     assert four.counts["finished"] == 3
@@ -333,7 +334,7 @@ def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
          r"does not divide the copies of a key head \(1: .* choose a divisor of them, or a higher tp"),
         (EVEN | {"engine": {"tp": 8, "dcp": 2}}, {"model": "gpt-oss-120b", "trace": None}, SpecError,
          r"engine.dcp \(2\): layers of GPT-OSS-120B keep a window of 128 tokens"),
-        ({"requests": REQUESTS | {"input_tokens": 9_000_000}}, {}, InfeasibleError, r"more than a group holds"),
+        ({"requests": REQUESTS | {"input_tokens": 9_000_000}}, {}, InfeasibleError, r"more than the KV cache"),
         ({"requests": REQUESTS | {"file": "none.csv"}}, {}, TraceError, r"none.csv does not exist"),
         ({}, {"trace": None}, SpecError, r"trace is missing"),
         ({"engine": {"backend": "vlm"}}, {}, UnknownNameError,

@@ -78,6 +78,13 @@ def test_two_stages_take_two_batches_half_a_step_apart() -> None:
     assert times(served, "first_ns") == [1.0, 1.5, 2.0]
 
 
+def test_batches_of_a_pipeline_have_an_even_part_of_the_slots() -> None:
+    pool = plain_pool(1, {"pp": 2, "max_num_seqs": 4, "max_num_batched_tokens": 100}, base_s=0.0, per_token_s=1.0)
+    stats = serve(pool, trace([0.0] * 6, [1] * 6, [5] * 6)).instances[0].stats
+    assert max(stats.running_at) == 4
+    assert set(stats.tokens) == {2.0}
+
+
 # ---------------------------------------------------------------------- caches
 
 
@@ -121,7 +128,11 @@ def test_cached_prompts_give_way_the_longest_unused_first() -> None:
 
 
 def test_a_request_that_never_fits_is_refused() -> None:
-    with pytest.raises(InfeasibleError, match=r"request 1 needs 60 tokens .* 12 more than a group holds \(48\)"):
+    """With all its tokens, as engines ask, though the last one's keys and values are never kept."""
+    serve(plain_pool(1, {}, 1.0, 0.0, capacity_tokens=50), trace([0.0, 0.0], [10, 38], [5, 10]))
+    with pytest.raises(InfeasibleError, match=r"request 1 has 49 tokens, .* 1 more than .* a group holds \(48\)"):
+        serve(plain_pool(1, {}, 1.0, 0.0, capacity_tokens=50), trace([0.0, 0.0], [10, 39], [5, 10]))
+    with pytest.raises(InfeasibleError, match=r"request 1 has 60 tokens, .* 12 more than .* a group holds \(48\)"):
         serve(plain_pool(1, {}, 1.0, 0.0, capacity_tokens=50), trace([0.0, 0.0], [10, 50], [5, 10]))
 
 
@@ -218,10 +229,90 @@ def test_prefilled_requests_travel_over_one_link_after_the_other() -> None:
     assert times(served, "finish_ns") == pytest.approx([2.7, 5.2, 1.0])
     assert served.transferred_bytes == 30e6
     assert (served.instances[0].free_D == served.instances[0].capacity).all()
-    # At half the link's speed 0.5 + 2 s and 0.5 + 4 s.
-    fault = {"kind": "slow-link", "pool": "prefill", "rank": 0, "speed": 0.5, "at": "0 s"}
-    late = serve(pools, trace([0.0, 0.0, 0.0], [10, 20, 5], [3, 3, 1]), prefill={"ranks": 1}, faults=[fault])
-    assert times(late, "first_ns") == pytest.approx([3.5, 8.0, 1.0])
+    # At half the link's speed 0.5 + 2 s and 0.5 + 4 s, at whichever end; where a rank gets a fifth of each token's
+    # bytes, its link may be that much slower.
+    fault = {"kind": "slow-link", "rank": 0, "speed": 0.5, "at": "0 s"}
+    for pool, received in (("prefill", 100.0), ("decode", 1e6), ("decode", 2e5)):
+        pools[1] = replace(pools[1], kv_bytes=received)
+        faults = [fault | {"pool": pool}]
+        late = serve(pools, trace([0.0, 0.0, 0.0], [10, 20, 5], [3, 3, 1]), prefill={"ranks": 1}, faults=faults)
+        want = [2.5, 5.0, 1.0] if received == 2e5 else [3.5, 8.0, 1.0]
+        assert times(late, "first_ns") == pytest.approx(want), (pool, received)
+
+
+def test_a_decode_group_takes_in_one_cache_after_the_other() -> None:
+    engine, kv = {"max_num_batched_tokens": 1000}, {"kv_bytes": 1e6}
+    link = {"link_bytes_per_s": 1e7, "link_latency_s": 0.5, **kv}
+    for groups, second in ((1, 4.0), (2, 2.5)):
+        pools = [
+            plain_pool(2, engine, 1.0, 0.0, role="prefill", **link),
+            plain_pool(groups, engine, 0.1, 0.0, role="decode", **kv),
+        ]
+        served = serve(pools, trace([0.0, 0.0], [10, 10], [3, 3]), prefill={"ranks": 2}, router="round-robin")
+        assert times(served, "first_ns") == pytest.approx([2.5, second])
+
+
+@pytest.mark.parametrize("short_of", ["slots", "room"])
+def test_a_cache_stays_where_it_is_until_a_decode_group_has_a_slot_and_room(short_of: str) -> None:
+    engine, link = {"max_num_batched_tokens": 1000}, {"link_bytes_per_s": 1e7, "link_latency_s": 0.5}
+    decode = {"slots": (engine | {"max_num_seqs": 1}, 10**9), "room": (engine, 48)}[short_of]
+    pools = [
+        plain_pool(1, engine, 1.0, 0.0, role="prefill", capacity_tokens=32, kv_bytes=1e6, **link),
+        plain_pool(1, decode[0], 0.1, 0.0, role="decode", capacity_tokens=decode[1]),
+    ]
+    served = serve(pools, trace([0.0] * 4, [16] * 4, [31] * 4), prefill={"ranks": 1})
+    # A prompt fills one of two blocks for prefill, of three for decoding, where each grows to three. The first two are
+    # prefilled by 1 s. A cache takes 0.5 + 1.6 s, and 3 s to decode; the next is fetched then, and gives its block to
+    # another prompt when it is there.
+    fetched = [1.0, 6.1, 11.2, 16.3]
+    assert times(served, "first_ns") == pytest.approx([at + 2.1 for at in fetched])
+    assert times(served, "finish_ns") == pytest.approx([at + 5.1 for at in fetched])
+    assert times(served, "admit_ns") == pytest.approx([0.0, 0.0, 3.1, 8.2])
+    log = served.log
+    assert log is not None
+    assert log.start_s_V[log.of_kind("transfer")] == pytest.approx(fetched)
+    for instance in served.instances:
+        assert (instance.free_D == instance.capacity).all()
+
+
+def test_a_full_queue_for_decoding_gives_the_cache_up() -> None:
+    link = {"kv_bytes": 1e6, "link_bytes_per_s": 1e9, "link_latency_s": 0.0}
+    pools = [
+        plain_pool(1, {}, 1.0, 0.0, role="prefill", **link),
+        plain_pool(1, {"max_num_seqs": 1, "max_waiting": 1}, 1.0, 0.0, role="decode"),
+    ]
+    served = serve(pools, trace([0.0] * 4, [10] * 4, [9] * 4), prefill={"ranks": 1})
+    assert served.rejected == 3
+    assert served.instances[0].load_D.tolist() == [0]
+    assert (served.instances[0].free_D == served.instances[0].capacity).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_lost_on_either_side_all_is_served_and_given_back(seed: int) -> None:
+    rng = np.random.default_rng([31, seed])
+    link = {"kv_bytes": 1e6, "link_bytes_per_s": 4e7, "link_latency_s": 0.05}
+    engine = {"max_num_batched_tokens": 64, "block_size": 4, "max_num_seqs": 3, "chunked_prefill": bool(seed % 2)}
+    pools = [
+        plain_pool(2, engine, 0.2, 0.0, role=role, capacity_tokens=room, **(link if role == "prefill" else {}))
+        for role, room in (("prefill", 80), ("decode", 120))
+    ]
+    losses = (("decode", 1, 2.5 + seed / 3), ("prefill", 0, 4.1), ("prefill", 1, 9.0), ("decode", 0, 11.0))
+    faults = [
+        {"kind": "rank-loss", "pool": pool, "rank": rank, "at": f"{at} s", "until": f"{at + 4} s", "detect": "0.5 s"}
+        for pool, rank, at in losses
+    ]
+    at_s, lengths = np.sort(rng.uniform(0, 12, 40)).tolist(), rng.integers((4, 1), (40, 30), (40, 2)).T
+    arrivals = trace(at_s, *lengths.tolist())
+    served = serve(pools, arrivals, Planner(2, capacity=80), faults=faults, prefill={"ranks": 2})
+    assert [r.generated for r in served.requests] == arrivals.output_tokens_Q.tolist()
+    assert all(r.kept is None for r in served.requests)
+    assert served.transferred_bytes > 0
+    gaps_ns = sum(gap * count for instance in served.instances for gap, count in instance.stats.gaps.items())
+    assert gaps_ns == sum(r.finish_ns - r.first_ns for r in served.requests)
+    for instance in served.instances:
+        assert instance.load_D.tolist() == [0, 0]
+        assert (instance.num_running, instance.num_waiting) == (0, 0)
+        assert (instance.free_D == instance.capacity).all()
 
 
 def test_a_decode_service_begins_with_the_cache() -> None:
