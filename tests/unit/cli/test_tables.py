@@ -59,8 +59,8 @@ def test_compared_figures_have_whole_heads_and_numbers(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_live_run_says_what_it_wrote_and_shows_steps_it_took(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     answer: dict[str, Any] = {
-        "model": "moeplan-20m", "ranks": 2, "first_step": 0, "losses": [5.5] * steps, "applied": None, "tokens_per_s": 1.0,
-        "held_out_loss": 5.0, "imbalance": 1.0,
+        "model": "moeplan-20m", "ranks": 2, "first_step": 0, "steps": steps, "losses": [5.5] * steps,
+        "applied": None, "tokens_per_s": 1.0, "held_out_loss": 5.0, "imbalance": 1.0,
         "recorded": {"path": "r.npz", "tokens": 16384, "overhead": 0.021, "overhead_spread": 0.17},
     }  # fmt: skip
     monkeypatch.setattr("moeplan.pipeline.live.run_live", lambda _request, _report: answer)
