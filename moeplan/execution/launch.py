@@ -23,7 +23,9 @@ from typing import Any
 from moeplan import errors
 from moeplan.errors import InputError, MissingExtraError, MoeplanError, RunError
 
-__all__ = ["Launch", "Rank", "join_torchrun", "restarts", "run_ranks", "run_torchrun", "under_torchrun"]
+__all__ = [
+    "Launch", "Rank", "join_torchrun", "most_restarts", "restarts", "run_ranks", "run_torchrun", "under_torchrun",
+]  # fmt: skip
 
 _GRACE_S = 3.0
 _FAILED = 3
@@ -58,6 +60,11 @@ def under_torchrun() -> bool:
 def restarts() -> int:
     """How often torchrun has started the ranks again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def most_restarts() -> int:
+    """How often it may."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def _join(store: Any, rank: int, world: int, launch: Launch) -> None:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from moeplan.execution.apply import PlanCallback
 from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, newest_whole, save_checkpoint
 from moeplan.execution.closed_loop import ClosedLoop
 from moeplan.execution.groups import Mesh, build_mesh
-from moeplan.execution.launch import Rank, restarts
+from moeplan.execution.launch import Rank, most_restarts, restarts
 from moeplan.execution.metrics import MetricsSink
 from moeplan.execution.migrate import MigrationReport
 from moeplan.execution.monitor import LoadMonitor
@@ -85,6 +86,7 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     Raises:
         MoeplanError: bad input, the same on every rank, before anything has moved. RunError: the loss is not finite.
     """
+    job = _from_one_checkpoint(job)
     sink = MetricsSink(
         None if job.out is None or me.rank else job.out / "metrics.jsonl",
         None if me.rank else job.prometheus,
@@ -110,6 +112,24 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
         pairs = zip(answer["losses"], answer["reference_losses"], strict=True)
         answer["largest_difference"] = max(abs(a - b) for a, b in pairs) if job.steps else 0.0
     return answer
+
+
+def _from_one_checkpoint(job: LiveJob) -> LiveJob:
+    """A job that resumes from the checkpoint which is the latest now: it may write later ones to the same folder.
+
+    Raises:
+        SpecError: ranks that torchrun starts again would take one of those for the beginning.
+    """
+    if job.resume is None:
+        return job
+    found = latest(job.resume)
+    shared = job.checkpoint is not None and job.resume.resolve() == job.checkpoint.resolve()
+    if found != job.resume and shared and most_restarts():
+        raise SpecError(
+            f"resume and checkpoint are one folder ({job.resume}): ranks that torchrun starts again could not tell"
+            f" where the run began; name the checkpoint, --resume {found}"
+        )
+    return replace(job, resume=found)
 
 
 def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Trainer, int]:

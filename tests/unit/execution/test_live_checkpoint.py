@@ -20,11 +20,12 @@ from tiny_run import SPEC, tiny_corpus, tiny_options
 
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import Plan
-from moeplan.errors import InputError, RunError
+from moeplan.errors import InputError, RunError, SpecError
 from moeplan.execution.checkpoint import CheckpointReader, load_checkpoint, save_checkpoint
 from moeplan.execution.launch import Launch, Rank, run_ranks
-from moeplan.execution.options import RouterOptions
+from moeplan.execution.options import LiveJob, RouterOptions
 from moeplan.execution.parcels import send_batch
+from moeplan.execution.run import live_rank
 from moeplan.execution.train import Trainer
 from moeplan.files import read_sums
 from moeplan.pipeline.exports import export_plan
@@ -226,6 +227,30 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(request_of_a_run, tmp_
     (tmp_path / "model.json").write_text(SPEC.model_copy(update=other).model_dump_json())
     with pytest.raises(InputError, match=r"step-000001 is of model tiny, the run is of small$"):
         run_live(request_of_a_run(steps=1, resume=tmp_path / "saved"))
+
+
+def test_a_run_may_save_where_it_resumes_from(request_of_a_run, tmp_path: Path) -> None:
+    """The same run without the move begins where it began, not at what it saved since."""
+    run_live(request_of_a_run(steps=2))
+    plan = Plan(
+        model=SPEC.name, planner="test", status="feasible", seed=0, num_experts=8, num_ranks=1, ranks_per_node=1,
+        num_redundant_experts=0, layer_ids=SPEC.moe_layer_ids, physical_to_logical_map=(tuple(range(7, -1, -1)),) * 3,
+        rank_of_slot=(0,) * 8, replicas=((1,) * 8,) * 3, objective=Objective(), workload=Workload(),
+    )  # fmt: skip
+    plan.save(tmp_path / "plan.json")
+    found = run_live(request_of_a_run(steps=3, resume=tmp_path / "saved", plan=tmp_path / "plan.json", apply_at=1))
+    assert found["first_step"] == 2
+    assert found["largest_difference"] < 1e-5
+
+
+def test_where_ranks_may_start_again_the_checkpoint_to_begin_from_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latest").write_text("step-000002\n")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    job = LiveJob(OPTIONS, tiny_corpus(), steps=1, checkpoint=tmp_path, resume=tmp_path)
+    with pytest.raises(SpecError, match=r"starts again .* --resume .*/step-000002$"):
+        live_rank(Rank(0, 1, "cpu", print), job, print)
 
 
 def test_the_newest_whole_checkpoint_is_offered(request_of_a_run, tmp_path: Path) -> None:
