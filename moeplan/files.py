@@ -193,6 +193,8 @@ def read_sums(folder: Path) -> dict[str, str]:
         if found is None:
             raise InputError(f"{path} line {number} ({line!r:.40}) is not a sha256 and a file's name; it is damaged")
         sums[found[2]] = found[1]
+    if not sums:
+        raise InputError(f"{path} is empty; it is damaged")
     return sums
 
 

@@ -213,12 +213,15 @@ class CheckpointReader:
         if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
             raise InputError(f"checkpoint {path}: {_INDEX} has no weight_map of names to shards; it is damaged")
         self._map: dict[str, str] = names
+        sums = read_sums(path)
         for shard in sorted(set(self._map.values())):
             if not (path / shard).is_file():
                 raise InputError(f"checkpoint {path}: {shard} is missing, but {_INDEX} names it; bring all shards")
-        sums = sorted(read_sums(path).items())
+            if sums and shard not in sums:
+                raise InputError(f"checkpoint {path}: {SUMS} has no sum of {shard}; it is damaged")
         rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-        wrong = next((why for name, digest in sums[rank::size] if (why := unlike_its_sum(path, name, digest))), None)
+        mine = sorted(sums.items())[rank::size]
+        wrong = next((why for name, digest in mine if (why := unlike_its_sum(path, name, digest))), None)
         told = [wrong] if ranks is None else ranks.all_of(wrong)
         if why := next((why for why in told if why), None):
             raise InputError(f"checkpoint {path}: {why}; it is damaged, or was changed (then remove {SUMS})")

@@ -132,6 +132,8 @@ def test_relabelled_by_the_exporter(saved: tuple[Path, list[float]], tmp_path: P
         (lambda f: _flip(next(f.glob("model-00003*"))), r"model-00003-of-00004.safetensors is not the file that"),
         (lambda f: _flip(f / "config.json"), r"config.json is not the file that was written"),
         (lambda f: (f / "SHA256SUMS").write_text("x  y"), r"SHA256SUMS line 1 \('x  y'\) is not a sha256"),
+        (lambda f: (f / "SHA256SUMS").write_text(""), r"SHA256SUMS is empty; it is damaged"),
+        (lambda f: _cut_lines(f / "SHA256SUMS", 3), r"SHA256SUMS has no sum of model-00003-of-00004.safetensors"),
         (lambda f: (f / "moeplan_checkpoint.json").unlink(), r"is not a checkpoint of a live run"),
     ],
 )
@@ -151,6 +153,10 @@ def _forget(folder: Path, part: str) -> None:
     index = json.loads(path.read_text())
     index["weight_map"] = {n: s for n, s in index["weight_map"].items() if part not in n}
     path.write_text(json.dumps(index))
+
+
+def _cut_lines(path: Path, kept: int) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
 
 
 def _cut(shard: Path) -> None:
