@@ -156,10 +156,18 @@ def _set_up(job: LiveJob, mesh: Mesh) -> tuple[Trainer, PlanCallback, int]:
         if job.apply_at is not None and not 0 <= job.apply_at < job.steps:
             raise SpecError(f"apply_at ({job.apply_at}) must be a step of 0..{job.steps - 1} (steps - 1)")
     trainer, first = _fresh(job, mesh, plan.placement if plan is not None and job.apply_at is None else None)
-    if job.checkpoint is not None and job.resume is None and mesh.world.rank == 0 and not restarts():
-        (job.checkpoint / "latest").unlink(missing_ok=True)  # of a run before: no restart of this one goes on from it
+    if job.checkpoint is not None and mesh.world.rank == 0 and not restarts():
+        _forget_others(job.checkpoint, job.resume)
     trainer.clock.origin_s = mesh.world.all_of(time.perf_counter())[0]
     return trainer, PlanCallback(trainer.migrator, job.options.model, mesh, job.control, job.budget_s), first
+
+
+def _forget_others(folder: Path, begun: Path | None) -> None:
+    """Restarts of a run go on from the latest checkpoint in ``folder``: it is not to be one of another run, or a later
+    one than the run has ``begun`` from."""
+    named = folder / "latest"
+    if named.is_file() and (begun is None or latest(folder).resolve() != begun.resolve()):
+        named.unlink()
 
 
 def _train(

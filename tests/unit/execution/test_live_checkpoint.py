@@ -272,8 +272,19 @@ def test_the_newest_whole_checkpoint_is_offered(request_of_a_run, tmp_path: Path
     with pytest.raises(InputError, match=rf"has no moeplan_checkpoint.json; .* --resume {saved}/step-000002$"):
         run_live(request_of_a_run(steps=1, resume=saved))
     (saved / "latest").write_text("step-000002\n")
+    run_live(request_of_a_run(steps=0, resume=saved / "step-000002"))
+    assert (saved / "latest").exists()
     run_live(request_of_a_run(steps=0))  # a new run, whose restarts are not to go on from there
     assert not (saved / "latest").exists()
+
+
+def test_restarts_of_a_run_that_begins_at_an_older_checkpoint_do_not_go_on_from_a_later_one(
+    request_of_a_run, tmp_path: Path
+) -> None:
+    run_live(request_of_a_run(steps=2))
+    run_live(request_of_a_run(steps=0, resume=tmp_path / "saved", checkpoint=tmp_path / "new"))
+    run_live(request_of_a_run(steps=0, resume=tmp_path / "saved" / "step-000001"))
+    assert not (tmp_path / "saved" / "latest").exists()
 
 
 def test_resumes_in_another_number_format(tmp_path: Path) -> None:
