@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -94,9 +94,10 @@ def expert_load(trace: RoutingTrace | ExpertLoad, windows: str = "all") -> Exper
     )
 
 
-def without_stretches(load: ExpertLoad, count: int) -> tuple[ExpertLoad, ...]:
+def without_stretches(load: ExpertLoad, count: int) -> Iterator[ExpertLoad]:
     """The load ``count`` times, each without one stretch: every window is cut into ``count`` stretches of equally many
-    tokens, in the order recorded, and the first time lacks all windows' first ones.
+    tokens, in the order recorded, and the first time lacks all windows' first ones. Each is made when it is asked for:
+    its tokens are copied.
 
     Raises:
         TraceError: the load has no tokens, or a window fewer than ``count``.
@@ -108,13 +109,14 @@ def without_stretches(load: ExpertLoad, count: int) -> tuple[ExpertLoad, ...]:
     for w in range(windows):
         own = np.flatnonzero(window_T == w)
         stretch_T[own] = np.arange(len(own)) * count // len(own)
-    parts = []
-    for stretch in range(count):
+
+    def without(stretch: int) -> ExpertLoad:
         kept = np.flatnonzero(stretch_T != stretch)
         part, kept_T = trace.tokens(kept), window_T[kept]
         loads = [count_selections(part.experts_TLK[kept_T == w], part.num_experts) for w in range(windows)]
-        parts.append(replace(load, load_WLE=np.stack(loads).astype(np.float64), trace=part, window_T=kept_T))
-    return tuple(parts)
+        return replace(load, load_WLE=np.stack(loads).astype(np.float64), trace=part, window_T=kept_T)
+
+    return map(without, range(count))
 
 
 def stream_load(batches: Iterable[RoutingTrace]) -> ExpertLoad:
