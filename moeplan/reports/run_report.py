@@ -34,7 +34,7 @@ __all__ = [
 _NAMES = {
     "output_tokens_per_s_per_gpu": "Output per GPU", "output_tokens_per_s": "Output",
     "ttft_p50_s": "First token, median", "ttft_p99_s": "First token, 99 %", "tpot_p50_s": "Per further token, median",
-    "accept_length": "Per sequence and step", "e2e_p50_s": "Whole answer, median",
+    "accept_length": "Acceptance length", "e2e_p50_s": "Whole answer, median",
     "requests_per_s": "Requests", "goodput_requests_per_s": "Goodput", "slo_attainment": "Requests within objectives",
     "usd_per_million_output_tokens": "Cost of a million output tokens", "step_s": "Step",
     "tokens_per_s_per_gpu": "Tokens per GPU", "tflops_per_gpu": "Operations per GPU", "mfu": "Model FLOPs utilisation",
