@@ -15,8 +15,7 @@ hold different batches takes, with ``m`` the tokens of the busiest group and ``n
   the mean of the MoE layers: the first over all tokens of the step, as SGLang and vLLM run it, the others over one per
   sequence. Attention is measured for one token per sequence; further ones add their work by the roofline, since the
   cache is read once;
-- between pipeline stages what the next one needs of the fullest group's tokens: hidden states and residuals in 16 bits,
-  each rank of the group a part of them, gathered where they arrive, as SGLang and vLLM send them.
+- between pipeline stages what the next one needs (:mod:`moeplan.costs.stage_transfers`).
 
 A chunk of ``q`` tokens after ``p`` that are in the cache attends to ``q p + q^2 / 2`` pairs: the kernel over ``p + q``
 tokens less the kernel over ``p``, both read by straight lines over the square of the context, the launch paid once per
@@ -27,7 +26,6 @@ step.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -38,43 +36,26 @@ from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.attention import attention_by_window
-from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.context_parallel import GatheredKeys, PartialAttention
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.exchange import balanced_copies, engine_dispatch
 from moeplan.costs.group_kernel import group_seconds, row_at
-from moeplan.costs.interpolation import TILES
 from moeplan.costs.kv_cache import SwapCosts
+from moeplan.costs.stage_transfers import StageTransfers
 from moeplan.costs.step import BatchParts, StepModel, combine
-from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique
+from moeplan.costs.token_grid import Curve, grid, stairs
 from moeplan.costs.work import Work, in_turn, link_speeds, speeds
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import DTYPE_BYTES, ModelSpec, dense_beside
+from moeplan.specs.model import ModelSpec, dense_beside
 from moeplan.specs.workload import Phase, Workload
 
-__all__ = ["Batch", "MoeTable", "Pass", "ServingCosts", "StepSeconds", "grid", "joined", "stairs"]
+__all__ = ["Batch", "MoeTable", "Pass", "ServingCosts", "StepSeconds", "joined"]
 
 Floats = NDArray[np.float64]
-_SENT, _GATHERED = "transfers between stages", "gathers between stages"
 _CHUNKS = "context parallelism of prompts"
 _CHECKED = "attention of drafts that are checked"
 _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
-
-
-def grid(highest: float, lowest: float = 1.0) -> Floats:
-    """1 and 1.5 times powers of two from ``lowest`` (one of them or below) to the first at or above ``highest``; two or
-    more, as lines lie between two."""
-    first, last = int(np.floor(np.log2(lowest))), int(np.ceil(np.log2(max(highest, 2.0))))
-    every = (factor * 2.0**power for power in range(first, last + 1) for factor in (1.0, 1.5))
-    points = [x for x in every if x < 1 or x == int(x)]
-    top = next((i for i, x in enumerate(points) if x >= highest), len(points) - 1)
-    return np.array(points[: max(1, top) + 1])
-
-
-def stairs(points: Floats, tp: int = 1) -> Floats:
-    """With the tokens per rank that are one too many for the tiles of ``tp`` ranks: there times of products jump."""
-    return np.union1d(points, points[(points * tp >= min(TILES)) & (points < points[-1])] + 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,34 +115,6 @@ def joined(passes: Sequence[Pass], found: Sequence[StepSeconds]) -> StepSeconds:
     return StepSeconds(total_s, error / total_s, exposed_s, busy_R)
 
 
-class _Curve:
-    """Rows over a rising grid: position and weight of a value, clipped to the grid."""
-
-    def __init__(self, points: Floats) -> None:
-        self.points = points
-        self._list: list[float] = points.tolist()
-
-    def place(self, value: float) -> tuple[int, float]:
-        points = self._list
-        if value <= points[0]:
-            return 0, 0.0
-        if value >= points[-1]:
-            return len(points) - 2, (value - points[-2]) / (points[-1] - points[-2])
-        i = bisect_right(points, value) - 1
-        return i, (value - points[i]) / (points[i + 1] - points[i])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Onward:
-    """What stages of a pipeline send on, all the way, at each number of tokens per rank ``[B]``: its parts by name,
-    seconds of all, seconds that all take longer at half the links' speed, relative error of all."""
-
-    parts_B: list[dict[str, Seconds]]
-    seconds_B: Floats
-    late_B: Floats
-    error_B: Floats
-
-
 @dataclass(slots=True, eq=False)
 class MoeTable:
     """Experts and exchange of one placement under one load in one phase, filled as grid points are touched."""
@@ -208,8 +161,8 @@ class ServingCosts:
         self.groups = cluster.num_ranks // ranks
         self._speed_D = self.speed_R.reshape(self.groups, ranks).min(1)
         self._link_D = link_speeds(cluster).reshape(self.groups, ranks).min(1)
-        self._mean = _Curve(grid(max_tokens, 1.0 / self._num_live))
-        self._busy = _Curve(stairs(grid(max_tokens), technique.tp))
+        self._mean = Curve(grid(max_tokens, 1.0 / self._num_live))
+        self._busy = Curve(stairs(grid(max_tokens), technique.tp))
         self._models: dict[tuple[Phase, float], StepModel] = {}
         self._fixed: dict[tuple[Phase, int], tuple[Floats, Floats]] = {}
         self._tables: dict[tuple[int, int, Phase], MoeTable] = {}
@@ -220,30 +173,14 @@ class ServingCosts:
         self._nothing_L = np.zeros(model.num_moe_layers)
         self._attention(max_seqs, max_context)
         self._met_sent: set[int] = set()  # points of what is sent on whose sources, marks and errors are noted
-        self._onward = None if stages is None else self._between(stages)
-
-    def _between(self, stages: ClusterSpec) -> _Onward:
-        """A slow link holds up the hop that comes in over it and the one that goes on."""
-        links, ranks = CollectiveCosts(stages, self.profile, self.technique.backend), self.cluster.num_ranks
-        tp, hops = self.technique.tp, stages.num_ranks // ranks - 1
-        parts_B, rows_B3 = [], []
-        for tokens in self._busy.points.tolist():
-            size = tokens * 2 * self.model.hidden_size * DTYPE_BYTES["bf16"]
-            parts = {_SENT: links.seconds("p2p", 2, size, ranks)}
-            late_s = 2 * Work.of(parts.values()).wire_s
-            if tp > 1:
-                parts[_GATHERED] = gathered = links.seconds("all_gather", tp, size * tp)
-                late_s += Work.of([gathered]).wire_s
-            seconds = sum(part.total for part in parts.values())
-            error = sum(part.total * part.relative_error for part in parts.values()) / seconds
-            parts_B.append(parts)
-            rows_B3.append((hops * seconds, hops * late_s, error))
-        return _Onward(parts_B, *np.array(rows_B3).T)
+        self._onward = None
+        if stages is not None:
+            self._onward = StageTransfers(model, stages, cluster.num_ranks, profile, technique, self._busy)
 
     def _attention(self, max_seqs: int, max_context: int) -> None:
         model, how = self.model, self.technique
-        self._seqs, self._context = _Curve(grid(max_seqs)), _Curve(grid(max(16, max_context)))
-        self._squares = _Curve(self._context.points**2)  # over which prefill grows by nearly straight lines
+        self._seqs, self._context = Curve(grid(max_seqs)), Curve(grid(max(16, max_context)))
+        self._squares = Curve(self._context.points**2)  # over which prefill grows by nearly straight lines
         shape = (len(self._seqs.points), len(self._context.points))
         self._chunk_s, self._launch_s = np.zeros(shape[1]), 0.0
         self._among: PartialAttention | GatheredKeys | None = None
@@ -446,22 +383,16 @@ class ServingCosts:
 
     def _sent_on(self, tokens_D: Floats) -> tuple[float, float]:
         """Seconds that the stages take to send a step on, at the group that takes longest, and their relative error."""
-        if (on := self._onward) is None:
+        if self._onward is None:
             return 0.0, 0.0
-        taken_D = tokens_D
-        if (late_D := 1 / self._link_D - 1).any():
-            of_D = [np.interp(tokens_D, self._busy.points, rows_B) for rows_B in (on.seconds_B, on.late_B)]
-            taken_D = of_D[0] + late_D * of_D[1]
-        d = int(taken_D.argmax())
-        b, w = self._busy.place(float(tokens_D[d]))
-        for point in {b, b + (w > 0)} - self._met_sent:
+        seconds, error, points = self._onward.at(tokens_D, self._link_D)
+        for point in points - self._met_sent:
             self._met_sent.add(point)
-            parts = on.parts_B[point]
+            parts = self._onward.parts_B[point]
             self.source |= {name: part.source for name, part in parts.items()}
             self.extrapolated |= {name for name, part in parts.items() if part.extrapolated}
             self._met({name: part.relative_error for name, part in parts.items()})
-        seconds = row_at(on.seconds_B, b, w) + late_D[d] * row_at(on.late_B, b, w)
-        return float(seconds), float(row_at(on.error_B, b, w))
+        return seconds, error
 
     def _groups(self, each: Pass, share: float) -> tuple[Floats, float, Floats]:
         """Tokens on each rank of a group ``[D]``, their mean over live ranks, and seconds of each group ``[D, 3]``

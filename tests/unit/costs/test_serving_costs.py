@@ -13,9 +13,10 @@ from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import PassCosts
 from moeplan.costs.fixed import fixed_costs
 from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room, kv_transfer_s, ranks_that_hold
-from moeplan.costs.serving import Batch, ServingCosts, grid, stairs
+from moeplan.costs.serving import Batch, ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
+from moeplan.costs.token_grid import grid, stairs
 from moeplan.errors import InfeasibleError
 from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.clusters import cluster_for
