@@ -44,9 +44,6 @@ def coverage_gaps(
         sent = hidden | {"top_k": model.top_k, "nodes": cluster.num_nodes, "mode": mode}
         regions.append(("alltoall", sent, experts | {"ranks_per_node": cluster.ranks_per_node}))
     if how is not None:
-        def whole(tp: int) -> dict[str, Any]:
-            return {"model": _name(model)} | ({"tp": tp} if tp > 1 else {})
-
         if (a := model.attention) is not None:
             decode = workload.phase == "decode"
             split = how.tp // how.dcp if decode else how.tp  # ranks among which a kernel's heads are divided
@@ -59,9 +56,9 @@ def coverage_gaps(
                 "dtype": table_dtypes(activations_beside(workload.weight_dtype)),
             }
             # The ranks of a latent cannot be given as sizes.
-            regions.append(("attention", where, whole(split) if a.is_mla else {}))
+            regions.append(("attention", where, _whole(model, split) if a.is_mla else {}))
         dense = {"dtype": table_dtypes(how.dense_dtype or dense_beside(workload.weight_dtype))}
-        regions.append(("gemm", dense, whole(how.tp)))
+        regions.append(("gemm", dense, _whole(model, how.tp)))
     gaps: list[str] = []
     for table, where, command in regions:
         try:
@@ -69,6 +66,11 @@ def coverage_gaps(
         except ProfileError as error:
             gaps.append(str(error))
     return tuple(gaps)
+
+
+def _whole(model: ModelSpec, tp: int) -> dict[str, Any]:
+    """Options that measure a model's own shapes on ``tp`` ranks."""
+    return {"model": _name(model)} | ({"tp": tp} if tp > 1 else {})
 
 
 def _name(model: ModelSpec) -> str:

@@ -32,9 +32,9 @@ class FixedCosts:
     dense layers, embedding and head of the whole step. ``kernel_s`` is the attention kernel's part of ``layer``, which
     depends on the context, ``partial`` what ranks that keep a cache together (``dcp``) exchange around it; ``other``
     holds both ``other_kernels`` times. ``reduce``: an all-reduce over the ranks that split attention; ``layer`` holds
-    it once, dense layers twice, ``shared`` once where its tokens are gathered. ``draft``: what a pass of a prediction
-    layer takes beside one MoE layer and the ``head``, which is embedding, two norms and the projection of both to one
-    hidden state. Both are told where drafts are made."""
+    it once, dense layers twice, ``shared`` once where its tokens are gathered. ``draft``: embedding, two norms and the
+    projection of both to one hidden state, which a pass of a prediction layer takes beside one MoE layer and the
+    ``head``; both are nothing where no drafts are made."""
 
     layer: Work
     routing_s: float
