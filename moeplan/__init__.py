@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from moeplan.specs.scenario import Scenario
     from moeplan.specs.workload import Objective, Workload
 
-    __version__: str
+__version__ = "0.1.0"
 
 _ROOM_OF = {
     "ClusterSpec": "specs.cluster",
@@ -143,10 +143,6 @@ def load_scenario(path: str | Path) -> Scenario:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("moeplan")
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'moeplan' has no attribute '{name}'")
     value = getattr(import_module(f"moeplan.{_ROOM_OF[name]}"), name)

@@ -7,6 +7,8 @@ import sys
 
 import click
 
+from moeplan import __version__
+
 __all__ = ["main"]
 
 # name -> (module in moeplan.cli, one-line help); the object in the module is called `command`.
@@ -50,7 +52,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="moeplan")
+@click.version_option(__version__)
 def cli() -> None:
     """Measure, plan, simulate and apply expert placements for Mixture-of-Experts clusters."""
 

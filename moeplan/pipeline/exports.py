@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moeplan import __version__
 from moeplan.artifacts.plan import IMPORTED, Plan, placement_fields
 from moeplan.errors import InputError, PlanError, SpecError
 from moeplan.exports.base import ExportContext, Exporter, ImportContext, ImportedPlacement
@@ -98,7 +98,7 @@ def import_plan(
         objective=Objective(),
         workload=Workload(),
         notes=_notes(found),
-        provenance={"placement_file": sha256_file(path), "moeplan": version("moeplan")},
+        provenance={"placement_file": sha256_file(path), "moeplan": __version__},
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from moeplan import __version__
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import Bound, LayerEvaluation, Migration, Plan, Prediction, Verdict, placement_fields
@@ -366,7 +366,7 @@ def _plan(job: _Job, result: PlanningResult, after: Evaluation, **judged: Any) -
         objective=job.objective, workload=job.workload, evaluation=layer_evaluations(job.load.layer_ids, after),
         notes=(*result.notes, *job.notes), **judged,
         provenance={
-            "moeplan": version("moeplan"), "trace_sha256": job.routing.origin["sha256"],
+            "moeplan": __version__, "trace_sha256": job.routing.origin["sha256"],
             "model_sha256": spec_sha256(job.model), "cluster_sha256": spec_sha256(job.cluster),
             "cluster": job.cluster.name, "accelerator": job.cluster.accelerator.name, "windows": job.windows,
             **({} if job.domain is None else {"domain": job.domain}),

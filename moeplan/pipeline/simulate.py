@@ -15,13 +15,13 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from moeplan import __version__
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.simulation_result import Assumption, Headline, MemoryTrack, RankBytes, SimulationResult
 from moeplan.errors import InputError, MoeplanError, SpecError
@@ -121,7 +121,7 @@ def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
         served = simulate_service(
             service.spec, service.requests, service.pools,
             keep_log=run.keep_log, errors=run.errors, seed=run.seed, progress=progress,
-            origin={"seed": run.seed, "scenario_sha256": _digest(scenario), "moeplan": version("moeplan"),
+            origin={"seed": run.seed, "scenario_sha256": _digest(scenario), "moeplan": __version__,
                     "fidelity": scenario.fidelity},
         )  # fmt: skip
         log = served.log
@@ -148,7 +148,7 @@ def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
 
 def _trained(run: _Run, progress: Progress) -> _Answer:
     """A training run; nothing in it is drawn, so seeds do not differ."""
-    origin = {"seed": run.seed, "scenario_sha256": _digest(run.scenario), "moeplan": version("moeplan")}
+    origin = {"seed": run.seed, "scenario_sha256": _digest(run.scenario), "moeplan": __version__}
     with threadpool_limits(1):
         found = simulate_training(run.scenario, origin, intervals=True)
     progress("simulate", 1.0)
@@ -182,7 +182,7 @@ def _provenance(scenario: Scenario, seeds: int) -> dict[str, str]:
         files["requests"] = scenario.serving.requests.file
         files["prefill placement"] = scenario.serving.prefill.placement if scenario.serving.prefill else None
     hashes = {f"{name}_sha256": digest for name, given in files.items() if (digest := _contents(name, given))}
-    hashes |= {"scenario_sha256": _digest(scenario), "moeplan": version("moeplan")}
+    hashes |= {"scenario_sha256": _digest(scenario), "moeplan": __version__}
     return hashes | {"case_sha256": sha256_bytes(canonical_json({**hashes, "seeds": seeds}).encode())}
 
 

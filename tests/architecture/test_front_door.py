@@ -87,6 +87,18 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded & HEAVY
 
 
+def test_the_version_is_told_where_the_package_is_not_installed() -> None:
+    code = (
+        "import sys, importlib.metadata as metadata\n"
+        "def absent(name):\n    raise metadata.PackageNotFoundError(name)\n"
+        "metadata.distribution = absent\n"
+        "from moeplan.cli import main\nsys.argv = ['moeplan', '--version']\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[-1] == moeplan.__version__
+
+
 def test_help_is_quick() -> None:
     more = [seconds("-m", "moeplan", "--help") - seconds("-c", "pass") for _ in range(5)]
     assert statistics.median(more) < 0.3
