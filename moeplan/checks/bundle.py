@@ -284,7 +284,7 @@ _WITHOUT_COPIES = ("megatron", "deepspeed")
 def target_slots(b: Bundle) -> Iterator[Finding]:
     """An engine that gives every rank the same number of slots gets no others, one without copies gets none."""
     if b.target in _WITHOUT_COPIES and b.num_redundant:
-        yield error(f"{b.target} holds every expert once, but --redundant is {b.num_redundant}; leave it out")
+        yield error(f"{b.target} holds every expert once, but --redundant is {b.num_redundant}; give --redundant 0")
         return
     if b.slots_R is None or not b.equal_slots or len(set(b.slots_R.tolist())) == 1:
         return

@@ -57,7 +57,7 @@ def _redundant(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 @click.option("--profile", metavar="NAME|DIR|none",
               help="Measured costs. [those shipped for the accelerator; else roofline]")
 @click.option("--redundant", metavar="N|max", callback=_redundant,
-              help="Extra expert slots per layer, or what memory allows.")
+              help="Extra expert slots per layer, or what memory allows. [as --current has, else 0]")
 @click.option("--kv-reserve", metavar="SIZE",
               help="Memory per rank kept for the KV cache by --redundant max, as in '20 GiB'.")
 @click.option("--planner", metavar="NAME",

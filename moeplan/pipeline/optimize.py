@@ -241,16 +241,18 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
     batch = {"batch_per_rank": DECODE_BATCH} if "batch_per_rank" not in given and phase == "decode" else {}
     workload = scenario.workload.model_copy(update={"phase": phase} | batch)
     load, messages = _load(routing, windows, model)
-    slots_R, num_redundant = slots_of_ranks(model, cluster, workload, scenario.redundant, scenario.kv_reserve)
-    in_use = None
+    in_use, redundant = None, scenario.redundant
     place: dict[str, Any] = {"num_ranks": cluster.num_ranks, "num_nodes": cluster.num_nodes}
     if scenario.current is not None:
         in_use = load_placement(scenario.current, model=model, **place)
         messages += in_use.notes
+        if "redundant" not in scenario.model_fields_set and (redundant := _redundant_of(in_use.placement, cluster)):
+            messages.append(f"the plan has {redundant} redundant slots as current has; --redundant 0 plans without")
+    slots_R, num_redundant = slots_of_ranks(model, cluster, workload, redundant, scenario.kv_reserve)
     bundle = Bundle(
         model=model, cluster=cluster, workload=workload, load=load, num_ranks=scenario.ranks,
         num_nodes=scenario.nodes, slots_R=slots_R, memory=memory_report(model, cluster, workload, slots_R),
-        num_redundant=num_redundant if isinstance(scenario.redundant, str) else scenario.redundant,
+        num_redundant=num_redundant if isinstance(redundant, str) else redundant,
         current=None if in_use is None else in_use.placement,
         current_layer_ids=None if in_use is None else in_use.layer_ids,
         target=scenario.target, equal_slots=scenario.target is not None,
@@ -261,6 +263,13 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
         scenario, windows, domain, model, cluster, workload, objective, load, routing, slots_R, num_redundant,
         bundle.current, costs, tuple(notes), tuple(messages),
     )  # fmt: skip
+
+
+def _redundant_of(current: Placement, cluster: ClusterSpec) -> int:
+    """Redundant slots per layer where every rank that works keeps as many slots as it has."""
+    slots_R = np.bincount(current.rank_of_slot_P, minlength=cluster.num_ranks)
+    live_R = [not cluster.rank(r).failed for r in range(cluster.num_ranks)]
+    return max(0, int(slots_R[live_R].sum()) - current.num_experts)
 
 
 def _objective(scenario: Scenario) -> Objective:

@@ -59,7 +59,9 @@ class Scenario(Spec):
         None, gt=0, description="left out: those of the cluster, or as few as hold the ranks"
     )
     redundant: int | Literal["max"] = Field(
-        0, description="extra expert slots per layer, or as many as memory allows"
+        0,
+        description="extra expert slots per layer, or max: as many as memory allows; left out: as many as current has,"
+        " else 0",
     )
     kv_reserve: Bytes | None = Field(
         None,

@@ -179,7 +179,7 @@ FAILED = cluster_for("h100", 2, 2).model_copy(update={"ranks": {1: RankSpec(fail
         (
             {"target": "megatron", "equal_slots": True, "num_redundant": 4},
             SpecError,
-            r"megatron holds every expert once, but --redundant is 4; leave it out",
+            r"megatron holds every expert once, but --redundant is 4; give --redundant 0",
         ),
         (
             {"target": "deepspeed", "model": MODEL.model_copy(update={"n_group": 4, "topk_group": 2})},

@@ -338,6 +338,27 @@ def test_a_plan_starts_from_the_one_in_use(run, place):
     assert same["verdict"]["apply"] is False
 
 
+def test_copies_stay_as_many_as_are_in_use(run, place):
+    run(*BASE, "--planner", "greedy", "--redundant", 8, "--out", "now", "--quiet")
+    cluster = "accelerator: h100-sxm\nnum_nodes: 2\nranks_per_node: 2\nranks: {3: {failed: true}}\n"
+    Path("lost.yaml").write_text(cluster)
+    for more, slots in (
+        ((), [4, 4, 4, 4]),
+        (("--migration-size", "1 MB", "--planner", "joint"), [4, 4, 4, 4]),
+        (("--cluster", "lost.yaml"), [4, 4, 4]),  # ranks that are left do not hold more than they did
+        (("--redundant", 0), [2, 2, 2, 2]),
+    ):
+        code, _, err = run(*BASE, "--planner", "greedy", "--current", "now", "--out", "next", *more)
+        assert code == 0, err
+        plan = Plan.load(place / "next" / "plan.json")
+        assert np.bincount(plan.rank_of_slot).tolist() == slots
+        assert plan.num_redundant_experts == sum(slots) - 8
+        told = f"the plan has {sum(slots) - 8} redundant slots as current has; --redundant 0 plans without"
+        assert (told in err) == (sum(slots) > 8)
+    code, _, err = run(*BASE, "--current", "now", "--target", "megatron", "--out", "next")
+    assert (code, "megatron holds every expert once, but --redundant is 8; give --redundant 0" in err) == (2, True)
+
+
 def test_one_seed_gives_the_same_bytes_in_any_process_with_any_threads(place):
     np.savez("wide.npz", experts=experts(tokens=1500, count=16), num_experts=16)
     Path("model.json").write_text(json.dumps({**CONFIG, "num_local_experts": 16}))
