@@ -20,9 +20,10 @@ __all__ = ["LayerCosts", "node_links"]
 
 
 def node_links(link_R: NDArray[np.float64], nodes: int) -> NDArray[np.float64]:
-    """Part of its usual bandwidth that each node has: copies come in over all its ranks' links alike."""
-    mean_N: NDArray[np.float64] = link_R.reshape(nodes, -1).mean(axis=1)
-    return mean_N
+    """Part of its usual bandwidth that each node has, that of its slowest link: every rank sends copies of its own
+    tokens over its own, an equal part of the node's, and nothing is passed to a faster one."""
+    slowest_N: NDArray[np.float64] = link_R.reshape(nodes, -1).min(axis=1)
+    return slowest_N
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ class LayerCosts:
 
     ``relative_error_of_counts`` holds where the load is counts, which say how much each expert got, not together with
     which others: None where that changes nothing. ``link_R`` is the part of the links' usual bandwidth that each rank
-    has, empty where all have all of it: copies to a rank take ``1 / link`` of the time, those to a node go by the mean
-    of its ranks' links.
+    has, empty where all have all of it: copies to a rank take ``1 / link`` of the time, those to a node go by the
+    slowest of its ranks' links.
     """
 
     tokens_per_step: int

@@ -14,6 +14,7 @@ from moeplan.costs import roofline
 from moeplan.costs.exchange import exchange_costs, touched
 from moeplan.costs.experts import expert_costs
 from moeplan.costs.layer import LayerCosts, node_links
+from moeplan.costs.work import link_speeds
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Objective, Workload
@@ -68,8 +69,7 @@ def layer_costs(
         profile=profile,
     )
     inside, between = exchange.inside, exchange.between
-    each = [cluster.rank(rank) for rank in range(cluster.num_ranks)]
-    link_R = np.array([1.0 if rank.failed else rank.link_speed for rank in each])
+    link_R = link_speeds(cluster)
     slower = inside if between is None else max(inside, between, key=lambda path: path.balanced_s(batch))
     exchange_fixed, per_node, per_rank = slower.fixed_s, 0.0, inside.per_copy_s(batch)
     if between is not None:

@@ -9,7 +9,8 @@
   host's, hops the network's. So do its reductions: they move three bytes of memory for one of a link, and an H100
   moves six in that time, so they would only show below half its speed.
 - Dispatch and combine are costed by copies (:mod:`moeplan.costs.exchange`): those of a rank take ``1 / link_speed``,
-  those of a node go over all its NICs, at their mean; the fixed part stays.
+  those of a node ``1 / link_speed`` at its slowest NIC: each rank's own carries the copies of its tokens, to the rank
+  with its place in per-node dispatch (DeepEP's normal kernels), to the expert's rank otherwise. The fixed part stays.
 - What pipeline stages send on takes ``1 / link_speed`` where it comes in over a slow link and where it goes on over it.
 - A cache that goes to another pool takes ``1 / link_speed`` at the slowest rank of the group that it leaves, or that it
   comes to.
@@ -37,8 +38,9 @@ def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
 
 
 def link_speeds(cluster: ClusterSpec) -> NDArray[np.float64]:
-    """Part of the links' usual bandwidth that each rank has."""
-    return np.array([cluster.rank(r).link_speed for r in range(cluster.num_ranks)], dtype=np.float64)
+    """Part of the links' usual bandwidth that each rank has; 1 where it has failed, as its link is not used."""
+    ranks = map(cluster.rank, range(cluster.num_ranks))
+    return np.array([1.0 if rank.failed else rank.link_speed for rank in ranks], dtype=np.float64)
 
 
 def in_turn(seconds_GP: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -205,7 +205,7 @@ def test_copies_over_a_slow_link_take_longer(dispatch, tokens):
     usual = evaluate(given, plan(), COSTS, Objective(dispatch=dispatch))
     slow = evaluate(given, plan(), replace(COSTS, link_R=(1.0, 0.01, 1.0, 1.0)), Objective(dispatch=dispatch))
     assert (slow.rank_path_WL > 20 * usual.rank_path_WL).all()
-    assert (slow.node_path_WL > 1.5 * usual.node_path_WL).all()  # half of node 0's links
+    assert (slow.node_path_WL > 20 * usual.node_path_WL).all()  # all of node 0 waits for it
     assert slow.exchange_WL == pytest.approx(5e-3 + np.maximum(slow.node_path_WL, slow.rank_path_WL))
     halved = evaluate(given, plan(), replace(COSTS, link_R=(0.5,) * 4), Objective(dispatch=dispatch))
     assert halved.exchange_WL - 5e-3 == pytest.approx(2 * (usual.exchange_WL - 5e-3))
@@ -215,5 +215,5 @@ def test_hops_in_stay_wait_for_the_slowest_link():
     stay = Objective(return_mode="stay")
     usual, slow = (evaluate(load(), plan(), replace(COSTS, link_R=links), stay) for links in ((), (0.2, 0.6, 1, 1)))
     same_rank, same_node = usual.same_rank_L[0], usual.same_node_L[0]
-    hops = (same_node - same_rank) * 1e-4 / 4 / 0.2 + (1 - same_node) * 3e-4 / 2 / 0.4
+    hops = (same_node - same_rank) * 1e-4 / 4 / 0.2 + (1 - same_node) * 3e-4 / 2 / 0.2
     assert slow.exchange_WL[0] == pytest.approx([5e-3 + 200 * hops, 5e-3])

@@ -16,11 +16,11 @@ from moeplan.costs.traffic import Traffic, counted_traffic
 from moeplan.errors import InputError
 from moeplan.routing.loads import expert_load
 from moeplan.simulation.detailed import simulate_step
-from moeplan.specs.cluster import ClusterSpec
+from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
-from moeplan.specs.workload import Workload
+from moeplan.specs.workload import DispatchKind, Workload
 
 
 def _model(name: str, layers: int) -> ModelSpec:
@@ -139,6 +139,16 @@ def test_a_slow_link_holds_up_everybody() -> None:
     assert slow.total_s - whole.total_s == pytest.approx(3 * variable, rel=0.02)
     with pytest.raises(InputError, match="not a link of the cluster"):
         simulate_step(step, placement, load_LE, link_speed={("nic99", "spine"): 0.25})
+
+
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert"])
+def test_copies_between_nodes_wait_for_a_ranks_slow_link_in_both_modes(dispatch: DispatchKind) -> None:
+    step, placement, load_LE = _build({**CASES[1], "dispatch": dispatch, "skew": "even", "overlap": "none"}, layers=1)
+    narrow = step.cluster.model_copy(update={"ranks": {3: RankSpec(link_speed=0.1)}})
+    slow = StepModel(step.model, narrow, step.workload, step.technique, step.profile)
+    whole = slow.step(placement, load_LE).total_s
+    assert whole > 1.5 * step.step(placement, load_LE).total_s
+    assert simulate_step(slow, placement, load_LE).total_s == pytest.approx(whole, rel=1e-6)
 
 
 def test_the_log_holds_every_layer_of_every_rank_and_repeats_exactly() -> None:
