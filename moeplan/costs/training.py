@@ -48,6 +48,8 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
+_SYNCED, _TRANSFERS = "gradients and weights", "transfers between stages"
+
 
 def expert_group(cluster: ClusterSpec, ep: int, expert_tp: int = 1) -> ClusterSpec:
     """``ep x expert_tp`` neighbours of a cluster: one expert-parallel group, each of them as slow as the slowest that
@@ -197,9 +199,9 @@ class TrainingCosts:
         whole, measured = step.step(split, load_WLE.mean(0)), self._layers.ratio.measured
         self.relative_error = whole.high_s / whole.total_s - 1
         optimizer = adam.source if adam.measured else "modelled from bytes moved"
-        self.source = {**whole.source, **self._layers.source, "optimizer": optimizer}
+        self._source = {**whole.source, **self._layers.source, "optimizer": optimizer}
         guessed = {"backward": len(measured) < 3, "optimizer": not adam.measured}
-        self.extrapolated = (*whole.extrapolated, *(name for name, guess in guessed.items() if guess))
+        self._extrapolated = (*whole.extrapolated, *(name for name, guess in guessed.items() if guess))
 
     @property
     def experts_back(self) -> float:
@@ -340,13 +342,33 @@ class TrainingCosts:
         return self.links.seconds("p2p", 2, self.transfer_bytes, self.cluster.num_ranks // self.spec.pp)
 
     @property
+    def _sent(self) -> dict[str, list[Seconds]]:
+        """What ranks of different stages or groups send each other, by part; gradients and weights of the chunks made
+        so far."""
+        between = [self._transfer] if self.spec.pp > 1 else []
+        parts = {_SYNCED: self._state.collectives, _TRANSFERS: between}
+        return {name: found for name, found in parts.items() if found}
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Where seconds of each part come from."""
+        sent = {name: "; ".join(dict.fromkeys(part.source for part in found)) for name, found in self._sent.items()}
+        return self._source | sent
+
+    @property
+    def extrapolated(self) -> tuple[str, ...]:
+        """Parts beyond what is measured."""
+        sent = (name for name, found in self._sent.items() if any(part.extrapolated for part in found))
+        return (*self._extrapolated, *sent)
+
+    @property
     def part_errors(self) -> dict[str, float]:
         """Relative error of each part of a training step whose times :meth:`moeplan.costs.training_parts.scaled` can
         take longer; gradients and weights: the largest of the chunks made so far."""
         return {
             **self.step.part_errors,
-            "gradients and weights": self._state.relative_error,
-            "transfers between stages": self._transfer.relative_error if self.spec.pp > 1 else 0.0,
+            _SYNCED: self._state.relative_error,
+            _TRANSFERS: self._transfer.relative_error if self.spec.pp > 1 else 0.0,
             "optimizer": self._state.adam.relative_error,
         }
 

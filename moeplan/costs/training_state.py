@@ -31,6 +31,7 @@ import numpy as np
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.elementwise import Stream
+from moeplan.costs.tables import Seconds
 from moeplan.costs.work import Work
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 from moeplan.specs.training import TrainingSpec
@@ -80,8 +81,7 @@ def _copied(placement: Placement) -> tuple[float, int]:
 
 
 class TrainingState:
-    """``ranks`` of a job over ``links``; ``adam``: the bandwidth of an update. ``relative_error`` of the collectives
-    asked for so far; ``slots`` of the rank with most in a layer, ``slot_parameters`` of one of them on a rank."""
+    """``ranks`` of a job over ``links``; ``adam``: the bandwidth of an update; ``slots`` of the rank with most in a layer, ``slot_parameters`` of one of them on a rank."""
 
     def __init__(
         self,
@@ -94,13 +94,23 @@ class TrainingState:
         adam: Stream,
     ) -> None:
         self.model, self.spec, self.links, self.adam = model, spec, links, adam
-        self._ranks, self.relative_error = ranks, 0.0
+        self._ranks, self._asked = ranks, dict[tuple[str, int, float, int], Seconds]()
         self._width = DTYPE_BYTES[activations_beside(weight_dtype)]  # of weights as they are used
         self._grad = DTYPE_BYTES[spec.gradient_dtype]
         self._copied = _copied(placement)
         self.slots = int(np.bincount(placement.rank_of_slot_P).max())
         self.slot_parameters = model.expert_parameters / spec.expert_tp
         self.layer_parameters = model.layer_parameters_on(spec.tp)  # outside the experts, of a dense and of a MoE layer
+
+    @property
+    def collectives(self) -> list[Seconds]:
+        """All that were asked for so far."""
+        return list(self._asked.values())
+
+    @property
+    def relative_error(self) -> float:
+        """The largest of theirs."""
+        return max((found.relative_error for found in self.collectives), default=0.0)
 
     def chunk(self, kinds: Sequence[bool], tables: int, predicting: int) -> ChunkState:
         """Layers of ``kinds`` (MoE or not), ``predicting`` of them with a join, and ``tables`` of embedding or head."""
@@ -130,9 +140,12 @@ class TrainingState:
         return self._collective("all_reduce", len(stages), size, apart), size
 
     def _collective(self, op: str, ranks: int, size: float, stride: int) -> Work:
-        found = self.links.seconds(op, ranks, size, stride)
-        self.relative_error = max(self.relative_error, found.relative_error)
-        return Work.of([found])
+        if ranks <= 1:
+            return Work()
+        key = op, ranks, size, stride
+        if key not in self._asked:
+            self._asked[key] = self.links.seconds(*key)
+        return Work.of([self._asked[key]])
 
     def _parts(self, kinds: Sequence[bool], tables: int, predicting: int) -> list[_Shared]:
         model, spec = self.model, self.spec

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.profile import HardwareProfile, shipped_profile_for
 from moeplan.costs.training import TrainingCosts, expert_group, training_step
 from moeplan.simulation.training import simulate_training
 from moeplan.specs.clusters import cluster_for
@@ -22,14 +23,14 @@ DENSE, MOE = 3 * 7168 * 18432, 3 * 7168 * 2048 + 7168 * 256  # block; shared exp
 TABLE = 129280 * 7168
 
 
-def _costs(model: ModelSpec, nodes: int, **fields: Any) -> TrainingCosts:
+def _costs(model: ModelSpec, nodes: int, profile: HardwareProfile | None = None, **fields: Any) -> TrainingCosts:
     cluster, spec = cluster_for("h100", nodes, 8), TrainingSpec.parse({"global_batch": 1024, **fields}, "test")
     layers, experts = model.num_moe_layers, model.num_experts
     rows = np.tile(np.arange(experts, dtype=np.int32), (layers, 1))
     ranks = np.repeat(np.arange(spec.ep, dtype=np.int32), experts // spec.ep)
     group = expert_group(cluster, spec.ep)
     placement = Placement(rows, ranks, experts, spec.ep, group.ranks_per_node)
-    return TrainingCosts(model, cluster, None, placement, np.ones((1, layers, experts)), spec)
+    return TrainingCosts(model, cluster, profile, placement, np.ones((1, layers, experts)), spec)
 
 
 def test_dense_layers_weigh_where_they_are() -> None:
@@ -42,6 +43,22 @@ def test_dense_layers_weigh_where_they_are() -> None:
         experts = moe * 8 * DEEPSEEK.expert_parameters  # which have no copies
         assert chunk.sync_bytes == pytest.approx(4 * parameters)
         assert chunk.state_bytes == pytest.approx(18 * (parameters + experts))  # bf16, fp32 gradients, 12 of Adam
+
+
+def test_what_is_sent_between_stages_and_groups_says_where_it_is_from() -> None:
+    mixtral, profile = find_model("mixtral-8x7b"), shipped_profile_for(cluster_for("h100", 1, 8).accelerator.name)
+    for pp, nodes, read in ((1, 1, profile), (2, 2, profile), (1, 1, None)):
+        costs = _costs(mixtral, nodes, profile=read, pp=pp, ep=8, zero=1)
+        found = training_step(costs)
+        synced, sent = (found.source.get(name, "") for name in ("gradients and weights", "transfers between stages"))
+        assert synced.endswith("(NCCL)" if read else "H100-SXM-80GB")
+        assert "gradients and weights" in found.extrapolated  # of more bytes than were measured
+        assert bool(sent) == ("transfers between stages" in found.extrapolated) == (pp > 1)
+        told = costs.part_errors
+        assert told["gradients and weights"] > 0
+        assert (told["transfers between stages"] > 0) == (pp > 1)
+    alone = training_step(_costs(mixtral.model_copy(update={"num_experts": 8}), 1, ep=8, tp=8, zero=1))
+    assert "gradients and weights" not in alone.source
 
 
 @pytest.mark.parametrize("tp", [1, 8])
