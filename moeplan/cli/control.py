@@ -46,18 +46,23 @@ def control(folder: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 
     Each window is tested for drift; where the load has changed, a plan is made from the window's tokens and the costs
     as the run measured them, and handed over if it saves more in the steps left than moving takes.
+    Started before the run, it says so and waits for it.
 
     \b
     Example: moeplan live --ranks 4 --nodes 2 --steps 2000 --control run/control --window 64 &
              moeplan control run/control --model moeplan-20m --cluster cluster.yaml
     """
-    from moeplan.pipeline.control import Controller, ControlOptions, Decision, watch
+    from moeplan.pipeline.control import Controller, ControlOptions, Decision, await_run, watch
     from moeplan.specs.scenario import Scenario
 
     document: dict[str, Any] = {name: options[name] for name in _TOP if options[name] is not None}
     document["objective"] = {field: options[name] for name, field in _OBJECTIVE.items() if options[name] is not None}
     rules = ControlOptions(options["significance"], options["least_drift"], options["steps_left"])
-    controller = Controller(Scenario.parse(document, "options"), options["out"] or folder / "controller", rules)
+    scenario = Scenario.parse(document, "options")
+    # Unknown names are said before the wait.
+    scenario = scenario.model_copy(update={"model": scenario.model_spec(), "cluster": scenario.cluster_spec()})
+    await_run(folder, options["timeout_s"], lambda text: None if quiet else click.echo(text, err=True))
+    controller = Controller(scenario, options["out"] or folder / "controller", rules)
 
     def tell(decision: Decision) -> None:
         if not quiet:

@@ -9,6 +9,7 @@ another one that shares a folder with it.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from moeplan.costs.operating_point import layer_costs
 from moeplan.errors import InputError
 from moeplan.files import require_writable, write_text
 from moeplan.pipeline.inputs import on_model_layers, profile_notes, profile_of
+from moeplan.pipeline.live import run_under_way
 from moeplan.pipeline.optimize import optimize
 from moeplan.routing.drift import Drift, drift_between
 from moeplan.routing.loads import expert_load
@@ -37,7 +39,7 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.scenario import Scenario
 from moeplan.specs.workload import Workload
 
-__all__ = ["Calibration", "ControlOptions", "Controller", "Decision", "watch"]
+__all__ = ["Calibration", "ControlOptions", "Controller", "Decision", "await_run", "watch"]
 
 LEAST_TOKENS = 512
 _EXPERT_SHEET = ("memory_bandwidth", "bf16", "fp8", "fp4", "int8")
@@ -282,6 +284,21 @@ def _scaled_profile(profile: HardwareProfile, by: Calibration) -> HardwareProfil
             tables[name] = tables[name].set_column(column, "latency_us", scaled)
     note = f"experts x {by.expert:.4g}, exchanges x {by.exchange:.4g}, as measured in a run"
     return HardwareProfile(profile.meta.model_copy(update={"note": note, "tables": {}}), tables)
+
+
+def await_run(control: Path, timeout_s: float | None, tell: Callable[[str], None]) -> None:
+    """Wait for a run to watch ``control``, which is not made; ``tell`` hears of it.
+
+    Raises:
+        InputError: none did within ``timeout_s``.
+    """
+    until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    if run_under_way(control) is None:
+        tell(f"no live run watches {control}; waiting for one with --control {control}")
+    while run_under_way(control) is None:
+        if time.monotonic() > until:
+            raise InputError(f"no live run watched {control} within {timeout_s:g} s; is its --control folder another?")
+        time.sleep(0.05)
 
 
 def watch(

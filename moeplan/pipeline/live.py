@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moeplan.execution.options import LiveJob
     from moeplan.execution.train import Trainer
 
-__all__ = ["LiveRequest", "apply_plan", "run_live"]
+__all__ = ["LiveRequest", "apply_plan", "run_live", "run_under_way"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +96,22 @@ def run_live(request: LiveRequest, progress: Progress = no_progress) -> dict[str
         progress(f"step {message['step']}: loss {message['loss']:.3f}", message["step"] / message["of"])
 
     if inside:
-        answer = run_torchrun(launch, _rank, job, on_message=tell)
+        answer = run_torchrun(launch, _rank, job, on_message=tell)  # if it fails, torchrun may start the ranks again
         if answer is None:
             return None
+        _end(request.control)
     else:
-        answer = run_ranks(launch, _rank, job, on_message=tell)[0]
+        try:
+            answer = run_ranks(launch, _rank, job, on_message=tell)[0]
+        finally:
+            _end(request.control)
     return _finish(request, job, answer)
+
+
+def _end(control: Path | None) -> None:
+    """Leave in the control folder that its run has ended."""
+    if control is not None and (about := run_under_way(control)) is not None:
+        write_text(control / "run.json", json.dumps({**about, "ended": True}) + "\n")
 
 
 def _job(request: LiveRequest) -> LiveJob:
@@ -224,19 +234,33 @@ def _finish(request: LiveRequest, job: LiveJob, answer: dict[str, Any]) -> dict[
 # ---------------------------------------------------------------------- a run under way
 
 
+def run_under_way(control: Path) -> dict[str, Any] | None:
+    """What runs and watches ``control``, as its ``run.json`` says; None where no run has begun or the last has ended.
+
+    Raises:
+        InputError: ``run.json`` cannot be read.
+    """
+    if not (control / "run.json").is_file():
+        return None
+    about = read_json(control / "run.json")
+    if not isinstance(about, dict):
+        raise InputError(f"{control / 'run.json'} does not say what runs; start the run again")
+    return None if about.get("ended") else about
+
+
 def apply_plan(plan_path: Path, control: Path, wait_s: float = 60.0) -> dict[str, Any]:
     """Hand a plan to the live run that watches ``control``; what came of it.
 
     Raises:
         InputError: no run watches the folder. PlanError: the plan is not for that run; nothing has moved.
-        RunError: the run did not answer in time, or could not apply the plan.
+        RunError: the run has ended, did not answer in time, or could not apply the plan.
     """
     plan = Plan.load(plan_path)
     if not (control / "run.json").is_file():
         raise InputError(f"{control} is not watched by a live run; start one with --control {control}")
-    run = read_json(control / "run.json")
-    if not isinstance(run, dict):
-        raise InputError(f"{control / 'run.json'} does not say what runs; start the run again")
+    ended = RunError(f"the live run at {control} has ended; start one with --control {control}, or with --plan")
+    if (run := run_under_way(control)) is None:
+        raise ended
     for name, ours, theirs in (
         ("model", slug(plan.model), slug(str(run.get("model")))),
         ("num_ranks", plan.num_ranks, run.get("num_ranks")),
@@ -249,6 +273,9 @@ def apply_plan(plan_path: Path, control: Path, wait_s: float = 60.0) -> dict[str
     plan.save(control / "plan.json")
     until = time.monotonic() + wait_s
     while not answer.is_file():
+        if run_under_way(control) is None and not answer.is_file():  # it answers before it ends
+            (control / "plan.json").unlink(missing_ok=True)
+            raise ended
         if time.monotonic() > until:
             (control / "plan.json").unlink(missing_ok=True)
             raise RunError(f"the live run at {control} did not answer within {wait_s:g} s; is it still running?")

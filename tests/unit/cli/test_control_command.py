@@ -40,6 +40,7 @@ def folder(tmp_path: Path) -> Path:
     trace = RoutingTrace(experts, 8, (0,), source_rank_T=home_T)
     (tmp_path / "control").mkdir()
     LoadWindow(0, 64, load, trace, here, WindowCosts(0.02, 0.002, 0.01, 256)).write(tmp_path / "control/window.npz")
+    (tmp_path / "control/run.json").write_text("{}")
     return tmp_path
 
 
@@ -66,9 +67,27 @@ def test_a_window_becomes_a_plan(folder, capsys, monkeypatch):
 
 
 def test_no_window_is_an_error(folder, capsys, monkeypatch):
+    (folder / "control/window.npz").unlink()
     code, _, err = run(
-        capsys, monkeypatch, "control", str(folder / "elsewhere"), "--model", str(folder / "model.yaml"),
+        capsys, monkeypatch, "control", str(folder / "control"), "--model", str(folder / "model.yaml"),
         "--cluster", str(folder / "cluster.yaml"), "--timeout", "0.1",
     )  # fmt: skip
     assert code == 2
     assert "no window came into" in err
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_where_no_run_is_under_way_it_says_that_it_waits_and_leaves_nothing(folder, capsys, monkeypatch, ended):
+    elsewhere = folder / ("control" if ended else "elsewhere")
+    if ended:
+        (elsewhere / "run.json").write_text('{"ended": true}')
+    before = sorted(folder.rglob("*"))
+    words = ("control", str(elsewhere), "--cluster", str(folder / "cluster.yaml"), "--timeout", "0.1", "--model")
+    code, _, err = run(capsys, monkeypatch, *words, str(folder / "model.yaml"))
+    assert code == 2
+    waits, error = err.splitlines()
+    assert waits == f"no live run watches {elsewhere}; waiting for one with --control {elsewhere}"
+    assert error == f"error: no live run watched {elsewhere} within 0.1 s; is its --control folder another?"
+    code, _, err = run(capsys, monkeypatch, *words, "nonesuch")
+    assert (code, "waiting" in err) == (2, False)
+    assert sorted(folder.rglob("*")) == before

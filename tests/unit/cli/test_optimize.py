@@ -390,6 +390,8 @@ def test_times_of_a_busy_machine_are_warned_of_wherever_they_are_used(run, place
         _, out, err = run(*score, plan, *busy)
         assert sum(said in message for message in json.loads(out)["messages"]) == err.count(said) == 1
     assert said not in run(*score, "other")[2]
+    Path("run").mkdir()
+    Path("run/run.json").write_text("{}")
     control = ("control", "run", "--model", "model.json", "--cluster", "h100", "--ranks", 4, "--timeout", 0.1)
     assert said in run(*control, *busy)[2]
     assert said not in run(*control)[2]

@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from moeplan.artifacts.plan import Plan
 from moeplan.errors import InputError, MissingExtraError, PlanError, RunError, SpecError
 from moeplan.execution.metrics import MetricsSink
 from moeplan.execution.train import StepMetrics
+from moeplan.files import write_text
 from moeplan.pipeline.live import LiveRequest, apply_plan, run_live
 from moeplan.reports.against import seconds_per_step
 from moeplan.reports.chrome_trace import chrome_trace
@@ -223,6 +226,38 @@ def test_a_plan_handed_to_a_run_and_its_metrics(tmp_path: Path, model: Path, tex
     assert "Traceback" not in (tmp_path / "said").read_text()
     with pytest.raises(RunError, match=r"did not answer within 0.2 s; is it still running\?"):
         apply_plan(_plan(tmp_path), control, 0.2)
+
+
+def test_a_run_that_has_ended_takes_no_plan_and_says_so_at_once(tmp_path: Path, model: Path, text: Path) -> None:
+    control = tmp_path / "control"
+    base = {"model": str(model), "ranks": 2, "batch": 4, "length": 16, "text": text, "control": control}
+    ended = "has ended; start one with --control"
+    for steps, lr in ((1, 1e-3), (3, 1e20)):  # the second diverges
+        with nullcontext() if steps == 1 else pytest.raises(RunError, match="diverged"):
+            run_live(LiveRequest(**base, steps=steps, lr=lr))
+        with pytest.raises(RunError, match=ended):
+            apply_plan(_plan(tmp_path), control, 20)
+        about = json.loads((control / "run.json").read_text())
+        assert (about["num_ranks"], about["ended"]) == (2, True)
+        assert not (control / "plan.json").exists()
+
+
+def test_a_run_that_ends_without_taking_a_plan_is_not_waited_for(tmp_path: Path) -> None:
+    control, about = tmp_path / "control", {"model": "tiny", "num_ranks": 2, "ranks_per_node": 2}
+    control.mkdir()
+    write_text(control / "run.json", json.dumps(about))
+
+    def end() -> None:
+        while not (control / "plan.json").exists():
+            time.sleep(0.01)
+        write_text(control / "run.json", json.dumps({**about, "ended": True}))
+
+    run = threading.Thread(target=end)
+    run.start()
+    with pytest.raises(RunError, match="has ended; start one with --control"):
+        apply_plan(_plan(tmp_path), control, 20)
+    run.join()
+    assert not (control / "plan.json").exists()
 
 
 def _children_of(pid: int) -> list[int]:
