@@ -244,7 +244,7 @@ def _prepare(scenario: Scenario, windows: str, domain: str | None) -> _Job:
     in_use, redundant = None, scenario.redundant
     place: dict[str, Any] = {"num_ranks": cluster.num_ranks, "num_nodes": cluster.num_nodes}
     if scenario.current is not None:
-        in_use = load_placement(scenario.current, model=model, **place)
+        in_use = load_placement(scenario.current, model=model, **place, whose="ranks")
         messages += in_use.notes
         if "redundant" not in scenario.model_fields_set and (redundant := _redundant_of(in_use.placement, cluster)):
             messages.append(f"the plan has {redundant} redundant slots as current has; --redundant 0 plans without")

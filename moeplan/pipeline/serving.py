@@ -96,7 +96,8 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     for role, engine, whole, instances, placed, link in _stages(scenario, spec, cluster):
         stage = _stage_cluster(whole, engine)
         context_parallel_fits(model, engine, role)
-        place, said = _placement(scenario, model, _expert_groups(scenario, model, stage, engine), placed, load)
+        groups, whose = _expert_groups(scenario, model, stage, engine), _ranks_field(spec, role, engine)
+        place, said = _placement(scenario, model, groups, placed, whose, load)
         place = place.over_groups(engine.expert_tp)
         notes += said
         used_P = (place.physical_to_logical_LP >= 0).any(0)
@@ -289,11 +290,19 @@ def _expert_groups(scenario: Scenario, model: ModelSpec, stage: ClusterSpec, eng
     return groups
 
 
+def _ranks_field(spec: ServingSpec, role: Role, engine: EngineSpec) -> str:
+    """The fields that say how many ranks a pool's placement has."""
+    degrees = {"engine.pp": engine.pp, "engine.expert_tp": engine.expert_tp}
+    ranks = "serving.prefill.ranks" if spec.prefill is not None and role == "prefill" else "ranks"
+    return " / ".join([ranks, *(name for name, degree in degrees.items() if degree > 1)])
+
+
 def _placement(
-    scenario: Scenario, model: ModelSpec, stage: ClusterSpec, file: Path | None, load: ExpertLoad | None
+    scenario: Scenario, model: ModelSpec, stage: ClusterSpec, file: Path | None, whose: str, load: ExpertLoad | None
 ) -> tuple[Placement, list[str]]:
     if file is not None:
-        loaded = load_placement(file, model=model, num_ranks=stage.num_ranks, num_nodes=stage.num_nodes)
+        place = {"num_ranks": stage.num_ranks, "num_nodes": stage.num_nodes}
+        loaded = load_placement(file, model=model, **place, whose=whose)
         return loaded.placement, list(loaded.notes)
     slots_R, _ = slots_of_ranks(model, stage, scenario.workload, scenario.redundant, scenario.kv_reserve)
     problem = _problem(scenario, model, stage, slots_R, load, None)

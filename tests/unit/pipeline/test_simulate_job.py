@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from moeplan.artifacts.event_log import EventLog
+from moeplan.artifacts.placement import Placement
+from moeplan.artifacts.plan import Plan, placement_fields
 from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.artifacts.simulation_result import SimulationResult
 from moeplan.cli import cli
@@ -21,6 +24,7 @@ from moeplan.errors import (
     InfeasibleError,
     InputError,
     MoeplanError,
+    PlanError,
     ProfileError,
     SpecError,
     TraceError,
@@ -28,10 +32,12 @@ from moeplan.errors import (
 )
 from moeplan.pipeline.compare import compare
 from moeplan.pipeline.executor import InlineExecutor
+from moeplan.pipeline.optimize import optimize
 from moeplan.pipeline.serving import build_service
 from moeplan.pipeline.simulate import cases_of, simulate, sweep, write_simulation
 from moeplan.specs.models import find_model
 from moeplan.specs.scenario import Scenario
+from moeplan.specs.workload import Objective, Workload
 
 DEMO = Path(__file__).resolve().parents[3] / "moeplan" / "data" / "demo_trace.npz"
 ALL: dict[str, Any] = {"objective": {"dispatch": "allgather"}}
@@ -42,6 +48,30 @@ REQUESTS = {"arrivals": "poisson", "rate": "30 /s", "count": 40, "input_tokens":
 def scenario(serving: dict[str, Any] | None = None, **fields: Any) -> Scenario:
     base = {"model": "deepseek-v2-lite", "trace": str(DEMO), "cluster": "h100", "ranks": 8, "profile": "none"}
     return Scenario.parse(base | {"serving": {"requests": REQUESTS} | (serving or {})} | fields, "test")
+
+
+def test_a_placement_of_other_ranks_names_the_fields_that_say_how_many(tmp_path: Path) -> None:
+    lite = find_model("deepseek-v2-lite")
+    placement = Placement.contiguous(lite.num_moe_layers, lite.num_experts, 2, 2)
+    plan = Plan(
+        model=lite.name, planner="test", status="feasible", seed=0, num_experts=lite.num_experts,
+        num_redundant_experts=0, layer_ids=lite.moe_layer_ids, objective=Objective(), workload=Workload(),
+        **placement_fields(placement),
+    )  # fmt: skip
+    plan.save(tmp_path / "plan.json")
+    ahead = {"ranks": 4, "placement": str(tmp_path / "plan.json")}
+    split = ALL | {"current": str(tmp_path / "plan.json")}
+    for job, told in (
+        (scenario(EVEN, **split), "ranks (8)"),
+        (scenario(EVEN | {"role": "prefill"}, **split), "ranks (8)"),
+        (scenario(EVEN | {"engine": {"pp": 2}}, **split), "ranks / engine.pp (4)"),
+        (scenario(EVEN | {"engine": {"expert_tp": 2}}, **split), "ranks / engine.expert_tp (4)"),
+        (scenario(EVEN | {"prefill": ahead}), "serving.prefill.ranks (4)"),
+    ):
+        with pytest.raises(PlanError, match=re.escape(f"plan.json: num_ranks (2) is not {told}; set it to that, or")):
+            build_service(job, 0)
+    with pytest.raises(PlanError, match=re.escape("plan.json: num_ranks (2) is not ranks (8); set it")):
+        optimize(scenario(**split))
 
 
 def test_a_result_has_intervals_around_its_values_and_can_be_read_back(tmp_path: Path) -> None:
