@@ -81,7 +81,8 @@ def _copied(placement: Placement) -> tuple[float, int]:
 
 
 class TrainingState:
-    """``ranks`` of a job over ``links``; ``adam``: the bandwidth of an update; ``slots`` of the rank with most in a layer, ``slot_parameters`` of one of them on a rank."""
+    """``ranks`` of a job over ``links``; ``adam``: the bandwidth of an update; ``slots`` of the rank with most in a
+    layer, ``slot_parameters`` of one of them on a rank."""
 
     def __init__(
         self,
