@@ -222,6 +222,7 @@ class Instance:
         for pool in self.pools:
             pool.free += self.capacity - pool.capacity
             pool.capacity = self.capacity
+        self._wake()
 
     # ------------------------------------------------------------------ requests in and out
 

@@ -137,7 +137,7 @@ class Lane:
         if short_D.any():
             for d in np.flatnonzero(short_D).tolist():
                 pool = inst.pools[d]
-                while not pool.make_free(int(self.growth_DB[d, place_D[d]])):
+                while not pool.make_free(int(self.growth_DB[d, place_D[d]])) and self.running[d]:
                     self.preempt(next(reversed(self.running[d].values())))
                 need_D[d] = self.growth_DB[d, place_D[d]]
         free_D -= need_D
@@ -156,7 +156,7 @@ class Lane:
             seconds += costs.chunk_s(request.context - request.to_prefill, tokens)
             chunks.append((request, request.epoch, tokens))
             budget -= tokens
-        while self.landed[d] and budget > 0:
+        while self.landed[d] and budget >= self._width:
             request = self.landed[d].popleft()
             running[request.number] = request
             inst.first_token(request)
@@ -165,6 +165,8 @@ class Lane:
         arriving = self.arriving[d]
         while waiting and budget > 0 and len(running) + len(arriving) + len(self.landed[d]) < self._slots:
             request = waiting[0]
+            if request.saved and request.kept is None and budget < self._width:
+                break
             if not chunked and chunks and not request.saved and request.context > budget:
                 break
             if not inst.admit(self, request, d):

@@ -106,7 +106,7 @@ def simulate_service(
     ``seed`` draws which drafts are accepted.
 
     Raises:
-        InfeasibleError: a request cannot fit any group's cache, or every rank is lost.
+        InfeasibleError: a request cannot fit any group's cache, or every group has lost a rank.
     """
     return _Service(spec, requests, pools, keep_log, errors, seed, progress).run(origin or {})
 
@@ -207,8 +207,8 @@ class _Service:
                     clock.process(self._rebalance(spec.rebalance, instance, pool))
         try:
             clock.run(until=self.finished)
-        except RuntimeError as error:  # SimPy: nothing is left to happen
-            if self.finished.triggered:
+        except RuntimeError as error:  # SimPy: nothing is left to happen, or, with a cause, what a process raised
+            if self.finished.triggered or error.__cause__ is not None:
                 raise
             raise self._never_served() from error
         self.progress("simulate", 1.0)
@@ -322,7 +322,8 @@ class _Service:
     def _route(self, request: Request, place: int) -> tuple[Instance, int]:
         stage = self.stages[place]
         if not any(instance.alive_D.any() for instance in stage):
-            raise InfeasibleError(f"every rank is lost at {self.clock.now_s:g} s: no group is left to serve")
+            now_s = self.clock.now_s
+            raise InfeasibleError(f"faults: at {now_s:g} s every group has lost a rank; none is left to serve")
         if self.spec.router == "round-robin":
             return next((instance, d) for instance, d in self._rounds[place] if instance.alive_D[d])
         if self.spec.router == "prefix-aware" and request.chain and place == 0:

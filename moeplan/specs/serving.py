@@ -311,6 +311,11 @@ class ServingSpec(Spec):
     def _consistent(self) -> Self:
         if self.prefill is not None and self.role != "both":
             raise ValueError(f"role ({self.role}) is of one pool; leave it out with prefill, which makes two")
+        if self.prefill is not None and self.prefill.engine.pp > 1 and self.engine.speculative is not None:
+            raise ValueError(
+                f"prefill.engine.pp ({self.prefill.engine.pp}) and engine.speculative cannot be simulated together yet:"
+                " prompts pass the prediction layer, too; leave one of them out"
+            )
         if self.requests.duration is not None and self.warmup >= self.requests.duration:
             raise ValueError(
                 f"warmup ({self.warmup:g} s) reaches requests.duration ({self.requests.duration:g} s): zero requests"

@@ -86,6 +86,15 @@ def test_tokens_and_blocks_are_conserved_where_the_cache_is_short(fields: dict[s
         assert not any(lane.cached_D.any() or lane.growth_DB.any() for lane in instance.lanes)
 
 
+def test_a_step_has_no_more_tokens_than_it_may() -> None:
+    """Also where a cache comes in beside a prompt that is computed again."""
+    given = engine((0.8, 0.6, 0.5), max_num_seqs=6, max_num_batched_tokens=26, block_size=4)
+    arrivals = RequestTrace(*np.random.default_rng(3).integers(20, 90, (2, 60)), np.zeros(60))
+    stats = serve(plain_pool(1, given, 1e-3, 1e-5, 200, "decode"), arrivals, role="decode").instances[0].stats
+    assert stats.preemptions > 0
+    assert max(stats.tokens) <= 26
+
+
 def test_runs_repeat_and_seeds_differ() -> None:
     pool = plain_pool(1, engine((0.5,)), base_s=1.0, per_token_s=0.0)
     spec = ServingSpec.parse({"requests": {"arrivals": "constant", "rate": "1 /s", "count": 1, "input_tokens": 1,
@@ -123,3 +132,6 @@ def test_what_engines_cannot_do() -> None:
     requests = {"arrivals": "constant", "rate": "1 /s", "count": 1, "input_tokens": 1, "output_tokens": 1}
     with pytest.raises(SpecError, match=r"engine.speculative: both pools hold the prediction layer"):
         ServingSpec.parse({"requests": requests, "prefill": {"ranks": 4, "engine": drafts}}, "test")
+    split = {"requests": requests, "engine": drafts, "prefill": {"ranks": 4, "engine": {"pp": 2}}}
+    with pytest.raises(SpecError, match=r"prefill.engine.pp \(2\) and engine.speculative cannot be simulated together"):
+        ServingSpec.parse(split, "test")

@@ -417,6 +417,47 @@ def test_re_balancing_does_not_go_on_for_ever() -> None:
         serve(pool, trace([0.0], [14], [20]), Planner(2, capacity=16), faults=faults, rebalance=rebalance)
 
 
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_caches_that_are_kept_or_travel_may_take_more_than_a_loss_leaves(pool: str) -> None:
+    link = {"kv_bytes": 1e6, "link_bytes_per_s": 1e9, "link_latency_s": 5.0}
+    seqs = {"prefill": 1, "decode": 8}[pool]  # caches stay until a slot is free, or travel at once
+    pools = [
+        plain_pool(2, {}, 1.0, 0.0, role="prefill", capacity_tokens=1000, **link),
+        plain_pool(2, {"max_num_seqs": seqs}, 0.1, 0.0, role="decode", capacity_tokens=1000),
+    ]
+    faults = [{"kind": "rank-loss", "pool": pool, "at": "3 s", "rank": 1, "detect": "0 s"}]
+    arrivals = trace([0.0] * 8 + [4.0], [16] * 9, [3] * 9)
+    served = serve(pools, arrivals, Planner(2, capacity=32), faults=faults, prefill={"ranks": 2}, router="round-robin")
+    assert [r.generated for r in served.requests] == [3] * 9
+    for instance in served.instances:
+        assert (instance.free_D == instance.capacity).all()
+        assert instance.load_D.tolist() == [0, 0]
+
+
+def test_requests_wait_for_room_that_comes_back_with_a_rank() -> None:
+    planner = Planner(2)
+
+    def replan(load_LE, cluster, current, name):  # type: ignore[no-untyped-def]
+        room = 16 if cluster.rank(1).failed else 1000
+        return replace(planner(load_LE, cluster, current, name), capacity_tokens=room)
+
+    faults = [{"kind": "rank-loss", "at": "2.5 s", "until": "50 s", "rank": 1, "detect": "1 s"}]
+    pool = plain_pool(2, {"block_size": 4}, base_s=1.0, per_token_s=0.0, capacity_tokens=1000)
+    served = serve(pool, trace([0.0], [14], [20]), replan, faults=faults)
+    assert served.requests[0].generated == 20
+    assert served.end_s > 50.0
+
+
+def test_what_breaks_inside_a_step_is_no_want_of_room() -> None:
+    class Broken(PlainCosts):
+        def step(self, batch, placement, load_LE):  # type: ignore[no-untyped-def]
+            raise RuntimeError("broken")
+
+    pool = replace(plain_pool(1, {}, 1.0, 0.0), costs=lambda cluster: Broken(cluster, 1.0, 0.0))
+    with pytest.raises(RuntimeError, match="broken"):
+        serve(pool, trace([0.0], [1], [2]))
+
+
 def test_a_cache_lost_in_a_queue_for_decoding_is_no_token_sent() -> None:
     link = {"kv_bytes": 1e6, "link_bytes_per_s": 1e9, "link_latency_s": 0.0}
     pools = [
@@ -467,6 +508,11 @@ def test_losing_every_rank_is_an_error() -> None:
     faults = [{"kind": "rank-loss", "at": "1 s", "rank": 0}]
     with pytest.raises(InfeasibleError, match=r"faults: the last rank is lost at 1 s"):
         serve(plain_pool(1, {}, 1.0, 0.0), trace([0.0], [1], [9]), Planner(1), faults=faults)
+    # Rank 1 of the first stage and rank 0 of the second are there: of either group a half.
+    faults = [{"kind": "rank-loss", "at": f"{rank + 1} s", "rank": rank} for rank in (0, 3)]
+    pool = replace(plain_pool(2, {"pp": 2}, 1.0, 0.0), placement=even_placement(2, layers=2))
+    with pytest.raises(InfeasibleError, match=r"faults: at 4 s every group has lost a rank; none is left to serve"):
+        serve(pool, trace([0.0], [1], [9]), Planner(2, layers=2), faults=faults)
 
 
 def test_less_room_after_a_fault_preempts() -> None:
