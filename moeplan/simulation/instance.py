@@ -391,7 +391,6 @@ class Instance:
 
     def lose(self, request: Request) -> None:
         """A cache that waited or travelled is gone, and with it a first token that was not sent."""
-        request.path = None
         if request.first_ns == NEVER:
             request.generated = 0
         self.stats.recomputed += request.context
