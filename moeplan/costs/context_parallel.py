@@ -22,6 +22,8 @@ values, of which each keeps the whole cache (SGLang's prefill CP, ``--attn-cp-si
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.elementwise import PassCosts
@@ -35,30 +37,45 @@ __all__ = ["GatheredKeys", "PartialAttention"]
 _LSE_BYTES = 4  # fp32
 
 
-class PartialAttention:
-    """Exchanges of one layer's attention, which is known, among ``dcp`` ranks; nothing where that is 1."""
+@dataclass(eq=False)
+class _AmongRanks:
+    """What ranks send each other for one layer's attention, which is known; ``how`` many says the technique."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        cluster: ClusterSpec,
-        activations: Dtype,
-        profile: HardwareProfile | None,
-        how: Technique,
-    ) -> None:
-        attention = model.attention
+    model: ModelSpec
+    cluster: ClusterSpec
+    activations: Dtype
+    profile: HardwareProfile | None
+    how: Technique
+
+    def __post_init__(self) -> None:
+        self._links = CollectiveCosts(self.cluster, self.profile, self.how.backend)
+
+    def sent_of(self, before: int, new: int) -> int:
+        """Tokens that :meth:`chunk` takes of a chunk of ``new`` tokens after ``before`` in the cache."""
+        return new
+
+    def chunk(self, tokens: float) -> list[Seconds]:
+        """Exchanges of a prompt's chunk."""
+        raise NotImplementedError
+
+
+class PartialAttention(_AmongRanks):
+    """Exchanges among ``dcp`` ranks; nothing where that is 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        attention, how = self.model.attention, self.how
         assert attention is not None
         self._ranks, self._latent = how.dcp, attention.is_mla
         self._heads = attention.num_heads * how.dcp / how.tp  # of the ranks that share a cache
         query_dim, value_dim = attention.head_dim, attention.kv_lora_rank or attention.head_dim
         if attention.is_mla:
             query_dim = attention.kv_elements_per_token
-        wide, cache = DTYPE_BYTES[activations], DTYPE_BYTES[cache_beside(activations, how.kv_dtype)]
+        wide, cache = DTYPE_BYTES[self.activations], DTYPE_BYTES[cache_beside(self.activations, how.kv_dtype)]
         self._query_bytes, self._output_bytes = self._heads * query_dim * wide, self._heads * value_dim * wide
         self._cached_bytes = attention.kv_elements_per_token * cache
-        self._links = CollectiveCosts(cluster, profile, how.backend)
-        shape = int(self._heads * value_dim), model.num_experts, model.top_k
-        self._rescale = PassCosts(cluster.accelerator, activations, *shape, profile)
+        shape = int(self._heads * value_dim), self.model.num_experts, self.model.top_k
+        self._rescale = PassCosts(self.cluster.accelerator, self.activations, *shape, self.profile)
 
     def merged(self, tokens: float) -> list[Seconds]:
         """Queries of ``tokens`` to all ranks that hold a part of their context, and the outputs back."""
@@ -73,7 +90,7 @@ class PartialAttention:
         ]
 
     def sent_of(self, before: int, new: int) -> int:
-        """Tokens that :meth:`chunk` takes of a chunk of ``new`` tokens after ``before`` in the cache."""
+        """As of all, but of a latent the tokens ``before``."""
         return before if self._latent else new
 
     def chunk(self, tokens: float) -> list[Seconds]:
@@ -85,25 +102,13 @@ class PartialAttention:
         return [self._links.seconds("all_gather", self._ranks, tokens * self._cached_bytes)]
 
 
-class GatheredKeys:
-    """Keys and values of one layer's attention, which is known, to all ``cp`` ranks of a prompt."""
+class GatheredKeys(_AmongRanks):
+    """Keys and values to all ``cp`` ranks of a prompt."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        cluster: ClusterSpec,
-        activations: Dtype,
-        profile: HardwareProfile | None,
-        how: Technique,
-    ) -> None:
-        self._ranks, self._stride = how.cp, how.tp
-        self._key_bytes = (model.kv_bytes_per_token(activations, how.tp) or 0.0) / model.num_layers
-        self._links = CollectiveCosts(cluster, profile, how.backend)
-
-    def sent_of(self, before: int, new: int) -> int:
-        """Tokens that :meth:`chunk` takes of a chunk of ``new`` tokens after ``before`` in the cache."""
-        return new
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._key_bytes = (self.model.kv_bytes_per_token(self.activations, self.how.tp) or 0.0) / self.model.num_layers
 
     def chunk(self, tokens: float) -> list[Seconds]:
         """Those of a chunk's own ``tokens``."""
-        return [self._links.seconds("all_gather", self._ranks, tokens * self._key_bytes, self._stride)]
+        return [self._links.seconds("all_gather", self.how.cp, tokens * self._key_bytes, self.how.tp)]

@@ -109,8 +109,9 @@ def fixed_costs(
             parts["attention"].append(Seconds(value, kernel.relative_error, kernel.source, kernel.extrapolated))
         kernel_s = sum(kernel.total for kernel in parts["attention"])
         parts["attention"].append(sorts[0][1].projections(tokens))
-        among = PartialAttention(model, cluster, dense.activations, profile, how)
-        parts["context parallelism"] = among.merged(tokens) if decode else among.chunk(among.sent_of(0, tokens))
+        if how.dcp > 1:
+            among = PartialAttention(model, cluster, dense.activations, profile, how)
+            parts["context parallelism"] = among.merged(tokens) if decode else among.chunk(among.sent_of(0, tokens))
     own = tokens if reduces_in_place(how.dispatch, tp, cluster) else tokens / tp
     parts["norms"] += 2 * [passes.seconds("norm", own)]
     parts["router and permutation"] += [
@@ -133,11 +134,10 @@ def fixed_costs(
             shared.append(reduced)
     ends = tokens if decode else max(1.0, tokens / workload.context)  # the head sees each sequence's last token
     head, embedding = [dense.product(ends, model.vocab_size / tp, hidden)], [passes.seconds("embedding", batch)]
-    others = head + embedding
     if tp > 1:  # of a vocabulary that is split
         embedding.append(reduced)
         head.append(links.seconds("all_gather", tp, ends * model.vocab_size * wide))
-        others += [reduced, head[1]]
+    others = [head[0], *embedding, *head[1:]]
     num_dense = model.num_layers - model.num_moe_layers
     other = Work.of(others)
     draft: list[Seconds] = []

@@ -61,14 +61,18 @@ def kv_bytes_per_token(
     return None if whole is None else whole / engine.pp
 
 
+def _fullest(workload: Workload, engine: EngineSpec) -> Workload:
+    """The workload at the most tokens that a step brings a rank."""
+    return workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.group_ranks)})
+
+
 def kv_rooms(
     model: ModelSpec, cluster: ClusterSpec, workload: Workload, engine: EngineSpec, slots_R: NDArray[np.integer]
 ) -> list[KvRoom]:
     """Memory of every rank that works. ``cluster`` and ``slots_R`` are those of one pipeline stage, sequences hold
     ``workload.context`` tokens."""
-    batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.group_ranks)})
     other = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp
-    workspace = workspace_bytes(model, batch)
+    workspace = workspace_bytes(model, _fullest(workload, engine))
     per_slot = slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp
     per_token = kv_bytes_per_token(model, engine, workload.context, workload.weight_dtype)
     rooms = []
@@ -109,8 +113,8 @@ def kv_room(
 def ranks_that_hold(model: ModelSpec, cluster: ClusterSpec, workload: Workload, engine: EngineSpec) -> int | None:
     """Least ranks of a stage, a multiple of a group's and of expert_tp, that hold weights and one block of KV cache;
     None if none do."""
-    batch = workload.model_copy(update={"batch_per_rank": max(1, engine.max_num_batched_tokens // engine.group_ranks)})
-    fixed = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp + workspace_bytes(model, batch)
+    fixed = non_expert_bytes(model, workload.weight_dtype, engine.tp) / engine.pp
+    fixed += workspace_bytes(model, _fullest(workload, engine))
     fixed += (kv_bytes_per_token(model, engine, workload.context, workload.weight_dtype) or 0.0) * engine.block_tokens
     room = engine.memory_fraction * cluster.accelerator.memory - fixed
     slots = int(room // (slot_bytes(model, workload.weight_dtype) / engine.pp / engine.expert_tp))

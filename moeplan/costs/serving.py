@@ -108,10 +108,11 @@ def joined(passes: Sequence[Pass], found: Sequence[StepSeconds]) -> StepSeconds:
     """The seconds of a step from those of its passes; errors weigh as the seconds do."""
     if len(found) == 1:
         return found[0]
-    total_s = sum(each.times * one.total_s for each, one in zip(passes, found, strict=True))
-    error = sum(each.times * one.total_s * one.relative_error for each, one in zip(passes, found, strict=True))
-    exposed_s = sum(each.times * one.exposed_s for each, one in zip(passes, found, strict=True))
-    busy_R = np.sum([each.times * one.busy_R for each, one in zip(passes, found, strict=True)], 0)
+    often = [(each.times, one) for each, one in zip(passes, found, strict=True)]
+    total_s = sum(times * one.total_s for times, one in often)
+    error = sum(times * one.total_s * one.relative_error for times, one in often)
+    exposed_s = sum(times * one.exposed_s for times, one in often)
+    busy_R = np.sum([times * one.busy_R for times, one in often], 0)
     return StepSeconds(total_s, error / total_s, exposed_s, busy_R)
 
 
@@ -216,8 +217,10 @@ class ServingCosts:
         if how.cp > 1:
             self._among = GatheredKeys(model, self.cluster, dense.activations, self.profile, how)
         if self._among is not None:
-            self._exchanges = [self._among.chunk(tokens) for tokens in self._context.points]
-            self._exchange_list = [sum(part.total for part in parts) for parts in self._exchanges]
+            exchanges = [self._among.chunk(tokens) for tokens in self._context.points]
+            self._exchange_list = [sum(part.total for part in parts) for parts in exchanges]
+            self._exchange_source = ["; ".join(sorted({part.source for part in parts})) for parts in exchanges]
+            self._exchange_beyond = [any(part.extrapolated for part in parts) for parts in exchanges]
 
     # ------------------------------------------------------------------ tables
 
@@ -321,9 +324,8 @@ class ServingCosts:
         if self._among is None or not (tokens := self._among.sent_of(before, new)):
             return kernel
         i, w = self._context.place(tokens)
-        parts = self._exchanges[i + 1]
-        self.source[_CHUNKS] = "; ".join(sorted({part.source for part in parts}))
-        if any(part.extrapolated for part in parts):
+        self.source[_CHUNKS] = self._exchange_source[i + 1]
+        if self._exchange_beyond[i + 1]:
             self.extrapolated.add(_CHUNKS)
         low, high = self._exchange_list[i : i + 2]
         return kernel + low + w * (high - low)

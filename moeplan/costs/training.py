@@ -44,6 +44,7 @@ __all__ = [
     "capacity",
     "expert_group",
     "model_flops_per_token",
+    "placement_groups",
     "training_step",
 ]
 
@@ -78,6 +79,16 @@ def expert_group(cluster: ClusterSpec, ep: int, expert_tp: int = 1) -> ClusterSp
         slowest = {name: min(getattr(peer, name) for peer in peers) for name in ("speed", "link_speed")}
         own[place] = RankSpec.model_validate(slowest)
     return cluster.model_copy(update={"num_nodes": ranks // per_node, "ranks_per_node": per_node, "ranks": own})
+
+
+def placement_groups(model: ModelSpec, cluster: ClusterSpec, spec: TrainingSpec) -> ClusterSpec:
+    """:func:`expert_group` as a placement sees it: neighbours that split experts are one rank.
+
+    Raises:
+        InputError, SpecError: the degrees do not fit the cluster or the experts.
+    """
+    group = expert_group(cluster, spec.ep, spec.expert_tp)
+    return expert_groups(model, group, spec.expert_tp, "training.expert_tp")
 
 
 def capacity(load_WLE: Floats, factor: float | None, pad: bool) -> tuple[Floats, Floats]:
@@ -176,9 +187,8 @@ class TrainingCosts:
             activation_dtype=activation_dtype,
         )
         how = Technique(dispatch=dispatch, tp=spec.tp, cp=spec.cp, expert_tp=spec.expert_tp)
-        group = expert_group(cluster, spec.ep, spec.expert_tp)
-        self.groups = expert_groups(model, group, spec.expert_tp, "training.expert_tp")  # as a placement sees it
-        step = self.step = StepModel(model, group, work, how, profile)
+        self.groups = placement_groups(model, cluster, spec)
+        step = self.step = StepModel(model, expert_group(cluster, spec.ep, spec.expert_tp), work, how, profile)
         self.speeds = float(step.speed_R.min()), float(step.link_R.min())
         paces_2R = np.stack([speeds(cluster), link_speeds(cluster)])
         self._paces_2G = np.unique(paces_2R.reshape(2, -1, spec.tp * spec.cp).min(2), axis=1)

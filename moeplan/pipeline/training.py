@@ -15,9 +15,8 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.simulation_result import MemoryTrack, TrafficMatrix
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.run_traffic import Wire
-from moeplan.costs.technique import expert_groups
 from moeplan.costs.traffic import counted_reach, expected_reach
-from moeplan.costs.training import TrainingCosts, expert_group
+from moeplan.costs.training import TrainingCosts, placement_groups
 from moeplan.errors import InfeasibleError, MoeplanError, SpecError
 from moeplan.pipeline.exports import load_placement
 from moeplan.pipeline.inputs import even_load_LE, profile_notes, profile_of, read_routing
@@ -88,7 +87,7 @@ def simulate_training(
         raise SpecError("the scenario has no training section; add one, see docs/guides/training.md")
     model, cluster = scenario.model_spec(), scenario.cluster_spec()
     spec.micro_batches(cluster.num_ranks)  # degrees that do not divide are said before anything is read
-    groups = _groups(model, cluster, spec)
+    groups = placement_groups(model, cluster, spec)
     profile = profile_of(scenario.profile, cluster.accelerator.name)
     notes = profile_notes(profile, cluster)
     load = None
@@ -109,7 +108,7 @@ def simulate_training(
         )  # fmt: skip
 
     def peak_bytes(spec: TrainingSpec) -> float:
-        costs = costs_of(spec, _placement(scenario, model, _groups(model, cluster, spec)))
+        costs = costs_of(spec, _placement(scenario, model, placement_groups(model, cluster, spec)))
         return play(costs).peak.peak_bytes
 
     costs = costs_of(spec, placement)
@@ -212,12 +211,6 @@ def _ends(costs: TrainingCosts, found: dict[str, float]) -> dict[str, tuple[floa
         below, above = (max(side[0], float(np.sqrt((side[1:] ** 2).sum()))) for side in (down, up))
         answer[name] = max(0.0, found[name] - float(below)), found[name] + float(above)
     return answer
-
-
-def _groups(model: ModelSpec, cluster: ClusterSpec, spec: TrainingSpec) -> ClusterSpec:
-    """One expert-parallel group as a placement sees it."""
-    group = expert_group(cluster, spec.ep, spec.expert_tp)
-    return expert_groups(model, group, spec.expert_tp, "training.expert_tp")
 
 
 def _traffic(

@@ -39,7 +39,7 @@ class DetailedCosts:
         """Play one step; the interval is the step mode's."""
         passes = self._costs.passes(batch)
         played = [self._played(each, placement, load_LE) for each in passes]
-        return replace(joined(passes, played), log=_in_turn(passes, played, len(load_LE)))
+        return replace(joined(passes, played), log=_all_events(passes, played, len(load_LE)))
 
     def _played(self, each: Pass, placement: Placement, load_LE: Floats) -> StepSeconds:
         """One pass, once."""
@@ -54,7 +54,7 @@ class DetailedCosts:
         return StepSeconds(found.total_s, whole.relative_error, exposed_s, busy_R, found.log)
 
 
-def _in_turn(passes: Sequence[Pass], played: Sequence[StepSeconds], layers: int) -> EventLog:
+def _all_events(passes: Sequence[Pass], played: Sequence[StepSeconds], layers: int) -> EventLog:
     """The events of passes one after another; the prediction layer is the one after the model's ``layers``."""
     start_s, logs = 0.0, []
     for each, found in zip(passes, played, strict=True):

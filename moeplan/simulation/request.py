@@ -28,8 +28,7 @@ class Request:
     __slots__ = (
         "admit_ns", "arrival_ns", "chain", "epoch", "finish_ns", "first_ns", "generated", "group", "held", "hit_tokens",
         "input", "instance", "join_cached", "join_step", "kept", "last_token_ns", "number", "output", "path",
-        "preemptions",
-        "saved", "swap_tokens", "to_prefill",
+        "preemptions", "saved", "swap_tokens", "to_prefill",
     )  # fmt: skip
 
     def __init__(
