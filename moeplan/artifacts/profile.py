@@ -295,8 +295,12 @@ class HardwareProfile:
 
     def measure_command(self, table: str, region: Mapping[str, Any]) -> str:
         """The command that measures a region, into this very profile where it was measured and not imported."""
-        own = self.directory is not None and any(source.kind == "measured" for source in self.meta.sources.values())
-        return measure_command(table, {**region, **({"out": shlex.quote(str(self.directory))} if own else {})})
+        own: dict[str, Any] = {}
+        if self.directory is not None and any(source.kind == "measured" for source in self.meta.sources.values()):
+            own["out"] = shlex.quote(str(self.directory))
+            if threads := int(float(self.meta.system.get("threads", 0))):
+                own["threads"] = threads
+        return measure_command(table, {**region, **own})
 
     @property
     def warnings(self) -> list[str]:

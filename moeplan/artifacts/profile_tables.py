@@ -214,8 +214,8 @@ def measure_command(table: str, region: Mapping[str, Any]) -> str:
     has, the import of the public tables.
 
     ``region`` holds columns, and besides them: ``model``, a name or file in place of sizes; ``ranks_per_node``;
-    ``system``, the name of the public tables; ``out``, the profile to add to. Words in capitals are for the reader to
-    fill in.
+    ``system``, the name of the public tables; ``out``, the profile to add to, and ``threads``, those it was measured
+    with. Words in capitals are for the reader to fill in.
     """
     subcommand, flags = _FLAGS[table]
     if "model" in region:
@@ -237,7 +237,10 @@ def measure_command(table: str, region: Mapping[str, Any]) -> str:
         prefix = f"torchrun --nproc-per-node {region.get('ranks_per_node', 'RANKS')} -m moeplan"
         if nodes > 1:  # run on every node; HOST is one of them
             prefix = prefix.replace(" ", f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 ", 1)
-    options = [*(f"{flags[c]} {v}" for c, v in given.items()), f"--out {region.get('out', 'DIR')}"]
+    options = [f"{flags[c]} {v}" for c, v in given.items()]
+    if "threads" in region and subcommand != "collectives":  # a rank of an exchange has one
+        options.append(f"--threads {region['threads']}")
+    options.append(f"--out {region.get('out', 'DIR')}")
     return " ".join([prefix, "profile", subcommand, *options])
 
 

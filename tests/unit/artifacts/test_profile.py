@@ -61,6 +61,10 @@ def test_what_an_own_profile_lacks_is_measured_into_it(tmp_path: Path) -> None:
     own = load_profile(tmp_path / "my profile")
     with pytest.raises(ProfileError, match=rf"moeplan profile memory --out '{tmp_path}/my profile'$"):
         own.table("memory")
+    pinned = META.model_copy(update={"system": {"threads": 2.0}})
+    own = HardwareProfile(pinned, {"gemm": gemm()}).save(tmp_path / "pinned")
+    assert own.measure_command("memory", {}).endswith(f" --threads 2 --out {tmp_path}/pinned"), "or it is refused"
+    assert "--threads" not in own.measure_command("collectives", {})
     imported = META.model_copy(update={"sources": {"here": Source(kind="imported", title="a table")}})
     with pytest.raises(ProfileError, match=r"--out DIR$"):
         HardwareProfile(imported, {"gemm": gemm()}).save(tmp_path / "q").table("memory")
