@@ -282,9 +282,10 @@ def show(profile: Path, out: Path, as_json: bool, quiet: bool) -> None:
     \b
     Example: moeplan profile show profiles/mine --out mine.html
     """
-    from moeplan.pipeline.profile_checks import show_profile
+    from moeplan.pipeline.profile_pictures import show_profile
 
-    answer = show_profile(profile, out)
+    with progress_bar(quiet, single=True) as report:
+        answer = show_profile(profile, out, progress=report)
     _warn(answer, quiet)
     if as_json:
         print_json(answer)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
@@ -19,7 +20,9 @@ from moeplan.cli import main
 from moeplan.cli.profile import command
 from moeplan.cli.profile_measure import _show
 from moeplan.errors import InputError, MoeplanError, ProfileError, SpecError
-from moeplan.pipeline.profile_checks import check_profile, diff_profiles, show_profile
+from moeplan.pipeline.profile_checks import check_profile, diff_profiles
+from moeplan.pipeline.profile_peaks import peaks, roofline_us
+from moeplan.pipeline.profile_pictures import _Table, show_profile
 from moeplan.pipeline.profiling import (
     PRESETS,
     ProfileRequest,
@@ -31,6 +34,7 @@ from moeplan.pipeline.profiling import (
 from moeplan.profiling import system
 from moeplan.profiling.collectives import OPS
 from moeplan.profiling.device import Device, find_device
+from moeplan.reports.profile_figures import profile_picture
 from moeplan.specs.clusters import find_accelerator
 from moeplan.specs.models import find_model
 
@@ -315,8 +319,6 @@ def test_held_out_residuals_of_a_known_law(tmp_path: Path):
 
 def test_check_sets_two_levels_beside_flat(tmp_path: Path):
     """Held out well, half of the time at 1 MiB; sizes that one form alone has are not compared."""
-    import pyarrow as pa
-
     from moeplan.artifacts.profile import ProfileMeta, Source
 
     rows = [
@@ -342,8 +344,6 @@ def test_check_sets_two_levels_beside_flat(tmp_path: Path):
 
 
 def _law(out: Path, moved: int | None) -> Path:
-    import pyarrow as pa
-
     from moeplan.artifacts.profile import ProfileMeta, Source
 
     rows = []
@@ -377,25 +377,52 @@ def test_show_and_diff(measured: Path, tmp_path: Path):
     assert tables["p90"] == pytest.approx(1.09)  # 2 of 18 ratios are 1.3; numpy interpolates at position 15.3
 
 
-def test_rooflines_of_what_a_profile_lacks_are_the_registrys_and_said():
-    from moeplan.pipeline.profile_checks import _peaks, _pictures, _roofline_us
+def test_pictures_draw_the_fit_and_name_what_they_show(tmp_path: Path):
+    (picture,) = _Table(load_profile(_law(tmp_path / "p", moved=16)), "gemm").pictures(most=8)
+    assert (picture.title, picture.subtitle) == ("gemm", "k 8, fp32, moeplan, linear")
+    assert [curve.label for curve in picture.curves] == ["n 8", "n 16"], "numbers rise, words would not"
+    curve = picture.curves[0]
+    assert set(curve.fit_size_m) & set(curve.size_n) == {1.0, 2.0, 256.0}, "between others the fit answers by itself"
+    near = int(np.abs(np.log(curve.fit_size_m / 16)).argmin())
+    measured = float(curve.latency_us_n[curve.size_n == 16][0])
+    assert curve.fit_us_m[near] / measured < 0.95, "one run of two that is off by 1.3 does not bend the fit all the way"
+    (one,) = _Table(load_profile(tmp_path / "p"), "gemm").pictures(most=1)
+    assert "1 longest of 2 series" in profile_picture(one)
+    assert one.subtitle.startswith("n "), "what all that are drawn have in common, not all that there are"
+    assert "longest of" not in profile_picture(picture)
 
+
+def test_bars_reach_from_the_shortest_sample_and_single_points_are_not_drawn(tmp_path: Path):
+    table = load_profile(_law(tmp_path / "p", None)).table("gemm").to_pylist()
+    rows = [
+        {**row, "min_us": 0.9 * row["latency_us"], "p20_us": 0.95 * row["latency_us"], "spread": 0.2}
+        for row in table
+        if row["n"] == 8 or row["m"] == 1
+    ]
+    meta = load_profile(tmp_path / "p").meta
+    HardwareProfile(meta, {"gemm": pa.Table.from_pylist(rows)}).save(tmp_path / "p")
+    (picture,) = _Table(load_profile(tmp_path / "p"), "gemm").pictures(most=8)
+    (curve,) = picture.curves
+    np.testing.assert_allclose(curve.low_us_n, 0.9 * curve.latency_us_n)
+    np.testing.assert_allclose(curve.high_us_n, 1.15 * curve.latency_us_n)
+
+
+def test_rooflines_of_what_a_profile_lacks_are_the_registrys_and_said():
     shipped = load_profile("h100-sxm")
-    bandwidth, _, said = _peaks(shipped)
+    bandwidth, _, said = peaks(shipped)
     assert bandwidth == find_accelerator("h100-sxm").memory_bandwidth
     assert said.startswith("best bf16 product, ")
     assert said.endswith("otherwise the accelerator registry's H100-SXM-80GB")
-    drawn = [len(curve.roofline_us_n) for _, curves in _pictures(shipped, "attention", 2) for curve in curves]
-    assert any(drawn)
+    assert any(len(c.roofline_us_n) for picture in _Table(shipped, "attention").pictures(2) for c in picture.curves)
     row = {"kind": "gqa", "scope": "kernel", "direction": "forward", "dtype": "bf16", "kv_dtype": "fp8", "batch": 2}
     row |= {"heads": 8, "kv_heads": 2, "head_dim": 64, "query_tokens": 1, "context_tokens": 1000, "window": 0}
     read, own = 2 * 2 * 1000 * 64 * 2 * 1.0, 2 * 8 * 64 * 2 * 2.0  # keys and values; query and answer
-    assert _roofline_us("attention", row, 1e9, {"bf16": 1e15}) == pytest.approx((read + own) / 1e9 * 1e6)
+    assert roofline_us("attention", row, 1e9, {"bf16": 1e15}) == pytest.approx((read + own) / 1e9 * 1e6)
     row |= {"query_tokens": 1000}  # each sees half on average
     work = 4 * 2 * 8 * 64 * 1000 * 500.5
-    assert _roofline_us("attention", row, 1e15, {"bf16": 1e9}) == pytest.approx(work / 1e9 * 1e6)
+    assert roofline_us("attention", row, 1e15, {"bf16": 1e9}) == pytest.approx(work / 1e9 * 1e6)
     norm = {"op": "norm", "tokens": 10, "hidden": 8, "dtype": "fp32", "direction": "forward"}
-    assert _roofline_us("elementwise", norm, 1e9, {}) == pytest.approx(10 * 2 * 8 * 4 / 1e9 * 1e6)
+    assert roofline_us("elementwise", norm, 1e9, {}) == pytest.approx(10 * 2 * 8 * 4 / 1e9 * 1e6)
 
 
 def test_fresh_sample_and_its_refusal(measured: Path, tmp_path: Path):
