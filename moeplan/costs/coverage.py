@@ -3,6 +3,7 @@ frameworks that it has no rows of."""
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from moeplan.artifacts.profile import HardwareProfile, shipped_profile_for
@@ -27,9 +28,12 @@ def coverage_gaps(
     objective: Objective,
     profile: HardwareProfile,
     how: Technique | None = None,
+    named: str | ModelSpec = "CONFIG.json",
 ) -> tuple[str, ...]:
     """One message per region that predictions for this model would have to scale or take from the roofline: of experts
-    and exchanges, which a plan is costed by; with ``how`` also of attention and products, of which steps are."""
+    and exchanges, which a plan is costed by; with ``how`` also of attention and products, of which steps are.
+
+    ``named``: the file that a model which is not built in is from, as a scenario names it."""
     hidden, experts = {"hidden": model.routed_hidden_size}, {"num_experts": model.num_experts}
     shape = hidden | {"inter": model.expert_intermediate_size} | experts | {"top_k": model.top_k}
     kinds = {"dtype": table_dtypes(workload.weight_dtype), "distribution": "balanced"}
@@ -44,6 +48,7 @@ def coverage_gaps(
         sent = hidden | {"top_k": model.top_k, "nodes": cluster.num_nodes, "mode": mode}
         regions.append(("alltoall", sent, experts | {"ranks_per_node": cluster.ranks_per_node}))
     if how is not None:
+        whole = {"model": _name(model, named)}  # measures the model's own shapes
         if (a := model.attention) is not None:
             decode = workload.phase == "decode"
             split = how.tp // how.dcp if decode else how.tp  # ranks among which a kernel's heads are divided
@@ -56,9 +61,9 @@ def coverage_gaps(
                 "dtype": table_dtypes(activations_beside(workload.weight_dtype)),
             }
             # The ranks of a latent cannot be given as sizes.
-            regions.append(("attention", where, _whole(model, split) if a.is_mla else {}))
+            regions.append(("attention", where, whole | _among(split) if a.is_mla else {}))
         dense = {"dtype": table_dtypes(how.dense_dtype or dense_beside(workload.weight_dtype))}
-        regions.append(("gemm", dense, _whole(model, how.tp)))
+        regions.append(("gemm", dense, whole | _among(how.tp)))
     gaps: list[str] = []
     for table, where, command in regions:
         try:
@@ -68,15 +73,16 @@ def coverage_gaps(
     return tuple(gaps)
 
 
-def _whole(model: ModelSpec, tp: int) -> dict[str, Any]:
-    """Options that measure a model's own shapes on ``tp`` ranks."""
-    return {"model": _name(model)} | ({"tp": tp} if tp > 1 else {})
+def _among(tp: int) -> dict[str, Any]:
+    return {"tp": tp} if tp > 1 else {}
 
 
-def _name(model: ModelSpec) -> str:
-    """What ``--model`` takes: the built-in name, else a placeholder for the model's file."""
+def _name(model: ModelSpec, named: str | ModelSpec) -> str:
+    """What ``--model`` takes: the built-in name, else the file it is from, or a placeholder for one."""
     name = slug(model.name)
-    return name if name in model_names() and find_model(name) == model else "CONFIG.json"
+    if name in model_names() and find_model(name) == model:
+        return name
+    return shlex.quote(named) if isinstance(named, str) else "CONFIG.json"
 
 
 def backend_gaps(backend: str, dtype: Dtype, profile: HardwareProfile) -> tuple[str, ...]:

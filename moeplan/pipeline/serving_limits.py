@@ -43,7 +43,7 @@ def coverage_notes(
     gaps: list[str] = []
     for phase in phases:
         workload: Workload = scenario.workload.model_copy(update={"phase": phase})
-        gaps += coverage_gaps(model, stage, workload, scenario.objective, profile, technique)
+        gaps += coverage_gaps(model, stage, workload, scenario.objective, profile, technique, scenario.model)
     gaps = list(dict.fromkeys(gaps))
     if gaps and scenario.profile is not None:
         regions, commands = zip(*(gap.split("; measure it: ") for gap in gaps), strict=True)

@@ -8,7 +8,7 @@ import shlex
 import click
 import pytest
 
-from moeplan.artifacts.profile import load_profile
+from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
 from moeplan.artifacts.profile_tables import TABLES, measure_command
 from moeplan.cli.profile import command as profile_command
 from moeplan.costs.coverage import backend_gaps, coverage_gaps
@@ -98,6 +98,11 @@ def test_commands_of_bare_tables_and_formats_are_accepted() -> None:
     wanted = Workload(), Objective(), load_profile("a100-sxm"), Technique()
     attention = coverage_gaps(own, cluster_for("b200", 1, 8), *wanted)[-1]
     assert "moeplan profile attention --model CONFIG.json --dtype bf16 --out DIR" in attention
+    empty = HardwareProfile(ProfileMeta(name="p", accelerator="x", date="2026-11-30", command="none"), {})
+    found = coverage_gaps(own, cluster_for("b200", 1, 8), *wanted[:2], empty, Technique(), "a b/c.json")
+    for remedy in found[-2:]:
+        assert "--model 'a b/c.json' --dtype bf16" in remedy
+        assert asked(remedy.partition("; measure it: ")[2]).models == ("a b/c.json",)
 
 
 def test_a_framework_without_rows_is_named() -> None:
