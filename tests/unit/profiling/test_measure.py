@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -19,6 +20,8 @@ from moeplan.artifacts.profile import HardwareProfile, load_profile
 from moeplan.cli import main
 from moeplan.cli.profile import command
 from moeplan.cli.profile_measure import _show
+from moeplan.costs.coverage import coverage_gaps
+from moeplan.costs.technique import Technique
 from moeplan.errors import InputError, MoeplanError, ProfileError, SpecError
 from moeplan.pipeline.profile_checks import check_profile, diff_profiles
 from moeplan.pipeline.profile_peaks import peaks, roofline_us
@@ -35,8 +38,9 @@ from moeplan.profiling import system
 from moeplan.profiling.collectives import OPS
 from moeplan.profiling.device import Device, find_device
 from moeplan.reports.profile_figures import profile_picture
-from moeplan.specs.clusters import find_accelerator
+from moeplan.specs.clusters import cluster_for, find_accelerator
 from moeplan.specs.models import find_model
+from moeplan.specs.workload import Objective, Workload
 
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
@@ -512,6 +516,27 @@ def test_the_help_names_the_defaults():
     ):
         assert f"[default: {default}]" in helped.partition(f"--{option} ")[2].partition(" --")[0]
     assert all(op in helped for op in OPS)
+
+
+def test_the_commands_of_missing_regions_measure_them(measured: Path, tmp_path: Path, monkeypatch):
+    """As they stand but for their time: into the profile, with its threads, of a model's file."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(measured, tmp_path / "own")
+    fields = {"name": "m", "num_layers": 1, "moe_layer_ids": [0], "hidden_size": 64, "num_experts": 4, "top_k": 2}
+    fields |= {"expert_intermediate_size": 32, "vocab_size": 64}
+    fields |= {"attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 16}}
+    (tmp_path / "my model.json").write_text(json.dumps(fields))
+    asked = (find_model("my model.json"), cluster_for("h100", 1, 1), Workload(phase="decode"), Objective())
+
+    def gaps() -> tuple[str, ...]:
+        return coverage_gaps(*asked, load_profile(tmp_path / "own"), Technique(), "my model.json")
+
+    commands = [gap.partition("; measure it: moeplan profile ")[2] for gap in gaps()]
+    assert [words.split()[0] for words in commands] == ["experts", "attention", "dense"]
+    for words in commands:
+        done = _cli(*shlex.split(words), "--budget", "0.5s", "--max-tokens", "8")
+        assert done.exit_code == 0, done.output
+    assert gaps() == ()
 
 
 def test_presets_and_options_make_one_request():
