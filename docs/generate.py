@@ -22,6 +22,7 @@ _NOTE = "<!-- Written by docs/generate.py; edit the code, then run it again. -->
 def documents() -> dict[str, str]:
     """Text of each generated file, by its name in ``docs/reference``."""
     from moeplan.artifacts.plan import Plan
+    from moeplan.artifacts.profile import ProfileMeta
     from moeplan.artifacts.profile_tables import schema_document
     from moeplan.specs.cluster import ClusterSpec
     from moeplan.specs.model import ModelSpec
@@ -32,11 +33,13 @@ def documents() -> dict[str, str]:
         "scenario.yaml": Scenario,
         "A model": ModelSpec,
         "A cluster": ClusterSpec,
+        "profile.json": ProfileMeta,
     }
     return {
         "cli.md": cli_text(),
         "fields.md": fields_text(roots),
         "plan.schema.json": schema_text(Plan),
+        "profile.schema.json": schema_text(ProfileMeta),
         "profile-tables.json": json.dumps(schema_document(), indent=1) + "\n",
         "scenario.schema.json": schema_text(Scenario),
     }

@@ -70,9 +70,9 @@ class Source(_Paper):
 class TableMeta(_Paper):
     """One table file."""
 
-    file: str
+    file: str = Field(description="beside profile.json: .parquet or .csv")
     rows: int = Field(ge=0)
-    sha256: str
+    sha256: str = Field(description="of the file")
 
 
 class _Numbers(BaseModel):
@@ -93,27 +93,29 @@ def _readable(facts: dict[str, float | str]) -> dict[str, float | str]:
 
 
 class ProfileMeta(_Paper):
-    """``profile.json``."""
+    """What a profile says of itself, beside its tables."""
 
     schema_version: int = SCHEMA_VERSION
-    name: str
+    name: str = Field(description="in notes and results")
     accelerator: str = Field(description="name in the accelerator registry, or the device's own where it is not there")
     device: str = Field("", description="as the device names itself")
-    driver: str = ""
+    driver: str = Field("", description="its version; of a CPU the kernel's")
     libraries: dict[str, str] = Field(default_factory=dict, description="name -> version")
     date: str = Field(description="ISO 8601 day or time, UTC")
     command: str = Field(description="what makes this profile again")
     licence: str = ""
     note: str = ""
     left_out: list[str] = Field(default_factory=list, description="what was asked for and not measured, and why")
-    sources: dict[str, Source] = Field(default_factory=dict)
+    sources: dict[str, Source] = Field(
+        default_factory=dict, description="word of the tables' column source -> where its numbers are from"
+    )
     system: Annotated[dict[str, float | str], AfterValidator(_readable)] = Field(
         default_factory=dict, description="machine facts, unit in the key: launch_latency_us, clock_mhz, ..."
     )
     rejected: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="table -> reason -> rows dropped or marked by the sanity pass"
     )
-    tables: dict[str, TableMeta] = Field(default_factory=dict)
+    tables: dict[str, TableMeta] = Field(default_factory=dict, description="table -> its file")
 
 
 def _conform(name: str, table: pa.Table, where: str, sources: Collection[str] | None = None) -> pa.Table:

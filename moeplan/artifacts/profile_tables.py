@@ -252,6 +252,8 @@ def schema_document() -> dict[str, Any]:
                 "type": {"str": "string", "int": "integer", "float": "number"}[column.kind],
                 "meaning": column.meaning,
                 "required": column.default is None,
+                **({} if column.least is None else {"minimum": column.least}),
+                **({"pattern": column.pattern} if column.words else {}),
                 **({} if column.default is None or column.default != column.default else {"default": column.default}),
             }
             for name, column in columns_of(table).items()

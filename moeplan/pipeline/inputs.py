@@ -119,7 +119,7 @@ def profile_notes(profile: HardwareProfile | None, cluster: ClusterSpec) -> list
         notes.append(
             f"costs are those of profile {profile.meta.name}, measured on {profile.meta.accelerator}, where the"
             f" cluster has {accelerator}: what it lacks comes from that one's roofline; choose the profile or the"
-            " cluster that fits"
+            f" cluster that fits, or in a cluster file name the accelerator {profile.meta.accelerator}"
         )
     return notes
 

@@ -12,6 +12,7 @@ from moeplan.costs.number_formats import WEIGHT_BYTES
 from moeplan.costs.roofline import matmul_flops
 from moeplan.errors import UnknownNameError
 from moeplan.specs.clusters import find_accelerator
+from moeplan.units import format_quantity
 
 __all__ = ["peaks", "roofline_us"]
 
@@ -32,7 +33,9 @@ def peaks(profile: HardwareProfile) -> tuple[float, dict[str, float], str]:
     # The largest copies do not fit into caches.
     large = moved[np.argsort(copies["message_size_bytes"].to_numpy())[-2:]]
     bandwidth = float(large.max()) if len(large) else 0.0
-    own = [*(["copy"] if bandwidth else []), *(f"{dtype} product" for dtype in sorted(best))]
+    own = [f"copy {_short(bandwidth, 'bytes per second')}"] if bandwidth else []
+    for dtype, rate in sorted(best.items()):
+        own.append(f"{dtype} product {_short(rate, 'floating-point operations per second')}")
     said = [f"best {', '.join(own)} of this profile"] if own else []
     try:
         sheet = find_accelerator(profile.meta.accelerator)
@@ -42,6 +45,10 @@ def peaks(profile: HardwareProfile) -> tuple[float, dict[str, float], str]:
     if not bandwidth or listed.keys() - best.keys():
         said.append(f"otherwise the accelerator registry's {sheet.name}")
     return bandwidth or sheet.memory_bandwidth, listed | best, "; ".join(said)
+
+
+def _short(value: float, dimension: str) -> str:
+    return format_quantity(float(f"{value:.3g}"), dimension)
 
 
 _LIKE: dict[str, Any] = {"fp8_block": "fp8", "w4a8_mxfp4_mxfp8": "fp8", "nvfp4": "fp4", "int8_wo": "bf16"}

@@ -28,6 +28,7 @@ from moeplan.specs.models import find_model
 __all__ = ["PARTS", "PRESETS", "ProfileRequest", "Sizes", "measure_profile", "profile_request"]
 
 _PLAIN = ("fp32", "bf16", "fp16")  # types that arithmetic other than products is done in
+_OR = "or --model, or a --preset"
 _MOST_SENT = 1024  # tokens per rank of an exchange
 _PROTOCOL = (
     "Warm-up, then shuffled passes over all cases of a group with rotating buffers of random data; median of"
@@ -69,7 +70,7 @@ def _expert_benches(request: ProfileRequest, device: Any, models: list[ModelSpec
     benches = []
     models = [model for model in models if model.expert_intermediate_size > 1]
     if not models:
-        notes.append("experts: not measured, they need --hidden, --inter, --experts and --top-k, or --model")
+        notes.append(f"experts: not measured, they need --hidden, --inter, --experts and --top-k, {_OR}")
         return []
     dtypes = [dtype for dtype in request.dtypes if _made(f"experts in {dtype}", partial(device.dtype, dtype), notes)]
     for model in models:
@@ -148,7 +149,7 @@ def _attention_benches(request: ProfileRequest, device: Any, models: list[ModelS
             windows.setdefault(form, {0, *request.windows}).update(own)
     if not windows:
         if not request.models:
-            notes.append("attention: not measured, it needs --heads, --kv-heads and --head-dim, or --model")
+            notes.append(f"attention: not measured, it needs --heads, --kv-heads and --head-dim, {_OR}")
         return []
     plain = _plain("attention", request, notes)
     return [
@@ -171,7 +172,7 @@ def _dense_benches(request: ProfileRequest, device: Any, models: list[ModelSpec]
     shapes = [(sizes.n, sizes.k)] if sizes.n and sizes.k else []
     shapes += [shape for m in models for tp in request.tp for shape in gemm_shapes(m, tp)]
     if not shapes:
-        notes.append("dense: not measured, it needs --n and --k, --hidden, or --model")
+        notes.append(f"dense: not measured, it needs --n and --k, --hidden, {_OR}")
         return []
     shapes = list(dict.fromkeys(shapes))
     benches = []

@@ -263,7 +263,11 @@ def test_unknown_names() -> None:
 
 def test_the_published_schema_is_the_code() -> None:
     published = Path(__file__).parents[3] / "docs" / "reference" / "profile-tables.json"
-    assert json.loads(published.read_text()) == schema_document()
+    columns = json.loads(published.read_text())
+    assert columns == schema_document()
+    assert re.search(columns["experts"]["distribution"]["pattern"], "power_law_1.2_eplb")
+    assert not re.search(columns["experts"]["distribution"]["pattern"], "power_law")
+    assert (columns["experts"]["tokens"]["minimum"], columns["experts"]["rank_pairs"]["minimum"]) == (1, -1)
     assert all(measure_command(table, {}).startswith(("moeplan profile", "torchrun")) for table in TABLES)
 
 
