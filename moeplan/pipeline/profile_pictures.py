@@ -44,16 +44,18 @@ def show_profile(directory: Path, out: Path, most: int = 8, progress: Progress =
         raise SpecError(f"out ({out}) must end in .html: it becomes a page")
     profile = load_profile(directory)
     sections: list[tuple[str, list[str]]] = []
-    names = profile.table_names
+    names, single = profile.table_names, 0
     for number, name in enumerate(names):
-        pictures = _Table(profile, name).pictures(most)
+        table = _Table(profile, name)
+        pictures, single = table.pictures(most), single + table.single
         drawn = []
         for at, picture in enumerate(pictures):
             progress(name, (number + at / len(pictures)) / len(names))
             drawn.append(profile_picture(picture))
         if drawn:
             sections.append((name, drawn))
-    write_text(out, page(f"Profile {profile.meta.name}", _facts(profile), profile.meta.left_out, sections))
+    facts = _facts(profile) + ([("not drawn", f"{single:,} series of one point")] if single else [])
+    write_text(out, page(f"Profile {profile.meta.name}", facts, profile.meta.left_out, sections))
     count = sum(len(pictures) for _, pictures in sections)
     return {"out": str(out), "pictures": count, "warnings": profile.warnings}
 
@@ -92,9 +94,15 @@ class _Table:
     def __init__(self, profile: HardwareProfile, name: str) -> None:
         self._name, self._table = name, usable_rows(profile, name)
         self._rows: list[dict[str, Any]] = self._table.to_pylist()
+        self._series = series_of(name, self._table)
         self._bandwidth, self._peak, _ = peaks(profile)
         skip = NOT_KEY | {SIZE_AXIS[name]} | FOLLOWS.get(name, set())
         self._columns = [column for column in columns_of(name) if column not in skip]
+
+    @property
+    def single(self) -> int:
+        """Series of one point."""
+        return int((np.bincount(self._series) == 1).sum())
 
     def pictures(self, most: int) -> list[Picture]:
         """Curves gathered by the first columns that tell them apart, at most ``most`` in one; the others label them.
@@ -102,7 +110,7 @@ class _Table:
         table = self._table
         if table.num_rows < 2:
             return []
-        series, size = series_of(self._name, table), _column(table, SIZE_AXIS[self._name])
+        series, size = self._series, _column(table, SIZE_AXIS[self._name])
         fit = _Fit(GridInterpolator(series, size[:, None], _column(table, "latency_us")))
         residual = residuals(self._name, table, 2)[0]
         split = [column for column in self._told(range(len(series))) if column in _SPLIT]
