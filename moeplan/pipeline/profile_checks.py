@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from moeplan.pipeline.profile_series import NOT_KEY, residuals, usable_rows
 from moeplan.profiling.sanity import SIZE_AXIS, group_ids, mark_rows
 from moeplan.progress import Progress, no_progress
 
-__all__ = ["check_profile", "diff_profiles"]
+__all__ = ["check_profile", "diff_profiles", "vector_errors"]
 
 Floats = NDArray[np.float64]
 _PREDICTED = 0.10  # of a table worth keeping held-out sizes are off by no more in the median
@@ -59,28 +60,33 @@ def _two_level(name: str, table: pa.Table, own: Floats) -> list[dict[str, Any]]:
     return answer
 
 
-def _vectors(profile: HardwareProfile) -> dict[str, Any] | None:
-    """Skewed vectors predicted from balanced rows of the same shape and kernel, by the cost model."""
-    if "experts" not in profile.table_names:
-        return None
+def vector_errors(profile: HardwareProfile) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+    """Rows of skewed vectors in forward direction, those of one shape and kernel at a time, and what the cost model,
+    which sees the balanced ones alone, predicts for them over what was measured, less 1."""
     table = profile.select("experts", direction="forward")
     shape = group_ids(table, ["backend", "kernel", "hidden", "inter", "num_experts", "top_k", "tp", "dtype", "scope"])
     even = np.array(table["distribution"].to_pylist()) == "balanced"
     skewed = np.array(table["distribution"].to_pylist()) == "explicit"
     pairs, active = (table[c].to_numpy().astype(float) for c in ("rank_pairs", "active_experts"))
     seconds, vectors = table["latency_us"].to_numpy() * 1e-6, table["vector"].to_pylist()
-    off, bandwidth = [], peaks(profile)[0] or np.inf
+    bandwidth = peaks(profile)[0] or np.inf
     for group in np.unique(shape[skewed]):
         rows = np.flatnonzero(even & (shape == group) & (active > 0))
         if len(rows) < 6:
             continue
         weight_s = expert_weight_bytes(table.slice(int(rows[0]), 1).to_pylist()[0]) / bandwidth
         fit = fit_experts(pairs[rows], active[rows], seconds[rows], "", weight_s)
-        for row in np.flatnonzero(skewed & (shape == group)) if fit else ():
-            vector = np.array(vectors[row].split(), float)
-            if fit and len(vector):
-                off.append(float(fit.rank_s(vector, vector.mean())) / seconds[row] - 1)
-    return _figures(np.array(off)) if off else None
+        told = [row for row in np.flatnonzero(skewed & (shape == group)) if vectors[row]]
+        if fit and told:
+            counts = [np.array(vectors[row].split(), float) for row in told]
+            predicted = np.array([float(fit.rank_s(each, each.mean())) for each in counts])
+            yield np.array(told), predicted / seconds[told] - 1
+
+
+def _vectors(profile: HardwareProfile) -> dict[str, Any] | None:
+    """Skewed vectors predicted from balanced rows of the same shape and kernel, by the cost model."""
+    off = [errors for _, errors in vector_errors(profile)]
+    return _figures(np.concatenate(off)) if off else None
 
 
 def check_profile(

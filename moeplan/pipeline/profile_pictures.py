@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from moeplan.artifacts.profile_tables import columns_of
 from moeplan.costs.interpolation import GridInterpolator
 from moeplan.errors import SpecError
 from moeplan.files import write_text
+from moeplan.pipeline.profile_checks import vector_errors
 from moeplan.pipeline.profile_peaks import peaks, roofline_us
 from moeplan.pipeline.profile_series import FOLLOWS, NOT_KEY, residuals, series_of, usable_rows
 from moeplan.profiling.sanity import SIZE_AXIS
@@ -48,6 +49,8 @@ def show_profile(directory: Path, out: Path, most: int = 8, progress: Progress =
     for number, name in enumerate(names):
         table = _Table(profile, name)
         pictures, single = table.pictures(most), single + table.single
+        if name == "experts" and (vectors := _skewed_vectors(profile, most)):
+            pictures.append(vectors)
         drawn = []
         for at, picture in enumerate(pictures):
             progress(name, (number + at / len(pictures)) / len(names))
@@ -58,6 +61,19 @@ def show_profile(directory: Path, out: Path, most: int = 8, progress: Progress =
     write_text(out, page(f"Profile {profile.meta.name}", facts, profile.meta.left_out, sections))
     count = sum(len(pictures) for _, pictures in sections)
     return {"out": str(out), "pictures": count, "warnings": profile.warnings}
+
+
+def _skewed_vectors(profile: HardwareProfile, most: int) -> Picture | None:
+    """Times of skewed vectors, and what the cost model misses of them, which here knows balanced rows alone."""
+    found = sorted(vector_errors(profile), key=lambda each: -len(each[0]))
+    table = _Table(profile, "experts", profile.select("experts", direction="forward"), ("ep", "distribution"))
+    errors = {int(rows[0]): error for rows, error in found}
+    curves = [
+        table.curve(label, rows, "rank_pairs", errors[int(rows[0])])
+        for label, rows in table.labelled([rows for rows, _ in found[:most]])
+    ]
+    said = table.alike([rows for rows, _ in found[:most]], ()) if found else ""
+    return Picture("experts, skewed vectors", said, len(found), "pairs on the rank", curves) if curves else None
 
 
 def _facts(profile: HardwareProfile) -> list[tuple[str, str]]:
@@ -89,14 +105,16 @@ class _Fit:
 
 
 class _Table:
-    """The rows of one table that serve, as series over its size."""
+    """Rows of one table, those that serve as series over its size or others, which ``untold`` columns do not label."""
 
-    def __init__(self, profile: HardwareProfile, name: str) -> None:
-        self._name, self._table = name, usable_rows(profile, name)
+    def __init__(
+        self, profile: HardwareProfile, name: str, rows: pa.Table | None = None, untold: tuple[str, ...] = ()
+    ) -> None:
+        self._name, self._table = name, usable_rows(profile, name) if rows is None else rows
         self._rows: list[dict[str, Any]] = self._table.to_pylist()
         self._series = series_of(name, self._table)
         self._bandwidth, self._peak, _ = peaks(profile)
-        skip = NOT_KEY | {SIZE_AXIS[name]} | FOLLOWS.get(name, set())
+        skip = NOT_KEY | {SIZE_AXIS[name]} | FOLLOWS.get(name, set()) | set(untold)
         self._columns = [column for column in columns_of(name) if column not in skip]
 
     @property
@@ -122,36 +140,41 @@ class _Table:
                 title = ", ".join([self._name, *(_word(c, row[c]) for c in split)])
                 found.setdefault(title, []).append(index[np.argsort(size[index])])
 
-        def curve(label: str, index: Ints) -> Curve:
-            line = fit.between(int(series[index[0]]), size[index])
-            return self._curve(label, index, size[index], residual[index], line)
-
         pictures = []
         for title, groups in sorted(found.items()):
             longest = sorted(groups, key=lambda index: -len(index))[:most]
-            curves = [curve(*each) for each in self._labelled(longest)]
-            axis = SIZE_AXIS[self._name].replace("_", " ")
-            pictures.append(Picture(title, self._alike(longest, split), len(groups), axis, curves))
+            axis = SIZE_AXIS[self._name]
+            curves = [
+                self.curve(label, index, axis, residual[index], fit.between(int(series[index[0]]), size[index]))
+                for label, index in self.labelled(longest)
+            ]
+            same = self.alike(longest, split)
+            pictures.append(Picture(title, same, len(groups), axis.replace("_", " "), curves))
         return pictures
 
     def _told(self, rows: Any) -> list[str]:
         return [c for c in self._columns if len({self._rows[i][c] for i in rows}) > 1]
 
-    def _alike(self, groups: list[Ints], split: list[str]) -> str:
+    def alike(self, groups: list[Ints], split: Sequence[str]) -> str:
         """What the curves of a picture have in common, but for its title and what is so by default."""
         rows = [index[0] for index in groups]
         told, row, specs = self._told(rows), self._rows[rows[0]], columns_of(self._name)
         same = [c for c in self._columns if c not in (*told, *split) and row[c] != specs[c].default]
         return ", ".join(_word(c, row[c]) for c in same)
 
-    def _labelled(self, groups: list[Ints]) -> Iterator[tuple[str, Ints]]:
+    def labelled(self, groups: list[Ints]) -> Iterator[tuple[str, Ints]]:
         """Groups in rising order of what tells them apart, which labels them."""
         told = self._told([index[0] for index in groups])
         for index in sorted(groups, key=lambda index: tuple(self._rows[index[0]][c] for c in told)):
             yield ", ".join(_word(c, self._rows[index[0]][c]) for c in told), index
 
-    def _curve(self, label: str, index: Ints, size_n: Floats, residual_n: Floats, fit: tuple[Floats, Floats]) -> Curve:
-        rows = [self._rows[i] for i in index]
+    def curve(
+        self, label: str, index: Ints, axis: str, error_n: Floats, fit: tuple[Floats, Floats] | None = None
+    ) -> Curve:
+        """Of the rows ``index`` over the column ``axis``, in its order."""
+        order = np.argsort(_column(self._table, axis)[index], kind="stable")
+        rows = [self._rows[i] for i in index[order]]
+        size_n = np.array([row[axis] for row in rows], float)
         line = np.array([roofline_us(self._name, row, self._bandwidth, self._peak) for row in rows])
         us, spread, least, low = (
             np.array([row[c] for row in rows], float) for c in ("latency_us", "spread", "min_us", "p20_us")
@@ -163,9 +186,9 @@ class _Table:
             latency_us_n=us,
             low_us_n=least,
             high_us_n=np.maximum(us, low + spread * us),
-            fit_size_m=fit[0],
-            fit_us_m=fit[1],
-            residual_n=residual_n,
+            fit_size_m=fit[0] if fit else np.array([]),
+            fit_us_m=fit[1] if fit else np.array([]),
+            residual_n=error_n[order],
             roofline_us_n=line if np.isfinite(line).all() else np.array([]),
             rate_n=size_n / us / 1e3 if moved else np.array([]),
         )

@@ -41,7 +41,7 @@ _LEGEND_WIDTH = 40  # letters
 class Curve:
     """One series: sizes rising, microseconds, from the shortest sample to the 90th percentile at most (nan: not known);
     the fit from end to end; residuals are predicted over measured minus 1 with the point held out, nan where it cannot
-    be; ``rate_n`` in GB/s. Roofline and rate may be empty."""
+    be; ``rate_n`` in GB/s. Fit, roofline and rate may be empty."""
 
     label: str
     size_n: Floats
@@ -116,14 +116,22 @@ def _draw(panels: Sequence[Any], middle: str, curve: Curve, colour: str) -> None
     upper.plot(curve.size_n, seconds, label=curve.label or "measured", **points)
     upper.plot(curve.fit_size_m, 1e-6 * curve.fit_us_m, color=colour, linewidth=1.0)
     if len(curve.roofline_us_n):
-        upper.plot(curve.size_n, 1e-6 * curve.roofline_us_n, color=colour, linewidth=1.0, linestyle=(0, (1, 1.6)))
-    shown = {"linewidth": 0.9, "marker": "o", "markersize": 2.2, "color": colour}
+        upper.plot(curve.size_n, 1e-6 * curve.roofline_us_n, color=colour, **_roofline_style(curve))
+    joined = "solid" if len(curve.fit_size_m) else "none"
+    shown = {"linestyle": joined, "linewidth": 0.9, "marker": "o", "markersize": 2.2, "color": colour}
     if middle == "GB/s" and len(curve.rate_n):
         panels[1].plot(curve.size_n, curve.rate_n, **shown)
     elif middle and len(curve.roofline_us_n):
         panels[1].plot(curve.size_n, 100 * curve.roofline_us_n / curve.latency_us_n, **shown)
     error = 100 * curve.residual_n
     lower.plot(curve.size_n, np.clip(error, -_MOST_ERROR, _MOST_ERROR), clip_on=False, **points)
+
+
+def _roofline_style(curve: Curve) -> dict[str, Any]:
+    """A dotted line; dashes where points have no curve."""
+    if len(curve.fit_size_m):
+        return {"linewidth": 1.0, "linestyle": (0, (1, 1.6))}
+    return {"linestyle": "none", "marker": "_", "markersize": 5, "alpha": 0.7}
 
 
 def _axes(panels: Sequence[Any], middle: str, picture: Picture) -> None:
@@ -168,10 +176,12 @@ def _words(figure: Any, upper: Any, picture: Picture) -> None:
     subtitle = "; ".join(filter(None, (picture.subtitle, more)))
     figure.text(left, 1 - 0.43 / height, subtitle, size=8, color="#555555", va="center")
     handles, labels = upper.get_legend_handles_labels()
-    handles += [Line2D([], [], color="#333333", linewidth=1.0)]
-    labels = [textwrap.fill(label, _LEGEND_WIDTH) for label in labels] + ["fit between measured sizes"]
+    labels = [textwrap.fill(label, _LEGEND_WIDTH) for label in labels]
+    if any(len(curve.fit_size_m) for curve in picture.curves):
+        handles += [Line2D([], [], color="#333333", linewidth=1.0)]
+        labels += ["fit between measured sizes"]
     if any(len(curve.roofline_us_n) for curve in picture.curves):
-        handles += [Line2D([], [], color="#333333", linewidth=1.0, linestyle=(0, (1, 1.6)))]
+        handles += [Line2D([], [], color="#333333", **_roofline_style(picture.curves[0]))]
         labels += ["roofline"]
     beside = 1 - (_INCH["right"] - 0.15) / width, 1 - _INCH["top"] / height
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=beside, frameon=False, fontsize=8, borderaxespad=0)
@@ -200,8 +210,9 @@ def page(
     note = (
         "Points are medians; bars reach from the shortest sample to the 90th percentile (at most: the 20th and the"
         " spread). Lines are the fit between the measured sizes, dotted lines the roofline, from what is named above."
-        f" Errors are those of points held out, predicted over measured less 1, drawn at {_MOST_ERROR:.0f} % where they"
-        f" are larger; within {_GOOD_ERROR:.0f} % is shaded. GB/s: the message over the time."
+        " Errors are those of points held out, and of skewed vectors those of the cost model that knows balanced ones"
+        f" alone: predicted over measured less 1, drawn at {_MOST_ERROR:.0f} % where they are larger; within"
+        f" {_GOOD_ERROR:.0f} % is shaded. GB/s: the message over the time."
     )
     omitted = f"<details><summary>{len(left_out)} left out</summary><ul>{gaps}</ul></details>" if left_out else ""
     return (

@@ -26,7 +26,7 @@ from moeplan.costs.technique import Technique
 from moeplan.errors import InputError, MoeplanError, ProfileError, SpecError
 from moeplan.pipeline.profile_checks import check_profile, diff_profiles
 from moeplan.pipeline.profile_peaks import peaks, roofline_us
-from moeplan.pipeline.profile_pictures import _Table, show_profile
+from moeplan.pipeline.profile_pictures import _skewed_vectors, _Table, show_profile
 from moeplan.pipeline.profiling import (
     PRESETS,
     ProfileRequest,
@@ -395,6 +395,28 @@ def test_pictures_draw_the_fit_and_name_what_they_show(tmp_path: Path):
     assert "1 longest of 2 series" in profile_picture(one)
     assert one.subtitle.startswith("n "), "what all that are drawn have in common, not all that there are"
     assert "longest of" not in profile_picture(picture)
+
+
+def test_skewed_vectors_are_drawn_with_what_balanced_rows_miss_of_them(tmp_path: Path):
+    def row(distribution: str, counts: list[int]) -> dict[str, object]:
+        fields = {"hidden": 8, "inter": 8, "num_experts": 4, "top_k": 1, "ep": 1, "tp": 1, "tokens": sum(counts)}
+        fields |= {"dtype": "fp32", "backend": "moeplan", "kernel": "grouped_mm", "source": "s"}
+        fields |= {"distribution": distribution, "rank_pairs": sum(counts), "vector": " ".join(map(str, counts))}
+        active = sum(n > 0 for n in counts)
+        return fields | {"active_experts": active, "latency_us": 5.0 + 2.0 * active + 0.1 * sum(counts)}
+
+    even = [row("balanced", [n] * 4) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    skewed = [row("explicit", [n, n // 4, n // 8, 1]) for n in (512, 64, 128, 256)]
+    meta = load_profile(_law(tmp_path / "law", None)).meta.model_copy(update={"tables": {}})
+    HardwareProfile(meta, {"experts": pa.Table.from_pylist([*even, *skewed])}).save(tmp_path / "p")
+    picture = _skewed_vectors(load_profile(tmp_path / "p"), most=8)
+    assert picture is not None
+    (curve,) = picture.curves
+    assert curve.size_n.tolist() == [89.0, 177.0, 353.0, 705.0]
+    np.testing.assert_allclose(curve.latency_us_n, 13.0 + 0.1 * curve.size_n)
+    assert np.abs(curve.residual_n).max() < 0.1, "the law's own times"
+    assert not len(curve.fit_size_m)
+    assert show_profile(tmp_path / "p", tmp_path / "p.html")["pictures"] == 2
 
 
 def test_bars_reach_from_the_shortest_sample_and_single_points_are_not_drawn(tmp_path: Path):
