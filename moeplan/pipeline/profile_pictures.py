@@ -66,14 +66,13 @@ def show_profile(directory: Path, out: Path, most: int = 8, progress: Progress =
 def _skewed_vectors(profile: HardwareProfile, most: int) -> Picture | None:
     """Times of skewed vectors, and what the cost model misses of them, which here knows balanced rows alone."""
     found = sorted(vector_errors(profile), key=lambda each: -len(each[0]))
+    if not found:
+        return None
     table = _Table(profile, "experts", profile.select("experts", direction="forward"), ("ep", "distribution"))
     errors = {int(rows[0]): error for rows, error in found}
-    curves = [
-        table.curve(label, rows, "rank_pairs", errors[int(rows[0])])
-        for label, rows in table.labelled([rows for rows, _ in found[:most]])
-    ]
-    said = table.alike([rows for rows, _ in found[:most]], ()) if found else ""
-    return Picture("experts, skewed vectors", said, len(found), "pairs on the rank", curves) if curves else None
+    drawn = [rows for rows, _ in found[:most]]
+    curves = [table.curve(label, rows, "rank_pairs", errors[int(rows[0])]) for label, rows in table.labelled(drawn)]
+    return Picture("experts, skewed vectors", table.alike(drawn, ()), len(found), "pairs on the rank", curves)
 
 
 def _facts(profile: HardwareProfile) -> list[tuple[str, str]]:
