@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ __all__ = [
     "atomic_directory",
     "atomic_path",
     "canonical_json",
+    "hold",
+    "is_held",
     "read_json",
     "read_lines",
     "read_sums",
@@ -72,6 +75,48 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def hold(path: Path) -> int | None:
+    """Lock ``path`` (made where it is missing) until this process ends, however it does, or closes the answer.
+
+    None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds it. InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return handle
+
+
+def is_held(path: Path) -> bool | None:
+    """Whether a process of this machine holds ``path`` by :func:`hold`; None where that cannot be told."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
 
 
 def require_writable(folder: Path) -> None:

@@ -28,7 +28,8 @@ SCHEMA_VERSION = 2
 class WindowCosts:
     """Medians over a window's steps. ``expert_s``: the busiest rank's; ``exchange_s``: of the rank that waited least,
     so that waiting for slower ranks is left out. ``tokens`` enter a layer in a step, all ranks together. ``moving``:
-    experts moved meanwhile, so that the window measures no one placement; ``moved_experts`` in ``stall_s``.
+    experts moved meanwhile, so that the window measures no one placement; ``moved_experts`` in ``stall_s``;
+    ``failure``: why they stopped on the way.
     """
 
     step_s: float
@@ -38,6 +39,7 @@ class WindowCosts:
     moving: bool = False
     moved_experts: int = 0
     stall_s: float = 0.0
+    failure: str | None = None
     steps_left: int | None = None
 
 

@@ -46,7 +46,7 @@ def control(folder: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 
     Each window is tested for drift; where the load has changed, a plan is made from the window's tokens and the costs
     as the run measured them, and handed over if it saves more in the steps left than moving takes.
-    Started before the run, it says so and waits for it.
+    Started before the run, it says so and waits for it; it ends when the run does.
 
     \b
     Example: moeplan live --ranks 4 --nodes 2 --steps 2000 --control run/control --window 64 &
@@ -61,16 +61,19 @@ def control(folder: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     scenario = Scenario.parse(document, "options")
     # Unknown names are said before the wait.
     scenario = scenario.model_copy(update={"model": scenario.model_spec(), "cluster": scenario.cluster_spec()})
-    await_run(folder, options["timeout_s"], lambda text: None if quiet else click.echo(text, err=True))
+
+    def say(text: str) -> None:
+        if not quiet:
+            click.echo(text, err=True)
+
+    await_run(folder, options["timeout_s"], say)
     controller = Controller(scenario, options["out"] or folder / "controller", rules)
 
     def tell(decision: Decision) -> None:
-        if not quiet:
-            click.echo(f"window from step {decision.first_step}: {decision.reason}", err=True)
+        say(f"window from step {decision.first_step}: {decision.reason}")
 
-    if not quiet:
-        for note in controller.notes:
-            click.echo(note, err=True)
-    decisions = watch(controller, folder, options["windows"], options["timeout_s"], tell)
+    for note in controller.notes:
+        say(note)
+    decisions = watch(controller, folder, options["windows"], options["timeout_s"], tell, say)
     if as_json:
         print_json({"decisions": [decision.to_json() for decision in decisions], "notes": controller.notes})

@@ -75,6 +75,7 @@ class ClosedLoop:
         self.advise, self.folder = advise, folder
         self._times: list[StepTimes] = []
         self._moving, self._moved_experts, self._stall_s = False, 0, 0.0
+        self._failure: str | None = None
 
     def after_step(self, times: StepTimes, steps_left: int | None = None) -> MigrationReport | None:
         """Count the step, do what is due at its boundary, and ask for advice where a window is full.
@@ -90,6 +91,7 @@ class ClosedLoop:
         if report is not None:
             self._moved_experts += report.moved_experts
             self._stall_s += report.stall_s
+            self._failure = report.failure
         self._moving |= report is not None or self.plans.migrator.under_way
         window = self.monitor.end_step()
         if window is not None:
@@ -106,9 +108,11 @@ class ClosedLoop:
             moving=self._moving,
             moved_experts=self._moved_experts,
             stall_s=self._stall_s,
+            failure=self._failure,
             steps_left=steps_left,
         )
         self._moving, self._moved_experts, self._stall_s = self.plans.migrator.under_way, 0, 0.0
+        self._failure = None
         return replace(window, placement=self.plans.migrator.placement, costs=costs)
 
     def _consult(self, window: LoadWindow) -> None:

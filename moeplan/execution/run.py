@@ -96,6 +96,7 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     try:
         trainer, callback, first = _set_up(job, mesh)
         answer = _train(me, job, trainer, callback, sink, first)
+        callback.close()  # what follows takes no plans
     finally:
         sink.close()
     if job.generate is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,14 +28,15 @@ from moeplan.artifacts.plan import Plan, placement_fields
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.evaluation import evaluate
 from moeplan.costs.operating_point import layer_costs
-from moeplan.errors import InputError
-from moeplan.files import require_writable, write_text
+from moeplan.errors import InputError, RunError
+from moeplan.execution.control_folder import Watcher, watcher
+from moeplan.files import hold, require_writable, write_text
 from moeplan.pipeline.inputs import on_model_layers, profile_notes, profile_of
-from moeplan.pipeline.live import run_under_way
 from moeplan.pipeline.optimize import optimize
 from moeplan.routing.drift import Drift, drift_between
 from moeplan.routing.loads import expert_load
 from moeplan.routing.readers.npz import save_npz
+from moeplan.specs.catalogue import slug
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.scenario import Scenario
 from moeplan.specs.workload import Workload
@@ -42,6 +44,7 @@ from moeplan.specs.workload import Workload
 __all__ = ["Calibration", "ControlOptions", "Controller", "Decision", "await_run", "watch"]
 
 LEAST_TOKENS = 512
+_MOST_STOPS = 3  # migrations that stop one after the other before only drift makes a plan again
 _EXPERT_SHEET = ("memory_bandwidth", "bf16", "fp8", "fp4", "int8")
 _LINK_SHEET = ("scale_up_bandwidth", "nic_bandwidth", "pcie_bandwidth")
 
@@ -97,6 +100,7 @@ class Controller:
 
     def __init__(self, scenario: Scenario, folder: Path, options: ControlOptions | None = None) -> None:
         self.scenario, self.folder, self.options = scenario, folder, options or ControlOptions()
+        self.report = folder / "decisions.jsonl"
         self.model, self.cluster = scenario.model_spec(), scenario.cluster_spec()
         self.profile = profile_of(scenario.profile, self.cluster.accelerator.name)
         self.notes = profile_notes(self.profile, self.cluster)
@@ -104,7 +108,12 @@ class Controller:
         self.decisions: list[Decision] = []
         self._reference: Any = None
         self._applied: tuple[WindowCosts, float, Placement] | None = None
+        self._stops = 0
         require_writable(folder)
+
+    def forget(self) -> None:
+        """Plan from the next window, whether it has drifted or not: the placement in force is not the one planned."""
+        self._reference = self._applied = None
 
     def decide(self, window: LoadWindow) -> Plan | None:
         """The plan to apply now, or None; the reasons are in ``decisions`` and in the report.
@@ -114,7 +123,7 @@ class Controller:
         """
         decision = self._decide(window)
         self.decisions.append(decision)
-        with (self.folder / "decisions.jsonl").open("a", encoding="utf-8") as report:
+        with self.report.open("a", encoding="utf-8") as report:
             report.write(json.dumps(decision.to_json()) + "\n")
         return decision.plan if decision.apply else None
 
@@ -127,8 +136,7 @@ class Controller:
         if costs.moved_experts and costs.stall_s:
             self.calibration = replace(self.calibration, move_s=costs.stall_s / costs.moved_experts)
         if costs.moving:
-            return Decision(start, False, "experts moved in this window: it measures no one placement",
-                            calibration=self.calibration)  # fmt: skip
+            return Decision(start, False, self._moved(costs), calibration=self.calibration)
         checked = self._check(costs, placement)
         if window.trace is None or window.trace.num_tokens < LEAST_TOKENS:
             return Decision(start, False, f"fewer than {LEAST_TOKENS} tokens were sampled", checked=checked)
@@ -144,6 +152,17 @@ class Controller:
         if apply:
             self._applied = (costs, predicted, plan.placement)
         return Decision(start, apply, reason, drift, plan, predicted, self.calibration, checked)
+
+    def _moved(self, costs: WindowCosts) -> str:
+        """Why a window in which experts moved gets no plan; where they stopped on the way the next one does."""
+        if costs.failure is None:
+            self._stops = 0
+            return "experts moved in this window: it measures no one placement"
+        self._stops += 1
+        if self._stops >= _MOST_STOPS:
+            return f"experts stopped moving {self._stops} times in a row, plans again on drift: {costs.failure}"
+        self.forget()
+        return f"experts stopped moving, plans again from the next window: {costs.failure}"
 
     def _require_fits(self, placement: Placement) -> None:
         model, cluster = self.model, self.cluster
@@ -293,9 +312,12 @@ def await_run(control: Path, timeout_s: float | None, tell: Callable[[str], None
         InputError: none did within ``timeout_s``.
     """
     until = math.inf if timeout_s is None else time.monotonic() + timeout_s
-    if run_under_way(control) is None:
-        tell(f"no live run watches {control}; waiting for one with --control {control}")
-    while run_under_way(control) is None:
+    told = False
+    while (run := watcher(control)) is None or not run.under_way:
+        if not told:
+            died = "the one before has died; " if run is not None and run.state == "died" else ""
+            tell(f"no live run watches {control}; {died}waiting for one with --control {control}")
+            told = True
         if time.monotonic() > until:
             raise InputError(f"no live run watched {control} within {timeout_s:g} s; is its --control folder another?")
         time.sleep(0.05)
@@ -307,29 +329,89 @@ def watch(
     windows: int | None = None,
     timeout_s: float | None = None,
     on_decision: Callable[[Decision], None] = lambda _decision: None,
+    tell: Callable[[str], None] = lambda _text: None,
 ) -> list[Decision]:
     """Answer the windows that a run puts into ``control``, as a process of its own.
 
-    Ends after ``windows`` decisions, or when none came for ``timeout_s``. A plan that pays becomes ``plan.json``.
+    Ends when the run does, after ``windows`` decisions, or when none came for ``timeout_s``; ``tell`` hears why. A plan
+    that pays becomes ``plan.json``.
 
     Raises:
-        InputError: no window came at all within ``timeout_s``.
+        InputError: no window came at all within ``timeout_s``; another controller watches; or the run is of another
+            model. RunError: the run died.
     """
-    seen: int | None = None
+    try:
+        lock = hold(control / "control.lock")
+    except BlockingIOError:
+        raise InputError(f"another 'moeplan control' watches {control}; end that one first") from None
+    try:
+        tell(_watch(controller, control, windows, timeout_s, on_decision, tell))
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return controller.decisions
+
+
+def _watch(
+    controller: Controller,
+    control: Path,
+    windows: int | None,
+    timeout_s: float | None,
+    on_decision: Callable[[Decision], None],
+    tell: Callable[[str], None],
+) -> str:
+    """Why it ended."""
+    path, seen, before = control / "window.npz", None, None
     last = time.monotonic()
     while windows is None or len(controller.decisions) < windows:
-        path = control / "window.npz"
-        window = LoadWindow.read(path) if path.is_file() else None
-        if window is None or window.first_step == seen:
-            if timeout_s is not None and time.monotonic() - last > timeout_s:
-                break
+        run = watcher(control)
+        if run is not None and not _goes_on(controller, control, run, before, tell):
+            return f"the live run at {control} has ended"
+        written, before = _identity(path), run
+        if written is not None and written != seen:
+            plan = controller.decide(LoadWindow.read(path))
+            if plan is not None:
+                write_text(control / "plan.json", plan.model_dump_json() + "\n")
+            on_decision(controller.decisions[-1])
+            seen, last = written, time.monotonic()
+        elif timeout_s is not None and time.monotonic() - last > timeout_s:
+            why = f"no window came into {control} within {timeout_s:g} s"
+            if not controller.decisions:
+                raise InputError(f"{why}; is the run's control folder another?")
+            return why
+        else:
             time.sleep(0.05)
-            continue
-        seen, last = window.first_step, time.monotonic()
-        plan = controller.decide(window)
-        if plan is not None:
-            write_text(control / "plan.json", plan.model_dump_json() + "\n")
-        on_decision(controller.decisions[-1])
-    if not controller.decisions:
-        raise InputError(f"no window came into {control} within {timeout_s:g} s; is the run's control folder another?")
-    return controller.decisions
+    return f"{len(controller.decisions)} windows are answered"
+
+
+def _goes_on(
+    controller: Controller, control: Path, run: Watcher, before: Watcher | None, tell: Callable[[str], None]
+) -> bool:
+    """Whether more windows may come from ``run``, which was ``before`` when it was looked at last.
+
+    Raises:
+        InputError: it is of another model. RunError: it has died.
+    """
+    name = str(run.about.get("model", controller.model.name))
+    if slug(name) != slug(controller.model.name):
+        raise InputError(f"the run is of model {name}, --model is {controller.model.name}; give --model {name}")
+    if not run.under_way:
+        (control / "plan.json").unlink(missing_ok=True)  # nobody takes it any more
+        if run.state == "died":
+            raise RunError(f"the live run at {control} has died; what was decided is in {controller.report}")
+        return False
+    if before is not None:
+        if run.state == "down" and before.state != "down":
+            tell(f"the live run at {control} has died; waiting for torchrun to start it again")
+        if run.about.get("pid") != before.about.get("pid"):
+            controller.forget()  # it began at a checkpoint, perhaps from before the plan
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which writing of a file it is: runs that start again count their windows anew."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -14,6 +14,7 @@ import numpy as np
 
 from moeplan.artifacts.plan import Plan
 from moeplan.errors import InputError, PlanError, RunError, SpecError
+from moeplan.execution.control_folder import say_ended, watcher
 from moeplan.files import read_json, require_writable, write_text
 from moeplan.progress import Progress, no_progress
 from moeplan.routing.io import save_trace
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from moeplan.execution.options import LiveJob
     from moeplan.execution.train import Trainer
 
-__all__ = ["LiveRequest", "apply_plan", "run_live", "run_under_way"]
+__all__ = ["LiveRequest", "apply_plan", "run_live"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,6 @@ def run_live(request: LiveRequest, progress: Progress = no_progress) -> dict[str
         answer = run_torchrun(launch, _rank, job, on_message=tell)  # if it fails, torchrun may start the ranks again
         if answer is None:
             return None
-        _end(request.control)
     else:
         try:
             answer = run_ranks(launch, _rank, job, on_message=tell)[0]
@@ -109,9 +109,9 @@ def run_live(request: LiveRequest, progress: Progress = no_progress) -> dict[str
 
 
 def _end(control: Path | None) -> None:
-    """Leave in the control folder that its run has ended."""
-    if control is not None and (about := run_under_way(control)) is not None:
-        write_text(control / "run.json", json.dumps({**about, "ended": True}) + "\n")
+    """Leave in the control folder that a run whose ranks are gone will not come back; another run there goes on."""
+    if control is not None and (run := watcher(control)) is not None and run.state != "running":
+        say_ended(control)
 
 
 def _job(request: LiveRequest) -> LiveJob:
@@ -234,53 +234,70 @@ def _finish(request: LiveRequest, job: LiveJob, answer: dict[str, Any]) -> dict[
 # ---------------------------------------------------------------------- a run under way
 
 
-def run_under_way(control: Path) -> dict[str, Any] | None:
-    """What runs and watches ``control``, as its ``run.json`` says; None where no run has begun or the last has ended.
-
-    Raises:
-        InputError: ``run.json`` cannot be read.
-    """
-    if not (control / "run.json").is_file():
-        return None
-    about = read_json(control / "run.json")
-    if not isinstance(about, dict):
-        raise InputError(f"{control / 'run.json'} does not say what runs; start the run again")
-    return None if about.get("ended") else about
-
-
 def apply_plan(plan_path: Path, control: Path, wait_s: float = 60.0) -> dict[str, Any]:
     """Hand a plan to the live run that watches ``control``; what came of it.
 
     Raises:
         InputError: no run watches the folder. PlanError: the plan is not for that run; nothing has moved.
-        RunError: the run has ended, did not answer in time, or could not apply the plan.
+        RunError: the run has ended or died, did not answer in time, or could not apply the plan.
     """
     plan = Plan.load(plan_path)
-    if not (control / "run.json").is_file():
+    if (run := watcher(control)) is None:
         raise InputError(f"{control} is not watched by a live run; start one with --control {control}")
-    ended = RunError(f"the live run at {control} has ended; start one with --control {control}, or with --plan")
-    if (run := run_under_way(control)) is None:
-        raise ended
+    if not run.under_way:
+        raise _over(control, run.state)
     for name, ours, theirs in (
-        ("model", slug(plan.model), slug(str(run.get("model")))),
-        ("num_ranks", plan.num_ranks, run.get("num_ranks")),
-        ("ranks_per_node", plan.ranks_per_node, run.get("ranks_per_node")),
+        ("model", slug(plan.model), slug(str(run.about.get("model")))),
+        ("num_ranks", plan.num_ranks, run.about.get("num_ranks")),
+        ("ranks_per_node", plan.ranks_per_node, run.about.get("ranks_per_node")),
     ):
         if ours != theirs:
             raise PlanError(f"plan.{name} ({ours}) is not the live run's ({theirs}); plan for that run")
-    answer = control / "answer.json"
-    answer.unlink(missing_ok=True)
+    (control / "answer.json").unlink(missing_ok=True)
     plan.save(control / "plan.json")
-    until = time.monotonic() + wait_s
-    while not answer.is_file():
-        if run_under_way(control) is None and not answer.is_file():  # it answers before it ends
-            (control / "plan.json").unlink(missing_ok=True)
-            raise ended
-        if time.monotonic() > until:
-            (control / "plan.json").unlink(missing_ok=True)
-            raise RunError(f"the live run at {control} did not answer within {wait_s:g} s; is it still running?")
-        time.sleep(0.02)
-    said: dict[str, Any] = read_json(answer)
+    said = _answer(control, plan.sha256, wait_s)
     if not said.get("applied"):
         raise RunError(f"the live run did not apply the plan: {said.get('error')}")
     return said
+
+
+def _over(control: Path, state: str) -> RunError:
+    died = state == "died"
+    return RunError(
+        f"the live run at {control} has {'died' if died else 'ended'}; start one with --control {control}, or with"
+        f" --plan{', from its last checkpoint with --resume' if died else ''}"
+    )
+
+
+def _answer(control: Path, plan_sha256: str, wait_s: float) -> dict[str, Any]:
+    """What the run says of a plan put into ``control``.
+
+    Raises:
+        RunError: nothing, in time or any more; or another plan was put in the place of this one.
+    """
+    path, answer = control / "plan.json", control / "answer.json"
+    until = time.monotonic() + wait_s
+    while True:
+        run = watcher(control)  # looked at before the answer: a run answers before it ends
+        if answer.is_file():
+            said: dict[str, Any] = read_json(answer)
+            if said.get("plan_sha256") in (plan_sha256, None):
+                return said
+        if run is None or not run.under_way:
+            path.unlink(missing_ok=True)
+            raise _over(control, "ended" if run is None else run.state)
+        if time.monotonic() > until:
+            raise RunError(_late(control, run.state, wait_s))
+        time.sleep(0.02)
+
+
+def _late(control: Path, state: str, wait_s: float) -> str:
+    """Why there may be no answer yet; a plan that was not taken is taken back."""
+    words = f"the live run at {control} did not answer within {wait_s:g} s"
+    try:
+        (control / "plan.json").unlink()
+    except FileNotFoundError:
+        return f"{words}: it has taken the plan and moves experts still; it applies it without --wait too"
+    if state == "down":
+        return f"{words}: it died, and torchrun has not started it again"
+    return f"{words}; is it still running?"

@@ -208,13 +208,16 @@ def test_a_plan_handed_to_a_run_and_its_metrics(tmp_path: Path, model: Path, tex
         assert answer["moved_experts"] > 0
         again = apply_plan(_plan(tmp_path, extra=3), control)
         assert again["moved_experts"] == 0  # it is there already
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+        values = dict(line.rsplit(" ", 1) for line in shown.splitlines() if not line.startswith("#"))
         assert float(values["moeplan_tokens_per_second"]) > 0
         assert float(values['moeplan_expert_seconds{rank="1"}']) > 0
         assert _moeplan("live", "--model", model, "--ranks", 1, "--prometheus", port).stderr.startswith(
             f"error: prometheus port ({port}) cannot be used"
         )
+        second = _moeplan("live", "--model", model, "--text", text, "--ranks", 1, "--steps", 1, "--control", control)
+        assert "control is watched by another live run (process " in second.stderr
+        assert not json.loads((control / "run.json").read_text()).get("ended")
     finally:
         ranks = [rank for server in _children_of(run.pid) for rank in _children_of(server)]
         run.terminate()
@@ -224,8 +227,8 @@ def test_a_plan_handed_to_a_run_and_its_metrics(tmp_path: Path, model: Path, tex
         assert time.monotonic() < until
         time.sleep(0.05)
     assert "Traceback" not in (tmp_path / "said").read_text()
-    with pytest.raises(RunError, match=r"did not answer within 0.2 s; is it still running\?"):
-        apply_plan(_plan(tmp_path), control, 0.2)
+    with pytest.raises(RunError, match=r"has died; start one with .*, from its last checkpoint with --resume$"):
+        apply_plan(_plan(tmp_path), control)
 
 
 def test_a_run_that_has_ended_takes_no_plan_and_says_so_at_once(tmp_path: Path, model: Path, text: Path) -> None:
@@ -258,6 +261,28 @@ def test_a_run_that_ends_without_taking_a_plan_is_not_waited_for(tmp_path: Path)
         apply_plan(_plan(tmp_path), control, 20)
     run.join()
     assert not (control / "plan.json").exists()
+
+
+def test_an_answer_is_of_the_plan_that_was_handed_over(tmp_path: Path) -> None:
+    """Another's is not taken for it; and whether the run took the plan is told where it is late."""
+    control = tmp_path / "control"
+    control.mkdir()
+    about = {"model": "tiny", "num_ranks": 2, "ranks_per_node": 2}
+    (control / "run.json").write_text(json.dumps(about))
+    with pytest.raises(RunError, match=r"did not answer within 0.2 s; is it still running\?$"):
+        apply_plan(_plan(tmp_path), control, 0.2)
+
+    def take() -> None:
+        while not (control / "plan.json").exists():
+            time.sleep(0.01)
+        (control / "plan.json").rename(control / "plan.taken.json")
+        write_text(control / "answer.json", json.dumps({"plan_sha256": "0" * 64, "applied": True}))
+
+    run = threading.Thread(target=take)
+    run.start()
+    with pytest.raises(RunError, match=r"within 0.5 s: it has taken the plan and moves experts still"):
+        apply_plan(_plan(tmp_path), control, 0.5)
+    run.join()
 
 
 def _children_of(pid: int) -> list[int]:

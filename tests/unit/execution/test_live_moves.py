@@ -201,7 +201,7 @@ def _stopped(me: Rank, folder: Path) -> dict:
     goal, later = _placement(2, 2, 4, 3), _placement(2, 2, 0, 4)
     plans = PlanCallback(trainer.migrator, SPEC, trainer.mesh, budget_s=0.0)
     loop = ClosedLoop(trainer.moe_layers, plans, LoadMonitor(trainer.mesh, 3, SPEC.num_experts, 2, 2), folder=folder)
-    calls, seen, windows = [0], [], []
+    calls, seen, windows, failures = [0], [], [], []
 
     def send(out, into, axis) -> None:
         send_batch(out, into, axis)
@@ -219,6 +219,7 @@ def _stopped(me: Rank, folder: Path) -> dict:
         if step % 2:
             window = LoadWindow.read(folder / "window.npz") if me.rank == 0 else None
             windows.append(window and _held(window.placement))
+            failures.append(window and window.costs.failure)
         if step == 3:
             save_checkpoint(trainer, folder / "saved")
             trainer.migrator.submit(later)
@@ -226,7 +227,7 @@ def _stopped(me: Rank, folder: Path) -> dict:
     load_checkpoint(resumed, CheckpointReader(folder / "saved"))
     resumed.step()  # runs, with empty slots
     return {
-        "failure": failure, "seen": seen, "windows": windows, "resumed": _in_tables(resumed),
+        "failure": failure, "seen": seen, "windows": windows, "failures": failures, "resumed": _in_tables(resumed),
         "goal": _held(goal), "later": _held(later),
         "contiguous": _held(Placement.contiguous(3, SPEC.num_experts, 2, 2)),
     }  # fmt: skip
@@ -261,6 +262,7 @@ def test_what_is_in_force_is_told_layer_by_layer(tmp_path: Path) -> None:
         assert answer["seen"][-1][0] == answer["later"]
         assert answer["resumed"] == stopped
     assert first["windows"] == [told for told, _ in first["seen"][1::2]]
+    assert first["failures"] == [None, first["failure"], None, None]  # of the window in which it stopped
 
 
 def test_a_plan_left_by_a_run_before_is_not_taken(tmp_path: Path) -> None:
@@ -269,7 +271,7 @@ def test_a_plan_left_by_a_run_before_is_not_taken(tmp_path: Path) -> None:
     trainer = Trainer(tiny_options(), tiny_corpus())
     plans = PlanCallback(trainer.migrator, SPEC, trainer.mesh, tmp_path)
     assert plans.after_step() is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.lock"]
 
 
 def test_one_rank_and_a_torch_optimizer() -> None:

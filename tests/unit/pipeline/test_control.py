@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -14,7 +17,9 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.evaluation import evaluate
 from moeplan.costs.operating_point import layer_costs
-from moeplan.errors import InputError
+from moeplan.errors import InputError, RunError
+from moeplan.execution.control_folder import say_ended, take_folder
+from moeplan.files import hold
 from moeplan.pipeline.control import Calibration, Controller, _scaled_sheet, watch
 from moeplan.routing.loads import expert_load
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
@@ -200,3 +205,71 @@ def test_a_damaged_window_is_refused(tmp_path):
     (tmp_path / "window.npz").write_bytes(b"PK")
     with pytest.raises(InputError, match="cannot be read as a window"):
         LoadWindow.read(tmp_path / "window.npz")
+
+
+def test_where_experts_stopped_on_the_way_it_plans_again_at_once(tmp_path):
+    controller = Controller(SCENARIO, tmp_path)
+    plan = controller.decide(window(0))
+    half = Placement.by_layer([plan.placement, CONTIGUOUS])  # one of two layers had moved
+    for number in (1, 3):
+        failed = {"moving": True, "moved_experts": 8, "stall_s": 0.1, "failure": "rank 1 could not transfer"}
+        assert controller.decide(window(number, placement=half, **failed)) is None
+        assert controller.decisions[-1].reason.endswith("plans again from the next window: rank 1 could not transfer")
+        again = controller.decide(window(number + 1, placement=half))
+        assert again is not None, controller.decisions[-1].reason
+    controller.decide(window(5, placement=half, **failed))
+    assert controller.decisions[-1].reason.startswith("experts stopped moving 3 times in a row, plans again on drift")
+    controller.decide(window(6, placement=half))
+    assert controller.decisions[-1].reason == "the load has not drifted"
+
+
+@pytest.fixture
+def control(tmp_path):
+    """A folder with a window of a run that is this process."""
+    take_folder(tmp_path / "control", {"model": "tiny"}, 0, forget=True)
+    window(0).write(tmp_path / "control" / "window.npz")
+    return tmp_path / "control"
+
+
+def test_it_ends_when_the_run_does(tmp_path, control):
+    said = []
+    controller = Controller(SCENARIO, tmp_path / "report")
+    decisions = watch(controller, control, on_decision=lambda _: say_ended(control), tell=said.append)
+    assert [d.apply for d in decisions] == [True]
+    assert said == [f"the live run at {control} has ended"]
+    assert not (control / "plan.json").exists()  # nobody takes it any more
+
+
+def test_a_run_that_dies_is_not_waited_for(tmp_path, control):
+    def die(_decision):
+        """The lock of a process that was killed; the one here is this process's."""
+        take = "import sys, os, signal\nfrom pathlib import Path\nfrom moeplan.execution.control_folder import *\n"
+        take += "take_folder(Path(sys.argv[1]), {}, 0, True)\nos.kill(os.getpid(), signal.SIGKILL)"
+        (control / "run.lock").unlink()
+        subprocess.run([sys.executable, "-c", take, str(control)], check=False)
+
+    with pytest.raises(RunError, match=r"control has died; what was decided is in .*report/decisions.jsonl$"):
+        watch(Controller(SCENARIO, tmp_path / "report"), control, on_decision=die)
+
+
+def test_a_run_that_starts_again_counts_its_windows_anew(tmp_path, control):
+    """It may have gone on from before the plan, so a window like the last one is planned from."""
+    def again(decision):
+        if len(controller.decisions) == 1:
+            about = json.loads((control / "run.json").read_text())
+            (control / "run.json").write_text(json.dumps(about | {"pid": about["pid"] + 1}))
+            window(0).write(control / "window.npz")
+
+    controller = Controller(SCENARIO, tmp_path / "report")
+    decisions = watch(controller, control, windows=2, timeout_s=30, on_decision=again)
+    assert [(d.first_step, d.apply) for d in decisions] == [(0, True), (0, True)]
+
+
+def test_one_controller_watches_a_run_and_it_is_of_its_model(tmp_path, control):
+    held = hold(control / "control.lock")
+    with pytest.raises(InputError, match="another 'moeplan control' watches .*control; end that one first"):
+        watch(Controller(SCENARIO, tmp_path / "report"), control)
+    os.close(held)
+    other = SCENARIO.model_copy(update={"model": MODEL.model_copy(update={"name": "large"})})
+    with pytest.raises(InputError, match=r"the run is of model tiny, --model is large; give --model tiny"):
+        watch(Controller(other, tmp_path / "report"), control)
