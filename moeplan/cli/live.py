@@ -57,6 +57,8 @@ def _seconds(_context: click.Context, option: click.Parameter, value: str | None
 @click.option("--checkpoint", type=_FOLDER, help="Checkpoints go here; the last after the last step.")
 @click.option("--checkpoint-every", type=int, default=0, metavar="N", help="Steps between checkpoints. [at the end]")
 @click.option("--resume", type=_FOLDER, help="Go on from a checkpoint, of any number of ranks.")
+@click.option("--skip-damaged", is_flag=True,
+              help="Where the checkpoint to go on from is damaged, take the newest whole one before it, and say so.")
 @click.option("--control", type=_FOLDER, help="Talk to 'moeplan apply' and 'moeplan control' through this folder.")
 @click.option("--window", type=int, default=64, show_default=True, metavar="N",
               help="Steps of each window put into --control, a multiple of 8; 0: none.")
@@ -83,7 +85,8 @@ def live(as_json: bool, quiet: bool, no_reference: bool, **options: Any) -> None
     from moeplan.pipeline.live import LiveRequest, run_live
 
     with progress_bar(quiet) as report:
-        answer = run_live(LiveRequest(reference=not no_reference, **options), report)
+        tell = (lambda _note: None) if quiet else (lambda note: click.echo(note, err=True))
+        answer = run_live(LiveRequest(reference=not no_reference, **options), report, tell)
     if answer is None:  # a rank of torchrun that does not speak
         return
     if as_json:

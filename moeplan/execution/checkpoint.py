@@ -19,20 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.errors import InputError, RunError
 from moeplan.execution.experts import split_row
 from moeplan.execution.groups import Axis
+from moeplan.execution.shard import write_shard
 from moeplan.execution.train import Trainer
 from moeplan.files import (
     SUMS,
-    as_made_afresh,
     read_json,
     read_sums,
     sha256_bytes,
-    sha256_file,
     unlike_its_sum,
     write_sums,
     write_text,
@@ -95,7 +93,7 @@ def _named(trainer: Trainer) -> dict[str, torch.Tensor]:
                 found[f"optimizer.{prefix}.{_dense_name(name)}"] = value
         for moe in trainer.moe_layers:
             found[_bias_name(moe.experts.layer_id)] = moe.router.bias_E
-    return {name: tensor.cpu().contiguous().clone() for name, tensor in found.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
 def save_checkpoint(trainer: Trainer, path: Path) -> int:
@@ -117,11 +115,9 @@ def save_checkpoint(trainer: Trainer, path: Path) -> int:
         said, digest = _not_finite(trainer, tensors), ""
         if tensors and said is None:
             try:
-                save_file(tensors, temporary / shard, metadata={"format": "pt"})
-                as_made_afresh(temporary / shard)
-                digest = sha256_file(temporary / shard)
-            except (OSError, SafetensorError) as error:
-                said = f"rank {mesh.world.rank} cannot write {path}: {getattr(error, 'strerror', None) or error}"
+                digest = write_shard(tensors, temporary / shard)
+            except OSError as error:
+                said = f"rank {mesh.world.rank} cannot write {path}: {error.strerror or error}"
             span.amount = sum(t.numel() * t.element_size() for t in tensors.values())
         told = mesh.world.all_of((said, shard, digest, sorted(tensors), int(span.amount)))
         failures = [failure for failure, *_ in told if failure]
@@ -335,11 +331,22 @@ class CheckpointReader:
         return placement
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The last of the checkpoints ``step-*`` in ``folder`` that can be read and agrees with its sums; None if none."""
-    for path in sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
+def newest_whole(folder: Path, not_after: str | None = None, ranks: Axis | None = None) -> CheckpointReader | None:
+    """The checkpoint ``step-*`` in ``folder`` written last that can be read and agrees with its sums; None if none.
+
+    ``not_after`` is the name of the latest that counts: those of more steps are another run's. ``ranks`` as in
+    :class:`CheckpointReader`.
+    """
+
+    def steps(name: str) -> tuple[int, str]:
+        return len(name), name
+
+    found = [path for path in folder.glob("step-*") if (path / _META).is_file()]
+    found = [path for path in found if not_after is None or steps(path.name) <= steps(not_after)]
+    # By time: of an older run in the same folder there may be some of more steps than the newest whole one's.
+    for path in sorted(found, key=lambda path: ((path / _META).stat().st_mtime_ns, steps(path.name)), reverse=True):
         with suppress(InputError):
-            return CheckpointReader(path).path
+            return CheckpointReader(path, ranks)
     return None
 
 

@@ -82,6 +82,7 @@ class LiveJob:
     checkpoint: Path | None = None
     checkpoint_every: int = 0
     resume: Path | None = None
+    skip_damaged: bool = False
     control: Path | None = None
     window: int = 64
     prometheus: int | None = None

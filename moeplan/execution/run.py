@@ -64,8 +64,9 @@ def latest(folder: Path) -> Path:
     return folder
 
 
-def _reader(folder: Path, mesh: Mesh) -> CheckpointReader:
-    """The checkpoint that ``folder`` is, or the latest in it.
+def _reader(folder: Path, mesh: Mesh, job: LiveJob, tell: Callable[[str], None]) -> CheckpointReader:
+    """The checkpoint that ``folder`` is, or the latest in it; where that is damaged and the job skips those, the newest
+    whole one before it, and ``tell`` hears so.
 
     Raises:
         InputError: it is damaged; the message names the file, and the newest checkpoint that is whole.
@@ -74,10 +75,17 @@ def _reader(folder: Path, mesh: Mesh) -> CheckpointReader:
     try:
         return CheckpointReader(path, mesh.world)
     except InputError as error:
-        whole = newest_whole(folder) or newest_whole(path.parent)
+        if path.name.startswith("step-"):
+            whole = newest_whole(path.parent, path.name, mesh.world)
+        else:
+            whole = newest_whole(folder, None, mesh.world)
         if whole is None:
             raise
-        raise InputError(f"{error}; the newest whole checkpoint there: --resume {whole}") from error
+        if not job.skip_damaged:
+            offer = f"the newest whole checkpoint there: --resume {whole.path}, or --skip-damaged takes it"
+            raise InputError(f"{error}; {offer}") from error
+        tell(f"{error}; goes on from the newest whole checkpoint there, {whole.path} ({whole.step} steps)")
+        return whole
 
 
 def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> dict[str, Any]:
@@ -93,12 +101,20 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
         go_on=restarts() > 0,
     )
     mesh = build_mesh(job.options.tp, job.options.edp, job.options.ranks_per_node, me.device)
+    notes: list[str] = []
+
+    def tell(note: str) -> None:
+        notes.append(note)
+        if me.rank == 0:
+            me.send({"note": note})
+
     try:
-        trainer, callback, first = _set_up(job, mesh)
+        trainer, callback, first = _set_up(job, mesh, tell)
         answer = _train(me, job, trainer, callback, sink, first)
         callback.close()  # what follows takes no plans
     finally:
         sink.close()
+    answer["notes"] = notes
     if job.generate is not None:
         answer["text"] = _generate(trainer, job.generate, job.new_tokens)
     if job.record_tokens:
@@ -107,7 +123,7 @@ def live_rank(me: Rank, job: LiveJob, record: Callable[[Trainer, int], Any]) -> 
     if job.out is not None and events is not None:
         events.write(job.out / "events.parquet")
     if job.plan is not None and job.apply_at is not None and job.reference and not restarts():
-        reference, _ = _fresh(job, mesh, None)
+        reference, _ = _fresh(job, mesh, None, lambda _note: None)
         reference.clock.enabled = False
         answer["reference_losses"] = [reference.step().loss for _ in range(job.steps)]
         pairs = zip(answer["losses"], answer["reference_losses"], strict=True)
@@ -133,12 +149,14 @@ def _from_one_checkpoint(job: LiveJob) -> LiveJob:
     return replace(job, resume=found)
 
 
-def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Trainer, int]:
+def _fresh(
+    job: LiveJob, mesh: Mesh, placement: Placement | None, tell: Callable[[str], None]
+) -> tuple[Trainer, int]:
     """A trainer where the job begins, or at the last checkpoint if torchrun starts it again; and its first step."""
-    reader = None if job.resume is None else _reader(job.resume, mesh)
+    reader = None if job.resume is None else _reader(job.resume, mesh, job, tell)
     first = 0 if reader is None else reader.step
     if restarts() and job.checkpoint is not None and (job.checkpoint / "latest").is_file():
-        reader = _reader(job.checkpoint, mesh)
+        reader = _reader(job.checkpoint, mesh, job, tell)
         placement = None  # as it was saved: with the plan if it had been applied by then
     if reader is not None:
         reader.require_model(job.options.model.name)
@@ -150,13 +168,14 @@ def _fresh(job: LiveJob, mesh: Mesh, placement: Placement | None) -> tuple[Train
     return trainer, first
 
 
-def _set_up(job: LiveJob, mesh: Mesh) -> tuple[Trainer, PlanCallback, int]:
+def _set_up(job: LiveJob, mesh: Mesh, tell: Callable[[str], None]) -> tuple[Trainer, PlanCallback, int]:
     plan = job.plan
     if plan is not None:
         require_fits(plan, job.options.model, mesh)
         if job.apply_at is not None and not 0 <= job.apply_at < job.steps:
             raise SpecError(f"apply_at ({job.apply_at}) must be a step of 0..{job.steps - 1} (steps - 1)")
-    trainer, first = _fresh(job, mesh, plan.placement if plan is not None and job.apply_at is None else None)
+    placement = plan.placement if plan is not None and job.apply_at is None else None
+    trainer, first = _fresh(job, mesh, placement, tell)
     if job.checkpoint is not None and mesh.world.rank == 0 and not restarts():
         _forget_others(job.checkpoint, job.resume)
     trainer.clock.origin_s = mesh.world.all_of(time.perf_counter())[0]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ class LiveRequest:
     checkpoint: Path | None = None
     checkpoint_every: int = 0
     resume: Path | None = None
+    skip_damaged: bool = False
     control: Path | None = None
     window: int = 64
     prometheus: int | None = None
@@ -75,8 +77,12 @@ class LiveRequest:
     timeout_s: float = 300.0
 
 
-def run_live(request: LiveRequest, progress: Progress = no_progress) -> dict[str, Any] | None:
+def run_live(
+    request: LiveRequest, progress: Progress = no_progress, tell: Callable[[str], None] = lambda _note: None
+) -> dict[str, Any] | None:
     """Train on ranks started here, or as the rank that torchrun started; None on ranks other than 0.
+
+    ``tell`` hears at once what the answer has under ``notes``.
 
     Raises:
         MoeplanError: bad input, or a rank failed; one message, from one rank.
@@ -93,16 +99,19 @@ def run_live(request: LiveRequest, progress: Progress = no_progress) -> dict[str
     ranks = request.ranks if request.ranks is not None else (0 if inside else 4)
     launch = Launch(ranks, request.device, request.port, request.join_timeout_s, request.timeout_s)
 
-    def tell(_rank: int, message: Any) -> None:
+    def hear(_rank: int, message: Any) -> None:
+        if "note" in message:
+            tell(message["note"])
+            return
         progress(f"step {message['step']}: loss {message['loss']:.3f}", message["step"] / message["of"])
 
     if inside:
-        answer = run_torchrun(launch, _rank, job, on_message=tell)  # if it fails, torchrun may start the ranks again
+        answer = run_torchrun(launch, _rank, job, on_message=hear)  # if it fails, torchrun may start the ranks again
         if answer is None:
             return None
     else:
         try:
-            answer = run_ranks(launch, _rank, job, on_message=tell)[0]
+            answer = run_ranks(launch, _rank, job, on_message=hear)[0]
         finally:
             _end(request.control)
     return _finish(request, job, answer)
@@ -181,6 +190,7 @@ def _job(request: LiveRequest) -> LiveJob:
         checkpoint=r.checkpoint,
         checkpoint_every=r.checkpoint_every,
         resume=r.resume,
+        skip_damaged=r.skip_damaged,
         control=r.control,
         window=r.window,
         prometheus=r.prometheus,

@@ -16,6 +16,7 @@ import pytest
 import torch
 from dense_reference import random_placement
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_run import SPEC, tiny_corpus, tiny_options
 
 from moeplan.artifacts.placement import Placement
@@ -26,8 +27,9 @@ from moeplan.execution.launch import Launch, Rank, run_ranks
 from moeplan.execution.options import LiveJob, RouterOptions
 from moeplan.execution.parcels import send_batch
 from moeplan.execution.run import live_rank
+from moeplan.execution.shard import write_shard
 from moeplan.execution.train import Trainer
-from moeplan.files import read_sums
+from moeplan.files import read_sums, sha256_file
 from moeplan.pipeline.exports import export_plan
 from moeplan.pipeline.live import LiveRequest, run_live
 from moeplan.specs.workload import Objective, Workload
@@ -169,6 +171,22 @@ def _flip(shard: Path) -> None:
     shard.write_bytes(data)
 
 
+def test_a_shard_is_read_by_safetensors_and_its_sum_is_the_files(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.arange(5).bfloat16(), "a": torch.randn(3, 4), "none": torch.empty(0, 7), "c": torch.randn(2, 1, 3)
+    }  # fmt: skip
+    assert write_shard(tensors, tmp_path / "shard") == sha256_file(tmp_path / "shard")
+    read = load_file(tmp_path / "shard")
+    assert read.keys() == tensors.keys()
+    assert all(read[name].dtype == tensor.dtype and read[name].equal(tensor) for name, tensor in tensors.items())
+    assert (tmp_path / "shard").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    os.umask(umask := os.umask(0))
+    return umask
+
+
 def _readers_fail(me: Rank, folder: Path) -> str:
     mesh = Trainer(OPTIONS, tiny_corpus()).mesh
     with pytest.raises(InputError) as error:
@@ -264,18 +282,37 @@ def test_the_newest_whole_checkpoint_is_offered(request_of_a_run, tmp_path: Path
     saved = tmp_path / "saved"
     _flip(next((saved / "step-000003").glob("*.safetensors")))
     (saved / "step-000002" / "moeplan_checkpoint.json").unlink()
-    offer = rf"step-000003: model-00001-of-00001.safetensors is not the file .*: --resume {saved}/step-000001$"
+    offer = rf"step-000003: model-00001-of-00001.safetensors is not the file .*: --resume {saved}/step-000001, or"
     with pytest.raises(InputError, match=offer):
         run_live(request_of_a_run(steps=1, resume=saved))
     assert run_live(request_of_a_run(steps=1, resume=saved / "step-000001"))["first_step"] == 1
     (saved / "latest").unlink()
-    with pytest.raises(InputError, match=rf"has no moeplan_checkpoint.json; .* --resume {saved}/step-000002$"):
+    with pytest.raises(InputError, match=rf"has no moeplan_checkpoint.json; .* --resume {saved}/step-000002, or"):
         run_live(request_of_a_run(steps=1, resume=saved))
     (saved / "latest").write_text("step-000002\n")
     run_live(request_of_a_run(steps=0, resume=saved / "step-000002"))
     assert (saved / "latest").exists()
     run_live(request_of_a_run(steps=0))  # a new run, whose restarts are not to go on from there
     assert not (saved / "latest").exists()
+
+
+def test_damaged_checkpoints_are_skipped_where_that_is_asked_for(request_of_a_run, tmp_path: Path) -> None:
+    """For the newest whole one of the same run: there are some of an older run with more steps, and with fewer."""
+    saved, said = tmp_path / "saved", []
+    run_live(request_of_a_run(steps=6))
+    for left in (2, 4, 6):
+        os.utime(saved / f"step-{left:06d}" / "moeplan_checkpoint.json", (0, 0))
+    run_live(request_of_a_run(steps=5, checkpoint_every=2, seed=1))  # saves at 2, 4 and 5
+    os.utime(saved / "step-000003" / "moeplan_checkpoint.json", (0, 0))
+    _flip(next((saved / "step-000005").glob("*.safetensors")))
+    answer = run_live(request_of_a_run(steps=1, resume=saved, skip_damaged=True, checkpoint=None), tell=said.append)
+    assert answer["first_step"] == 4
+    assert answer["notes"] == said
+    assert re.fullmatch(r".*step-000005: model-0.*; goes on from .*, .*saved/step-000004 \(4 steps\)", *said)
+    shutil.rmtree(saved / "step-000004")
+    shutil.rmtree(saved / "step-000002")
+    answer = run_live(request_of_a_run(steps=1, resume=saved, skip_damaged=True, checkpoint=None), tell=said.append)
+    assert answer["first_step"] == 1  # written last of what is left
 
 
 def test_restarts_of_a_run_that_begins_at_an_older_checkpoint_do_not_go_on_from_a_later_one(

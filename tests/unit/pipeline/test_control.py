@@ -267,7 +267,7 @@ def test_a_run_that_starts_again_counts_its_windows_anew(tmp_path, control):
 
 def test_one_controller_watches_a_run_and_it_is_of_its_model(tmp_path, control):
     held = hold(control / "control.lock")
-    with pytest.raises(InputError, match="another 'moeplan control' watches .*control; end that one first"):
+    with pytest.raises(InputError, match=r"another 'moeplan control' watches .*control; end that one first"):
         watch(Controller(SCENARIO, tmp_path / "report"), control)
     os.close(held)
     other = SCENARIO.model_copy(update={"model": MODEL.model_copy(update={"name": "large"})})
