@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,11 +91,11 @@ def take_folder(control: Path, about: dict[str, Any], restarts_left: int, forget
 def say_ended(control: Path) -> None:
     """Leave in ``control`` that its run has ended; nothing where none began.
 
-    Raises:
-        InputError: it cannot be written.
+    Where that cannot be written (a full disk), the run will seem to have died: no reason to lose what it has to say.
     """
-    if (run := watcher(control)) is not None and run.state != "ended":
-        write_text(control / _ABOUT, json.dumps(run.about | {"ended": True}) + "\n")
+    with suppress(InputError):
+        if (run := watcher(control)) is not None and run.state != "ended":
+            write_text(control / _ABOUT, json.dumps(run.about | {"ended": True}) + "\n")
 
 
 def _machine() -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from moeplan.errors import ExportError, InputError
 from moeplan.exports import checkpoint_safetensors, checkpoint_torch
+from moeplan.exports.checkpoint_dist import METADATA, DistFolder
 from moeplan.exports.checkpoint_names import Permutations, expert_part
 from moeplan.exports.checkpoint_safetensors import SafetensorsFile, Tensor
 from moeplan.exports.checkpoint_torch import TorchFile
@@ -38,7 +39,7 @@ _NOT_WEIGHTS = re.compile(
     r"training_args\.bin|scheduler\.pt|rng_state.*\.pth|latest_checkpointed_iteration\.txt"
 )
 _OPTIMIZER = re.compile(r".*optim_states\.pt")
-_SHARDED = re.compile(r"zero_pp_rank_.*\.pt|.*\.distcp|\.metadata")
+_SHARDED = re.compile(r"zero_pp_rank_.*\.pt")
 
 
 def permute_checkpoint(
@@ -76,7 +77,7 @@ def permute_checkpoint(
             )
         if _SHARDED.fullmatch(path.name):
             raise ExportError(
-                f"checkpoint: {path.name} is of a sharded form (ZeRO stage 3, torch_dist) that is not read; save the"
+                f"checkpoint: {path.name} is of a sharded form (ZeRO stage 3) that is not read; save the"
                 " whole model's state_dict(), in one file or several"
             )
         if path.name == RECORD_NAME:
@@ -87,11 +88,21 @@ def permute_checkpoint(
         require_place(out, *_PLACE)
     job = _Job(permutations, num_experts, progress)
     for path in paths:
+        if path == source and (path.name == METADATA or path.suffix == ".distcp"):
+            raise InputError(f"{source} is one file of a torch_dist checkpoint; give its directory")
+        if path.name == METADATA:
+            job.dist[path.parent] = DistFolder(path.parent, permutations, num_experts)
+    for path in paths:
+        if path.parent in job.dist:
+            continue  # its files are copied as they are
+        if path.suffix == ".distcp":
+            raise InputError(f"checkpoint: {METADATA} is missing beside {path}; bring all files")
         if path.suffix == ".safetensors":
             job.safetensors[path] = SafetensorsFile.open(path)
         elif path.suffix in _TORCH and not _NOT_WEIGHTS.fullmatch(path.name):
             job.torch[path] = TorchFile(path)
-    job.check(source, [path for path in paths if path.name.endswith(".index.json")])
+    if job.safetensors or job.torch or not job.dist:
+        job.check(source, [path for path in paths if path.name.endswith(".index.json")])
     if not source.is_dir():
         with atomic_path(out) as temporary:
             job.write(source, temporary)
@@ -105,10 +116,12 @@ def permute_checkpoint(
             copied = directory / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             job.write(path, copied)
+        for folder, dist in job.dist.items():
+            dist.write(directory / folder.relative_to(source))
         if sums:  # of the files as they are now
             write_sums(directory, {name: sha256_file(directory / name) for name in sums})
         (directory / RECORD_NAME).write_text(record, encoding="utf-8")
-    return [out / path.relative_to(source) for path in paths] + [out / RECORD_NAME]
+    return sorted(path for path in out.rglob("*") if path.is_file())
 
 
 class _Job:
@@ -118,6 +131,7 @@ class _Job:
         self.permutations, self.num_experts, self.progress = permutations, num_experts, progress
         self.safetensors: dict[Path, SafetensorsFile] = {}
         self.torch: dict[Path, TorchFile] = {}
+        self.dist: dict[Path, DistFolder] = {}
         self.tensors: dict[str, Tensor] = {}
         self.values: dict[str, list[Any]] = defaultdict(list)
         self.done = self.total = 0

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,8 +120,9 @@ def run_live(
 
 def _end(control: Path | None) -> None:
     """Leave in the control folder that a run whose ranks are gone will not come back; another run there goes on."""
-    if control is not None and (run := watcher(control)) is not None and run.state != "running":
-        say_ended(control)
+    with suppress(InputError):
+        if control is not None and (run := watcher(control)) is not None and run.state != "running":
+            say_ended(control)
 
 
 def _job(request: LiveRequest) -> LiveJob:

@@ -91,3 +91,14 @@ def test_folders_without_a_run(tmp_path):
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(InputError, match=r"run.json does not say what runs; start the run again"):
         watcher(tmp_path)
+
+
+def test_a_run_that_cannot_say_that_it_ended_keeps_its_own_words(tmp_path, monkeypatch):
+    take_folder(tmp_path, {"model": "tiny"}, 0, forget=True)
+
+    def full(path, text):
+        raise InputError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(control_folder, "write_text", full)
+    say_ended(tmp_path)
+    assert state(tmp_path) == "running"
