@@ -247,8 +247,10 @@ def _calibration(lab: _Lab, study: Study, statistic: Callable[[list[float]], flo
             })  # fmt: skip
         elif key[0] in ("dispatch", "combine"):
             phase, nodes, size, b = key
+            # What the rows sent one copy per is known by their mode.
             alltoall.append(name | {
-                "mode": "normal", "phase": phase, "nodes": nodes, "ranks": size, "tokens_per_rank": b,
+                "mode": "flat" if study.dispatch == "per_expert" else "normal", "phase": phase, "nodes": nodes,
+                "ranks": size, "tokens_per_rank": b,
                 "kernel": "gloo_alltoall", "latency_us": us,
             })  # fmt: skip
         elif key[0] == "layer":

@@ -27,6 +27,7 @@ from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.costs.traffic import counted_traffic
+from moeplan.errors import SpecError
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import DispatchKind, Workload
@@ -110,6 +111,9 @@ def _parts_s(
     )
     step = StepModel(model_of(shape), cluster, workload, Technique(dispatch=dispatch), profile)
     found = step.step(placement, load.load_LE, counted_traffic(load, placement, cluster, dispatch))
+    other = {what: source for what, source in found.source.items() if what.startswith("exchange")}
+    if odd := [f"{what}: {source}" for what, source in other.items() if not source.startswith("measured")]:
+        raise SpecError(f"the exchanges calibrated are not those of {dispatch}: {'; '.join(odd)}")
     cores = np.array(machine.core_R)
     core_LC = np.stack([found.expert_s_LR[:, cores == core].mean(1) for core in np.unique(cores)], 1)
     return float(found.exchange_s_L.sum() + core_LC.max(1).sum())
