@@ -142,6 +142,8 @@ def _job(request: LiveRequest) -> LiveJob:
             raise SpecError(f"{name} ({getattr(r, name)}) must be positive")
     if not 0 < r.lr < math.inf:
         raise SpecError(f"lr ({r.lr}) must be positive")
+    if r.window < 0 or r.window % 8:
+        raise SpecError(f"window ({r.window}) must be a multiple of 8 steps, or 0 for none")
     if r.record is not None and not r.record_tokens:
         raise SpecError(f"record ({r.record}) with record_tokens (0) would be empty; ask for tokens, or leave it out")
     if r.generate == "":

@@ -330,6 +330,7 @@ def test_requests_that_cannot_be_met(
         ({"lr": float("nan")}, r"lr \(nan\) must be positive"),
         ({"length": 3000}, r"length \(3000\) must be below the bytes of each text, held-out parts included \(2399 in"),
         ({"generate": ""}, "generate needs a prompt"),
+        ({"window": 12}, r"window \(12\) must be a multiple of 8 steps, or 0 for none"),
         ({"record": Path("r.npz"), "record_tokens": 0}, r"record \(r.npz\) with record_tokens \(0\) would be empty"),
         ({"record": Path(__file__, "r.npz")}, "cannot write .*test_live_command.py: File exists"),
         ({"checkpoint": Path(__file__, "saved")}, "cannot write .*test_live_command.py/saved: Not a directory"),
