@@ -119,12 +119,15 @@ class Controller:
         """The plan to apply now, or None; the reasons are in ``decisions`` and in the report.
 
         Raises:
-            InputError: the window is of another model or cluster.
+            InputError: the window is of another model or cluster, or the report cannot be written.
         """
         decision = self._decide(window)
         self.decisions.append(decision)
-        with self.report.open("a", encoding="utf-8") as report:
-            report.write(json.dumps(decision.to_json()) + "\n")
+        try:
+            with self.report.open("a", encoding="utf-8") as report:
+                report.write(json.dumps(decision.to_json()) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.report}: {error.strerror or error}; make room there") from error
         return decision.plan if decision.apply else None
 
     def _decide(self, window: LoadWindow) -> Decision:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,8 @@ from moeplan.artifacts.load_window import LoadWindow, WindowCosts
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.cli import main
+from moeplan.execution.control_folder import take_folder
+from moeplan.files import write_text
 
 MODEL = """
 {name: tiny, num_layers: 1, moe_layer_ids: [0], hidden_size: 64, num_experts: 8, top_k: 2,
@@ -74,6 +79,35 @@ def test_no_window_is_an_error(folder, capsys, monkeypatch):
     )  # fmt: skip
     assert code == 2
     assert "no window came into" in err
+
+
+def test_a_run_that_died_is_not_the_one_that_is_waited_for(folder, capsys, monkeypatch):
+    control = folder / "control"
+    os.close(take_folder(control, {}, 0, forget=True))  # its lock is gone
+    words = ("control", str(control), "--cluster", str(folder / "cluster.yaml"), "--timeout", "0.1", "--model")
+    code, _, err = run(capsys, monkeypatch, *words, str(folder / "model.yaml"))
+    assert code == 2
+    assert f"no live run watches {control}; the one before has died; waiting for one" in err
+
+
+def test_it_ends_with_the_run_and_says_so(folder, capsys, monkeypatch):
+    control = folder / "control"
+
+    def end() -> None:
+        while not (control / "controller/decisions.jsonl").is_file():
+            time.sleep(0.01)
+        write_text(control / "run.json", '{"ended": true}')
+
+    ended = threading.Thread(target=end)
+    ended.start()
+    code, out, err = run(
+        capsys, monkeypatch, "control", str(control), "--model", str(folder / "model.yaml"),
+        "--cluster", str(folder / "cluster.yaml"), "--max-imbalance", "30 %", "--json",
+    )  # fmt: skip
+    ended.join()
+    assert code == 0, err
+    assert err.endswith(f"the live run at {control} has ended\n")
+    assert len(json.loads(out)["decisions"]) == 1
 
 
 @pytest.mark.parametrize("ended", [False, True])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +166,14 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*file: File exists"):
         Controller(SCENARIO, tmp_path / "file")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_report_that_finds_no_room_is_named(tmp_path):
+    controller = Controller(SCENARIO, tmp_path)
+    controller.report = Path("/dev/full")
+    with pytest.raises(InputError, match="cannot write /dev/full: No space left on device; make room there"):
+        controller.decide(window(0, steps_left=0))
 
 
 def test_recalibrated_costs_predict_what_the_window_measured(tmp_path):
