@@ -243,7 +243,7 @@ def control(tmp_path):
 def test_it_ends_when_the_run_does(tmp_path, control):
     said = []
     controller = Controller(SCENARIO, tmp_path / "report")
-    decisions = watch(controller, control, on_decision=lambda _: say_ended(control), tell=said.append)
+    decisions = watch(controller, control, None, 30, lambda _: say_ended(control), said.append)
     assert [d.apply for d in decisions] == [True]
     assert said == [f"the live run at {control} has ended"]
     assert not (control / "plan.json").exists()  # nobody takes it any more
@@ -258,7 +258,7 @@ def test_a_run_that_dies_is_not_waited_for(tmp_path, control):
         subprocess.run([sys.executable, "-c", take, str(control)], check=False)
 
     with pytest.raises(RunError, match=r"control has died; what was decided is in .*report/decisions.jsonl$"):
-        watch(Controller(SCENARIO, tmp_path / "report"), control, on_decision=die)
+        watch(Controller(SCENARIO, tmp_path / "report"), control, timeout_s=30, on_decision=die)
 
 
 def test_a_run_that_starts_again_counts_its_windows_anew(tmp_path, control):
