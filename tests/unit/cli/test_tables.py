@@ -63,9 +63,15 @@ def test_a_live_run_says_what_it_wrote_and_shows_steps_it_took(monkeypatch: pyte
         "applied": None, "tokens_per_s": 1.0, "held_out_loss": 5.0, "imbalance": 1.0,
         "recorded": {"path": "r.npz", "tokens": 16384, "overhead": 0.021, "overhead_spread": 0.17},
     }  # fmt: skip
-    monkeypatch.setattr("moeplan.pipeline.live.run_live", lambda _request, _report: answer)
+
+    def run_live(_request, _report, tell):
+        tell("step-000002 is damaged")
+        return answer
+
+    monkeypatch.setattr("moeplan.pipeline.live.run_live", run_live)
     ran = CliRunner().invoke(cli, ["live", "--record", "r.npz", "--steps", str(steps)], catch_exceptions=False)
     assert ran.stderr.endswith("wrote r.npz: 16,384 tokens, overhead of recording +2.1% (spread 17.0%)\n")
+    assert ran.stderr.startswith("step-000002 is damaged\n")
     assert ran.stdout.startswith("moeplan-20m on 2 ranks\n")
     assert ("step" in ran.stdout) == (steps > 0)
 
