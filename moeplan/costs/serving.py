@@ -5,7 +5,8 @@ of two), filled when first touched, and read by straight lines between the point
 hold different batches takes, with ``m`` the tokens of the busiest group and ``n`` the mean over live ranks,
 
 - attention and token-wise parts of the group that takes longest: projections, router, norms at its tokens; one decode
-  kernel over its sequences at their mean context; one prefill kernel over its chunks (:meth:`AttentionCosts.kernel`);
+  kernel over its sequences at their mean context; one prefill kernel over its chunks
+  (:mod:`moeplan.costs.attention_tables`);
 - shared experts, dense layers and head of each group at its tokens: what they add at the group that takes longest for
   all it does between two exchanges (:func:`moeplan.costs.work.in_turn`);
 - experts of each layer at its busiest rank, and the exchange: the slower of what the busiest rank receives under the
@@ -17,103 +18,39 @@ hold different batches takes, with ``m`` the tokens of the busiest group and ``n
   cache is read once;
 - between pipeline stages what the next one needs (:mod:`moeplan.costs.stage_transfers`).
 
-A chunk of ``q`` tokens after ``p`` that are in the cache attends to ``q p + q^2 / 2`` pairs: the kernel over ``p + q``
-tokens less the kernel over ``p``, both read by straight lines over the square of the context, the launch paid once per
-step.
-
 ``B`` grid points, ``L`` MoE layers, ``E`` experts, ``R`` ranks, ``D`` attention data-parallel groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile
-from moeplan.costs.attention import attention_by_window
-from moeplan.costs.context_parallel import GatheredKeys, PartialAttention
-from moeplan.costs.dense import DenseCosts
+from moeplan.costs.attention_tables import AttentionTables
 from moeplan.costs.exchange import balanced_copies, engine_dispatch
 from moeplan.costs.group_kernel import group_seconds, row_at
 from moeplan.costs.kv_cache import SwapCosts
+from moeplan.costs.passes import Batch, Pass, StepSeconds, joined, passes_of
 from moeplan.costs.stage_transfers import StageTransfers
 from moeplan.costs.step import BatchParts, StepModel, combine
 from moeplan.costs.technique import Technique
 from moeplan.costs.token_grid import Curve, grid, stairs
 from moeplan.costs.work import Work, in_turn, link_speeds, speeds
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.model import ModelSpec, dense_beside
+from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Phase, Workload
 
-__all__ = ["Batch", "MoeTable", "Pass", "ServingCosts", "StepSeconds", "joined"]
+__all__ = ["MoeTable", "ServingCosts"]
 
 Floats = NDArray[np.float64]
 _CHUNKS = "context parallelism of prompts"
 _CHECKED = "attention of drafts that are checked"
 _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """What every group does in one step. ``chunk_s_D``: prefill kernel seconds of a layer, the sum of
-    :meth:`ServingCosts.chunk_s` over its chunks; -1 where it has none.
-
-    ``decodes_D`` sequences with ``cached_D`` tokens in the cache together; ``tokens_D`` of prefill and decode, drafts
-    to check among them.
-    """
-
-    decodes_D: Floats
-    cached_D: Floats
-    chunk_s_D: Floats
-    tokens_D: Floats
-    has_prefill: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepSeconds:
-    """``total_s`` with the relative error of its parts; ``exposed_s`` of it is exchange that nothing hides.
-
-    ``busy_R``: seconds in which each rank computes; ``log``: what happened inside, where that was played.
-    """
-
-    total_s: float
-    relative_error: float
-    exposed_s: float
-    busy_R: Floats
-    log: EventLog | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pass:
-    """What runs ``times`` in a step: ``batch``, ``queries`` tokens of each decoding sequence, through all layers of the
-    model, or ``drafting`` through the prediction layer."""
-
-    times: int
-    batch: Batch
-    queries: int
-    drafting: bool = False
-
-    @property
-    def phase(self) -> Phase:
-        """Whose kernels and dispatch it takes."""
-        return "prefill" if self.batch.has_prefill else "decode"
-
-
-def joined(passes: Sequence[Pass], found: Sequence[StepSeconds]) -> StepSeconds:
-    """The seconds of a step from those of its passes; errors weigh as the seconds do."""
-    if len(found) == 1:
-        return found[0]
-    often = [(each.times, one) for each, one in zip(passes, found, strict=True)]
-    total_s = sum(times * one.total_s for times, one in often)
-    error = sum(times * one.total_s * one.relative_error for times, one in often)
-    exposed_s = sum(times * one.exposed_s for times, one in often)
-    busy_R = np.sum([times * one.busy_R for times, one in often], 0)
-    return StepSeconds(total_s, error / total_s, exposed_s, busy_R)
 
 
 @dataclass(slots=True, eq=False)
@@ -172,55 +109,13 @@ class ServingCosts:
         self.extrapolated: set[str] = set()
         self.part_errors: dict[str, float] = {}
         self._nothing_L = np.zeros(model.num_moe_layers)
-        self._attention(max_seqs, max_context)
+        self._attention = AttentionTables(
+            model, cluster, workload, technique, profile, max_seqs, max_context, self._speed_D, self._link_D
+        )
         self._met_sent: set[int] = set()  # points of what is sent on whose sources, marks and errors are noted
         self._onward = None
         if stages is not None:
             self._onward = StageTransfers(model, stages, cluster.num_ranks, profile, technique, self._busy)
-
-    def _attention(self, max_seqs: int, max_context: int) -> None:
-        model, how = self.model, self.technique
-        self._seqs, self._context = Curve(grid(max_seqs)), Curve(grid(max(16, max_context)))
-        self._squares = Curve(self._context.points**2)  # over which prefill grows by nearly straight lines
-        shape = (len(self._seqs.points), len(self._context.points))
-        self._chunk_s, self._launch_s = np.zeros(shape[1]), 0.0
-        self._among: PartialAttention | GatheredKeys | None = None
-        self._chunk_list = self._chunk_s.tolist()
-        self._decode_s_of = dict.fromkeys((1, 1 + how.draft_tokens), np.zeros(shape))  # by queries of a sequence
-        self._merge_s_of = dict.fromkeys(self._decode_s_of, np.zeros((self.groups, shape[0])))
-        self._queries_source = ""
-        work = self._workload
-        if model.attention is None:
-            return
-        dense = DenseCosts(self.cluster.accelerator, dense_beside(work.weight_dtype), self.profile, how.backend)
-
-        device, common = self.cluster.accelerator, (dense, how.kv_dtype, self.profile, how.tp, how.backend)
-        decode, prefill = (attention_by_window(model, device, phase, *common, dcp=how.dcp) for phase in (True, False))
-        seqs, context = np.meshgrid(self._seqs.points, self._context.points, indexing="ij")
-        self._decode_s_of[1] = one = np.sum([share * costs.kernel(seqs, context).value for share, costs in decode], 0)
-        if (queries := 1 + how.draft_tokens) > 1:
-            further = [s * (c.work(seqs, context, queries) - c.work(seqs, context)) for s, c in decode]
-            self._decode_s_of[queries] = one + np.sum(further, 0)
-            if any(costs.measured for _, costs in decode):
-                self._queries_source = "measured for one token of each, further ones by the roofline"
-        if how.dcp > 1:
-            self._among = among = PartialAttention(model, self.cluster, dense.activations, self.profile, how)
-            for queries in self._merge_s_of:
-                tokens_S = self._seqs.points * queries
-                merges = [Work.of(among.merged(tokens)).at(self._speed_D, self._link_D) for tokens in tokens_S]
-                self._merge_s_of[queries] = np.stack(merges, 1)
-        points = np.asarray(self._context.points, float)
-        alone = np.sum([share * costs.kernel(np.ones(shape[1]), points).value for share, costs in prefill], 0)
-        self._launch_s = float(alone[0])
-        self._chunk_s = (np.maximum.accumulate(alone) - self._launch_s) / how.cp
-        self._chunk_list = self._chunk_s.tolist()
-        if how.cp > 1:
-            self._among = GatheredKeys(model, self.cluster, dense.activations, self.profile, how)
-        if self._among is not None:
-            exchanges = [self._among.chunk(tokens) for tokens in self._context.points]
-            self._exchange_list = [sum(part.total for part in parts) for parts in exchanges]
-            self._exchange_source = ["; ".join(sorted({part.source for part in parts})) for parts in exchanges]
-            self._exchange_beyond = [any(part.extrapolated for part in parts) for parts in exchanges]
 
     # ------------------------------------------------------------------ tables
 
@@ -316,19 +211,13 @@ class ServingCosts:
     def chunk_s(self, before: int, new: int) -> float:
         """Prefill attention of one layer over ``new`` tokens after ``before``, without the launch; with what ranks that
         keep a cache together, or cut prompts among them, send each other for it over links of the usual speed."""
-        squares, seconds = self._squares, self._chunk_list
-        i, w = squares.place(before**2)
-        j, v = squares.place((before + new) ** 2)
-        start = seconds[i] + w * (seconds[i + 1] - seconds[i])
-        kernel = float(seconds[j] + v * (seconds[j + 1] - seconds[j]) - start)
-        if self._among is None or not (tokens := self._among.sent_of(before, new)):
-            return kernel
-        i, w = self._context.place(tokens)
-        self.source[_CHUNKS] = self._exchange_source[i + 1]
-        if self._exchange_beyond[i + 1]:
+        kernel_s = self._attention.chunk_s(before, new)
+        if (sent := self._attention.sent(before, new)) is None:
+            return kernel_s
+        seconds, self.source[_CHUNKS], beyond = sent
+        if beyond:
             self.extrapolated.add(_CHUNKS)
-        low, high = self._exchange_list[i : i + 2]
-        return kernel + low + w * (high - low)
+        return kernel_s + seconds
 
     def swap_s(self, size_bytes: float, to_host: bool) -> float:
         """A rank's part of a cache to its host, or back."""
@@ -342,15 +231,7 @@ class ServingCosts:
 
     def passes(self, batch: Batch) -> tuple[Pass, ...]:
         """What a step runs, one after another."""
-        drafts = self.technique.draft_tokens
-        found = [Pass(1, batch, 1 + drafts)]
-        if drafts:
-            found.append(Pass(1, batch, 1 + drafts, drafting=True))
-        if drafts > 1 and batch.decodes_D.any():
-            none_D = np.full(self.groups, -1.0)
-            alone = Batch(batch.decodes_D, batch.cached_D, none_D, batch.decodes_D, False)
-            found.append(Pass(drafts - 1, alone, 1, drafting=True))
-        return tuple(found)
+        return passes_of(batch, self.technique.draft_tokens)
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
         """Seconds of one step in which at least one token is worked on."""
@@ -360,8 +241,8 @@ class ServingCosts:
     def pass_seconds(self, each: Pass, placement: Placement, load_LE: Floats) -> StepSeconds:
         """Seconds of one pass, once."""
         how, L = self.technique, len(load_LE)
-        if each.queries > 1 and self._queries_source and each.batch.decodes_D.any():
-            self.source[_CHECKED] = self._queries_source
+        if each.queries > 1 and self._attention.queries_source and each.batch.decodes_D.any():
+            self.source[_CHECKED] = self._attention.queries_source
             self.extrapolated.add(_CHECKED)
         table = self.table(placement, load_LE, each.phase)
         share = 0.5 if how.overlap == "two_batch" else 1.0
@@ -403,10 +284,11 @@ class ServingCosts:
         tokens_D = batch.tokens_D / self._group_ranks
         mean = float(tokens_D.sum()) * self._group_ranks / self._num_live
         fixed_DB4, _ = self._fixed_rows(each.phase, each.queries if each.drafting else 0)
+        attention = self._attention
         seconds_D3 = group_seconds(
             batch.decodes_D, batch.cached_D, batch.chunk_s_D, tokens_D, self._speed_D, share, self._busy.points,
-            fixed_DB4, self._seqs.points, self._context.points, self._decode_s_of[each.queries],
-            self._merge_s_of[each.queries], self._launch_s,
+            fixed_DB4, attention.seqs.points, attention.context.points, attention.decode_s_of[each.queries],
+            attention.merge_s_of[each.queries], attention.launch_s,
         )  # fmt: skip
         return tokens_D, mean, seconds_D3
 

@@ -38,9 +38,8 @@ from moeplan.routing.loads import expert_load, pick_tokens
 from moeplan.simulation.arrivals import make_requests
 from moeplan.simulation.detailed_costs import DetailedCosts
 from moeplan.simulation.expert_loads import ExpertLoads, Phase
-from moeplan.simulation.instance import Role
+from moeplan.simulation.pools import Pool, Replan, Replanned, Role
 from moeplan.simulation.request_readers import read_requests
-from moeplan.simulation.service import Pool, Replan, Replanned
 from moeplan.specs.cluster import AcceleratorSpec, ClusterSpec
 from moeplan.specs.clusters import sized_cluster
 from moeplan.specs.model import ModelSpec

@@ -9,11 +9,10 @@ import numpy as np
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.costs.coverage import coverage_gaps
-from moeplan.costs.serving import Batch
+from moeplan.costs.passes import Batch
 from moeplan.costs.technique import Technique
 from moeplan.errors import ProfileError, SpecError
-from moeplan.simulation.instance import Role
-from moeplan.simulation.service import Pool
+from moeplan.simulation.pools import Pool, Role
 from moeplan.specs.attention_layers import attention_layers
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.serving import Batch, Pass, ServingCosts, StepSeconds, joined
+from moeplan.costs.passes import Batch, Pass, StepSeconds, joined
+from moeplan.costs.serving import ServingCosts
 from moeplan.simulation.detailed import play_step
 from moeplan.simulation.instance import Instance
 from moeplan.simulation.network import Network

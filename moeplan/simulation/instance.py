@@ -6,110 +6,30 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventRecorder
 from moeplan.artifacts.placement import Placement
+from moeplan.costs.passes import Batch, StepSeconds
 from moeplan.costs.run_traffic import RunTraffic
-from moeplan.costs.serving import Batch, StepSeconds
 from moeplan.simulation.acceptance import Acceptance
 from moeplan.simulation.clock import Clock, nanoseconds
 from moeplan.simulation.drafting_lane import DraftingLane
-from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.kv_pool import KvPool
 from moeplan.simulation.lane import Lane
+from moeplan.simulation.pools import Pool
 from moeplan.simulation.request import NEVER, Request
-from moeplan.specs.cluster import ClusterSpec
-from moeplan.specs.serving import EngineSpec
+from moeplan.simulation.stats import InstanceStats
+from moeplan.simulation.step_costs import StepCosts
 
-__all__ = ["Hooks", "Instance", "InstanceStats", "Kept", "Role", "Sample", "StepCosts"]
+__all__ = ["Hooks", "Instance", "Kept", "Sample"]
 
 Floats = NDArray[np.float64]
-Role = Literal["both", "prefill", "decode"]
-
-
-class StepCosts(Protocol):
-    """What an engine must know of its costs; :class:`moeplan.costs.serving.ServingCosts` is the one of a model."""
-
-    groups: int
-    cluster: ClusterSpec
-    source: dict[str, str]
-    extrapolated: set[str]
-    part_errors: dict[str, float]  # the largest relative error of each part met so far
-
-    def chunk_s(self, before: int, new: int) -> float:
-        """Prefill attention over ``new`` tokens after ``before``."""
-        ...
-
-    def swap_s(self, size_bytes: float, to_host: bool) -> float:
-        """A rank's part of a cache to its host, or back."""
-        ...
-
-    def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
-        """Seconds of a step."""
-        ...
-
-    def forget(self, placement: Placement) -> None:
-        """The placement is no longer in use."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class InstanceStats:
-    """What an instance did. ``busy_R``: seconds in which a rank computed; ``exposed_s``: exchange that nothing hid.
-
-    ``gaps``: nanoseconds between two times at which a sequence has tokens -> how often; ``decoded`` tokens in so many
-    ``sequence_steps``, a step of one decoding sequence each. One entry of ``start_s``, ``length_s`` and
-    ``tokens`` per step; of the ``at`` arrays whenever a request or a step comes, or the last one ends: what then holds.
-    """
-
-    busy_R: Floats
-    stepping_s: float = 0.0
-    exposed_s: float = 0.0
-    stalled_s: float = 0.0
-    steps: int = 0
-    prefilled: int = 0
-    generated: int = 0
-    decoded: int = 0
-    sequence_steps: int = 0
-    reused: int = 0
-    recomputed: int = 0
-    preemptions: int = 0
-    transferred_bytes: float = 0.0
-    swapped_bytes: float = 0.0
-    migrated_bytes: float = 0.0
-    gaps: dict[int, int] = field(default_factory=dict)
-    start_s: array[float] = field(default_factory=lambda: array("d"))
-    length_s: array[float] = field(default_factory=lambda: array("d"))
-    tokens: array[float] = field(default_factory=lambda: array("d"))
-    at_s: array[float] = field(default_factory=lambda: array("d"))
-    running_at: array[float] = field(default_factory=lambda: array("d"))
-    waiting_at: array[float] = field(default_factory=lambda: array("d"))
-    cache_at: array[float] = field(default_factory=lambda: array("d"))
-
-    def gap(self, gap_ns: int, count: int) -> None:
-        """``count`` sequences had tokens ``gap_ns`` after the ones before."""
-        self.gaps[gap_ns] = self.gaps.get(gap_ns, 0) + count
-
-    def brought(self, tokens: int, sequences: int) -> None:
-        """A step brought so many decoding sequences so many tokens together."""
-        self.generated += tokens
-        self.decoded += tokens
-        self.sequence_steps += sequences
-
-    def warmed_up(self) -> None:
-        """Times count from now on."""
-        self.busy_R = np.zeros_like(self.busy_R)
-        self.stepping_s = self.exposed_s = 0.0
-        self.decoded = self.sequence_steps = 0
-        self.gaps = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,35 +71,31 @@ class Kept:
 
 
 class Instance:
-    """See the module. ``kv_bytes`` per token and rank; ``errors``: -1, 0 or 1, the end of the costs' interval used."""
+    """See the module. ``errors``: -1, 0 or 1, the end of the costs' interval used."""
 
     def __init__(
         self,
         clock: Clock,
         number: int,
         first_rank: int,
-        spec: EngineSpec,
-        role: Role,
-        costs: StepCosts,
-        placement: Placement,
-        loads: ExpertLoads,
-        capacity_tokens: int,
+        pool: Pool,
         prefix_tokens: int,
-        kv_bytes: float,
         recorder: EventRecorder | None,
         hooks: Hooks,
         errors: int = 0,
         traffic: RunTraffic | None = None,
         acceptance: Acceptance | None = None,
     ) -> None:
-        self.clock, self.number, self.first_rank, self.spec, self.role = clock, number, first_rank, spec, role
-        self.loads = loads
-        self.stages = [(costs, placement)] * spec.pp  # of a pipeline; they differ once a rank of one is slow or lost
+        self.clock, self.number, self.first_rank, self.role = clock, number, first_rank, pool.role
+        self.spec = spec = pool.engine
+        self.loads, costs = pool.loads, pool.costs(pool.cluster)
+        # Of a pipeline; they differ once a rank of one is slow or lost.
+        self.stages = [(costs, pool.placement)] * spec.pp
         self.groups = D = costs.groups
         self.hooks, self.recorder, self.errors, self.traffic = hooks, recorder, errors, traffic
-        self.kv_bytes, self._prefix_tokens = kv_bytes, prefix_tokens
+        self.kv_bytes, self._prefix_tokens = pool.kv_bytes, prefix_tokens
         self.block = spec.block_tokens
-        capacity = capacity_tokens // self.block
+        capacity = pool.capacity_tokens // self.block
         self.free_D = np.zeros(D, np.int64)
         self._prefix_blocks = prefix_tokens // self.block if spec.prefix_caching else 0
         self.pools = [KvPool(self.free_D, d, capacity, self._prefix_blocks) for d in range(D)]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moeplan.costs.serving import Batch
+from moeplan.costs.passes import Batch
 from moeplan.simulation.clock import Order
 from moeplan.simulation.request import Request
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import Placement
 from moeplan.costs.kv_cache import SwapCosts
-from moeplan.costs.serving import Batch, StepSeconds
+from moeplan.costs.passes import Batch, StepSeconds
 from moeplan.simulation.acceptance import Acceptance
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.serving import EngineSpec

@@ -34,7 +34,8 @@ import numpy as np
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import shipped_profile_for
 from moeplan.artifacts.request_trace import RequestTrace
-from moeplan.costs.serving import Batch, ServingCosts
+from moeplan.costs.passes import Batch
+from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.errors import InputError
@@ -42,7 +43,8 @@ from moeplan.progress import Progress, no_progress
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.oracles import PlainCosts
 from moeplan.simulation.outcome import outcome_of
-from moeplan.simulation.service import Pool, simulate_service
+from moeplan.simulation.pools import Pool
+from moeplan.simulation.service import simulate_service
 from moeplan.specs.clusters import cluster_for, sized_cluster
 from moeplan.specs.models import find_model
 from moeplan.specs.scenario import Scenario

@@ -22,10 +22,10 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.progress import Progress, no_progress
 from moeplan.simulation.expert_loads import ExpertLoads
-from moeplan.simulation.instance import Role
 from moeplan.simulation.oracles import PlainCosts, token_by_token
+from moeplan.simulation.pools import Pool, Role
 from moeplan.simulation.recursion import first_come_first_served
-from moeplan.simulation.service import Pool, Served, simulate_service
+from moeplan.simulation.service import Served, simulate_service
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.serving import EngineSpec, ServingSpec
 

@@ -14,7 +14,8 @@ from moeplan.costs.coverage import coverage_gaps
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room
 from moeplan.costs.memory import memory_report
-from moeplan.costs.serving import Batch, ServingCosts
+from moeplan.costs.passes import Batch
+from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.specs.cluster import ClusterSpec, RankSpec

@@ -15,7 +15,8 @@ from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.exchange import exchange_costs
 from moeplan.costs.fixed import fixed_costs
-from moeplan.costs.serving import Batch, ServingCosts
+from moeplan.costs.passes import Batch
+from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.costs.training import TrainingCosts

@@ -11,7 +11,8 @@ import pytest
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
 from moeplan.costs.collectives import CollectiveCosts
-from moeplan.costs.serving import Batch, ServingCosts
+from moeplan.costs.passes import Batch
+from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.costs.training import TrainingCosts

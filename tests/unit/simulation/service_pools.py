@@ -11,7 +11,8 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.simulation.expert_loads import ExpertLoads
 from moeplan.simulation.oracles import PlainCosts
-from moeplan.simulation.service import Pool, Replan, Replanned, Served, simulate_service
+from moeplan.simulation.pools import Pool, Replan, Replanned
+from moeplan.simulation.service import Served, simulate_service
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.serving import EngineSpec, ServingSpec

@@ -13,7 +13,8 @@ from moeplan.errors import InfeasibleError, SpecError
 from moeplan.simulation.clock import Clock, Order
 from moeplan.simulation.oracles import PlainCosts
 from moeplan.simulation.outcome import outcome_of
-from moeplan.simulation.service import Pool, simulate_service
+from moeplan.simulation.pools import Pool
+from moeplan.simulation.service import simulate_service
 
 
 def times(served: object, field: str) -> list[float]:

@@ -1,0 +1,90 @@
+"""A step of a serving engine as its costs see it: what every group does in it, and the passes that it runs one after
+another.
+
+``R`` ranks, ``D`` attention data-parallel groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeplan.artifacts.event_log import EventLog
+from moeplan.specs.workload import Phase
+
+__all__ = ["Batch", "Pass", "StepSeconds", "joined", "passes_of"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What every group does in one step. ``chunk_s_D``: prefill kernel seconds of a layer, the sum of
+    :meth:`moeplan.costs.serving.ServingCosts.chunk_s` over its chunks; -1 where it has none.
+
+    ``decodes_D`` sequences with ``cached_D`` tokens in the cache together; ``tokens_D`` of prefill and decode, drafts
+    to check among them.
+    """
+
+    decodes_D: Floats
+    cached_D: Floats
+    chunk_s_D: Floats
+    tokens_D: Floats
+    has_prefill: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepSeconds:
+    """``total_s`` with the relative error of its parts; ``exposed_s`` of it is exchange that nothing hides.
+
+    ``busy_R``: seconds in which each rank computes; ``log``: what happened inside, where that was played.
+    """
+
+    total_s: float
+    relative_error: float
+    exposed_s: float
+    busy_R: Floats
+    log: EventLog | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """What runs ``times`` in a step: ``batch``, ``queries`` tokens of each decoding sequence, through all layers of the
+    model, or ``drafting`` through the prediction layer."""
+
+    times: int
+    batch: Batch
+    queries: int
+    drafting: bool = False
+
+    @property
+    def phase(self) -> Phase:
+        """Whose kernels and dispatch it takes."""
+        return "prefill" if self.batch.has_prefill else "decode"
+
+
+def joined(passes: Sequence[Pass], found: Sequence[StepSeconds]) -> StepSeconds:
+    """The seconds of a step from those of its passes; errors weigh as the seconds do."""
+    if len(found) == 1:
+        return found[0]
+    often = [(each.times, one) for each, one in zip(passes, found, strict=True)]
+    total_s = sum(times * one.total_s for times, one in often)
+    error = sum(times * one.total_s * one.relative_error for times, one in often)
+    exposed_s = sum(times * one.exposed_s for times, one in often)
+    busy_R = np.sum([times * one.busy_R for times, one in often], 0)
+    return StepSeconds(total_s, error / total_s, exposed_s, busy_R)
+
+
+def passes_of(batch: Batch, drafts: int) -> tuple[Pass, ...]:
+    """What a step with so many ``drafts`` of each decoding sequence runs."""
+    found = [Pass(1, batch, 1 + drafts)]
+    if drafts:
+        found.append(Pass(1, batch, 1 + drafts, drafting=True))
+    if drafts > 1 and batch.decodes_D.any():
+        none_D = np.full(len(batch.decodes_D), -1.0)
+        alone = Batch(batch.decodes_D, batch.cached_D, none_D, batch.decodes_D, False)
+        found.append(Pass(drafts - 1, alone, 1, drafting=True))
+    return tuple(found)
