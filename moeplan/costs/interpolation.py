@@ -26,7 +26,7 @@ Shapes: ``n`` points, ``q`` queries, ``A`` axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,7 @@ __all__ = ["TILES", "Estimates", "GridInterpolator", "Steps", "line"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_Near = tuple[Ints, Ints, NDArray[np.bool_]]  # some queries and their neighbours, as Grid.near gives them
 Steps = Callable[[Ints, Floats], Floats]
 """Series [q] and coordinates [q, A] to further coordinates [q, D] that say where a kernel's time jumps."""
 
@@ -199,14 +200,25 @@ class GridInterpolator:
     def _tried(self, names: Ints, x: Floats, y: Floats, alone: bool) -> tuple[_Setting, Floats]:
         """The setting that best predicts left-out points (``alone``: with all of their size), and its misses."""
 
-        def missed(setting: _Setting, trials: int = len(y)) -> Floats:
-            return np.abs(self._krige(names[:trials], x[:trials], setting, alone) - y[:trials])
+        known: dict[bool, list[_Near]] = {}  # few and many
 
-        settings = list(_SETTINGS)
+        def missed(setting: _Setting, trials: slice = slice(None)) -> Floats:
+            if setting.wide not in known:
+                known[setting.wide] = list(self._grid.near(names, x, setting.wide))
+            first, last, _ = trials.indices(len(y))
+            near = known[setting.wide]
+            if last - first < len(y):
+                near = [_between(part, first, last) for part in near]
+            return np.abs(self._krige(names[trials], x[trials], setting, alone, near) - y[trials])
+
+        settings, misses = list(_SETTINGS), [np.empty(0)] * len(_SETTINGS)
+        done = 0
         for part, keep in _ROUNDS:
-            misses = [missed(setting, self._trials // part) for setting in settings]
+            trials = self._trials // part
+            further = [missed(setting, slice(done, trials)) for setting in settings]
+            misses = [np.append(*each) for each in zip(misses, further, strict=True)]
             order = np.argsort([_cost(miss) for miss in misses], kind="stable")[:keep]
-            settings, misses = [settings[i] for i in order], [misses[i] for i in order]
+            settings, misses, done = [settings[i] for i in order], [misses[i] for i in order], trials
         best, own = settings[0], misses[0]
         for change in _CHANGES:
             changed = replace(best, **change)
@@ -246,18 +258,20 @@ class GridInterpolator:
             answer[part] = (rows[:, equal] < 0).all(1)
         return answer
 
-    def _krige(self, names: Ints, x: Floats, setting: _Setting, alone: bool = False) -> Floats:
-        """Kriging from the neighbours, the point itself left out (``alone``: and all of its size); nan where it has
-        fewer than two."""
+    def _krige(
+        self, names: Ints, x: Floats, setting: _Setting, alone: bool = False, near: Iterable[_Near] | None = None
+    ) -> Floats:
+        """Kriging from the neighbours (``near``, where they are known), the point itself left out (``alone``: and all
+        of its size); nan where it has fewer than two."""
         answer = np.full(len(x), np.nan)
         if setting.tiles not in self._own_places:
             self._own_places[setting.tiles] = self._places(self._grid.series, self._x, setting.tiles)
         points, queries = self._own_places[setting.tiles], self._places(names, x, setting.tiles, True)
         most = _NEIGHBOURS[setting.wide]
-        for part, rows, equal in self._grid.near(names, x, setting.wide):
-            near = rows[:, ~equal] if alone else rows
+        for part, rows, equal in self._grid.near(names, x, setting.wide) if near is None else near:
+            rows = rows[:, ~equal] if alone else rows
             asked = (array[part] for array in queries)
-            answer[part] = krige(x.shape[1], *points, self._y, *asked, near, most, setting.numbers)
+            answer[part] = krige(x.shape[1], *points, self._y, *asked, rows, most, setting.numbers)
         return answer
 
     def _places(self, names: Ints, x_nA: Floats, tiles: float, asked: bool = False) -> tuple[Floats, Floats, Ints]:
@@ -291,6 +305,13 @@ def _tells_tiles(sizes: Ints, tile: int) -> bool:
 
 def _alignment(size: Ints) -> Ints:
     return np.asarray(np.minimum(size & -size, _MAX_ALIGNMENT), np.int64)
+
+
+def _between(near: _Near, first: int, last: int) -> _Near:
+    """Those of the queries from ``first`` to before ``last``, numbered from there."""
+    part, rows, equal = near
+    mine = (part >= first) & (part < last)
+    return part[mine] - first, rows[mine], equal
 
 
 def _cost(miss: Floats) -> float:
