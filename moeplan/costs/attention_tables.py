@@ -10,6 +10,8 @@ step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,7 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.attention import attention_by_window
 from moeplan.costs.context_parallel import GatheredKeys, PartialAttention
 from moeplan.costs.dense import DenseCosts
+from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Technique
 from moeplan.costs.token_grid import Curve, grid
 from moeplan.costs.work import Work
@@ -84,9 +87,11 @@ class AttentionTables:
             self._among = GatheredKeys(*among)
         if self._among is not None:
             exchanges = [self._among.chunk(tokens) for tokens in self.context.points]
-            self._exchange_s = [sum(part.total for part in parts) for parts in exchanges]
-            self._exchange_source = ["; ".join(sorted({part.source for part in parts})) for parts in exchanges]
-            self._exchange_beyond = [any(part.extrapolated for part in parts) for parts in exchanges]
+            self._exchange_s = np.array([_split(parts) for parts in exchanges])
+            self._exchange_notes = [
+                ("; ".join(sorted({part.source for part in parts})), any(part.extrapolated for part in parts))
+                for parts in exchanges
+            ]
 
     def chunk_s(self, before: int, new: int) -> float:
         """Of a prompt's ``new`` tokens after ``before``, without the launch; what is sent for it not among them."""
@@ -96,11 +101,19 @@ class AttentionTables:
         start = seconds[i] + w * (seconds[i + 1] - seconds[i])
         return float(seconds[j] + v * (seconds[j + 1] - seconds[j]) - start)
 
-    def sent(self, before: int, new: int) -> tuple[float, str, bool] | None:
-        """What ranks send each other for it: seconds over links of the usual speed, where those are from, and whether
-        they lie beyond measurements; None where nothing is sent."""
+    def sent(self, before: int, new: int) -> tuple[Floats, str, bool] | None:
+        """What ranks send each other for it: seconds ``[4]``, see :meth:`moeplan.costs.serving.ServingCosts.chunk_s`,
+        where those are from, and whether they lie beyond measurements; None where nothing is sent."""
         if self._among is None or not (tokens := self._among.sent_of(before, new)):
             return None
         i, w = self.context.place(tokens)
         low, high = self._exchange_s[i : i + 2]
-        return low + w * (high - low), self._exchange_source[i + 1], self._exchange_beyond[i + 1]
+        return low + w * (high - low), *self._exchange_notes[i + 1]
+
+
+def _split(parts: Sequence[Seconds]) -> tuple[float, float, float, float]:
+    """Seconds that ranks compute, that pass in collectives beside the bytes, that bytes take on links at their usual
+    speed; and what the last two may be off by."""
+    work = Work.of(parts)
+    off_s = sum(part.total * part.relative_error for part in parts if part.wire is not None)
+    return work.computed_s, work.elsewhere_s - work.wire_s, work.wire_s, off_s

@@ -29,13 +29,13 @@ def row_at(rows_B, b, w):
 
 @njit(cache=True, nogil=True)
 def group_seconds(
-    decodes_D, cached_D, chunk_s_D, tokens_D, speed_D, share, points_B, fixed_DB4, points_S, points_C, decode_s_SC,
-    merge_s_DS, launch_s,
+    decodes_D, cached_D, chunk_s_D4, tokens_D, speed_D, link_D, share, points_B, fixed_DB4, points_S, points_C,
+    decode_s_SC, merge_s_DS, launch_s,
 ):
     """Seconds of each group, ``[D, 3]``: attention and token-wise parts of one layer; shared experts of one layer;
     other layers and head of the step. ``share``: the part of the batch that runs at once; the last column is whole.
     ``fixed_DB4`` and ``merge_s_DS``, what decodes exchange around their kernel, are at each group's speeds already;
-    ``speed_D`` is for the kernels.
+    ``speed_D`` is for the kernels, ``link_D`` for what is sent for chunks.
     """
     out = np.zeros((len(decodes_D), 3))
     for d in range(len(decodes_D)):
@@ -55,8 +55,9 @@ def group_seconds(
                 high = decode_s_SC[i + 1, j] + v * (decode_s_SC[i + 1, j + 1] - decode_s_SC[i + 1, j])
                 kernels[which] = low + w * (high - low)
                 merge = merge_s_DS[d, i] + w * (merge_s_DS[d, i + 1] - merge_s_DS[d, i])
-            if chunk_s_D[d] >= 0:
-                kernels[which] += launch_s + part * chunk_s_D[d]
+            if chunk_s_D4[d, 0] >= 0:
+                kernels[which] += launch_s + part * chunk_s_D4[d, 0]
+                merge += part * (chunk_s_D4[d, 1] + chunk_s_D4[d, 2] / link_D[d])
             kernels[which] = kernels[which] / speed_D[d] + merge
         fixed_B4 = fixed_DB4[d]
         b, w = _place(points_B, tokens * share)

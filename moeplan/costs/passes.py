@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from moeplan.artifacts.event_log import EventLog
 from moeplan.specs.workload import Phase
 
-__all__ = ["Batch", "Pass", "StepSeconds", "joined", "passes_of"]
+__all__ = ["Batch", "Pass", "StepSeconds", "joined", "no_chunks", "passes_of"]
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """What every group does in one step. ``chunk_s_D``: prefill kernel seconds of a layer, the sum of
-    :meth:`moeplan.costs.serving.ServingCosts.chunk_s` over its chunks; -1 where it has none.
+    """What every group does in one step. ``chunk_s_D4``: prefill attention of a layer, the sum of
+    :meth:`moeplan.costs.serving.ServingCosts.chunk_s` over its chunks; -1 first where it has none.
 
     ``decodes_D`` sequences with ``cached_D`` tokens in the cache together; ``tokens_D`` of prefill and decode, drafts
     to check among them.
@@ -31,7 +31,7 @@ class Batch:
 
     decodes_D: Floats
     cached_D: Floats
-    chunk_s_D: Floats
+    chunk_s_D4: Floats
     tokens_D: Floats
     has_prefill: bool
 
@@ -66,6 +66,13 @@ class Pass:
         return "prefill" if self.batch.has_prefill else "decode"
 
 
+def no_chunks(groups: int) -> Floats:
+    """:attr:`Batch.chunk_s_D4` of a step without prompts."""
+    chunk_s_D4 = np.zeros((groups, 4))
+    chunk_s_D4[:, 0] = -1.0
+    return chunk_s_D4
+
+
 def joined(passes: Sequence[Pass], found: Sequence[StepSeconds]) -> StepSeconds:
     """The seconds of a step from those of its passes; errors weigh as the seconds do."""
     if len(found) == 1:
@@ -84,7 +91,6 @@ def passes_of(batch: Batch, drafts: int) -> tuple[Pass, ...]:
     if drafts:
         found.append(Pass(1, batch, 1 + drafts, drafting=True))
     if drafts > 1 and batch.decodes_D.any():
-        none_D = np.full(len(batch.decodes_D), -1.0)
-        alone = Batch(batch.decodes_D, batch.cached_D, none_D, batch.decodes_D, False)
+        alone = Batch(batch.decodes_D, batch.cached_D, no_chunks(len(batch.decodes_D)), batch.decodes_D, False)
         found.append(Pass(drafts - 1, alone, 1, drafting=True))
     return tuple(found)

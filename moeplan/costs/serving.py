@@ -208,16 +208,18 @@ class ServingCosts:
 
     # ------------------------------------------------------------------ a step
 
-    def chunk_s(self, before: int, new: int) -> float:
-        """Prefill attention of one layer over ``new`` tokens after ``before``, without the launch; with what ranks that
-        keep a cache together, or cut prompts among them, send each other for it over links of the usual speed."""
-        kernel_s = self._attention.chunk_s(before, new)
-        if (sent := self._attention.sent(before, new)) is None:
-            return kernel_s
-        seconds, self.source[_CHUNKS], beyond = sent
-        if beyond:
-            self.extrapolated.add(_CHUNKS)
-        return kernel_s + seconds
+    def chunk_s(self, before: int, new: int) -> Floats:
+        """Prefill attention of one layer over ``new`` tokens after ``before``, without the launch, in seconds ``[4]``
+        at usual speeds: what ranks compute; and of what those that keep a cache together, or cut prompts among them,
+        send each other for it, what passes beside the bytes, what these take on links, and what both may be off by."""
+        seconds = np.zeros(4)
+        if (sent := self._attention.sent(before, new)) is not None:
+            seconds, self.source[_CHUNKS], beyond = sent
+            if beyond:
+                self.extrapolated.add(_CHUNKS)
+            self._met({_CHUNKS: seconds[3] / (seconds[1] + seconds[2])})
+        seconds[0] += self._attention.chunk_s(before, new)
+        return seconds
 
     def swap_s(self, size_bytes: float, to_host: bool) -> float:
         """A rank's part of a cache to its host, or back."""
@@ -262,7 +264,21 @@ class ServingCosts:
         sent, sent_error = self._sent_on(tokens_D)
         total_s, exposed_s = layers + other + sent, layers - alone + sent
         error = float(row_at(table.error_B, b, w))
-        return StepSeconds(total_s, error + (sent_error - error) * sent / total_s, exposed_s, busy_R)
+        chunks, chunks_error = self._sent_for_chunks(each, group_D3)
+        apart = (sent_error - error) * sent + (chunks_error - error) * chunks
+        return StepSeconds(total_s, error + apart / total_s, exposed_s, busy_R)
+
+    def _sent_for_chunks(self, each: Pass, group_D3: Floats) -> tuple[float, float]:
+        """Seconds of the layers in which the group that takes longest sends for its prompts' attention, and their
+        relative error."""
+        if not each.batch.has_prefill:
+            return 0.0, 0.0
+        d = int(group_D3[:, 0].argmax())
+        _, beside, wire, off = each.batch.chunk_s_D4[d].tolist()
+        if not (usual := beside + wire):
+            return 0.0, 0.0
+        layers = 1 if each.drafting else self.model.num_layers
+        return (beside + wire / float(self._link_D[d])) * layers, off / usual
 
     def _sent_on(self, tokens_D: Floats) -> tuple[float, float]:
         """Seconds that the stages take to send a step on, at the group that takes longest, and their relative error."""
@@ -286,9 +302,9 @@ class ServingCosts:
         fixed_DB4, _ = self._fixed_rows(each.phase, each.queries if each.drafting else 0)
         attention = self._attention
         seconds_D3 = group_seconds(
-            batch.decodes_D, batch.cached_D, batch.chunk_s_D, tokens_D, self._speed_D, share, self._busy.points,
-            fixed_DB4, attention.seqs.points, attention.context.points, attention.decode_s_of[each.queries],
-            attention.merge_s_of[each.queries], attention.launch_s,
+            batch.decodes_D, batch.cached_D, batch.chunk_s_D4, tokens_D, self._speed_D, self._link_D, share,
+            self._busy.points, fixed_DB4, attention.seqs.points, attention.context.points,
+            attention.decode_s_of[each.queries], attention.merge_s_of[each.queries], attention.launch_s,
         )  # fmt: skip
         return tokens_D, mean, seconds_D3
 

@@ -9,7 +9,7 @@ import numpy as np
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.costs.coverage import coverage_gaps
-from moeplan.costs.passes import Batch
+from moeplan.costs.passes import Batch, no_chunks
 from moeplan.costs.technique import Technique
 from moeplan.errors import ProfileError, SpecError
 from moeplan.simulation.pools import Pool, Role
@@ -167,20 +167,20 @@ def slo_possible(spec: ServingSpec, requests: RequestTrace, pools: list[Pool]) -
 def _alone(pool: Pool, prompt: int, cached: int) -> float:
     """Seconds of a step with one request: its whole prompt (cut where the engine cuts), or one more token."""
     costs = pool.costs(pool.cluster)
-    decodes_D, cached_D, chunks_D = np.zeros(costs.groups), np.zeros(costs.groups), np.full(costs.groups, -1.0)
+    decodes_D, cached_D, chunk_s_D4 = np.zeros(costs.groups), np.zeros(costs.groups), no_chunks(costs.groups)
     tokens_D = np.zeros(costs.groups)
     total, before = pool.engine.step_overhead, 0
     if not prompt:
         decodes_D[0], tokens_D[0] = 1.0, pool.engine.tokens_per_sequence
         cached_D[0] = cached
         load_LE = pool.loads.at(0.0, "decode")
-        batch = Batch(decodes_D, cached_D, chunks_D, tokens_D, False)
+        batch = Batch(decodes_D, cached_D, chunk_s_D4, tokens_D, False)
         return total + costs.step(batch, pool.placement, load_LE).total_s
     load_LE = pool.loads.at(0.0, "prefill")
     while before < prompt:
         tokens = min(prompt - before, pool.engine.max_num_batched_tokens)
-        chunks_D[0], tokens_D[0] = costs.chunk_s(before, tokens), float(tokens)
-        batch = Batch(decodes_D, cached_D, chunks_D, tokens_D, True)
+        chunk_s_D4[0], tokens_D[0] = costs.chunk_s(before, tokens), float(tokens)
+        batch = Batch(decodes_D, cached_D, chunk_s_D4, tokens_D, True)
         total += costs.step(batch, pool.placement, load_LE).total_s
         before += tokens
     return total

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventRecorder
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.passes import Batch, StepSeconds
+from moeplan.costs.passes import Batch, StepSeconds, no_chunks
 from moeplan.costs.run_traffic import RunTraffic
 from moeplan.simulation.acceptance import Acceptance
 from moeplan.simulation.clock import Clock, nanoseconds
@@ -105,7 +105,7 @@ class Instance:
         self.num_waiting = self.num_running = 0
         self.load_D = np.zeros(D, np.int64)  # requests that have not finished
         self.alive_D, self.lost_D = np.ones(D, bool), np.zeros(D, np.int64)  # lost: how often
-        self.no_chunks_D, self.nothing_D = np.full(D, -1.0), np.zeros(D)
+        self.no_chunks_D4, self.nothing_D = no_chunks(D), np.zeros(D)
         self.blocked_until_ns = self.stage_free_ns = 0
         self.moves: deque[tuple[int, Placement, float, float]] = deque()
         self._swap_s = 0.0

@@ -104,7 +104,7 @@ class Lane:
             self._grow(decoding_D)
             decoding_D = self.decodes_D > 0
         chunks: list[tuple[Request, int, int]] = []
-        chunk_s_D, prefill_D = inst.no_chunks_D, inst.nothing_D
+        chunk_s_D4, prefill_D = inst.no_chunks_D4, inst.nothing_D
         swap_s = 0.0
         waiting, prefilling, landed = inst.waiting, self.prefilling, self.landed
         for d in [d for d in range(inst.groups) if waiting[d] or prefilling[d] or landed[d]]:
@@ -112,8 +112,8 @@ class Lane:
             swap_s = max(swap_s, swapped)
             if found:
                 if not chunks:
-                    chunk_s_D, prefill_D = chunk_s_D.copy(), prefill_D.copy()
-                chunk_s_D[d], prefill_D[d] = seconds, sum(tokens for _, _, tokens in found)
+                    chunk_s_D4, prefill_D = chunk_s_D4.copy(), prefill_D.copy()
+                chunk_s_D4[d], prefill_D[d] = seconds, sum(tokens for _, _, tokens in found)
                 chunks += found
         decoding_D = self.decodes_D > 0
         if not chunked:
@@ -125,7 +125,7 @@ class Lane:
         if not tokens_D.any():
             return None
         cached_D = np.where(decoding_D, self.cached_D, 0.0)
-        batch = Batch(decodes_D, cached_D, chunk_s_D, tokens_D, bool(chunks))
+        batch = Batch(decodes_D, cached_D, chunk_s_D4, tokens_D, bool(chunks))
         return _Step(batch, chunks, decoding_D, swap_s)
 
     def _grow(self, decoding_D: Any) -> None:
@@ -142,13 +142,14 @@ class Lane:
                 need_D[d] = self.growth_DB[d, place_D[d]]
         free_D -= need_D
 
-    def _prompts(self, d: int, chunked: bool) -> tuple[list[tuple[Request, int, int]], float, float]:
-        """Chunks of group ``d`` in this step with their attention seconds; and seconds of caches brought back."""
+    def _prompts(self, d: int, chunked: bool) -> tuple[list[tuple[Request, int, int]], Any, float]:
+        """Chunks of group ``d`` in this step with seconds ``[4]`` of their attention; and seconds of caches brought
+        back."""
         inst, spec, costs = self.inst, self.inst.spec, self.inst.costs
         running, waiting = self.running[d], inst.waiting[d]
         budget = spec.max_num_batched_tokens - (int(self.decodes_D[d]) * self._width if chunked else 0)
         chunks: list[tuple[Request, int, int]] = []
-        seconds = swap_s = 0.0
+        seconds, swap_s = np.zeros(4), 0.0
         for request in self.prefilling[d]:
             if budget <= 0:
                 break

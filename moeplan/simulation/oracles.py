@@ -34,9 +34,9 @@ class PlainCosts:
         self.part_errors: dict[str, float] = {}
         self._swaps = {to_host: SwapCosts(cluster, to_host) for to_host in (True, False)}
 
-    def chunk_s(self, before: int, new: int) -> float:
+    def chunk_s(self, before: int, new: int) -> Floats:
         """Nothing: prompts cost as their tokens do."""
-        return 0.0
+        return np.zeros(4)
 
     def swap_s(self, size_bytes: float, to_host: bool) -> float:
         """At the bandwidth of PCIe."""

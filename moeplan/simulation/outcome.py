@@ -29,7 +29,8 @@ __all__ = ["DIRECTIONS", "Outcome", "outcome_of", "share_deviations"]
 Floats = NDArray[np.float64]
 _QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 _BINS = 120
-_COMPUTED = ("experts", "attention and dense parts")  # parts of a step; all others go over links
+# Parts of a step in which ranks are busy; all others go over links that nothing hides.
+_COMPUTED = ("experts", "attention and dense parts", "context parallelism of prompts")
 
 # headline -> (unit, which way is good); latencies are added below
 DIRECTIONS: dict[str, tuple[str, str]] = {

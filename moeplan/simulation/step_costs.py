@@ -25,8 +25,8 @@ class StepCosts(Protocol):
     extrapolated: set[str]
     part_errors: dict[str, float]  # the largest relative error of each part met so far
 
-    def chunk_s(self, before: int, new: int) -> float:
-        """Prefill attention over ``new`` tokens after ``before``."""
+    def chunk_s(self, before: int, new: int) -> Floats:
+        """Prefill attention over ``new`` tokens after ``before``: a row of :attr:`Batch.chunk_s_D4`."""
         ...
 
     def swap_s(self, size_bytes: float, to_host: bool) -> float:

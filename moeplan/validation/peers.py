@@ -34,7 +34,7 @@ import numpy as np
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import shipped_profile_for
 from moeplan.artifacts.request_trace import RequestTrace
-from moeplan.costs.passes import Batch
+from moeplan.costs.passes import Batch, no_chunks
 from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
@@ -116,11 +116,12 @@ def _prepared() -> Callable[[int], float]:
         most, 2 * _CONTEXT,
     )  # fmt: skip
     placement, load_LE = _even()
-    nothing_D = np.full(_RANKS, -1.0)
+    nothing_D4 = no_chunks(_RANKS)
 
     def step(batch: int) -> float:
         tokens_D = np.full(_RANKS, 2.0 * batch)
-        return costs.step(Batch(tokens_D, tokens_D * _CONTEXT, nothing_D, tokens_D, False), placement, load_LE).total_s
+        batch_D = Batch(tokens_D, tokens_D * _CONTEXT, nothing_D4, tokens_D, False)
+        return costs.step(batch_D, placement, load_LE).total_s
 
     return step
 

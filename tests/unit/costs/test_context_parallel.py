@@ -14,7 +14,7 @@ from moeplan.costs.coverage import coverage_gaps
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room
 from moeplan.costs.memory import memory_report
-from moeplan.costs.passes import Batch
+from moeplan.costs.passes import Batch, no_chunks
 from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
@@ -45,7 +45,12 @@ def even(model: ModelSpec, ranks: int = 8) -> tuple[Placement, np.ndarray]:
 
 def decodes(sequences: float, context: float) -> Batch:
     every = np.array([sequences])
-    return Batch(every, every * (context - 1), np.full(1, -1.0), every, False)
+    return Batch(every, every * (context - 1), no_chunks(1), every, False)
+
+
+def took_s(costs: ServingCosts, before: int, new: int) -> float:
+    """A chunk at usual speeds."""
+    return float(costs.chunk_s(before, new)[:3].sum())
 
 
 # ---------------------------------------------------------------------- memory
@@ -161,7 +166,7 @@ def test_tables_of_a_service_hold_what_the_step_model_says(model: ModelSpec, dcp
         want = StepModel(model, NODE, work, how).step(place, load)
         batch = decodes(tokens, context)
         if phase == "prefill":
-            chunk = np.full(1, costs.chunk_s(0, tokens))
+            chunk = costs.chunk_s(0, tokens)[None]
             batch = Batch(np.zeros(1), np.zeros(1), chunk, np.full(1, float(tokens)), True)
         assert costs.step(batch, place, load).total_s == pytest.approx(want.total_s, rel=0.02), phase
         assert "context parallelism" in want.source or (phase == "prefill" and model is LITE)
@@ -170,7 +175,7 @@ def test_tables_of_a_service_hold_what_the_step_model_says(model: ModelSpec, dcp
 def test_a_prompt_gathers_what_is_in_the_cache_or_sends_its_queries() -> None:
     def more(model: ModelSpec, dcp: int, *chunks: tuple[int, int]) -> list[float]:
         split, plain = serving(model, dcp), serving(model, 1)
-        return [split.chunk_s(*chunk) - plain.chunk_s(*chunk) for chunk in chunks]
+        return [took_s(split, *chunk) - took_s(plain, *chunk) for chunk in chunks]
 
     among = PartialAttention(LITE, NODE, "bf16", None, Technique(tp=8, dcp=8))
     (prefix,) = among.chunk(16384)
@@ -199,6 +204,42 @@ def test_of_slower_links_only_the_bytes_take_longer() -> None:
     assert more[1] - more[0] == pytest.approx(LITE.num_layers * wire, rel=1e-6)
 
 
+@pytest.mark.parametrize("how", [{"tp": 8, "dcp": 8}, {"tp": 2, "cp": 4}])
+def test_of_what_a_prompt_sends_bytes_wait_for_a_slow_link_and_nothing_for_a_slow_rank(how: dict[str, int]) -> None:
+    place, load = even(LITE)
+    took = {}
+    technique = Technique(dispatch="allgather", **how)
+    for name, rank in (("plain", {}), ("slow", {"speed": 0.5}), ("narrow", {"link_speed": 0.5})):
+        cluster = NODE.model_copy(update={"ranks": {5: RankSpec.model_validate(rank)}})
+        costs = ServingCosts(LITE, cluster, WORK, technique, None, 8192, 64, 65536)
+        for sent in (True, False):
+            chunk = costs.chunk_s(16384, 4096)
+            chunk[1:] *= sent
+            batch = Batch(np.zeros(1), np.zeros(1), chunk[None], np.full(1, 4096.0), True)
+            took[name, sent] = costs.step(batch, place, load).total_s
+    _, beside, wire, _ = LITE.num_layers * costs.chunk_s(16384, 4096)
+    found = {name: took[name, True] - took[name, False] for name in ("plain", "slow", "narrow")}
+    assert found == pytest.approx({"plain": beside + wire, "slow": beside + wire, "narrow": beside + 2 * wire})
+
+
+def test_what_a_prompt_sends_is_known_to_intervals() -> None:
+    """Four ranks of a node are measured, 16 of two nodes are modelled from fewer: much less sure than all the rest."""
+    place, load = even(LITE, 16)
+    wide = cluster_for("h100", 2, 8)
+    costs = ServingCosts(LITE, wide, WORK, Technique(dispatch="per_node", cp=16), PROFILE, 8192, 64, 65536)
+
+    def error(sent: float) -> float:
+        chunk = costs.chunk_s(0, 4096) * [1, sent, sent, sent]
+        step = costs.step(Batch(np.zeros(1), np.zeros(1), chunk[None], np.full(1, 4096.0), True), place, load)
+        return step.relative_error
+
+    _, beside, wire, off = costs.chunk_s(0, 4096)
+    own = costs.part_errors["context parallelism of prompts"]
+    assert own == pytest.approx(off / (beside + wire))
+    nothing, as_told, alone = (error(sent) for sent in (0.0, 1.0, 1e6))
+    assert nothing < as_told < alone == pytest.approx(own, rel=1e-3)
+
+
 def test_kernels_of_more_heads_are_asked_of_a_profile() -> None:
     wanted = WORK.model_copy(update={"weight_dtype": "fp32", "phase": "decode"}), Objective(), PROFILE
     (attention,) = [gap for gap in coverage_gaps(V3, NODE, *wanted, Technique(tp=8, dcp=4)) if " attention at " in gap]
@@ -224,7 +265,7 @@ def test_each_rank_attends_from_a_part_of_a_prompt_to_all_keys(model: ModelSpec,
     links = CollectiveCosts(NODE)._group("all_gather", 4, 2)
     for before, new in ((0, 4096), (16384, 512)):
         gathered = links.latency_s + 3 / 4 * new * numbers * 2 / links.bandwidth
-        assert four.chunk_s(before, new) == pytest.approx(one.chunk_s(before, new) / 4 + gathered)
+        assert took_s(four, before, new) == pytest.approx(took_s(one, before, new) / 4 + gathered)
     assert "roofline" in four.source["context parallelism of prompts"]
     assert (four.groups, one.groups) == (1, 4)
 
@@ -235,7 +276,7 @@ def test_beside_attention_a_cut_prompt_is_as_many_short_ones() -> None:
 
     def step_s(costs: ServingCosts, tokens: float) -> float:
         groups = costs.groups
-        batch = Batch(np.zeros(groups), np.zeros(groups), np.zeros(groups), np.full(groups, tokens), True)
+        batch = Batch(np.zeros(groups), np.zeros(groups), np.zeros((groups, 4)), np.full(groups, tokens), True)
         step = costs.step(batch, place, load)
         assert step.busy_R.shape == (8,)
         return step.total_s

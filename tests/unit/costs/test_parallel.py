@@ -15,7 +15,7 @@ from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.dense import DenseCosts
 from moeplan.costs.exchange import exchange_costs
 from moeplan.costs.fixed import fixed_costs
-from moeplan.costs.passes import Batch
+from moeplan.costs.passes import Batch, no_chunks
 from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
@@ -76,7 +76,7 @@ def test_the_fullest_group_pays_a_balanced_exchange_of_its_tokens(dispatch: Disp
     costs = ServingCosts(MIXTRAL, cluster, WORK, Technique(dispatch=dispatch), profile, 512, 256, 2048)
     uneven, even = np.ones(8 * nodes), np.full(8 * nodes, 256.0)
     uneven[0] = 256.0
-    none = np.full(8 * nodes, -1.0)
+    none = no_chunks(8 * nodes)
     place = Placement(
         np.tile(np.arange(8, dtype=np.int32), (32, nodes)), np.arange(8 * nodes, dtype=np.int32), 8, 8 * nodes, 8
     )

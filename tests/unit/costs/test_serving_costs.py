@@ -13,7 +13,7 @@ from moeplan.costs.dense import DenseCosts
 from moeplan.costs.elementwise import PassCosts
 from moeplan.costs.fixed import fixed_costs
 from moeplan.costs.kv_cache import kv_bytes_per_token, kv_room, kv_transfer_s, ranks_that_hold
-from moeplan.costs.passes import Batch
+from moeplan.costs.passes import Batch, no_chunks
 from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
@@ -42,7 +42,7 @@ def costs(cluster: ClusterSpec = CLUSTER, **technique: object) -> ServingCosts:
 
 def decode(groups: int, tokens: float, context: float) -> Batch:
     every = np.full(groups, tokens)
-    return Batch(every, every * (context - 1), np.full(groups, -1.0), every, False)
+    return Batch(every, every * (context - 1), no_chunks(groups), every, False)
 
 
 @pytest.mark.parametrize("overlap", ["none", "shared_expert", "two_batch", "shortcut"])
@@ -87,7 +87,7 @@ def test_equal_prompts_equal_the_step_model() -> None:
         work = WORK.model_copy(update={"phase": "prefill", "batch_per_rank": tokens, "context": length})
         how = Technique(dispatch="per_node")  # whose decode sends per expert prefills in the normal mode
         want = StepModel(MODEL, CLUSTER, work, how, PROFILE).step(PLACE, LOAD)
-        chunks = np.full(RANKS, prompts * found.chunk_s(0, length))
+        chunks = np.tile(prompts * found.chunk_s(0, length), (RANKS, 1))
         batch = Batch(np.zeros(RANKS), np.zeros(RANKS), chunks, np.full(RANKS, float(tokens)), True)
         assert found.step(batch, PLACE, LOAD).total_s == pytest.approx(want.total_s, rel=off)
 
@@ -179,14 +179,14 @@ def test_few_tokens_hit_few_experts() -> None:
 
 def test_chunks_of_a_prompt_add_up_to_it() -> None:
     found = costs()
-    parts = sum(found.chunk_s(before, 512) for before in range(0, 4096, 512))
-    assert parts == pytest.approx(found.chunk_s(0, 4096), rel=1e-9)
-    assert found.chunk_s(3584, 512) > 3 * found.chunk_s(0, 512)
+    parts = sum(found.chunk_s(before, 512)[0] for before in range(0, 4096, 512))
+    assert parts == pytest.approx(found.chunk_s(0, 4096)[0], rel=1e-9)
+    assert found.chunk_s(3584, 512)[0] > 3 * found.chunk_s(0, 512)[0]
     dense = DenseCosts(CLUSTER.accelerator, "fp8", PROFILE)
     assert MODEL.attention is not None
     direct = AttentionCosts(MODEL.attention, MODEL.hidden_size, CLUSTER.accelerator, False, dense, "bf16", PROFILE)
     whole = direct.kernel(1, 4096).total - direct.kernel(1, float(grid(8192)[0])).total
-    assert found.chunk_s(0, 4096) == pytest.approx(whole, rel=0.01)
+    assert found.chunk_s(0, 4096)[0] == pytest.approx(whole, rel=0.01)
 
 
 def test_a_chunk_after_a_long_context_takes_what_the_kernel_takes_longer() -> None:
@@ -196,7 +196,7 @@ def test_a_chunk_after_a_long_context_takes_what_the_kernel_takes_longer() -> No
     direct = AttentionCosts(MODEL.attention, MODEL.hidden_size, CLUSTER.accelerator, False, dense, "bf16", PROFILE)
     before = np.arange(16384, 129024, 2048)
     shorter, longer = (direct.kernel(np.ones(len(before)), before + more).value for more in (0, 2048))
-    np.testing.assert_allclose([found.chunk_s(int(tokens), 2048) for tokens in before], longer - shorter, rtol=0.03)
+    np.testing.assert_allclose([found.chunk_s(int(tokens), 2048)[0] for tokens in before], longer - shorter, rtol=0.03)
 
 
 def test_the_fullest_group_sets_the_pace_and_the_others_wait() -> None:
@@ -323,7 +323,7 @@ def test_a_step_with_drafts_by_hand(drafts: int) -> None:
     how = Technique(dispatch="per_expert", draft_tokens=drafts)
     found = ServingCosts(MODEL, CLUSTER, WORK, how, None, 8192, 256, 8192)
     every = np.full(RANKS, batch)
-    step = Batch(every, every * (context - 1), np.full(RANKS, -1.0), every * queries, False)
+    step = Batch(every, every * (context - 1), no_chunks(RANKS), every * queries, False)
 
     def pass_s(tokens: int, kernel_s: float, layers: int) -> float:
         work = WORK.model_copy(update={"phase": "decode", "batch_per_rank": tokens, "context": context})

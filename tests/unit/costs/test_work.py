@@ -11,7 +11,7 @@ import pytest
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, ProfileMeta, load_profile
 from moeplan.costs.collectives import CollectiveCosts
-from moeplan.costs.passes import Batch
+from moeplan.costs.passes import Batch, no_chunks
 from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
@@ -98,7 +98,7 @@ def test_launches_do_not_slow_with_the_device() -> None:
 def test_groups_of_a_service_wait_for_their_slowest_rank_and_link() -> None:
     """Four groups of four ranks; the second holds the slow one. 64 tokens on each rank are a point of the grid."""
     full = np.full(4, 256.0)
-    batch = Batch(full, full * 1024, np.full(4, -1.0), full, False)
+    batch = Batch(full, full * 1024, no_chunks(4), full, False)
     how = Technique(tp=4, dispatch="per_node")
     groups = {}
     for name, cluster in (("plain", BOXES), ("slow", _slow(speed=0.5)), ("narrow", _slow(link_speed=0.5))):
@@ -142,7 +142,7 @@ def test_a_slow_rank_and_a_slow_link_of_two_groups_do_not_add_up(overlap: Any) -
     assert model.layer(PLACE, EVEN, 3).layer_s == pytest.approx(found.layer_s_L[3])
     # A service says the same of so many tokens on each rank, beside the exchange.
     full = np.full(4, 2048.0)
-    batch = Batch(full, full * 1023, np.full(4, -1.0), full, False)
+    batch = Batch(full, full * 1023, no_chunks(4), full, False)
     served = ServingCosts(LITE, model.cluster, work, how, None, 8192, 2048, 2048).step(batch, PLACE, EVEN)
     beside = max(both, e) if overlap == "shortcut" else both + e
     alone = 26 * (1 + len(twice)) * beside + found.other_s
