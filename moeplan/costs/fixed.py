@@ -34,7 +34,7 @@ class FixedCosts:
     holds both ``other_kernels`` times. ``reduce``: an all-reduce over the ranks that split attention; ``layer`` holds
     it once, dense layers twice, ``shared`` once where its tokens are gathered. ``draft``: embedding, two norms and the
     projection of both to one hidden state, which a pass of a prediction layer takes beside one MoE layer and the
-    ``head``; both are nothing where no drafts are made."""
+    ``head``; with the dense block of one without experts; both are nothing where no drafts are made."""
 
     layer: Work
     routing_s: float
@@ -143,6 +143,8 @@ def fixed_costs(
     draft: list[Seconds] = []
     if how.draft_tokens:  # the projection is whole on every rank, as SGLang and vLLM hold it
         draft = [*embedding, *2 * [passes.seconds("norm", own)], dense.product(own, hidden, 2 * hidden)]
+        if width := model.prediction_intermediate_size:
+            draft += [dense.ffn(tokens, hidden, width / tp, model.gated_ffn), reduced]
     other_kernels = num_dense if model.dense_intermediate_size else 0
     if other_kernels:
         block = dense.ffn(tokens, hidden, model.dense_intermediate_size / tp, model.gated_ffn)

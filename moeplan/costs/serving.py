@@ -13,9 +13,9 @@ hold different batches takes, with ``m`` the tokens of the busiest group and ``n
   placement at ``n``, and what the fullest group sends, which is a balanced exchange at ``m``;
 - combined layer by layer as the overlap mode says (:func:`moeplan.costs.step.combine`);
 - with ``d`` drafts a decoding sequence brings ``1 + d`` tokens, and drafting anew takes ``d`` passes of one more layer,
-  the mean of the MoE layers: the first over all tokens of the step, as SGLang and vLLM run it, the others over one per
-  sequence. Attention is measured for one token per sequence; further ones add their work by the roofline, since the
-  cache is read once;
+  the mean of the MoE layers, or a dense one where the model's prediction layer has no experts: the first over all
+  tokens of the step, as SGLang and vLLM run it, the others over one per sequence. Attention is measured for one token
+  per sequence; further ones add their work by the roofline, since the cache is read once;
 - between pipeline stages what the next one needs (:mod:`moeplan.costs.stage_transfers`).
 
 ``B`` grid points, ``L`` MoE layers, ``E`` experts, ``R`` ranks, ``D`` attention data-parallel groups.
@@ -94,6 +94,7 @@ class ServingCosts:
         self._plain = replace(technique, overlap="none")
         self.live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
         self._num_live = int(self.live_R.sum())
+        self._drafts_route = not model.prediction_intermediate_size  # the prediction layer has experts
         self.speed_R = speeds(cluster)
         self._group_ranks = ranks = technique.tp * technique.cp
         self.groups = cluster.num_ranks // ranks
@@ -147,9 +148,11 @@ class ServingCosts:
                 model = self.model_at(phase, tokens)
                 fixed, balanced_B[b] = model.fixed, float(model.exchange.time_s(tokens, *copies))
                 context, kernels = Work(-fixed.kernel_s) + fixed.partial * -1, 0 if drafts_of else fixed.other_kernels
-                token_wise = fixed.layer + context
+                token_wise, shared = fixed.layer + context, fixed.shared
+                if drafts_of and not self._drafts_route:
+                    token_wise, shared = token_wise + Work(-fixed.routing_s), Work()
                 other = (fixed.draft if drafts_of else fixed.other) + context * kernels
-                for column, work in enumerate((token_wise, fixed.shared, other)):
+                for column, work in enumerate((token_wise, shared, other)):
                     rows_DB4[:, b, column] = work.at(self._speed_D, self._link_D)
                 rows_DB4[:, b, 3] = kernels
                 head_DB[:, b] = fixed.head.at(self._speed_D, self._link_D)
@@ -250,20 +253,22 @@ class ServingCosts:
         share = 0.5 if how.overlap == "two_batch" else 1.0
         tokens_D, mean, group_D3 = self._groups(each, share)
         b, w = self._at(table, mean * share)
-        expert_L = row_at(table.expert_BL, b, w)
+        expert_L, expert_R = row_at(table.expert_BL, b, w), row_at(table.expert_BR, b, w)
         i, v = self._busy.place(float((tokens_D / self._link_D).max()) * share)
         sent_s = float(row_at(self._fixed_rows(table.phase)[1], i, v))
-        exchange_L = np.maximum(row_at(table.exchange_BL, b, w), sent_s)
+        exchange_L, error = np.maximum(row_at(table.exchange_BL, b, w), sent_s), float(row_at(table.error_B, b, w))
+        if each.drafting and not self._drafts_route:
+            expert_L, expert_R, exchange_L = self._nothing_L, 0 * expert_R, self._nothing_L
+            error = self.model_at(table.phase, float(self._busy.points[i])).fixed.relative_error
         attention, shared, other = in_turn(group_D3).tolist()
         part = 1 / L if each.drafting else 1.0  # of the layers: one as they are in the mean
         alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum()) * part
         layers = float(combine(how.overlap, attention, shared, exchange_L, expert_L).sum()) * part
         busy_D = (group_D3[:, 0] + group_D3[:, 1]) * (L * part / share) + group_D3[:, 2]
         busy_R = busy_D if self._group_ranks == 1 else np.repeat(busy_D, self._group_ranks)
-        busy_R = np.minimum(busy_R + row_at(table.expert_BR, b, w) * (part / share), alone + other)
+        busy_R = np.minimum(busy_R + expert_R * (part / share), alone + other)
         sent, sent_error = self._sent_on(tokens_D)
         total_s, exposed_s = layers + other + sent, layers - alone + sent
-        error = float(row_at(table.error_B, b, w))
         chunks, chunks_error = self._sent_for_chunks(each, group_D3)
         apart = (sent_error - error) * sent + (chunks_error - error) * chunks
         return StepSeconds(total_s, error + apart / total_s, exposed_s, busy_R)
@@ -336,6 +341,9 @@ class ServingCosts:
         if each.drafting:
             rows = ("expert_s_LR", "exchange_s_L", "pairs_LR")
             parts = replace(parts, **{name: getattr(parts, name).mean(0, keepdims=True) for name in rows})
+        if each.drafting and not self._drafts_route:  # nothing of it is a MoE layer
+            parts = replace(parts, **{name: getattr(parts, name)[:0] for name in rows})
+            other_R = other_R + (attention_R + shared_R) / share
         home_R = np.repeat(tokens_D, self._group_ranks)
         model = self.model_at(table.phase, float(self._mean.points[b]))
         return model, (parts,) * round(1 / share), other_R, home_R / home_R.sum()

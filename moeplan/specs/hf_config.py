@@ -45,6 +45,8 @@ _SHARED_FFN = (
 _LATENT = ("moe_latent_size", "routed_expert_hidden_size")
 _HEADS = ("num_attention_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "kv_n_heads", "num_attention_groups")
+# Whose prediction layer (MTP) has a dense FFN: in vLLM mimo_v2_mtp.py, in SGLang mimo_v2_nextn.py; ernie_mtp.py.
+_DENSE_PREDICTION = ("mimo_v2_flash", "ernie4_5_moe")
 _MAX_LAYERS = 10_000  # before a list of them is made
 # Any of these: attention that differs from layer to layer or that plain GQA/MLA arithmetic does not describe.
 _SPECIAL_ATTENTION = (
@@ -226,6 +228,7 @@ def model_from_hf_config(config: Mapping[str, Any], where: str, name: str | None
             "num_shared_experts": (shared_count or 1) if shared_ffn else 0,
             "shared_intermediate_size": shared_ffn,
             "dense_intermediate_size": dense,
+            "prediction_intermediate_size": dense if kind in _DENSE_PREDICTION else 0,
             "attention": _attention(c, hidden),
             "vocab_size": c.need("vocabulary size", "vocab_size"),
             # a key at its class default is left out; of these families only ERNIE 4.5 has true there

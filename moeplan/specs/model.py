@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -84,6 +84,9 @@ class ModelSpec(Spec):
     num_shared_experts: int = Field(0, ge=0)
     shared_intermediate_size: int = Field(0, ge=0, description="all shared experts of a layer together")
     dense_intermediate_size: int = Field(0, ge=0, description="FFN of the dense layers")
+    prediction_intermediate_size: int = Field(
+        0, ge=0, description="FFN of the prediction layer (MTP), where that has no experts; 0: it is a MoE layer"
+    )
     attention: AttentionSpec | None = Field(
         None, description="None: not known, its time and KV cache are not predicted"
     )
@@ -194,16 +197,17 @@ class ModelSpec(Spec):
         return (self.non_expert_parameters - copied) / tp + copied + extra
 
     def with_prediction_layer(self) -> ModelSpec:
-        """With the weights and the cache of one more MoE layer, behind a projection of two hidden states to one;
-        embedding and head are the model's (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
-        return self.model_copy(
-            update={
-                "num_layers": self.num_layers + 1,
-                "moe_layer_ids": (*self.moe_layer_ids, self.num_layers),
-                "experts_per_layer": self.experts_per_layer and (*self.experts_per_layer, self.num_experts),
-                "extra_parameters": self.extra_parameters + 2 * self.hidden_size**2,
-            }
-        )
+        """With the weights and the cache of one more layer, behind a projection of two hidden states to one; embedding
+        and head are the model's (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
+        more: dict[str, Any] = {"num_layers": self.num_layers + 1}
+        parameters = 2 * self.hidden_size**2
+        if width := self.prediction_intermediate_size:
+            matrices = 3 if self.gated_ffn else 2
+            parameters += matrices * self.hidden_size * (width - self.dense_intermediate_size)
+        else:
+            more["moe_layer_ids"] = (*self.moe_layer_ids, self.num_layers)
+            more["experts_per_layer"] = self.experts_per_layer and (*self.experts_per_layer, self.num_experts)
+        return self.model_copy(update=more | {"extra_parameters": self.extra_parameters + parameters})
 
     def layer_parameters_on(self, tp: int) -> tuple[float, float]:
         """Those of one dense and of one MoE layer; ``extra_parameters``, whose layers are not known, spread evenly."""

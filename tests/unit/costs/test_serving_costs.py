@@ -355,6 +355,36 @@ def test_a_draft_takes_embedding_projection_and_the_whole_head() -> None:
     assert found.head.total_s == pytest.approx(dense.product(64, 129280, 7168).total)
 
 
+def test_a_dense_prediction_layer_routes_nothing() -> None:
+    """Attention, norms and a dense block of its own, beside what every draft takes; no router, experts or exchange."""
+    tokens, context = 64, 4096
+    dense = MODEL.model_copy(update={"prediction_intermediate_size": 18432})
+    how = Technique(dispatch="per_expert", draft_tokens=1)
+    work = WORK.model_copy(update={"phase": "decode", "batch_per_rank": tokens, "context": context})
+    drafting = {}
+    for model in (MODEL, dense):
+        found = ServingCosts(model, CLUSTER, WORK, how, None, 8192, 64, 8192)
+        every = np.full(RANKS, tokens / 2)
+        _, draft = found.passes(Batch(every, every * (context - 1), no_chunks(RANKS), 2 * every, False))
+        drafting[model.prediction_intermediate_size] = found.pass_seconds(draft, PLACE, LOAD)
+    fixed = fixed_costs(MODEL, CLUSTER, work, tokens, None, how)
+    block = DenseCosts(CLUSTER.accelerator, "fp8").ffn(tokens, 7168, 18432, True).total
+    routed = StepModel(MODEL, CLUSTER, work, how).step(PLACE, LOAD)
+    more = float(routed.layer_s_L.mean()) - fixed.layer.total_s + fixed.routing_s  # experts, shared ones, exchange
+    apart = drafting[0].total_s - drafting[18432].total_s
+    assert apart == pytest.approx(more - block, rel=1e-3)
+    assert drafting[18432].exposed_s == 0.0 < drafting[0].exposed_s
+    assert drafting[18432].busy_R == pytest.approx(drafting[18432].total_s)  # all alike
+
+
+def test_a_dense_prediction_layer_has_the_weights_that_are_published() -> None:
+    """0.33 G parameters of MiMo-V2-Flash's (its model card), of which 94 M are of attention that the spec lacks."""
+    mimo = find_model("mimo-v2-flash")
+    more = mimo.with_prediction_layer()
+    assert more.total_parameters - mimo.total_parameters == pytest.approx(0.33e9 - 94e6, rel=0.01)
+    assert more.num_moe_layers == mimo.num_moe_layers
+
+
 def test_checking_drafts_is_said_to_go_beyond_measurements() -> None:
     for profile in (PROFILE, None):
         how = Technique(dispatch="per_expert", draft_tokens=1)
