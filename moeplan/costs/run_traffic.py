@@ -9,7 +9,7 @@ does, is no traffic. Tokens of a step choose as the recorded ones of its window 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import numpy as np
@@ -19,6 +19,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_loads
 from moeplan.costs.exchange import engine_dispatch
+from moeplan.costs.passes import Pass
 from moeplan.costs.roofline import returned_bytes, token_bytes
 from moeplan.costs.traffic import Reach, counted_reach, expected_reach, spread
 from moeplan.specs.cluster import ClusterSpec
@@ -37,6 +38,7 @@ class Wire:
         self, model: ModelSpec, dispatch: DispatchKind, activation_dtype: Dtype, expert_tp: int = 1
     ) -> None:
         self.dispatch, self.top_k, self.expert_tp = dispatch, model.top_k, expert_tp
+        self.drafts_route = not model.prediction_intermediate_size  # the prediction layer has experts
         self.out_bytes = token_bytes(model.routed_hidden_size, activation_dtype)
         self.back_bytes = returned_bytes(model.routed_hidden_size, activation_dtype)
 
@@ -94,10 +96,9 @@ class RunTraffic:
         self._sent_RR: Floats = np.zeros((1, 1))
         self._moved = self.ranks_changed = False
 
-    def add(
-        self, placement: Placement, cluster: ClusterSpec, load_LE: Floats, tokens_D: Floats, has_prefill: bool = False
-    ) -> None:
-        """One step with ``tokens_D`` of each attention group, spread evenly over its ranks."""
+    def add(self, placement: Placement, cluster: ClusterSpec, load_LE: Floats, passes: Sequence[Pass]) -> None:
+        """One step of these passes, tokens of each attention group spread evenly over its ranks. The prediction layer
+        sends what one layer does in the mean."""
         if not self._used or placement is not self._used[-1][0] or cluster is not self._used[-1][1]:
             self._fold()
             self._used = [*self._used[:1], (placement, cluster)]
@@ -105,10 +106,12 @@ class RunTraffic:
             self._moved |= placement is not first
             self.ranks_changed |= _failed(cluster) != _failed(usual)
         self.steps += 1
-        found = self._pending.get((id(load_LE), has_prefill))
-        if found is None:
-            self._pending[id(load_LE), has_prefill] = load_LE, tokens_D.copy()
-        else:
+        for each in passes:
+            if each.drafting and not self._wires[False].drafts_route:
+                continue
+            layers = 1 / len(load_LE) if each.drafting else 1.0
+            tokens_D = each.batch.tokens_D * (each.times * layers)
+            found = self._pending.setdefault((id(load_LE), each.batch.has_prefill), (load_LE, np.zeros_like(tokens_D)))
             found[1][:] += tokens_D
 
     @property

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.event_log import EventRecorder
 from moeplan.artifacts.placement import Placement
-from moeplan.costs.passes import Batch, StepSeconds, no_chunks
+from moeplan.costs.passes import Batch, StepSeconds, no_chunks, passes_of
 from moeplan.costs.run_traffic import RunTraffic
 from moeplan.simulation.acceptance import Acceptance
 from moeplan.simulation.clock import Clock, nanoseconds
@@ -340,7 +340,8 @@ class Instance:
         stats.tokens.append(tokens)
         self.note_state()
         if self.traffic is not None:
-            self.traffic.add(self.placement, self.costs.cluster, load_LE, batch.tokens_D, batch.has_prefill)
+            passes = passes_of(batch, self.spec.tokens_per_sequence - 1)
+            self.traffic.add(self.placement, self.costs.cluster, load_LE, passes)
         if self.recorder is not None:
             self.recorder.add(
                 "step", now_s, duration_ns * 1e-9, rank=self.first_rank, step=stats.steps, amount=tokens

@@ -55,9 +55,13 @@ def test_every_pair_of_an_even_load_is_in_the_matrix() -> None:
     assert "expected from loads" in traffic.source
 
 
-def test_the_detailed_mode_sends_as_many_bytes() -> None:
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_the_detailed_mode_sends_as_many_bytes(drafts: int) -> None:
     """Its exchanges are played transfer by transfer: all that ranks sent is what the matrix says."""
-    scenario = _serving(experts={"mode": "balanced"}).model_copy(update={"fidelity": "detailed"})
+    engine: dict[str, Any] = {"max_num_batched_tokens": 256, "max_num_seqs": 64}
+    if drafts:
+        engine["speculative"] = {"num_speculative_tokens": drafts, "accept_length": 1.5}
+    scenario = _serving(experts={"mode": "balanced"}, engine=engine).model_copy(update={"fidelity": "detailed"})
     # Of copies per node those that a forwarder keeps are played, too.
     scenario = scenario.model_copy(update={"objective": Objective(dispatch="per_rank")})
     found = simulate(scenario, seeds=1)
