@@ -7,7 +7,7 @@ another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,8 @@ class Batch:
 class StepSeconds:
     """``total_s`` with the relative error of its parts; ``exposed_s`` of it is exchange that nothing hides.
 
-    ``busy_R``: seconds in which each rank computes; ``log``: what happened inside, where that was played.
+    ``busy_R``: seconds in which each rank computes; ``log``: what happened inside, where that was played; ``drafts``:
+    the part of it that the prediction layer takes, where there are any.
     """
 
     total_s: float
@@ -48,6 +49,19 @@ class StepSeconds:
     exposed_s: float
     busy_R: Floats
     log: EventLog | None = None
+    drafts: StepSeconds | None = None
+
+    def of_stage(self, stages: int, last: bool) -> StepSeconds:
+        """What one of so many pipeline stages takes of a step that all layers would take on its ranks: its even part
+        of them, and all that is drafted where it is the ``last``, as SGLang and vLLM place the prediction layer."""
+        if stages == 1:
+            return self
+        total_s, exposed_s, busy_R = self.total_s / stages, self.exposed_s / stages, self.busy_R / stages
+        if (drafts := self.drafts) is not None:
+            more = (stages - 1 if last else -1) / stages  # of the drafts, of which an even part is among them
+            total_s, exposed_s = total_s + more * drafts.total_s, exposed_s + more * drafts.exposed_s
+            busy_R = busy_R + more * drafts.busy_R
+        return StepSeconds(total_s, self.relative_error, exposed_s, busy_R, self.log)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +92,12 @@ def joined(passes: Sequence[Pass], found: Sequence[StepSeconds]) -> StepSeconds:
     if len(found) == 1:
         return found[0]
     often = [(each.times, one) for each, one in zip(passes, found, strict=True)]
+    drafting = [pair for each, pair in zip(passes, often, strict=True) if each.drafting]
+    return replace(_together(often), drafts=_together(drafting) if drafting else None)
+
+
+def _together(often: Sequence[tuple[int, StepSeconds]]) -> StepSeconds:
+    """So many of each, one after another."""
     total_s = sum(times * one.total_s for times, one in often)
     error = sum(times * one.total_s * one.relative_error for times, one in often)
     exposed_s = sum(times * one.exposed_s for times, one in often)

@@ -267,7 +267,7 @@ class ServingCosts:
         busy_D = (group_D3[:, 0] + group_D3[:, 1]) * (L * part / share) + group_D3[:, 2]
         busy_R = busy_D if self._group_ranks == 1 else np.repeat(busy_D, self._group_ranks)
         busy_R = np.minimum(busy_R + expert_R * (part / share), alone + other)
-        sent, sent_error = self._sent_on(tokens_D)
+        sent, sent_error = (0.0, 0.0) if each.drafting else self._sent_on(tokens_D)  # drafts stay in the last stage
         total_s, exposed_s = layers + other + sent, layers - alone + sent
         chunks, chunks_error = self._sent_for_chunks(each, group_D3)
         apart = (sent_error - error) * sent + (chunks_error - error) * chunks

@@ -109,12 +109,16 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         if room.tokens is None:
             notes.append(f"{model.name}: attention is not known; its time and KV cache are not counted")
         factory = _costs(scenario, model, engine, profile, longest, whole)
-        per_token = kv_bytes_per_token(held, engine, work.context, work.weight_dtype) or 0.0
+        per_token, of_all = (
+            kv_bytes_per_token(each, engine, work.context, work.weight_dtype) or 0.0
+            for each in (held, held if engine.speculative is None else model.with_prediction_layer())
+        )
         pools.append(
             Pool(
                 role, instances, engine, stage, place, loads, factory, capacity, per_token,
                 link or stage.accelerator.nic_bandwidth, stage.nic_latency,
                 wire=Wire(model, scenario.objective.dispatch, work.activation_dtype), num_nodes=whole.num_nodes,
+                cache_bytes=of_all * engine.tp * engine.pp,
             )
         )  # fmt: skip
         rooms += [(each, capacity * per_token) for each in kv_rooms(held, stage, work, engine, slots_R)]
@@ -135,8 +139,9 @@ def build_service(scenario: Scenario, seed: int) -> Service:
 
 
 def _held(model: ModelSpec, engine: EngineSpec) -> ModelSpec:
-    """What memory and cache hold layers of: the model, and with drafts its prediction layer."""
-    return model if engine.speculative is None else model.with_prediction_layer()
+    """What memory and cache hold layers of: the model, and with drafts its prediction layer. Of a pipeline the last
+    stage holds that, and has least room: as much as if every stage held one."""
+    return model if engine.speculative is None else model.with_prediction_layer(engine.pp)
 
 
 def _memory(rooms: list[tuple[KvRoom, float]]) -> RankBytes:

@@ -72,7 +72,10 @@ def context_parallel_fits(model: ModelSpec, engine: EngineSpec, role: Role) -> N
             " prefill (serving.prefill, or role: prefill)"
         )
     if engine.pcp > 1 and engine.dcp > 1:
-        raise SpecError(f"{where} and engine.dcp ({engine.dcp}) cannot be simulated together; set one to 1")
+        raise SpecError(
+            f"{where} and engine.dcp ({engine.dcp}): SGLang refuses the two together, and vLLM has them in experiments"
+            " alone; set dcp to 1 here, and use it where decodes are (serving.engine)"
+        )
     if engine.tp % engine.dcp:
         raise SpecError(f"{where} does not divide engine.tp ({engine.tp}), among whose ranks it is; choose a divisor")
     if attention is None:

@@ -93,7 +93,7 @@ class Instance:
         self.stages = [(costs, pool.placement)] * spec.pp
         self.groups = D = costs.groups
         self.hooks, self.recorder, self.errors, self.traffic = hooks, recorder, errors, traffic
-        self.kv_bytes, self._prefix_tokens = pool.kv_bytes, prefix_tokens
+        self.kv_bytes, self._group_bytes, self._prefix_tokens = pool.kv_bytes, pool.group_bytes, prefix_tokens
         self.block = spec.block_tokens
         capacity = pool.capacity_tokens // self.block
         self.free_D = np.zeros(D, np.int64)
@@ -278,7 +278,7 @@ class Instance:
         """Seconds of a cache from a rank to its host, or back."""
         if not tokens:  # it came over a link
             return 0.0
-        self.stats.swapped_bytes += tokens * self.kv_bytes * self.spec.tp * self.spec.pp
+        self.stats.swapped_bytes += tokens * self._group_bytes
         return self.costs.swap_s(tokens * self.kv_bytes, to_host)
 
     def lose_group(self, d: int) -> list[Request]:
@@ -319,8 +319,7 @@ class Instance:
         now_s = self.clock.now_s
         load_LE = self.loads.at(now_s, "prefill" if batch.has_prefill else "decode")
         steps = self._stage_steps(batch, load_LE)
-        pp = self.spec.pp
-        mean_s = total_s = sum(step.total_s for step in steps) / pp
+        usual_s = total_s = sum(step.total_s for step in steps)
         error = max(step.relative_error for step in steps)
         if self.errors:
             total_s = total_s * (1 + error) if self.errors > 0 else total_s / (1 + error)
@@ -328,12 +327,12 @@ class Instance:
         self._swap_s = 0.0
         duration_ns = max(1, nanoseconds(total_s + host_s))
         stats = self.stats
-        slowest = max(step.total_s for step in steps) / mean_s  # the next batch follows when that stage is free
-        self.stage_free_ns = int(self.clock.now) + math.ceil(duration_ns * slowest / pp)
-        scale = total_s / mean_s / pp
+        slowest = max(step.total_s for step in steps) / usual_s  # the next batch follows when that stage is free
+        self.stage_free_ns = int(self.clock.now) + math.ceil(duration_ns * slowest)
+        scale = total_s / usual_s
         stats.busy_R += np.concatenate([step.busy_R for step in steps]) * scale
-        stats.stepping_s += duration_ns * 1e-9 / pp
-        stats.exposed_s += sum(step.exposed_s for step in steps) / pp * scale
+        stats.stepping_s += duration_ns * 1e-9 * slowest
+        stats.exposed_s += sum(step.exposed_s for step in steps) / len(steps) * scale
         tokens = float(batch.tokens_D.sum())
         stats.start_s.append(now_s)
         stats.length_s.append(duration_ns * 1e-9)
@@ -362,13 +361,13 @@ class Instance:
         stats.cache_at.append(1.0 - float(self.free_D.sum()) / room if room else 0.0)
 
     def _stage_steps(self, batch: Batch, load_LE: Floats) -> list[StepSeconds]:
-        """What all layers would take on each stage's ranks, of which a stage has one part in ``pp``."""
-        steps: list[StepSeconds] = []
+        """What each stage takes."""
+        pp, steps = self.spec.pp, list[StepSeconds]()
         for number, (costs, placement) in enumerate(self.stages):
             before = self.stages[number - 1]
             alike = number > 0 and costs is before[0] and placement is before[1]
             steps.append(steps[-1] if alike else costs.step(batch, placement, load_LE))
-        return steps
+        return [step.of_stage(pp, last=number == pp - 1) for number, step in enumerate(steps)]
 
     def stall(self, seconds: float) -> None:
         """No step begins for this long."""

@@ -23,12 +23,12 @@ Floats = NDArray[np.float64]
 
 
 class PlainCosts:
-    """Steps of ``base_s`` and ``per_token_s`` for each token of the fullest group, whatever the model; caches go to the
-    host and back over PCIe."""
+    """Steps of ``base_s`` and ``per_token_s`` for each token of the fullest group, whatever the model, and ``draft_s``
+    beside; caches go to the host and back over PCIe."""
 
-    def __init__(self, cluster: ClusterSpec, base_s: float, per_token_s: float) -> None:
+    def __init__(self, cluster: ClusterSpec, base_s: float, per_token_s: float, draft_s: float = 0.0) -> None:
         self.cluster, self.groups = cluster, cluster.num_ranks
-        self.base_s, self.per_token_s = base_s, per_token_s
+        self.base_s, self.per_token_s, self.draft_s = base_s, per_token_s, draft_s
         self.source: dict[str, str] = {}
         self.extrapolated: set[str] = set()
         self.part_errors: dict[str, float] = {}
@@ -44,8 +44,9 @@ class PlainCosts:
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
         """The same on every rank."""
-        total_s = self.base_s + self.per_token_s * float(batch.tokens_D.max())
-        return StepSeconds(total_s, 0.0, 0.0, np.full(self.groups, total_s))
+        total_s = self.base_s + self.per_token_s * float(batch.tokens_D.max()) + self.draft_s
+        drafts = StepSeconds(self.draft_s, 0.0, 0.0, np.full(self.groups, self.draft_s)) if self.draft_s else None
+        return StepSeconds(total_s, 0.0, 0.0, np.full(self.groups, total_s), drafts=drafts)
 
     def forget(self, placement: Placement) -> None:
         """Nothing to forget."""

@@ -45,9 +45,10 @@ class Replan(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
-    """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank; ``link`` of a
-    prefill pool: out of one of its ranks and into one of the decode pool; ``replan`` plans anew for these instances;
-    ``wire``: how tokens travel, left out: not followed; ``num_nodes`` of an instance, 0: those of its stages."""
+    """Equal instances. ``cluster`` is that of one pipeline stage; ``kv_bytes`` per token on one rank, of the stage that
+    keeps most, ``cache_bytes`` on all ``tp pp`` ranks, 0: as much on each; ``link`` of a prefill pool: out of one of
+    its ranks and into one of the decode pool; ``replan`` plans anew for these instances; ``wire``: how tokens travel,
+    left out: not followed; ``num_nodes`` of an instance, 0: those of its stages."""
 
     role: Role
     instances: int
@@ -63,6 +64,12 @@ class Pool:
     replan: Replan | None = None
     wire: Wire | None = None
     num_nodes: int = 0
+    cache_bytes: float = 0.0
+
+    @property
+    def group_bytes(self) -> float:
+        """Bytes of a token in the caches of a group's ranks together; copies that ``pcp`` makes count once."""
+        return self.cache_bytes or self.kv_bytes * self.engine.tp * self.engine.pp
 
 
 def require_room(pool: Pool, trace: RequestTrace, first: bool) -> None:

@@ -28,7 +28,7 @@ class Transfers:
         start, sent = self._crossed_ns(first, kept.instance, kept.group, kept.tokens, now_ns)
         _, received = self._crossed_ns(second, target, request.group, kept.tokens, start)
         end = max(sent, received)
-        whole = kept.tokens * first.kv_bytes * first.engine.tp * first.engine.pp
+        whole = kept.tokens * first.group_bytes
         self.total_bytes += whole
         kept.instance.stats.transferred_bytes += whole
         if self._recorder is not None:

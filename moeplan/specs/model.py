@@ -196,18 +196,19 @@ class ModelSpec(Spec):
                 extra = 2 * self.num_layers * self.hidden_size * a.head_dim * more
         return (self.non_expert_parameters - copied) / tp + copied + extra
 
-    def with_prediction_layer(self) -> ModelSpec:
-        """With the weights and the cache of one more layer, behind a projection of two hidden states to one; embedding
-        and head are the model's (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
-        more: dict[str, Any] = {"num_layers": self.num_layers + 1}
+    def with_prediction_layer(self, times: int = 1) -> ModelSpec:
+        """With the weights and the cache of one more layer, or of several, behind a projection of two hidden states to
+        one; embedding and head are the model's (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
+        more: dict[str, Any] = {"num_layers": self.num_layers + times}
         parameters = 2 * self.hidden_size**2
         if width := self.prediction_intermediate_size:
             matrices = 3 if self.gated_ffn else 2
             parameters += matrices * self.hidden_size * (width - self.dense_intermediate_size)
         else:
-            more["moe_layer_ids"] = (*self.moe_layer_ids, self.num_layers)
-            more["experts_per_layer"] = self.experts_per_layer and (*self.experts_per_layer, self.num_experts)
-        return self.model_copy(update=more | {"extra_parameters": self.extra_parameters + parameters})
+            more["moe_layer_ids"] = (*self.moe_layer_ids, *range(self.num_layers, self.num_layers + times))
+            further = (self.num_experts,) * times
+            more["experts_per_layer"] = self.experts_per_layer and (*self.experts_per_layer, *further)
+        return self.model_copy(update=more | {"extra_parameters": self.extra_parameters + times * parameters})
 
     def layer_parameters_on(self, tp: int) -> tuple[float, float]:
         """Those of one dense and of one MoE layer; ``extra_parameters``, whose layers are not known, spread evenly."""

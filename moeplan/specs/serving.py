@@ -163,7 +163,11 @@ class EngineSpec(Spec):
         description="prefill context parallelism: a group is pcp times tp ranks, among which a prompt's tokens are cut;"
         " keys are gathered and each tp ranks keep the whole cache. Of instances that only prefill",
     )
-    pp: int = Field(1, gt=0, description="pipeline stages; each holds its layers' experts on ranks / pp")
+    pp: int = Field(
+        1,
+        gt=0,
+        description="pipeline stages; each holds its layers' experts on ranks / pp, the last one the prediction layer",
+    )
     expert_tp: int = Field(
         1,
         gt=0,
@@ -189,10 +193,6 @@ class EngineSpec(Spec):
     def _drafts_fit(self) -> Self:
         if self.speculative is None:
             return self
-        if self.pp > 1:
-            raise ValueError(
-                f"pp ({self.pp}) and speculative cannot be simulated together yet; leave one of them out"
-            )
         most = self.max_num_seqs * self.tokens_per_sequence
         if most > self.max_num_batched_tokens:
             raise ValueError(
@@ -311,11 +311,6 @@ class ServingSpec(Spec):
     def _consistent(self) -> Self:
         if self.prefill is not None and self.role != "both":
             raise ValueError(f"role ({self.role}) is of one pool; leave it out with prefill, which makes two")
-        if self.prefill is not None and self.prefill.engine.pp > 1 and self.engine.speculative is not None:
-            raise ValueError(
-                f"prefill.engine.pp ({self.prefill.engine.pp}) and engine.speculative cannot be simulated together yet:"
-                " prompts pass the prediction layer, too; leave one of them out"
-            )
         if self.requests.duration is not None and self.warmup >= self.requests.duration:
             raise ValueError(
                 f"warmup ({self.warmup:g} s) reaches requests.duration ({self.requests.duration:g} s): zero requests"

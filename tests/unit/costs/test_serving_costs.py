@@ -355,6 +355,39 @@ def test_a_draft_takes_embedding_projection_and_the_whole_head() -> None:
     assert found.head.total_s == pytest.approx(dense.product(64, 129280, 7168).total)
 
 
+def test_in_a_pipeline_only_the_last_stage_drafts() -> None:
+    """And drafts are sent on to no other stage."""
+    plain = ServingCosts(MODEL, CLUSTER, WORK, Technique(dispatch="per_expert", draft_tokens=3), None, 8192, 64, 8192)
+    wide = cluster_for("h100", 2 * CLUSTER.num_nodes, CLUSTER.ranks_per_node)
+    piped = ServingCosts(MODEL, CLUSTER, WORK, plain.technique, None, 8192, 64, 8192, wide)
+    every = np.full(RANKS, 16.0)
+    batch = Batch(every, every * 4095, no_chunks(RANKS), 4 * every, False)
+    alone, step = (costs.step(batch, PLACE, LOAD) for costs in (plain, piped))
+    passes = plain.passes(batch)
+    drafts_s = sum(each.times * plain.pass_seconds(each, PLACE, LOAD).total_s for each in passes[1:])
+    assert step.total_s > alone.total_s
+    for found in (alone, step):
+        assert found.drafts is not None
+        assert found.drafts.total_s == pytest.approx(drafts_s)
+    first, last = (step.of_stage(2, last) for last in (False, True))
+    assert first.total_s == pytest.approx((step.total_s - drafts_s) / 2)
+    assert last.total_s - first.total_s == pytest.approx(drafts_s)
+    np.testing.assert_allclose(first.busy_R + last.busy_R, step.busy_R)
+    assert first.exposed_s + last.exposed_s == pytest.approx(step.exposed_s)
+
+
+def test_the_last_stage_has_room_for_least() -> None:
+    """61 layers in two stages and the prediction layer in the second: as many weights and as much cache as 31.5."""
+    slots = np.full(RANKS, 8)
+    engine = EngineSpec(pp=2)
+    rooms = [kv_room(MODEL.with_prediction_layer(times), CLUSTER, WORK, engine, slots) for times in (0, 2)]
+    layer = kv_room(MODEL.with_prediction_layer(), CLUSTER, WORK, EngineSpec(), slots).expert_bytes - kv_room(
+        MODEL, CLUSTER, WORK, EngineSpec(), slots
+    ).expert_bytes
+    assert rooms[1].expert_bytes - rooms[0].expert_bytes == layer
+    assert kv_bytes_per_token(MODEL.with_prediction_layer(2), engine, 4096) == 31.5 * 576 * 2
+
+
 def test_a_dense_prediction_layer_routes_nothing() -> None:
     """Attention, norms and a dense block of its own, beside what every draft takes; no router, experts or exchange."""
     tokens, context = 64, 4096

@@ -206,6 +206,23 @@ def test_both_pools_hold_the_prediction_layer() -> None:
     assert all(a.capacity_tokens > b.capacity_tokens for a, b in zip(plain.pools, drafting.pools, strict=True))
 
 
+def test_the_last_stage_of_a_pipeline_holds_the_prediction_layer() -> None:
+    """Of prompts, which SGLang serves so, or of everything: 28 layers of cache travel, and the last stage has room for
+    fewer tokens than an even part of 28 layers leaves."""
+    drafts = {"speculative": {"num_speculative_tokens": 2, "accept_length": 2.0}}
+    split = {"prefill": {"ranks": 4, "engine": {"pp": 2}}, "engine": {"max_num_seqs": 16} | drafts}
+    found = simulate(scenario(split), seeds=1).result
+    assert found.counts["kv_transferred_bytes"] == 40 * 200 * (28 * 576 * 2)
+    ways = [{"engine": {"pp": 2} | more} for more in ({}, drafts)]
+    whole, drafting = (simulate(scenario(way), seeds=1).result for way in ways)
+    assert drafting.counts["output_tokens"] == whole.counts["output_tokens"] == 40 * 20
+    assert drafting.headlines["accept_length"].value > 1.7
+    assert drafting.headlines["bubble_share"].value > whole.headlines["bubble_share"].value  # of the first stage
+    plain, more = (build_service(scenario(way), 0).pools[0] for way in ways)
+    assert more.kv_bytes == pytest.approx(plain.kv_bytes * 14.5 / 13.5)
+    assert more.group_bytes == pytest.approx(plain.group_bytes * 28 / 27)
+
+
 def test_experts_split_over_all_ranks_are_always_in_balance() -> None:
     def served(tp: int, expert_tp: int, fidelity: str = "step", count: int = 40) -> SimulationResult:
         serving = {"engine": {"tp": tp, "expert_tp": expert_tp}, "requests": REQUESTS | {"count": count}}
@@ -356,7 +373,7 @@ def test_a_pipeline_goes_on_around_a_slow_and_a_lost_rank() -> None:
          r"engine.tp \(2\) times engine.pcp \(3\) times engine.pp \(1\) does not divide the ranks \(8\)"),
         ({"engine": {"pcp": 2}}, {}, SpecError, r"engine.pcp \(2\) cuts prompts among ranks, .* use 1"),
         ({"role": "prefill", "engine": {"tp": 2, "dcp": 2, "pcp": 2}}, {}, SpecError,
-         r"engine.pcp \(2\) and engine.dcp \(2\) cannot be simulated together"),
+         r"engine.pcp \(2\) and engine.dcp \(2\): SGLang refuses the two together, .* set dcp to 1 here"),
         ({"engine": {"tp": 4, "dcp": 3}}, {}, SpecError, r"engine.dcp \(3\) does not divide engine.tp \(4\)"),
         (EVEN | {"engine": {"tp": 8, "dcp": 4}}, {"model": "qwen3-30b-a3b", "trace": None}, SpecError,
          r"engine.dcp \(4\) does not divide the copies of a key head \(2: engine.tp, 8, over num_kv_heads, 4, of"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from service_pools import plain_pool, serve, trace
 from moeplan.artifacts.request_trace import RequestTrace
 from moeplan.errors import SpecError
 from moeplan.simulation.acceptance import Acceptance, acceptance_rates
+from moeplan.simulation.oracles import PlainCosts
 from moeplan.simulation.outcome import outcome_of
 from moeplan.simulation.service import Served, simulate_service
 from moeplan.specs.serving import EngineSpec, ServingSpec, SpeculativeSpec
@@ -45,6 +47,21 @@ def test_accepted_drafts_yield_all_and_the_last_step_is_cut(output: int, steps: 
     assert outcome_of(served, spec).headlines["accept_length"] == length
 
 
+def test_the_last_stage_of_a_pipeline_drafts_and_sets_the_pace() -> None:
+    """Of 1 s each of two stages takes half, the last 0.3 s more to draft: a batch is out after 1.3 s, and the next one
+    follows 0.8 s after it. A sequence steps again once its drafts are there and the first stage is free."""
+    pool = plain_pool(1, engine((0.0,), pp=2, max_num_seqs=2, max_num_batched_tokens=100), 1.0, 0.0)
+    pool = replace(pool, costs=lambda changed: PlainCosts(changed, 1.0, 0.0, draft_s=0.3))
+    one = serve(pool, trace([0.0], [10], [3]))
+    assert one.requests[0].finish_ns * 1e-9 == pytest.approx(3 * 1.3)  # alone it waits for its own drafts
+    served = serve(pool, trace([0.0, 0.0], [10, 10], [3, 3]))
+    assert [r.first_ns * 1e-9 for r in served.requests] == pytest.approx([1.3, 2.1])
+    assert [r.finish_ns * 1e-9 for r in served.requests] == pytest.approx([1.3 + 2 * 1.6, 2.1 + 2 * 1.6])
+    stats = served.instances[0].stats
+    assert stats.busy_R == pytest.approx([6 * 0.5, 6 * 0.8])
+    assert stats.stepping_s == pytest.approx(6 * 0.8)  # the first stage waits for the last
+
+
 def test_draws_have_the_rates_asked_for_and_are_each_requests_own() -> None:
     spec = SpeculativeSpec(num_speculative_tokens=3, acceptance_rates=(0.8, 0.5, 0.4))
     drawn = Acceptance(spec, 0, 20_000)
@@ -65,7 +82,7 @@ def test_a_mean_length_stands_for_drafts_that_are_alike(length: float, likely: f
 @pytest.mark.parametrize(
     "fields",
     [{}, {"preemption": "swap"}, {"prefix_caching": True}, {"chunked_prefill": False},
-     {"chunked_prefill": False, "preemption": "swap"}],
+     {"chunked_prefill": False, "preemption": "swap"}, {"pp": 2}, {"pp": 2, "chunked_prefill": False}],
 )  # fmt: skip
 @pytest.mark.parametrize("split", [False, True])
 def test_tokens_and_blocks_are_conserved_where_the_cache_is_short(fields: dict[str, Any], split: bool) -> None:
@@ -125,13 +142,8 @@ def test_what_acceptance_cannot_be(fields: dict[str, Any], message: str) -> None
 
 def test_what_engines_cannot_do() -> None:
     drafts = {"speculative": {"num_speculative_tokens": 3, "accept_length": 2.0}}
-    with pytest.raises(SpecError, match=r"pp \(2\) and speculative cannot be simulated together"):
-        EngineSpec.parse(drafts | {"pp": 2}, "test")
     with pytest.raises(SpecError, match=r"max_num_batched_tokens \(512\) is less than the 1024 tokens of max_num_seqs"):
         EngineSpec.parse(drafts | {"max_num_batched_tokens": 512}, "test")
     requests = {"arrivals": "constant", "rate": "1 /s", "count": 1, "input_tokens": 1, "output_tokens": 1}
     with pytest.raises(SpecError, match=r"engine.speculative: both pools hold the prediction layer"):
         ServingSpec.parse({"requests": requests, "prefill": {"ranks": 4, "engine": drafts}}, "test")
-    split = {"requests": requests, "engine": drafts, "prefill": {"ranks": 4, "engine": {"pp": 2}}}
-    with pytest.raises(SpecError, match=r"prefill.engine.pp \(2\) and engine.speculative cannot be simulated together"):
-        ServingSpec.parse(split, "test")
