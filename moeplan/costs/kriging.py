@@ -24,11 +24,12 @@ _SAME = 1e-9
 
 @njit(cache=True, nogil=True)
 def _covariance(
-    a_D: Floats, b_D: Floats, axes: int, align: float, length: float, size: float, other: float
+    a_nD: Floats, a: int, b_nD: Floats, b: int, axes: int, align: float, length: float, size: float, other: float
 ) -> float:
+    """Of the rows ``a`` and ``b``; rows cut out of arrays would take as long as the sum over them."""
     apart, share = 0.0, align
-    for axis in range(len(a_D)):
-        distance = abs(a_D[axis] - b_D[axis])
+    for axis in range(a_nD.shape[1]):
+        distance = abs(a_nD[a, axis] - b_nD[b, axis])
         apart += distance
         if axis < axes and distance <= _SAME:
             share += size if axis == 0 else other
@@ -37,9 +38,10 @@ def _covariance(
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def _solve(lower_bb: Floats, noise_b: Floats, y_b: Floats, factor_bb: Floats, dual_b: Floats, count: int) -> None:
-    """``dual = (lower + lower' - diag + noise)^-1 y`` by Cholesky; writes ``factor`` and ``dual``."""
-    for i in range(count):
-        for j in range(i + 1):
+    """``dual = (lower + lower' - diag + noise)^-1 y`` by Cholesky, column by column, in which no row waits for another;
+    writes ``factor`` and ``dual``."""
+    for j in range(count):
+        for i in range(j, count):
             total = lower_bb[i, j]
             for k in range(j):
                 total -= factor_bb[i, k] * factor_bb[j, k]
@@ -47,6 +49,7 @@ def _solve(lower_bb: Floats, noise_b: Floats, y_b: Floats, factor_bb: Floats, du
                 factor_bb[i, i] = np.sqrt(total + noise_b[i])
             else:
                 factor_bb[i, j] = total / factor_bb[j, j]
+    for i in range(count):
         total = y_b[i]
         for k in range(i):
             total -= factor_bb[i, k] * dual_b[k]
@@ -97,14 +100,14 @@ def krige(
             at = rows[i]
             y[i], own[i] = y_n[at] - level, noise
             same = align if align_n[at] == align_q[q] else 0.0
-            towards[i] = _covariance(place_nD[at], place_qD[q], axes, same, length, size, other) + _LEVEL
+            towards[i] = _covariance(place_nD, at, place_qD, q, axes, same, length, size, other) + _LEVEL
             for j in range(i + 1):
                 to = rows[j]
                 slope = 0.0  # the trend, centred on the query
                 for column in range(trend_nT.shape[1]):
                     slope += (trend_nT[at, column] - trend_qT[q, column]) * (trend_nT[to, column] - trend_qT[q, column])
                 same = align if align_n[at] == align_n[to] else 0.0
-                smooth = _covariance(place_nD[at], place_nD[to], axes, same, length, size, other)
+                smooth = _covariance(place_nD, at, place_nD, to, axes, same, length, size, other)
                 among[i, j] = smooth + _LEVEL + _SLOPE * slope
         for _ in range(_ROUNDS):
             _solve(among, own, y, factor, dual, count)
