@@ -68,6 +68,18 @@ class MoeTable:
     parts_B: dict[int, BatchParts] = field(default_factory=dict)
 
 
+@dataclass(slots=True, eq=False)
+class _FixedRows:
+    """Of each group ``[D, B, 4]``: token-wise part of a layer, shared experts, other layers and head, how many kernels
+    among those; ``head_DB`` alone; ``balanced_B``: a layer's exchange where choices fall evenly. The first ``filled``
+    points are known."""
+
+    rows_DB4: Floats
+    head_DB: Floats
+    balanced_B: Floats
+    filled: int = 0
+
+
 class ServingCosts:
     """One model on one cluster under one technique; see the module.
 
@@ -103,7 +115,7 @@ class ServingCosts:
         self._mean = Curve(grid(max_tokens, 1.0 / self._num_live))
         self._busy = Curve(stairs(grid(max_tokens), technique.tp))
         self._models: dict[tuple[Phase, float], StepModel] = {}
-        self._fixed: dict[tuple[Phase, int], tuple[Floats, Floats]] = {}
+        self._fixed: dict[tuple[Phase, int], _FixedRows] = {}
         self._tables: dict[tuple[int, int, Phase], MoeTable] = {}
         self._swaps: dict[bool, SwapCosts] = {}
         self.source: dict[str, str] = {}
@@ -135,33 +147,37 @@ class ServingCosts:
             )
         return self._models[key]
 
-    def _fixed_rows(self, phase: Phase, drafts_of: int = 0) -> tuple[Floats, Floats]:
-        """``[D, B, 4]`` of each group: token-wise part of a layer, shared experts, other layers and head, how many
-        kernels among those; ``[B]``: a layer's exchange where choices fall evenly. Of a drafting pass over
-        ``drafts_of`` tokens of each sequence there are no other layers, and the head sees one of them."""
-        if (phase, drafts_of) not in self._fixed:
-            cluster, (D, B) = self.cluster, (self.groups, len(self._busy.points))
-            rows_DB4, head_DB, balanced_B = np.zeros((D, B, 4)), np.zeros((D, B)), np.zeros(B)
-            dispatch = engine_dispatch(self._plain.dispatch, phase)
-            copies = balanced_copies(dispatch, self.model.top_k, cluster.num_ranks, cluster.num_nodes)
-            for b, tokens in enumerate(self._busy.points):
-                model = self.model_at(phase, tokens)
-                fixed, balanced_B[b] = model.fixed, float(model.exchange.time_s(tokens, *copies))
-                context, kernels = Work(-fixed.kernel_s) + fixed.partial * -1, 0 if drafts_of else fixed.other_kernels
-                token_wise, shared = fixed.layer + context, fixed.shared
-                if drafts_of and not self._drafts_route:
-                    token_wise, shared = token_wise + Work(-fixed.routing_s), Work()
-                other = (fixed.draft if drafts_of else fixed.other) + context * kernels
-                for column, work in enumerate((token_wise, shared, other)):
-                    rows_DB4[:, b, column] = work.at(self._speed_D, self._link_D)
-                rows_DB4[:, b, 3] = kernels
-                head_DB[:, b] = fixed.head.at(self._speed_D, self._link_D)
-            if drafts_of:
-                points = self._busy.points
-                seen = points / drafts_of if phase == "decode" else points
-                rows_DB4[:, :, 2] += [np.interp(seen, points, head_B) for head_B in head_DB]
-            self._fixed[phase, drafts_of] = rows_DB4, balanced_B
-        return self._fixed[phase, drafts_of]
+    def _fixed_rows(self, phase: Phase, most: float, drafts_of: int = 0) -> _FixedRows:
+        """Of a step with ``most`` tokens on a rank, or of a drafting pass over ``drafts_of`` of each sequence, in which
+        there are no other layers and the head sees one of these."""
+        found = self._fixed.get((phase, drafts_of))
+        if found is None:
+            D, B = self.groups, len(self._busy.points)
+            found = self._fixed[phase, drafts_of] = _FixedRows(np.zeros((D, B, 4)), np.zeros((D, B)), np.zeros(B))
+        while found.filled < self._busy.place(most)[0] + 2:
+            self._fill_row(found, phase, drafts_of)
+        return found
+
+    def _fill_row(self, rows: _FixedRows, phase: Phase, drafts_of: int) -> None:
+        cluster, points, b = self.cluster, self._busy.points, rows.filled
+        model = self.model_at(phase, points[b])
+        fixed, dispatch = model.fixed, engine_dispatch(self._plain.dispatch, phase)
+        copies = balanced_copies(dispatch, self.model.top_k, cluster.num_ranks, cluster.num_nodes)
+        rows.balanced_B[b] = float(model.exchange.time_s(points[b], *copies))
+        context, kernels = Work(-fixed.kernel_s) + fixed.partial * -1, 0 if drafts_of else fixed.other_kernels
+        token_wise, shared = fixed.layer + context, fixed.shared
+        if drafts_of and not self._drafts_route:
+            token_wise, shared = token_wise + Work(-fixed.routing_s), Work()
+        other = (fixed.draft if drafts_of else fixed.other) + context * kernels
+        for column, work in enumerate((token_wise, shared, other)):
+            rows.rows_DB4[:, b, column] = work.at(self._speed_D, self._link_D)
+        rows.rows_DB4[:, b, 3] = kernels
+        rows.head_DB[:, b] = fixed.head.at(self._speed_D, self._link_D)
+        rows.filled = b + 1
+        if drafts_of:
+            seen = points[b] / drafts_of if phase == "decode" else points[b]
+            known = slice(rows.filled)
+            rows.rows_DB4[:, b, 2] += [np.interp(seen, points[known], head_B[known]) for head_B in rows.head_DB]
 
     def table(self, placement: Placement, load_LE: Floats, phase: Phase) -> MoeTable:
         """The table of a placement under a load; the same objects give the same table."""
@@ -254,8 +270,9 @@ class ServingCosts:
         tokens_D, mean, group_D3 = self._groups(each, share)
         b, w = self._at(table, mean * share)
         expert_L, expert_R = row_at(table.expert_BL, b, w), row_at(table.expert_BR, b, w)
-        i, v = self._busy.place(float((tokens_D / self._link_D).max()) * share)
-        sent_s = float(row_at(self._fixed_rows(table.phase)[1], i, v))
+        most = float((tokens_D / self._link_D).max()) * share
+        i, v = self._busy.place(most)
+        sent_s = float(row_at(self._fixed_rows(table.phase, most).balanced_B, i, v))
         exchange_L, error = np.maximum(row_at(table.exchange_BL, b, w), sent_s), float(row_at(table.error_B, b, w))
         if each.drafting and not self._drafts_route:
             expert_L, expert_R, exchange_L = self._nothing_L, 0 * expert_R, self._nothing_L
@@ -304,11 +321,11 @@ class ServingCosts:
         batch = each.batch
         tokens_D = batch.tokens_D / self._group_ranks
         mean = float(tokens_D.sum()) * self._group_ranks / self._num_live
-        fixed_DB4, _ = self._fixed_rows(each.phase, each.queries if each.drafting else 0)
+        fixed = self._fixed_rows(each.phase, float(tokens_D.max()), each.queries if each.drafting else 0)
         attention = self._attention
         seconds_D3 = group_seconds(
             batch.decodes_D, batch.cached_D, batch.chunk_s_D4, tokens_D, self._speed_D, self._link_D, share,
-            self._busy.points, fixed_DB4, attention.seqs.points, attention.context.points,
+            self._busy.points, fixed.rows_DB4, attention.seqs.points, attention.context.points,
             attention.decode_s_of[each.queries], attention.merge_s_of[each.queries], attention.launch_s,
         )  # fmt: skip
         return tokens_D, mean, seconds_D3
