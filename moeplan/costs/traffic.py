@@ -162,7 +162,7 @@ def expected_reach(
         live = _live(cluster).astype(float)
         return Reach(np.broadcast_to(live, share_LR.shape), np.ones((len(share_LR), cluster.num_nodes)))
     rank_LR = share_LR * top_k if dispatch == "per_expert" else touched_share(share_LR, top_k)
-    share_LN = share_LR.reshape(len(share_LR), -1, cluster.ranks_per_node).sum(2) / expert_tp
+    share_LN = share_LR.reshape(len(share_LR), cluster.num_nodes, cluster.ranks_per_node).sum(2) / expert_tp
     return Reach(rank_LR, touched_share(share_LN, top_k))
 
 

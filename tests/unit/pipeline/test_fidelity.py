@@ -17,6 +17,7 @@ from moeplan.errors import SpecError
 from moeplan.pipeline.report import report
 from moeplan.pipeline.simulate import simulate
 from moeplan.pipeline.training import simulate_training
+from moeplan.specs.models import find_model
 from moeplan.specs.scenario import Scenario
 
 DEMO = Path(__file__).resolve().parents[3] / "moeplan" / "data" / "demo_trace.npz"
@@ -45,9 +46,15 @@ def _command(tmp_path: Path, document: dict[str, Any], fidelity: str) -> tuple[d
     return {name: line["value"] for name, line in lines.items()}, EventLog.read(out / "events.parquet")
 
 
-@pytest.mark.parametrize(("overlap", "drafts"), [("none", 0), ("shared_expert", 0), ("none", 2)])
-def test_serving_agrees_within_two_per_cent(tmp_path: Path, overlap: str, drafts: int) -> None:
+@pytest.mark.parametrize(
+    ("overlap", "drafts", "dense"), [("none", 0, 0), ("shared_expert", 0, 0), ("none", 2, 0), ("none", 2, 10944)]
+)
+def test_serving_agrees_within_two_per_cent(tmp_path: Path, overlap: str, drafts: int, dense: int) -> None:
     document = json.loads(json.dumps(SERVING))
+    if dense:  # a prediction layer without experts
+        model = find_model("deepseek-v2-lite").model_copy(update={"prediction_intermediate_size": dense})
+        (tmp_path / "model.json").write_text(model.model_dump_json())
+        document["model"] = str(tmp_path / "model.json")
     document["serving"]["engine"]["overlap"] = overlap
     if drafts:
         speculative = {"num_speculative_tokens": drafts, "accept_length": 1.5}
@@ -61,7 +68,7 @@ def test_serving_agrees_within_two_per_cent(tmp_path: Path, overlap: str, drafts
     steps, mine = int(inside.of_kind("step").sum()), inside.of_kind("experts")
     assert (mine & (inside.layer_V < 26)).sum() == steps * 26 * 4
     passes = (mine & (inside.layer_V == 26)).sum() / 4
-    assert passes == 0 if not drafts else steps <= passes <= steps * drafts
+    assert passes == 0 if dense or not drafts else steps <= passes <= steps * drafts
     assert log.of_kind("experts").sum() == 3 * 4
     assert len(np.unique(log.step_V[log.of_kind("experts")])) == 1
     for each in (log, inside):  # what happens inside a step happens between its ends
