@@ -197,6 +197,13 @@ def test_shared_experts_sizes_and_latent_widths():
     assert latent.expert_parameters == 2 * 16 * 32
 
 
+@pytest.mark.parametrize(("kind", "width"), [("mimo_v2_flash", 128), ("ernie4_5_moe", 128), ("deepseek_v3", 0)])
+def test_some_prediction_layers_have_no_experts(kind, width):
+    keys = {"model_type": kind, "num_experts": 8, "first_k_dense_replace": 1, "intermediate_size": 128}
+    model = model_from_hf_config({**BASE, **keys}, "c")
+    assert model.prediction_intermediate_size == width
+
+
 def test_experts_may_differ_from_layer_to_layer():
     model = model_from_hf_config({**BASE, "num_experts": [0, 4, 8, 8, 4, 8], "first_k_dense_replace": 1}, "c")
     assert model.experts_per_layer == (4, 8, 8, 4, 8)
