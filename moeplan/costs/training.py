@@ -1,8 +1,8 @@
 """Seconds and bytes of training: chunks of layers in a pipeline, what hides what, and a whole step.
 
-What layers take is in :mod:`moeplan.costs.training_layers`, gradients, optimizer and weights in
-:mod:`moeplan.costs.training_state`, activations kept, and what is computed again instead, in
-:mod:`moeplan.costs.activations`.
+What layers take is in :mod:`moeplan.costs.training_layers`, which ranks wait for each other in
+:mod:`moeplan.costs.training_teams`, gradients, optimizer and weights in :mod:`moeplan.costs.training_state`,
+activations kept, and what is computed again instead, in :mod:`moeplan.costs.activations`.
 
 - 1F1B with ``p`` stages, ``m`` micro-batches and ``v`` chunks per stage idles ``(p - 1) / (v m)`` of the work
   (Narayanan et al. 2021, arXiv 2104.04473); the simulation plays the schedule, :func:`training_step` uses this.
@@ -27,12 +27,13 @@ from moeplan.costs.collectives import CollectiveCosts
 from moeplan.costs.elementwise import stream
 from moeplan.costs.step import StepModel
 from moeplan.costs.tables import Seconds
-from moeplan.costs.technique import Technique, expert_groups
-from moeplan.costs.training_layers import BothWays, TrainingLayers
+from moeplan.costs.technique import Technique
+from moeplan.costs.training_layers import TrainingLayers
 from moeplan.costs.training_state import TrainingState
-from moeplan.costs.work import Work, in_turn, link_speeds, speeds
+from moeplan.costs.training_teams import Team, at_paces, expert_group, placement_groups, replicas_of
+from moeplan.costs.work import Work, link_speeds, speeds
 from moeplan.errors import InputError
-from moeplan.specs.cluster import ClusterSpec, RankSpec
+from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 from moeplan.specs.training import TrainingSpec
 from moeplan.specs.workload import DispatchKind, Workload
@@ -42,53 +43,12 @@ __all__ = [
     "TrainingCost",
     "TrainingCosts",
     "capacity",
-    "expert_group",
     "model_flops_per_token",
-    "placement_groups",
     "training_step",
 ]
 
 Floats = NDArray[np.float64]
 _SYNCED, _TRANSFERS = "gradients and weights", "transfers between stages"
-
-
-def expert_group(cluster: ClusterSpec, ep: int, expert_tp: int = 1) -> ClusterSpec:
-    """``ep x expert_tp`` neighbours of a cluster: one expert-parallel group, each of them as slow as the slowest that
-    has its place in any group of any stage, since all wait for each other.
-
-    Raises:
-        InputError: they do not fill nodes evenly, or a rank of the cluster has failed.
-    """
-    ranks = ep * expert_tp
-    for rank, spec in cluster.ranks.items():
-        if spec.failed:
-            raise InputError(
-                f"cluster.ranks.{rank}.failed (true), but a training job needs every rank; leave it out of the cluster"
-                " (ranks, nodes), or failed out"
-            )
-    per_node = min(ranks, cluster.ranks_per_node)
-    if ranks % per_node or ranks > cluster.num_ranks or cluster.topology == "explicit":
-        names = "training.ep" + " x expert_tp" * (expert_tp > 1)
-        raise InputError(
-            f"{names} ({ranks}) does not fill nodes of cluster.ranks_per_node ({cluster.ranks_per_node}) evenly,"
-            " or the cluster has explicit links; choose a divisor or a multiple, and a preset topology"
-        )
-    own = {}
-    for place in {rank % ranks for rank in cluster.ranks}:
-        peers = [cluster.rank(rank) for rank in range(place, cluster.num_ranks, ranks)]
-        slowest = {name: min(getattr(peer, name) for peer in peers) for name in ("speed", "link_speed")}
-        own[place] = RankSpec.model_validate(slowest)
-    return cluster.model_copy(update={"num_nodes": ranks // per_node, "ranks_per_node": per_node, "ranks": own})
-
-
-def placement_groups(model: ModelSpec, cluster: ClusterSpec, spec: TrainingSpec) -> ClusterSpec:
-    """:func:`expert_group` as a placement sees it: neighbours that split experts are one rank.
-
-    Raises:
-        InputError, SpecError: the degrees do not fit the cluster or the experts.
-    """
-    group = expert_group(cluster, spec.ep, spec.expert_tp)
-    return expert_groups(model, group, spec.expert_tp, "training.expert_tp")
 
 
 def capacity(load_WLE: Floats, factor: float | None, pad: bool) -> tuple[Floats, Floats]:
@@ -129,13 +89,14 @@ def model_flops_per_token(model: ModelSpec, sequence: int, mtp_layers: int = 0) 
 class Chunk:
     """Consecutive layers of one pipeline chunk. Seconds of one micro-batch, by window of load; bytes on a rank.
 
-    ``moe_rows``: rows of the load that its MoE layers have.
+    ``team``: the ranks that it is on. ``moe_rows``: rows of the load that its MoE layers have.
     ``exchange_s_W``: dispatch and combine of one direction. ``sync_s``: reduction of gradients, ``gather_s``:
     all-gather of weights, each of them once; ``optimizer_s``: the update; ``tied_s``: the all-reduce of ``tied_bytes``
     of gradients of an embedding that other stages hold too. ``activation_bytes_WR`` of one micro-batch on each rank of
     an expert-parallel group, which works on as many pairs as its experts get.
     """
 
+    team: Team
     layers: tuple[int, ...]
     moe_rows: tuple[int, ...]
     forward_s_W: Floats
@@ -155,9 +116,8 @@ class TrainingCosts:
     """One model under one training specification: what each layer takes and weighs.
 
     ``placement`` and ``load_WLE`` are of one expert-parallel group of ``spec.ep`` ranks, each of which stands for the
-    ``spec.expert_tp`` neighbours that split its experts. Seconds are those of the slowest, for which all others wait
-    (:mod:`moeplan.costs.work`): of what ranks of ``tp`` and ``cp`` do together the slowest such group anywhere in the
-    job, of experts and exchanges the slowest rank and link (:func:`expert_group`).
+    ``spec.expert_tp`` neighbours that split its experts. ``teams`` are those that do layers together, at the pace of
+    their slowest (:mod:`moeplan.costs.work`), ``replicas`` how stages are made of them.
 
     Raises:
         InputError, SpecError: degrees, cluster, placement and load do not fit each other.
@@ -187,130 +147,111 @@ class TrainingCosts:
             activation_dtype=activation_dtype,
         )
         how = Technique(dispatch=dispatch, tp=spec.tp, cp=spec.cp, expert_tp=spec.expert_tp)
-        self.groups = placement_groups(model, cluster, spec)
-        step = self.step = StepModel(model, expert_group(cluster, spec.ep, spec.expert_tp), work, how, profile)
-        self.speeds = float(step.speed_R.min()), float(step.link_R.min())
-        paces_2R = np.stack([speeds(cluster), link_speeds(cluster)])
-        self._paces_2G = np.unique(paces_2R.reshape(2, -1, spec.tp * spec.cp).min(2), axis=1)
+        self.groups, self.group = placement_groups(model, cluster, spec), expert_group(cluster, spec.ep, spec.expert_tp)
+        sorts, self.replicas = replicas_of(cluster, spec)
+        steps = [StepModel(model, at_paces(self.group, paces_2B), work, how, profile) for paces_2B in sorts]
+        self._stages_2p = np.stack([speeds(cluster), link_speeds(cluster)]).reshape(2, spec.pp, -1).min(2)
         self.links = CollectiveCosts(cluster, profile)
-        chip = cluster.accelerator
-        self._layers = TrainingLayers(
-            model, chip, profile, spec, weight_dtype, self.tokens, step.fixed, self.links
+        chip, whole = cluster.accelerator, steps[0]
+        layers = self._layers = TrainingLayers(
+            model, chip, profile, spec, weight_dtype, self.tokens, whole.fixed, self.links
         )
         adam = stream(profile, chip, "optimizer", "forward")
-        self._state = TrainingState(model, cluster.num_ranks, spec, weight_dtype, placement, self.links, adam)
+        state = self._state = TrainingState(
+            model, cluster.num_ranks, spec, weight_dtype, placement, self.links, adam
+        )
         worked_WLE, self.dropped_WL = capacity(load_WLE, spec.capacity_factor, spec.overflow == "pad")
         taken_WL = worked_WLE.sum(2, keepdims=True) / load_WLE.sum(2, keepdims=True)  # of all pairs, more if padded
         split = placement.over_groups(spec.expert_tp)
-        self.batches_W = [
-            step.batches(split, worked_LE, taken_L)[0]
-            for worked_LE, taken_L in zip(worked_WLE, taken_WL, strict=True)
+        loads = list(zip(worked_WLE, taken_WL, strict=True))
+        dense, sparse = state.layer_parameters
+        parameters = dense, sparse + state.slots * state.slot_parameters
+        self.teams = [
+            Team(model, spec, step, [step.batches(split, *load)[0] for load in loads], layers, parameters, paces_2B)
+            for step, paces_2B in zip(steps, sorts, strict=True)
         ]
-        whole, measured = step.step(split, load_WLE.mean(0)), self._layers.ratio.measured
-        self.relative_error = whole.high_s / whole.total_s - 1
+        found, measured = whole.step(split, load_WLE.mean(0)), layers.ratio.measured
+        self.relative_error = found.high_s / found.total_s - 1
         optimizer = adam.source if adam.measured else "modelled from bytes moved"
-        self._source = {**whole.source, **self._layers.source, "optimizer": optimizer}
+        self._source = {**found.source, **layers.source, "optimizer": optimizer}
         guessed = {"backward": len(measured) < 3, "optimizer": not adam.measured}
-        self._extrapolated = (*whole.extrapolated, *(name for name, guess in guessed.items() if guess))
+        self._extrapolated = (*found.extrapolated, *(name for name, guess in guessed.items() if guess))
+        self._part_errors = whole.part_errors
+        self._chunks: dict[tuple[int, int], Chunk] = {}
 
     @property
     def experts_back(self) -> float:
         """Backward of routed experts over their forward, which is computed again under full recomputation."""
         return self._layers.experts_back
 
-    def _on_groups(self, part: BothWays) -> Floats:
-        """Seconds ``[2, G]``, forward and backward, on each sort of group of ranks that split sequences and layers."""
-        return np.array(part.at(*self._paces_2G))
-
-    @cached_property
-    def _moe(self) -> Floats:
-        """``[forward and backward, attention and shared experts]`` of a MoE layer; gradients of all its weights are
-        added up in backward."""
-        dense, experts = self._state.layer_parameters[1], self._state.slots * self._state.slot_parameters
-        attention = self._layers.attention + self._layers.added(dense + experts)
-        parts_22G = np.stack([self._on_groups(attention), self._on_groups(self._layers.shared)], 1)
-        return np.stack([in_turn(parts_2G.T) for parts_2G in parts_22G])
-
-    @property
-    def attention_s(self) -> Floats:
-        """Forward and backward of a MoE layer without its experts and exchanges."""
-        return self._moe[:, 0]
-
-    @property
-    def shared_s(self) -> Floats:
-        """What its shared experts add to them."""
-        return self._moe[:, 1]
-
     # ------------------------------------------------------------------ layers and chunks
 
-    def chunks(self) -> list[Chunk]:
-        """``pp * virtual_stages`` chunks in order of the layers; chunk ``c pp + s`` is on stage ``s``.
-
-        Layers are cut where the slowest chunk is fastest; embedding and head count.
+    def chunks(self, replica: int = 0) -> list[Chunk]:
+        """``pp * virtual_stages`` chunks of one of :attr:`replicas` in order of the layers; chunk ``c pp + s`` is on
+        stage ``s``.
 
         Raises:
             InputError: more chunks than layers.
         """
-        count, model, spec = self.spec.pp * self.spec.virtual_stages, self.model, self.spec
-        moe = set(model.moe_layer_ids)
-        kinds = [layer in moe for layer in range(model.num_layers)] + [True] * spec.mtp_layers
-        if count > len(kinds):
+        cuts, teams, p = self._cuts, self.replicas[replica].teams, self.spec.pp
+        return [self._chunk(number, teams[number % p]) for number in range(len(cuts))]
+
+    @cached_property
+    def _kinds(self) -> list[bool]:
+        """Whether layers are MoE, those that predict after the others."""
+        moe = set(self.model.moe_layer_ids)
+        return [layer in moe for layer in range(self.model.num_layers)] + [True] * self.spec.mtp_layers
+
+    @cached_property
+    def _rows_K(self) -> NDArray[np.int64]:
+        """Row of the load of each layer; a prediction layer is loaded as the last."""
+        rows: NDArray[np.int64] = np.minimum(np.cumsum(self._kinds) - 1, self.model.num_moe_layers - 1)
+        return rows
+
+    @cached_property
+    def _layers_s(self) -> list[Floats]:
+        """Of every sort of team (:meth:`moeplan.costs.training_teams.Team.layers_s`)."""
+        return [team.layers_s(self._kinds, self._rows_K) for team in self.teams]
+
+    @cached_property
+    def _cuts(self) -> list[range]:
+        """Layers of every chunk, cut where the slowest is fastest, were all teams as the fastest; embedding and head
+        count."""
+        count = self.spec.pp * self.spec.virtual_stages
+        if count > len(self._kinds):
             raise InputError(
-                f"training.pp x virtual_stages ({count}) exceeds the model's layers ({len(kinds)}); use fewer"
+                f"training.pp x virtual_stages ({count}) exceeds the model's layers ({len(self._kinds)}); use fewer"
             )
-        rows = np.minimum(np.cumsum(kinds) - 1, model.num_moe_layers - 1)  # a prediction layer is loaded as the last
-        seconds_K3W = self._layers_s(kinds, rows)
-        cuts = [range(*ends) for ends in _cut(seconds_K3W.sum(1).mean(1), count)]
-        stages = {number % spec.pp for number, cut in enumerate(cuts) if self._embeds(cut)}
-        tied, tied_bytes = self._state.embedding(sorted(stages))
-        tied_s = tied.at(*self.speeds)
-        answer = []
-        for cut in cuts:
-            mine, part = kinds[cut.start : cut.stop], slice(cut.start, cut.stop)
-            moe_rows = tuple(rows[part][mine].tolist())
-            shared = (tied_s, tied_bytes) if self._embeds(cut) else (0.0, 0.0)
-            answer.append(self._chunk(cut, mine, moe_rows, seconds_K3W[part].sum(0), *shared))
-        return answer
+        usual_K3W = min(self._layers_s, key=np.sum)
+        return [range(*ends) for ends in _cut(usual_K3W.sum(1).mean(1), count)]
 
-    def _layers_s(self, kinds: list[bool], rows: NDArray[np.int64]) -> Floats:
-        """Seconds ``[K, 3, W]`` of layers of ``kinds`` (MoE or not) with loads of ``rows``: forward, backward, exchange
-        of one direction."""
-        spec, layers = self.spec, self._layers
-        attention, shared = self.attention_s, self.shared_s
-        expert_WL = np.stack([batch.expert_s_LR.max(1) for batch in self.batches_W])
-        exchange_WL = np.stack([batch.exchange_s_L for batch in self.batches_W])
-        back_WL = self.experts_back * expert_WL + (exchange_WL if spec.recompute == "full" else 0.0)
-        back_WL += Work(layers.activation_again_s).at(*self.speeds)
-        open_WL = np.maximum(0.0, exchange_WL - (shared[0] if spec.overlap == "shared_expert" else 0.0))
-        both = attention + shared
-        moe_3WL = np.stack([both[0] + expert_WL, both[1] + back_WL, open_WL])
-        dense = layers.attention + layers.dense_block + layers.added(self._state.layer_parameters[0])
-
-        def column(part: BothWays) -> Floats:
-            slowest: Floats = self._on_groups(part).max(1, keepdims=True)
-            return slowest
-
-        answer = moe_3WL[:, :, rows].transpose(2, 0, 1)
-        plain = ~np.array(kinds)
-        answer[plain, :2], answer[plain, 2] = column(dense), 0.0
-        answer[self.model.num_layers - 1 :, :2] += column(layers.head)
-        answer[self.model.num_layers :, :2] += column(layers.joining)
-        answer[:, :2] += spec.host_per_layer * np.array([[1 / 3], [2 / 3]])  # a third of the launches are forward's
-        return answer
+    @cached_property
+    def _tied(self) -> tuple[float, float]:
+        """Seconds and bytes of the all-reduce among stages that hold the embedding."""
+        stages = sorted({number % self.spec.pp for number, cut in enumerate(self._cuts) if self._embeds(cut)})
+        tied, size = self._state.embedding(stages)
+        return tied.at(*self._stages_2p[:, stages].min(1).tolist()), size
 
     def _embeds(self, layers: range) -> bool:
         """Whether a chunk holds the embedding: at the first layer, for prediction, or as the head it is tied to."""
         last = self.model.num_layers - 1
         return layers[0] == 0 or layers[-1] > last or (self.model.tie_word_embeddings and last in layers)
 
-    def _chunk(
-        self, layers: range, kinds: list[bool], moe_rows: tuple[int, ...], seconds_3W: Floats, tied_s: float,
-        tied_bytes: float,
-    ) -> Chunk:  # fmt: skip
-        model, spec = self.model, self.spec
+    def _chunk(self, number: int, sort: int) -> Chunk:
+        """Chunk ``number`` on the ``sort`` of team."""
+        if (number, sort) not in self._chunks:
+            self._chunks[number, sort] = self._made(self._cuts[number], number % self.spec.pp, sort)
+        return self._chunks[number, sort]
+
+    def _made(self, layers: range, stage: int, sort: int) -> Chunk:
+        model, spec, team = self.model, self.spec, self.teams[sort]
+        part = slice(layers.start, layers.stop)
+        kinds = self._kinds[part]
+        moe_rows = tuple(self._rows_K[part][kinds].tolist())
         predicting = sum(layer >= model.num_layers for layer in layers)
         heads = predicting + (model.num_layers - 1 in layers)
         tables = self._embeds(layers) + (heads > 0 and not model.tie_word_embeddings)
+        tied_s, tied_bytes = self._tied if self._embeds(layers) else (0.0, 0.0)
         state = self._state.chunk(kinds, tables, predicting)
         again = spec.recompute_modules
         split = spec.expert_tp
@@ -318,18 +259,20 @@ class TrainingCosts:
         kept = sum(by_kind[kind] for kind in kinds) * self.tokens
         kept += heads * self.tokens * model.vocab_size * 4  # logits and their softmax in fp32
         kept += predicting * self.tokens * 2 * model.hidden_size * DTYPE_BYTES[self._kind]
-        pairs_WR = np.stack([batch.pairs_LR[list(moe_rows)].sum(0) for batch in self.batches_W])
+        pairs_WR = np.stack([batch.pairs_LR[list(moe_rows)].sum(0) for batch in team.batches_W])
         beyond_WR = pairs_WR - len(moe_rows) * self.tokens * model.top_k * split  # an even load
-        forward_s_W, backward_s_W, exchange_s_W = seconds_3W
+        forward_s_W, backward_s_W, exchange_s_W = self._layers_s[sort][part].sum(0)
+        paces = self._stages_2p[:, stage].tolist()  # of all that reduce and gather together
         return Chunk(
+            team=team,
             layers=tuple(layers),
             moe_rows=moe_rows,
             forward_s_W=forward_s_W,
             backward_s_W=backward_s_W,
             exchange_s_W=exchange_s_W,
-            sync_s=state.sync.at(*self.speeds),
-            gather_s=state.gather.at(*self.speeds),
-            optimizer_s=state.optimizer.at(*self.speeds),
+            sync_s=state.sync.at(*paces),
+            gather_s=state.gather.at(*paces),
+            optimizer_s=state.optimizer.at(*paces),
             sync_bytes=state.sync_bytes,
             state_bytes=state.state_bytes,
             activation_bytes_WR=kept + pair_bytes(model, spec.recompute, self._kind, again, split) * beyond_WR,
@@ -342,10 +285,12 @@ class TrainingCosts:
         """Activations of a micro-batch from one rank to the same rank of the next stage."""
         return self.tokens * self.model.hidden_size * DTYPE_BYTES[self._kind]
 
-    @property
-    def transfer_s(self) -> float:
-        """Seconds of that."""
-        return float(Work.of([self._transfer]).at(*self.speeds))
+    def transfer_s(self, replica: int = 0) -> Floats:
+        """Seconds ``[p]`` of that from each stage of one of :attr:`replicas` to the next, from the last to the first,
+        or back."""
+        links_p = self.replicas[replica].links_p
+        seconds: Floats = Work.of([self._transfer]).at(1.0, np.minimum(links_p, np.roll(links_p, -1)))
+        return seconds
 
     @property
     def _transfer(self) -> Seconds:
@@ -376,7 +321,7 @@ class TrainingCosts:
         """Relative error of each part of a training step whose times :meth:`moeplan.costs.training_parts.scaled` can
         take longer; gradients and weights: the largest of the chunks made so far."""
         return {
-            **self.step.part_errors,
+            **self._part_errors,
             _SYNCED: self._state.relative_error,
             _TRANSFERS: self._transfer.relative_error if self.spec.pp > 1 else 0.0,
             "optimizer": self._state.adam.relative_error,
@@ -449,8 +394,10 @@ class TrainingCost:
 
 
 def training_step(costs: TrainingCosts) -> TrainingCost:
-    """A step in closed form, as if all stages were equal: what the simulated schedule comes to without differences."""
-    spec, chunks = costs.spec, costs.chunks()
+    """A step in closed form, as if all stages were equal and all replicas as slow as the slowest: what the simulated
+    schedule comes to without differences."""
+    spec, replicas = costs.spec, map(costs.chunks, range(len(costs.replicas)))
+    chunks = max(replicas, key=lambda chunks: sum(float(np.sum(costs.overlapped(chunk)[:2])) for chunk in chunks))
     forward = sum(float(costs.overlapped(chunk)[0].mean()) for chunk in chunks) / spec.pp
     backward = sum(float(costs.overlapped(chunk)[1].mean()) for chunk in chunks) / spec.pp
     waits = sum(float(np.sum(costs.sharded(chunk), 0).mean()) for chunk in chunks) / spec.pp

@@ -21,10 +21,10 @@ def scaled(costs: TrainingCosts, chunk: Chunk, factor: Mapping[str, float]) -> C
     as they do."""
     rows, spec = list(chunk.moe_rows), costs.spec
     expert, exchange, rest = (factor.get(name, 1.0) for name in ("experts", "exchange", "attention and dense parts"))
-    expert_s_W = np.array([batch.expert_s_LR.max(1)[rows].sum() for batch in costs.batches_W])
-    exchange_s_WL = np.stack([batch.exchange_s_L[rows] for batch in costs.batches_W])
+    expert_s_W = np.array([batch.expert_s_LR.max(1)[rows].sum() for batch in chunk.team.batches_W])
+    exchange_s_WL = np.stack([batch.exchange_s_L[rows] for batch in chunk.team.batches_W])
     again_s_W = exchange_s_WL.sum(1) * (spec.recompute == "full")
-    hidden_s = costs.shared_s[0] if spec.overlap == "shared_expert" else 0.0
+    hidden_s = chunk.team.shared_s[0] if spec.overlap == "shared_expert" else 0.0
     back = costs.experts_back
     links, shared_s = factor.get("gradients and weights", 1.0), rest * hidden_s
     return replace(
@@ -49,12 +49,13 @@ def chunk_parts(costs: TrainingCosts, chunk: Chunk, window: int, backward: bool)
     everything else.
     """
     rows = list(chunk.moe_rows[::-1] if backward else chunk.moe_rows)
-    whole, factor = costs.batches_W[window], costs.experts_back if backward else 1.0
-    more_s = backward * (costs.shared_s[1] - costs.shared_s[0])
+    team = chunk.team
+    whole, factor = team.batches_W[window], costs.experts_back if backward else 1.0
+    more_s = backward * (team.shared_s[1] - team.shared_s[0])
     parts = replace(
         whole,
-        attention_s_R=np.full_like(whole.attention_s_R, costs.attention_s[int(backward)] + more_s),
-        shared_s_R=np.full_like(whole.shared_s_R, costs.shared_s[0]),
+        attention_s_R=np.full_like(whole.attention_s_R, team.attention_s[int(backward)] + more_s),
+        shared_s_R=np.full_like(whole.shared_s_R, team.shared_s[0]),
         expert_s_LR=factor * whole.expert_s_LR[rows],
         exchange_s_L=whole.exchange_s_L[rows],
         gather_s_L=whole.gather_s_L[rows],

@@ -16,7 +16,8 @@ from moeplan.artifacts.simulation_result import MemoryTrack, TrafficMatrix
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.run_traffic import Wire
 from moeplan.costs.traffic import counted_reach, expected_reach
-from moeplan.costs.training import TrainingCosts, placement_groups
+from moeplan.costs.training import TrainingCosts
+from moeplan.costs.training_teams import placement_groups
 from moeplan.errors import InfeasibleError, MoeplanError, SpecError
 from moeplan.pipeline.exports import load_placement
 from moeplan.pipeline.inputs import even_load_LE, profile_notes, profile_of, read_routing
@@ -220,21 +221,21 @@ def _traffic(
 
     Counted on the trace's tokens, or expected from the pairs that a capacity leaves.
     """
-    spec, group = costs.spec, costs.step.cluster
+    spec, group, batches_W = costs.spec, costs.group, costs.teams[0].batches_W
     wire = Wire(costs.model, scenario.objective.dispatch, scenario.workload.activation_dtype, spec.expert_tp)
     trace = None if load is None or spec.capacity_factor is not None else load.trace
     window_T = np.zeros(0, np.int64) if load is None or load.window_T is None else load.window_T
     rows = [row for chunk in costs.chunks() for row in chunk.moe_rows]
     weight_L = np.bincount(rows, minlength=costs.model.num_moe_layers).astype(float)
     tokens_R = np.full(group.num_ranks, float(costs.tokens))
-    played = np.arange(spec.steps * costs.micro_batches) % len(costs.batches_W)
+    played = np.arange(spec.steps * costs.micro_batches) % len(batches_W)
     bytes_RR = np.zeros((group.num_ranks, group.num_ranks))
-    for window, times in enumerate(np.bincount(played, minlength=len(costs.batches_W)).tolist()):
+    for window, times in enumerate(np.bincount(played, minlength=len(batches_W)).tolist()):
         if trace is not None:
             part = trace.tokens(np.flatnonzero(window_T == window)) if len(window_T) else trace
             reach = counted_reach(part, placement, costs.groups, wire.dispatch).over_groups(spec.expert_tp)
         else:
-            batch = costs.batches_W[window]
+            batch = batches_W[window]
             share_LR = batch.pairs_LR / (batch.tokens * wire.top_k)
             reach = expected_reach(share_LR, group, wire.dispatch, wire.top_k, spec.expert_tp)
         bytes_RR += times * wire.bytes_RR(reach, group, tokens_R, weight_L)

@@ -51,7 +51,7 @@ def _costs(
 def test_a_layer_by_hand_where_the_same_ranks_split_attention_and_experts() -> None:
     """8 ranks, tp 2, experts on 4 pairs of ranks: 2048 tokens on a rank, 2 experts split in two with 4096 rows each."""
     costs = _costs(tp=2, expert_tp=2, ep=4, zero=0)
-    batch = costs.batches_W[0]
+    batch = costs.teams[0].batches_W[0]
     weights = EXPERT / 2 * 2 / (0.8 * 3.35e12)
     products = (4096 + 64 / 2) * 2 * EXPERT / 2 / 989e12  # half a tile of 64 rows too much
     stream = 4096 * 2 * (2 * 4096 + 3 * 14336 / 2) / (0.8 * 3.35e12)
@@ -71,7 +71,7 @@ def test_a_layer_by_hand_where_the_same_ranks_split_attention_and_experts() -> N
 
 
 def test_one_group_that_splits_all_experts_gathers_and_sends_nothing_else() -> None:
-    batch = _costs(ep=1, expert_tp=8).batches_W[0]
+    batch = _costs(ep=1, expert_tp=8).teams[0].batches_W[0]
     assert batch.exchange_s_L == pytest.approx(2 * (3e-6 + 8 * 4096 * 2 * 8192 * 7 / 8 / 450e9))
     assert batch.gather_s_L == pytest.approx(batch.exchange_s_L)
 
@@ -168,20 +168,20 @@ def test_a_gathered_token_costs_the_same_however_experts_are_split() -> None:
     """All tokens are on all ranks anyway; weights of a rank are as many."""
     first, *others = (_costs(2, "allgather", ep=ep, expert_tp=16 // ep) for ep in (8, 4, 2))
     for other in others:
-        assert other.batches_W[0].exchange_s_L == pytest.approx(first.batches_W[0].exchange_s_L)
+        assert other.teams[0].batches_W[0].exchange_s_L == pytest.approx(first.teams[0].batches_W[0].exchange_s_L)
         assert other.chunks()[0].state_bytes == pytest.approx(first.chunks()[0].state_bytes)
 
 
 def test_the_fullest_and_the_slowest_ranks_hold_up_a_gathering() -> None:
-    even = _costs(ep=4, expert_tp=2).batches_W[0]
+    even = _costs(ep=4, expert_tp=2).teams[0].batches_W[0]
     load = np.ones((1, 32, 8))
     load[..., :2] = 3  # 6 of 12 pairs, twice the mean, for the first of four groups
-    full = _costs(ep=4, expert_tp=2, load=load).batches_W[0]
+    full = _costs(ep=4, expert_tp=2, load=load).teams[0].batches_W[0]
     latency = 2 * 3e-6
     assert full.gather_s_L - latency == pytest.approx(2 * (even.gather_s_L - latency))
     kept = [_costs(ep=4, expert_tp=2, load=each).chunks()[0].activation_bytes_WR[0, 1] for each in (load, None)]
     assert kept[0] - kept[1] == pytest.approx(32 * 16384 * 2 * (4096 + (4096 + 3 * 14336) / 2))
-    slow = _costs(ep=4, expert_tp=2, ranks={5: RankSpec(link_speed=0.5)}).batches_W[0]
+    slow = _costs(ep=4, expert_tp=2, ranks={5: RankSpec(link_speed=0.5)}).teams[0].batches_W[0]
     assert slow.gather_s_L - latency == pytest.approx(2 * (even.gather_s_L - latency))
     assert slow.exchange_s_L - 2 * latency == pytest.approx(2 * (even.exchange_s_L - 2 * latency))
 
@@ -207,7 +207,7 @@ def test_kernels_measured_at_a_split_width_serve_forward_and_backward() -> None:
         sources={"mine": Source(kind="measured", title="by hand", version="1")},
     )  # fmt: skip
     costs = _costs(ep=2, expert_tp=4, profile=HardwareProfile(meta, {"experts": pa.Table.from_pylist(rows)}))
-    assert costs.batches_W[0].expert_s_LR == pytest.approx(1e-6 * latency_us(4, "forward", 32768), rel=0.05)
+    assert costs.teams[0].batches_W[0].expert_s_LR == pytest.approx(1e-6 * latency_us(4, "forward", 32768), rel=0.05)
     assert costs.experts_back == pytest.approx(3, rel=0.05)
     assert costs.source["experts"].startswith("measured")
 
@@ -219,7 +219,7 @@ def test_gradients_are_added_to_those_of_the_own_part() -> None:
 
 
 def test_permuted_rows_are_those_of_all_ranks_that_split_an_expert() -> None:
-    alone, split = (_costs(ep=8 // d, expert_tp=d).step.fixed.routing_s for d in (1, 4))
+    alone, split = (_costs(ep=8 // d, expert_tp=d).teams[0].step.fixed.routing_s for d in (1, 4))
     rows = 2 * 2 * 2 * 4096 * 4096 / (0.8 * 3.35e12)  # of a rank's own tokens, 2 each, read and written
     assert split - alone == pytest.approx(3 * 2 * rows)
 

@@ -166,7 +166,7 @@ def test_backward_reduces_as_often_as_forward(recompute: str) -> None:
         chip = BOX.accelerator.model_copy(update={"scale_up_bandwidth": up})
         cluster = BOX.model_copy(update={"accelerator": chip})
         costs = TrainingCosts(MIXTRAL, cluster, None, contiguous(8), loads, spec)
-        return costs.attention_s
+        return costs.teams[0].attention_s
 
     slow, quick = np.array(attention(1e9)), np.array(attention(450e9))
     forward, backward = slow - quick

@@ -23,7 +23,7 @@ def _attention_s(tp: int, cp: int, ep: int = 8, up: float = 450e9, recompute: st
     fields = {"global_batch": 64, "sequence": 32768, "tp": tp, "cp": cp, "ep": ep, "recompute": recompute}
     placement = Placement(ORDER, np.arange(128, dtype=np.int32) // (128 // ep), 128, ep, ep)
     spec = TrainingSpec.parse(fields, "test")
-    return TrainingCosts(QWEN, cluster, None, placement, np.ones((1, 94, 128)), spec).attention_s
+    return TrainingCosts(QWEN, cluster, None, placement, np.ones((1, 94, 128)), spec).teams[0].attention_s
 
 
 @pytest.mark.parametrize(("tp", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])

@@ -10,7 +10,8 @@ import pytest
 
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import HardwareProfile, shipped_profile_for
-from moeplan.costs.training import TrainingCosts, expert_group, training_step
+from moeplan.costs.training import TrainingCosts, training_step
+from moeplan.costs.training_teams import expert_group
 from moeplan.simulation.training import simulate_training
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.model import ModelSpec
@@ -121,7 +122,7 @@ def test_nothing_hides_the_reduction_of_an_embedding(monkeypatch: pytest.MonkeyP
     log = played.log
     tied = log.of_kind("gradient_sync") & (log.amount_V == HUNYUAN_TABLE * 4)
     assert np.flatnonzero(tied).size == 2  # one on each stage
-    monkeypatch.setattr(costs, "chunks", lambda: [replace(chunk, tied_s=0.0) for chunk in chunks])
+    monkeypatch.setattr(costs, "chunks", lambda _replica=0: [replace(chunk, tied_s=0.0) for chunk in chunks])
     assert played.step_s - simulate_training(costs).step_s == pytest.approx(chunks[0].tied_s)
     without = training_step(costs)
     for name in ("total_s", "gradient_sync_s"):

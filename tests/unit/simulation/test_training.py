@@ -15,10 +15,10 @@ from moeplan.costs.dense import DenseCosts
 from moeplan.costs.training import (
     TrainingCosts,
     capacity,
-    expert_group,
     model_flops_per_token,
     training_step,
 )
+from moeplan.costs.training_teams import expert_group
 from moeplan.errors import InputError, SpecError
 from moeplan.simulation.training import TrainingResult, simulate_training
 from moeplan.specs.clusters import cluster_for
@@ -56,7 +56,7 @@ def test_the_simulated_step_is_the_closed_form_where_stages_are_equal(zero: int)
     for fields in ({"pp": 1}, {"pp": 4}, {"pp": 4, "virtual_stages": 2}, {"pp": 2, "overlap": "1f1b"}):
         costs = _costs(model=model, zero=zero, **fields)
         found, closed = simulate_training(costs), training_step(costs)
-        send = 2 * (costs.spec.pp - 1) * costs.transfer_s * costs.spec.virtual_stages
+        send = 2 * (costs.spec.pp - 1) * costs.transfer_s()[0] * costs.spec.virtual_stages
         assert found.step_s == pytest.approx(closed.total_s, rel=1e-6, abs=3 * send)
         if costs.spec.pp == 1:
             assert found.exposed_sync_share * found.step_s == pytest.approx(closed.gradient_sync_s)
@@ -71,12 +71,12 @@ def test_context_parallel_ranks_split_a_sequence_and_gather_its_keys() -> None:
     one, two = _costs(pp=1, nodes=1), _costs(pp=1, nodes=1, cp=2)
     assert two.tokens == one.tokens / 2 == 2048
     assert two.micro_batches == 2 * one.micro_batches  # half as many groups share the batch
-    alone, shared = one.step.fixed, two.step.fixed
+    alone, shared = one.teams[0].step.fixed, two.teams[0].step.fixed
     assert shared.kernel_s == pytest.approx(alone.kernel_s / 2)
     assert shared.layer.total_s == pytest.approx(alone.layer.total_s / 2, rel=0.02)
     gathered_s = two.links.seconds("all_gather", 2, 4096 * 2 * 8 * 128 * 2).total  # keys and values of 8 heads in bf16
     assert gathered_s > 0
-    assert two.attention_s[0] == pytest.approx(one.attention_s[0] / 2 + gathered_s, rel=1e-3)
+    assert two.teams[0].attention_s[0] == pytest.approx(one.teams[0].attention_s[0] / 2 + gathered_s, rel=1e-3)
     (first,), (second,) = one.chunks(), two.chunks()
     assert second.activation_bytes_WR == pytest.approx(first.activation_bytes_WR / 2)
     assert second.state_bytes == pytest.approx(first.state_bytes)  # copies are on cp ranks, too
@@ -243,7 +243,7 @@ def test_stragglers_and_capacity() -> None:
     np.testing.assert_allclose(worked.sum(2) / skewed.sum(2) + dropped, 1.0)
     assert worked.max() == pytest.approx(1.5 * skewed.mean(2).max())
     skewed[:, :, 1] = 0.0  # with no pairs of its own it is padded as well
-    (batch,) = _costs(load=skewed, capacity_factor=1.5, overflow="pad").batches_W
+    (batch,) = _costs(load=skewed, capacity_factor=1.5, overflow="pad").teams[0].batches_W
     np.testing.assert_allclose(batch.pairs_LR, 1.5 * 4096 * 2)
 
 
@@ -285,10 +285,10 @@ def test_memory_is_that_of_the_rank_which_needs_most() -> None:
 def test_a_prediction_layer_takes_what_another_does_and_its_join_and_head(tp: int) -> None:
     plain, more = (_costs(model=find_model("qwen3-30b-a3b"), pp=1, tp=tp, mtp_layers=mtp) for mtp in (0, 1))
     (one,), (two,) = plain.chunks(), more.chunks()
-    expert_s = plain.batches_W[0].expert_s_LR[-1].max()
+    expert_s = plain.teams[0].batches_W[0].expert_s_LR[-1].max()
     joined_s = 2 * (4096 * 2 * 2048 * 2048 / tp) / plain.cluster.accelerator.bf16  # 4096 tokens, 2 H x H
     head = plain._layers.head
-    alike = [attention + shared for attention, shared in zip(plain.attention_s, plain.shared_s, strict=True)]
+    alike = plain.teams[0].attention_s + plain.teams[0].shared_s
     forward_s, backward_s = (getattr(two, name) - getattr(one, name) for name in ("forward_s_W", "backward_s_W"))
     assert forward_s == pytest.approx(alike[0] + expert_s + head.forward.total_s + joined_s, rel=1e-9)
     assert backward_s == pytest.approx(alike[1] + 2 * expert_s + head.backward.total_s + 2 * joined_s, rel=1e-9)
