@@ -33,3 +33,15 @@ def test_processes_only_where_they_help() -> None:
     InlineExecutor().run(_square, [2, 4], found.__setitem__)
     assert found[0] == 4
     assert found[1].reason == "four is wrong"
+
+
+def _process(_value: int) -> int:
+    return os.getpid()
+
+
+def test_a_worker_takes_one_case_after_another() -> None:
+    found: dict[int, Any] = {}
+    ProcessExecutor(2).run(_process, range(6), found.__setitem__)
+    assert sorted(found) == list(range(6))
+    assert len(set(found.values())) == 2
+    assert os.getpid() not in found.values()
