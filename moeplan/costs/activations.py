@@ -13,7 +13,7 @@ layer.
 from __future__ import annotations
 
 from moeplan.costs.dense import DenseCosts
-from moeplan.errors import InputError
+from moeplan.errors import SpecError
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec
 from moeplan.specs.training import Recompute, RecomputeModule
 
@@ -77,7 +77,7 @@ def recomputed_s(
     """Seconds of each part in one layer for ``tokens`` per rank, passes over activations at ``bytes_per_s``.
 
     Raises:
-        InputError: a part that the model lacks.
+        SpecError: a part that the model lacks.
     """
     hidden, gates, wide = model.hidden_size, 2 if model.gated_ffn else 1, DTYPE_BYTES[dense.activations]
     answer: dict[RecomputeModule, float] = {}
@@ -90,7 +90,7 @@ def recomputed_s(
         elif module == "mla_up_proj":
             a = model.attention
             if a is None or not a.is_mla or a.kv_lora_rank is None:
-                raise InputError(
+                raise SpecError(
                     f"training.recompute_modules (mla_up_proj): {model.name} has no latent attention; leave it out"
                 )
             nope, rope = a.qk_nope_head_dim or 0, a.qk_rope_head_dim or 0
@@ -101,6 +101,6 @@ def recomputed_s(
         else:
             inter = model.dense_intermediate_size
             if not inter:
-                raise InputError(f"training.recompute_modules (mlp): {model.name} has no dense layers; leave it out")
+                raise SpecError(f"training.recompute_modules (mlp): {model.name} has no dense layers; leave it out")
             answer[module] = dense.ffn(tokens * tp, hidden, inter / tp, model.gated_ffn).total
     return answer

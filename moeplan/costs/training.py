@@ -32,7 +32,7 @@ from moeplan.costs.training_layers import TrainingLayers
 from moeplan.costs.training_state import TrainingState
 from moeplan.costs.training_teams import Team, at_paces, expert_group, placement_groups, replicas_of
 from moeplan.costs.work import Work, link_speeds, speeds
-from moeplan.errors import InputError
+from moeplan.errors import SpecError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import DTYPE_BYTES, Dtype, ModelSpec, activations_beside
 from moeplan.specs.training import TrainingSpec
@@ -191,7 +191,7 @@ class TrainingCosts:
         stage ``s``.
 
         Raises:
-            InputError: more chunks than layers.
+            SpecError: more chunks than layers.
         """
         cuts, teams, p = self._cuts, self.replicas[replica].teams, self.spec.pp
         return [self._chunk(number, teams[number % p]) for number in range(len(cuts))]
@@ -219,7 +219,7 @@ class TrainingCosts:
         count."""
         count = self.spec.pp * self.spec.virtual_stages
         if count > len(self._kinds):
-            raise InputError(
+            raise SpecError(
                 f"training.pp x virtual_stages ({count}) exceeds the model's layers ({len(self._kinds)}); use fewer"
             )
         usual_K3W = min(self._layers_s, key=np.sum)

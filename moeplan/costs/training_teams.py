@@ -26,7 +26,7 @@ from moeplan.costs.step import BatchParts, StepModel
 from moeplan.costs.technique import expert_groups
 from moeplan.costs.training_layers import BothWays, TrainingLayers
 from moeplan.costs.work import Work, in_turn, link_speeds, speeds
-from moeplan.errors import InputError
+from moeplan.errors import InputError, SpecError
 from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.training import TrainingSpec
@@ -40,7 +40,7 @@ def expert_group(cluster: ClusterSpec, ep: int, expert_tp: int = 1) -> ClusterSp
     """``ep x expert_tp`` neighbours of a cluster: one expert-parallel group, at usual speeds.
 
     Raises:
-        InputError: they do not fill nodes evenly, or a rank of the cluster has failed.
+        SpecError: they do not fill nodes evenly. InputError: a rank of the cluster has failed.
     """
     ranks = ep * expert_tp
     for rank, spec in cluster.ranks.items():
@@ -52,7 +52,7 @@ def expert_group(cluster: ClusterSpec, ep: int, expert_tp: int = 1) -> ClusterSp
     per_node = min(ranks, cluster.ranks_per_node)
     if ranks % per_node or ranks > cluster.num_ranks or cluster.topology == "explicit":
         names = "training.ep" + " x expert_tp" * (expert_tp > 1)
-        raise InputError(
+        raise SpecError(
             f"{names} ({ranks}) does not fill nodes of cluster.ranks_per_node ({cluster.ranks_per_node}) evenly,"
             " or the cluster has explicit links; choose a divisor or a multiple, and a preset topology"
         )

@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from moeplan import __version__
 from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.simulation_result import Assumption, Headline, MemoryTrack, RankBytes, SimulationResult
-from moeplan.errors import InputError, MoeplanError, SpecError
+from moeplan.errors import InfeasibleError, InputError, MoeplanError, SpecError
 from moeplan.files import (
     atomic_directory,
     canonical_json,
@@ -54,12 +54,14 @@ _INSIDE = {"current": "plan.json", "prefill placement": "plan.json", "model": "c
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One run of a case: a seed, and which end of the costs' interval its steps take (-1, 0, 1)."""
+    """One run of a case: a seed, and which end of the costs' interval its steps take (-1, 0, 1). A case of a sweep is
+    not ``alone``, and looks for no remedies."""
 
     scenario: Scenario
     seed: int
     errors: int
     keep_log: bool
+    alone: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,12 +90,30 @@ class Simulated:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sweep:
-    """Every case of a sweep: its values, and its result or why there is none; ``resumed`` were there already."""
+    """Every case of a sweep: its values, and its result or why there is none; ``resumed`` were there already.
+
+    ``impossible``: cases that no engine or job could run, as they do not fit into memory or their fields do not fit
+    each other; others without a result failed.
+    """
 
     cases: tuple[dict[str, Any], ...]
     results: tuple[SimulationResult | None, ...]
     failures: dict[int, str] = field(default_factory=dict)
+    impossible: frozenset[int] = frozenset()
     resumed: int = 0
+
+    @property
+    def failed(self) -> int:
+        """How many cases failed that are not impossible; all, where none has a result."""
+        return len(self.failures) - len(self.impossible) * any(result is not None for result in self.results)
+
+    @property
+    def ranked(self) -> list[int]:
+        """Cases that have a result: of training those with most tokens per second and rank first."""
+        found = {number: result for number, result in enumerate(self.results) if result is not None}
+        if any(result.kind != "training" for result in found.values()):
+            return list(found)
+        return sorted(found, key=lambda number: -found[number].headlines["tokens_per_s_per_gpu"].value)
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
@@ -104,7 +124,9 @@ class Sweep:
                 | ({"failure": self.failures[number]} if number in self.failures else {})
                 for number, (case, result) in enumerate(zip(self.cases, self.results, strict=True))
             ],
-            "failed": len(self.failures),
+            "ranked": self.ranked,
+            "impossible": sorted(self.impossible),
+            "failed": self.failed,
             "resumed": self.resumed,
         }
 
@@ -150,7 +172,7 @@ def _trained(run: _Run, progress: Progress) -> _Answer:
     """A training run; nothing in it is drawn, so seeds do not differ."""
     origin = {"seed": run.seed, "scenario_sha256": _digest(run.scenario), "moeplan": __version__}
     with threadpool_limits(1):
-        found = simulate_training(run.scenario, origin, intervals=True)
+        found = simulate_training(run.scenario, origin, intervals=True, remedies=run.alone)
     progress("simulate", 1.0)
     result, cluster = found.result, found.cluster
     counts = {"steps": float(len(result.steps_s)), "micro_batches": float(result.micro_batches)}
@@ -162,10 +184,10 @@ def _trained(run: _Run, progress: Progress) -> _Answer:
     )  # fmt: skip
 
 
-def _runs(scenario: Scenario, seeds: int, keep_log: bool) -> list[_Run]:
+def _runs(scenario: Scenario, seeds: int, keep_log: bool, alone: bool = True) -> list[_Run]:
     first = scenario.seed
     if scenario.training is not None:
-        return [_Run(scenario, first, 0, keep_log)]
+        return [_Run(scenario, first, 0, keep_log, alone)]
     runs = [_Run(scenario, first + number, 0, keep_log and number == 0) for number in range(seeds)]
     return runs + [_Run(scenario, first, errors, False) for errors in (-1, 1)]
 
@@ -320,15 +342,16 @@ def write_simulation(found: Simulated, out: Path) -> list[Path]:
 # ---------------------------------------------------------------------- sweeps
 
 
-def cases_of(scenario: Scenario) -> list[tuple[dict[str, Any], Scenario]]:
-    """Every combination of the sweep's values, with the scenario it makes.
+def cases_of(scenario: Scenario) -> list[tuple[dict[str, Any], Scenario | MoeplanError]]:
+    """Every combination of the sweep's values, with the scenario it makes, or why it makes none.
 
     Raises:
-        SpecError: a name is no field, or a value does not fit it.
+        SpecError: a name is no field, or no combination makes a scenario.
     """
     fields = scenario.model_dump(mode="json", exclude_unset=True, exclude={"sweep", "out"})
     names = list(scenario.sweep)
-    found = []
+    found: list[tuple[dict[str, Any], Scenario | MoeplanError]] = []
+    first: MoeplanError | None = None
     for values in itertools.product(*scenario.sweep.values()):
         case = dict(zip(names, values, strict=True))
         changed = json.loads(json.dumps(fields))
@@ -340,7 +363,14 @@ def cases_of(scenario: Scenario) -> list[tuple[dict[str, Any], Scenario]]:
                 if not isinstance(inner, dict):
                     raise SpecError(f"sweep: {name} is not a field that can be set; {part} is no section")
             inner[last] = value
-        found.append((case, Scenario.parse(changed, f"sweep {', '.join(f'{k}={v}' for k, v in case.items())}")))
+        where = f"sweep {', '.join(f'{k}={v}' for k, v in case.items())}"
+        try:
+            found.append((case, Scenario.parse(changed, where)))
+        except MoeplanError as error:
+            first = first or error
+            found.append((case, SpecError(str(error).removeprefix(f"{where}: "))))
+    if first is not None and not any(isinstance(one, Scenario) for _, one in found):
+        raise first
     return found
 
 
@@ -355,29 +385,32 @@ def sweep(
 ) -> Sweep:
     """Simulate every case into ``out/cases``; cases that are there already, made from the same inputs, are kept.
 
-    Each case is written when its last run ends, so an interrupted sweep goes on where it stopped. A case whose input
-    is wrong, or whose worker died twice, is listed with the reason; the others are not touched by it.
+    Each case is written when its last run ends, so an interrupted sweep goes on where it stopped. A case that cannot
+    be, whose input is wrong, or whose worker died twice, is listed with the reason; the others are not touched by it.
 
     Raises:
         InputError: where a case belongs there is something else.
     """
     _require_seeds(seeds)
-    cases = cases_of(scenario)
-    hashes = [_provenance(one, seeds)["case_sha256"] for _, one in cases]
-    places = [require_place(out / "cases" / digest[:16], *SIMULATION_PLACE) for digest in hashes]
-    results: list[SimulationResult | None] = [
-        _kept(place, digest) for place, digest in zip(places, hashes, strict=True)
-    ]
+    made = cases_of(scenario)
+    cases = {number: (case, one) for number, (case, one) in enumerate(made) if isinstance(one, Scenario)}
+    places: dict[int, Path] = {}
+    results: list[SimulationResult | None] = [None] * len(made)
+    for number, (_, one) in cases.items():
+        digest = _provenance(one, seeds)["case_sha256"]
+        places[number] = require_place(out / "cases" / digest[:16], *SIMULATION_PLACE)
+        results[number] = _kept(places[number], digest)
     resumed = sum(result is not None for result in results)
     jobs = [
         (number, run)
-        for number, (_, one) in enumerate(cases)
+        for number, (_, one) in cases.items()
         if results[number] is None
-        for run in _runs(one, seeds, keep_log=False)
+        for run in _runs(one, seeds, keep_log=False, alone=False)
     ]
     runs_of = Counter(number for number, _ in jobs)
     answers: dict[int, dict[int, _Answer]] = {}
-    failures: dict[int, str] = {}
+    failures = {number: str(error) for number, (_, error) in enumerate(made) if isinstance(error, MoeplanError)}
+    impossible = set(failures)
     ended = 0
 
     def done(position: int, answer: Any) -> None:
@@ -386,6 +419,8 @@ def sweep(
         number = jobs[position][0]
         if isinstance(answer, Failure):
             failures.setdefault(number, answer.reason)
+            if isinstance(answer.error, (InfeasibleError, SpecError)):
+                impossible.add(number)
         else:
             answers.setdefault(number, {})[position] = answer
         if len(answers.get(number, {})) == runs_of[number] and number not in failures:
@@ -399,11 +434,11 @@ def sweep(
         progress("simulate", ended / len(jobs))
 
     (executor or executor_for(workers, len(jobs))).run(_run, [run for _, run in jobs], done)
-    answer = Sweep(tuple(case for case, _ in cases), tuple(results), failures, resumed)
+    answer = Sweep(tuple(case for case, _ in made), tuple(results), failures, frozenset(impossible), resumed)
     index = [
-        {"case": case, "path": None if result is None else f"cases/{place.name}/result.json"}
+        {"case": case, "path": None if results[number] is None else f"cases/{places[number].name}/result.json"}
         | ({"failure": failures[number]} if number in failures else {})
-        for number, (case, result, place) in enumerate(zip(answer.cases, results, places, strict=True))
+        for number, case in enumerate(answer.cases)
     ]
     write_text(out / "sweep.json", json.dumps({"schema_version": 1, "cases": index}, indent=1) + "\n")
     return answer

@@ -76,9 +76,10 @@ class Trained:
 
 
 def simulate_training(
-    scenario: Scenario, origin: Mapping[str, Any] | None = None, intervals: bool = False
+    scenario: Scenario, origin: Mapping[str, Any] | None = None, intervals: bool = False, remedies: bool = True
 ) -> Trained:
     """Play the training section of a scenario; with ``intervals`` also at both ends of its costs' (:func:`_ends`).
+    ``remedies``: where it does not fit into memory, changes are tried that might be enough.
 
     Raises:
         InputError: an input is wrong. InfeasibleError: it does not fit into memory.
@@ -110,12 +111,12 @@ def simulate_training(
 
     def peak_bytes(spec: TrainingSpec) -> float:
         costs = costs_of(spec, _placement(scenario, model, placement_groups(model, cluster, spec)))
-        return play(costs).peak.peak_bytes
+        return play(costs, logged=False).peak.peak_bytes
 
     costs = costs_of(spec, placement)
     result = play(costs, origin, scenario.fidelity)
     if result.peak.peak_bytes > result.memory_bytes:
-        raise InfeasibleError(_too_large(spec, result, peak_bytes))
+        raise InfeasibleError(_too_large(spec, result, peak_bytes) if remedies else _need(result))
     headlines = _headlines(result)
     ends = _ends(costs, headlines) if intervals else {}
     memory = tuple(
@@ -139,6 +140,12 @@ def simulate_training(
     return Trained(result, model, cluster, headlines, ends, memory, traffic, assumptions, tuple(notes))
 
 
+def _need(result: TrainingResult) -> str:
+    """What is missing."""
+    needed, there = _gib(result.peak.peak_bytes), _gib(result.memory_bytes)
+    return f"training does not fit: stage {result.peak.stage} needs {needed} of {there}"
+
+
 def _too_large(spec: TrainingSpec, result: TrainingResult, peak_bytes: Callable[[TrainingSpec], float]) -> str:
     """What is missing, and which single changes of the specification are enough: each is tried."""
     changes: list[dict[str, Any]] = [
@@ -156,8 +163,7 @@ def _too_large(spec: TrainingSpec, result: TrainingResult, peak_bytes: Callable[
         with suppress(MoeplanError):  # degrees that do not divide, or do not fit the model or the cluster
             other = TrainingSpec.parse(spec.model_dump(mode="json") | differs | {"steps": 1}, "training")
             tried.append((peak_bytes(other), ", ".join(f"training.{n}: {_yaml(v)}" for n, v in differs.items())))
-    limit, peak = result.memory_bytes, result.peak
-    need = f"training does not fit: stage {peak.stage} needs {_gib(peak.peak_bytes)} of {_gib(limit)}"
+    limit, peak, need = result.memory_bytes, result.peak, _need(result)
     if fitting := [f"{words} ({_gib(size)})" for size, words in tried if size <= limit]:
         return f"{need}; each of these alone fits: {'; '.join(fitting)}"
     size, words = min(tried, default=(peak.peak_bytes, ""))
@@ -197,11 +203,14 @@ def _ends(costs: TrainingCosts, found: dict[str, float]) -> dict[str, tuple[floa
     together, which moves times most, and each alone, which moves shares; the latter's deviations are added in squares
     and the larger of the two counts. A detailed run takes the step mode's deviations, relative to its own.
     """
-    plain = _headlines(play(costs))
+    plain = _headlines(play(costs, logged=False))
     parts = {name: error for name, error in costs.part_errors.items() if error}
     ways = [list(parts), *([name] for name in parts)]  # together, and each alone
     runs = [
-        [_headlines(play(costs, factor={name: (1 + parts[name]) ** sign for name in way})) for sign in (-1, 1)]
+        [
+            _headlines(play(costs, factor={name: (1 + parts[name]) ** sign for name in way}, logged=False))
+            for sign in (-1, 1)
+        ]
         for way in ways
     ]
     answer = {}

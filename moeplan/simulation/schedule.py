@@ -10,8 +10,9 @@ groups of ``p`` through all chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from moeplan.errors import SpecError
@@ -38,7 +39,8 @@ class Timed:
     end_s: float
 
 
-def one_forward_one_backward(stages: int, micro_batches: int, chunks: int = 1) -> list[list[Op]]:
+@lru_cache(maxsize=16)
+def one_forward_one_backward(stages: int, micro_batches: int, chunks: int = 1) -> tuple[tuple[Op, ...], ...]:
     """Order of operations of each stage.
 
     Raises:
@@ -64,12 +66,12 @@ def one_forward_one_backward(stages: int, micro_batches: int, chunks: int = 1) -
         for i in range(total - ahead):
             order += [op("forward", ahead + i), op("backward", i)]
         order += [op("backward", i) for i in range(total - ahead, total)]
-        orders.append(order)
-    return orders
+        orders.append(tuple(order))
+    return tuple(orders)
 
 
 def run_schedule(
-    orders: list[list[Op]],
+    orders: Sequence[Sequence[Op]],
     seconds: Callable[[int, Op], float],
     transfer_s: Callable[[int, Op], float],
     chunks: int = 1,

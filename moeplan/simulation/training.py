@@ -89,7 +89,8 @@ class _Play:
     """One step after another. ``inside`` holds what was played, by chunk, sort of team, direction and window of load;
     ``chunks`` and times of them are of each replica."""
 
-    def __init__(self, costs: TrainingCosts, detailed: bool, factor: Mapping[str, float]) -> None:
+    def __init__(self, costs: TrainingCosts, detailed: bool, factor: Mapping[str, float], logged: bool) -> None:
+        self.logged = logged
         self.costs, self.spec, self.replicas = costs, costs.spec, costs.replicas
         each = range(len(self.replicas))
         self.chunks = [costs.chunks(replica) for replica in each]
@@ -139,7 +140,8 @@ class _Play:
         played = [self._play(replica, first, spent) for replica in range(len(self.replicas))]
         if self.slowest is None:
             self.slowest = max(range(len(played)), key=lambda replica: max(t.end_s for t in played[replica]))
-        self._record(number, start_s, played[self.slowest])
+        if self.logged:
+            self._record(number, start_s, played[self.slowest])
         ends = [
             self._close(number, start_s, stage, [[t for t in timed if t.stage == stage] for timed in played], spent)
             for stage in range(self.p)
@@ -259,9 +261,10 @@ def simulate_training(
     origin: Mapping[str, Any] | None = None,
     fidelity: Fidelity = "step",
     factor: Mapping[str, float] | None = None,
+    logged: bool = True,
 ) -> TrainingResult:
     """Play ``costs.spec.steps`` optimizer steps; ``factor``: parts that take so many times as long
-    (:func:`moeplan.costs.training_parts.scaled`), in the step mode.
+    (:func:`moeplan.costs.training_parts.scaled`), in the step mode. Not ``logged``, the log lacks micro-batches.
 
     Raises:
         SpecError: the detailed mode cannot play what is asked.
@@ -271,7 +274,7 @@ def simulate_training(
             "fidelity (detailed) plays one micro-batch of a stage at a time, but training.overlap is 1f1b, which hides"
             " one behind another; use fidelity: step, or overlap none or shared_expert"
         )
-    play, spec, cluster = _Play(costs, fidelity == "detailed", factor or {}), costs.spec, costs.cluster
+    play, spec, cluster = _Play(costs, fidelity == "detailed", factor or {}, logged), costs.spec, costs.cluster
     now, steps, totals = 0.0, [], dict.fromkeys(("work", "exchange", "sync", "optimizer"), 0.0)
     memory: list[list[StageMemory]] = []
     for number in range(spec.steps):

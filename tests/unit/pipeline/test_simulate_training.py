@@ -96,3 +96,61 @@ def test_impossible_jobs_say_why() -> None:
     with pytest.raises(SpecError, match="serving and training are two jobs"):
         Scenario.parse({**BASE, "serving": {"requests": {"arrivals": "poisson", "rate": "1 /s", "count": 1,
                        "input_tokens": 1, "output_tokens": 1}}}, "test")  # fmt: skip
+
+
+def _sweep(place: Path, *options: str, **more: Any) -> Any:
+    (place / "scenario.json").write_text(json.dumps({**BASE, **more}))
+    words = ["simulate", str(place / "scenario.json"), "--out", str(place / "out"), "--workers", "1", *options]
+    return CliRunner().invoke(cli, words)
+
+
+def test_a_sweep_ranks_layouts_and_says_why_others_cannot_be(tmp_path: Path) -> None:
+    wanted = {"training.pp": [1, 4], "training.ep": [4, 8, 16], "training.virtual_stages": [1, 2],
+              "training.recompute": ["full", "none"]}  # fmt: skip
+    ran = _sweep(tmp_path, "--json", sweep=wanted, training={**BASE["training"], "micro_batch": 2})  # type: ignore[dict-item]
+    assert ran.exit_code == 0, ran.output
+    answer = json.loads(ran.stdout)
+    rates = [answer["cases"][n]["result"]["headlines"]["tokens_per_s_per_gpu"]["value"] for n in answer["ranked"]]
+    assert rates == sorted(rates, reverse=True)
+    assert len(set(rates)) == len(rates) > 1
+    assert answer["failed"] == 0
+    assert sorted(answer["ranked"] + answer["impossible"]) == list(range(24))
+    why = {tuple(row["case"].values()): row["failure"] for row in answer["cases"] if "failure" in row}
+    assert why[1, 8, 2, "full"].startswith("training: virtual_stages (2) needs pp above 1")
+    assert "pp x ep (64) does not divide ranks (32)" in why[4, 16, 1, "full"]
+    assert why[1, 8, 1, "none"].startswith("training does not fit: stage 0 needs ")
+    assert why[1, 8, 1, "none"].endswith(" of 79.6 GiB"), "no search for remedies"
+    assert {tuple(row["case"].values()): row["path"] for row in json.loads(
+        (tmp_path / "out" / "sweep.json").read_text())["cases"]}[1, 8, 2, "full"] is None  # fmt: skip
+
+
+def test_a_sweep_s_table_has_the_best_layout_first_below_what_cannot_be(tmp_path: Path) -> None:
+    ran = _sweep(tmp_path, sweep={"training.pp": [1, 4], "training.virtual_stages": [1, 2]})
+    assert ran.exit_code == 0, ran.output
+    lines = ran.stdout.splitlines()
+    below = next(n for n, line in enumerate(lines) if "best first" in line)
+    assert lines[below].startswith("3 of 4 cases")
+    assert any(line.startswith("1  2 ") and "needs pp above 1" in line for line in lines[:below])
+    table = [line.split() for line in lines[below + 3 :]]
+    assert [line.split() for line in lines[below + 1 : below + 3]] == [
+        ["virtual", "tokens/s", "MFU", "bubble", "exchange", "sync", "memory"],
+        ["pp", "stages", "per", "GPU", "from", "to", "%", "%", "%", "%", "GiB"],
+    ]
+    assert [float(row[2]) for row in table] == sorted((float(row[2]) for row in table), reverse=True)
+    for pp, chunks, *figures in table:
+        one = simulate_training(_scenario(pp=int(pp), virtual_stages=int(chunks))).headlines
+        assert float(figures[0]) == pytest.approx(one["tokens_per_s_per_gpu"], rel=1e-3)
+        shares = [100 * one[n] for n in ("mfu", "bubble_share", "exposed_exchange_share", "exposed_sync_share")]
+        assert [float(word) for word in figures[3:7]] == pytest.approx(shares, abs=0.06)
+        assert float(figures[7]) == pytest.approx(one["peak_memory_bytes"] / 2**30, abs=0.06)
+
+
+def test_sweeps_without_any_result_and_wrong_inputs_are_failures(tmp_path: Path) -> None:
+    ran = _sweep(tmp_path, "--json", sweep={"training.ep": [32, 64]})  # 8 experts on 32 ranks, or more than there are
+    assert ran.exit_code == 1
+    assert json.loads(ran.stdout)["failed"] == 2
+    ran = _sweep(tmp_path, "--json", sweep={"current": [str(tmp_path / "missing"), None]})
+    assert ran.exit_code == 1
+    assert (json.loads(ran.stdout)["failed"], json.loads(ran.stdout)["impossible"]) == (1, [])
+    ran = _sweep(tmp_path, sweep={"training.pipeline": [1, 2]})
+    assert str(ran.exception).startswith("sweep training.pipeline=1: ")
