@@ -237,8 +237,13 @@ def case_words(case: Mapping[str, Any]) -> str:
 
 
 def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> Section:
-    """Throughput and latency of the cases of a sweep, over the first field that is a number."""
-    wanted = ("output_tokens_per_s_per_gpu", "tokens_per_s_per_gpu", "ttft_p50_s", "tpot_p50_s", "step_s")
+    """Throughput and latency of the cases of a sweep, over the first field that is a number; of training the best
+    first, and drawn where one field is swept alone."""
+    wanted: tuple[str, ...] = ("output_tokens_per_s_per_gpu", "ttft_p50_s", "tpot_p50_s")
+    if training := all(result.kind == "training" for _, result in cases):
+        shares = ("mfu", "bubble_share", "exposed_exchange_share")
+        wanted = ("tokens_per_s_per_gpu", "step_s", *shares, "peak_memory_bytes")
+        cases = sorted(cases, key=lambda one: -one[1].headlines["tokens_per_s_per_gpu"].value)
     names = [name for name in wanted if all(name in result.headlines for _, result in cases)]
     rows, points, axis, unit = [], [], "", ""
     for case, result in cases:
@@ -253,7 +258,7 @@ def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> S
                 axis, unit = field, str(value).partition(" ")[2]
                 points.append((load, rate.value, 1e3 * slow.value))
     blocks: list[Block] = []
-    if len({load for load, _, _ in points}) > 1:
+    if len({load for load, _, _ in points}) > 1 and not (training and len(cases[0][0]) > 1):
         word = axis.rpartition(".")[2].replace("_", " ") + (f", {unit}" if unit else "")
         latency = "ms per further token, 99 %" if "ttft_p50_s" in names else "ms per step"
         picture = run_figures.load_curve("Throughput against load", points, word, "tokens/s per GPU", latency)

@@ -15,7 +15,9 @@ from moeplan.artifacts.event_log import EventLog
 from moeplan.artifacts.simulation_result import SimulationResult
 from moeplan.cli import cli
 from moeplan.errors import InfeasibleError, SpecError, TraceError
+from moeplan.pipeline.report import report
 from moeplan.pipeline.training import simulate_training
+from moeplan.reports.document import Table
 from moeplan.specs.scenario import Scenario
 
 BASE = {
@@ -122,6 +124,18 @@ def test_a_sweep_ranks_layouts_and_says_why_others_cannot_be(tmp_path: Path) -> 
     assert why[1, 8, 1, "none"].endswith(" of 79.6 GiB"), "no search for remedies"
     assert {tuple(row["case"].values()): row["path"] for row in json.loads(
         (tmp_path / "out" / "sweep.json").read_text())["cases"]}[1, 8, 2, "full"] is None  # fmt: skip
+
+
+def test_a_report_of_a_sweep_has_the_best_layout_first(tmp_path: Path) -> None:
+    ran = _sweep(tmp_path, sweep={"training.pp": [4, 1], "training.virtual_stages": [1, 2]})
+    assert ran.exit_code == 0, ran.output
+    (table,) = next(s for s in report([tmp_path / "out"]).document.sections if s.title == "Sweep").blocks
+    assert isinstance(table, Table)
+    assert table.columns == ("case", "tokens per s per gpu", "step s", "mfu", "bubble share", "exposed exchange share",
+                             "peak memory bytes")  # fmt: skip
+    rates = [float(row[1].split()[0].replace(",", "")) for row in table.rows]
+    assert rates == sorted(rates, reverse=True)
+    assert table.rows[0][0] == "pp 1, virtual_stages 1", "the last case"
 
 
 def test_a_sweep_s_table_has_the_best_layout_first_below_what_cannot_be(tmp_path: Path) -> None:
