@@ -57,10 +57,18 @@ def test_a_slow_rank_in_the_last_of_four_stages_holds_up_that_stage_alone() -> N
     assert found.step_s == pytest.approx(by_hand, rel=1e-9)
     everywhere = _costs(dict.fromkeys((3, 11, 19, 27), HALF), pp=4, **NO_OVERLAP)
     assert simulate_training(everywhere).step_s > 1.1 * found.step_s
-    # Layers are cut as if it were not there, and the other stages take what they did.
     for stage, (one, two) in enumerate(zip(usual.chunks(), slow.chunks(), strict=True)):
-        assert one.layers == two.layers
         assert two.forward_s_W == pytest.approx((1 + (stage == 3)) * one.forward_s_W)
+
+
+def test_layers_are_cut_as_if_slow_ranks_were_not_there() -> None:
+    """With exchanges that take 50 times as long everywhere, the dense layer and the head would weigh less."""
+    narrow = RankSpec(link_speed=0.02)
+    usual, one, every = (
+        [chunk.layers for chunk in _costs(dict.fromkeys(ranks, narrow), pp=4).chunks()]
+        for ranks in ((), (27,), range(32))
+    )
+    assert usual == one != every
 
 
 def test_a_slow_rank_in_one_of_four_replicas_holds_up_the_others_where_they_reduce_gradients() -> None:
@@ -73,10 +81,15 @@ def test_a_slow_rank_in_one_of_four_replicas_holds_up_the_others_where_they_redu
     assert found.bubble_share * found.step_s == pytest.approx(3 / 4 * work_s)  # three wait as long as they work
     assert found.exposed_exchange_share * found.step_s == pytest.approx(exchange_s)
     assert set(found.log.rank_V[found.log.of_kind("forward")].tolist()) == {16}  # where the slow one is
-    # Reduced beside the last backward: not before that of the slow rank begins.
-    beside, backward_s = _costs({19: HALF}, pp=1, overlap_parameters=False), 2 * chunk.backward_s_W[0]
-    hidden_s = min(chunk.sync_s, backward_s + chunk.exchange_s_W[0])
-    assert found.step_s - simulate_training(beside).step_s == pytest.approx(hidden_s)
+
+
+def test_gradients_are_reduced_beside_the_last_backward_of_the_slowest_replica() -> None:
+    job = {"pp": 1, "sequence": 1024, "overlap_parameters": False}
+    apart, beside = (_costs({19: HALF}, overlap_gradients=hides, **job) for hides in (False, True))
+    (chunk,) = apart.chunks()  # of the slow one
+    backward_s = chunk.backward_s_W[0] + chunk.exchange_s_W[0]
+    assert chunk.sync_s > backward_s  # begun with the others', more of it would be hidden
+    assert simulate_training(apart).step_s - simulate_training(beside).step_s == pytest.approx(backward_s)
 
 
 def test_two_slow_ranks_in_two_replicas_do_not_add_up() -> None:
