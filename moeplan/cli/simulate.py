@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,6 @@ _MAIN = (
     "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "accept_length", "e2e_p50_s", "output_tokens_per_s",
     "output_tokens_per_s_per_gpu", "requests_per_s", "goodput_requests_per_s", "slo_attainment",
     "usd_per_million_output_tokens", "compute_share", "exchange_share", "bubble_share", "mean_queue_length",
-)  # fmt: skip
-_WIDE = 160  # characters of a line that goes into a file
-_SERVED = ("ttft_p50_s", "tpot_p50_s", "output_tokens_per_s_per_gpu", "goodput_requests_per_s")
-# Columns of a training sweep: headline, what stands above it, units in one of its own.
-_TRAINED = (
-    ("mfu", "MFU\n%", 100), ("bubble_share", "bubble\n%", 100), ("exposed_exchange_share", "exchange\n%", 100),
-    ("exposed_sync_share", "sync\n%", 100), ("peak_memory_bytes", "memory\nGiB", 2**-30),
 )  # fmt: skip
 
 
@@ -49,8 +40,11 @@ def command(
       moeplan simulate scenario.yaml --out run
       moeplan simulate scenario.yaml --json --seeds 1
     """
+    from rich.console import Console
+
     from moeplan.files import require_place
     from moeplan.pipeline.simulate import SIMULATION_PLACE, simulate, sweep, write_simulation
+    from moeplan.pipeline.views import sweep_view
     from moeplan.specs.scenario import Scenario
 
     found = Scenario.from_file(scenario)
@@ -64,7 +58,8 @@ def command(
         if as_json:
             print_json(swept.to_json())
         elif not quiet:
-            _print_sweep(swept)
+            console = Console(highlight=False)
+            console.print(sweep_view(swept, console.width))
         if swept.failed:
             raise click.exceptions.Exit(1)
         return
@@ -99,62 +94,3 @@ def _print_result(result: Any) -> None:
             ends = ("exact", "") if line.exact else (f"{line.low:.4g}", f"{line.high:.4g}")
             grid.add_row(name, f"{line.value:.4g}", *ends, unit)
     Console().print(grid)
-
-
-def _print_sweep(swept: Any) -> None:
-    """Cases that have no result, and why; then those that have one, of training the best first."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    short = [name.rpartition(".")[2] for name in swept.cases[0]]
-    fields = [word if short.count(word) == 1 else name for name, word in zip(swept.cases[0], short, strict=True)]
-    fields = [name.replace("_", "\n") for name in fields]
-    cases = [tuple(map(_words, case.values())) for case in swept.cases]
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-
-    folds = [any(", " in cell for cell in column) for column in zip(*cases, strict=True)]
-
-    def table(title: str, *columns: Any) -> Any:
-        first = (Column(name, no_wrap=not fold, min_width=11 * fold) for name, fold in zip(fields, folds, strict=True))
-        return Table(*first, *columns, title=title, title_justify="left", box=None, pad_edge=False,
-                     padding=(0, 1, 0, 0), header_style="dim")  # fmt: skip
-
-    if missing := [number for number, result in enumerate(swept.results) if result is None]:
-        title = f"{len(missing)} cases without a result, {len(swept.impossible)} of them impossible"
-        grid = table(title, Column("why", overflow="fold"))
-        reasons = [swept.failures.get(number, "not run") for number in missing]
-        for reason in dict.fromkeys(reasons):
-            for row in _rows([cases[number] for number, own in zip(missing, reasons, strict=True) if own == reason]):
-                grid.add_row(*row, reason)
-        console.print(grid)
-    if not (ranked := swept.ranked):
-        return
-    training = swept.results[ranked[0]].kind == "training"
-    title = f"{len(ranked)} of {len(cases)} cases, {swept.resumed} of them kept from before" + ", best first" * training
-    heads = ("tokens/s\nper GPU", "from", "to", *(head for _, head, _ in _TRAINED)) if training else _SERVED
-    grid = table(title, *(Column(head, justify="right", no_wrap=training) for head in heads))
-    for number in ranked:
-        lines = swept.results[number].headlines
-        grid.add_row(*cases[number], *(_trained(lines) if training else _served(lines)))
-    console.print(grid)
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _rows(cases: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Cases as one row, where they are all combinations of its values."""
-    values = [list(dict.fromkeys(column)) for column in zip(*cases, strict=True)]
-    return [tuple("/".join(each) for each in values)] if len(cases) == prod(map(len, values)) else cases
-
-
-def _trained(lines: Any) -> list[str]:
-    rate = lines["tokens_per_s_per_gpu"]
-    shares = [f"{factor * lines[name].value:.1f}" for name, _, factor in _TRAINED]
-    return [f"{value:.4g}" for value in (rate.value, rate.low, rate.high)] + shares
-
-
-def _served(lines: Any) -> list[str]:
-    found = [lines.get(name) for name in _SERVED]
-    return ["-" if line is None else f"{line.value:.4g} ({line.low:.4g} to {line.high:.4g})" for line in found]
