@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from moeplan.artifacts.simulation_result import Headline
+from moeplan.reports.wording import format_number
 
 __all__ = ["sweep_view"]
 
@@ -69,8 +70,8 @@ def _trained(fields: _Fields, rows: list[tuple[_Row, Mapping[str, Headline]]], e
     for case, lines in rows:
         rate = lines["tokens_per_s_per_gpu"]
         rates = [rate.value, *([rate.low, rate.high] if ends else [])]
-        others = (f"{factor * lines[name].value:.1f}" for name, _, factor in _TRAINED)
-        grid.add_row(*case, *(f"{value:.4g}" for value in rates), *others)
+        others = (f"{abs(factor * lines[name].value):.1f}" for name, _, factor in _TRAINED)  # no sign where none is
+        grid.add_row(*case, *(format_number(value, 4) for value in rates), *others)
     return grid
 
 
