@@ -401,12 +401,8 @@ def sweep(
         places[number] = require_place(out / "cases" / digest[:16], *SIMULATION_PLACE)
         results[number] = _kept(places[number], digest)
     resumed = sum(result is not None for result in results)
-    jobs = [
-        (number, run)
-        for number, (_, one) in cases.items()
-        if results[number] is None
-        for run in _runs(one, seeds, keep_log=False, alone=False)
-    ]
+    left = {number: one for number, (_, one) in cases.items() if results[number] is None}
+    jobs = [(number, run) for number, one in left.items() for run in _runs(one, seeds, keep_log=False, alone=False)]
     runs_of = Counter(number for number, _ in jobs)
     answers: dict[int, dict[int, _Answer]] = {}
     failures = {number: str(error) for number, (_, error) in enumerate(made) if isinstance(error, MoeplanError)}
@@ -435,13 +431,18 @@ def sweep(
 
     (executor or executor_for(workers, len(jobs))).run(_run, [run for _, run in jobs], done)
     answer = Sweep(tuple(case for case, _ in made), tuple(results), failures, frozenset(impossible), resumed)
-    index = [
-        {"case": case, "path": None if results[number] is None else f"cases/{places[number].name}/result.json"}
-        | ({"failure": failures[number]} if number in failures else {})
-        for number, case in enumerate(answer.cases)
-    ]
-    write_text(out / "sweep.json", json.dumps({"schema_version": 1, "cases": index}, indent=1) + "\n")
+    write_text(out / "sweep.json", _index(answer, places))
     return answer
+
+
+def _index(swept: Sweep, places: dict[int, Path]) -> str:
+    """Where the result of each case is, or why there is none."""
+    rows = [
+        {"case": case, "path": None if swept.results[number] is None else f"cases/{places[number].name}/result.json"}
+        | ({"failure": swept.failures[number]} if number in swept.failures else {})
+        for number, case in enumerate(swept.cases)
+    ]
+    return json.dumps({"schema_version": 1, "cases": rows}, indent=1) + "\n"
 
 
 def _kept(place: Path, digest: str) -> SimulationResult | None:
