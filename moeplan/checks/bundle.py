@@ -100,6 +100,12 @@ def trace_layers(b: Bundle) -> Iterator[Finding]:
     if len(set(ids)) < len(ids):
         twice = next(i for n, i in enumerate(ids) if i in ids[:n])
         yield error(f"trace names layer {twice} twice in moe_layers; number each once", TraceError)
+    elif ids == tuple(range(len(ids))) and not set(ids) <= set(model.moe_layer_ids):
+        yield error(
+            f"trace has {len(ids)} layers, numbered from 0, but {model.name} has {model.num_moe_layers} MoE layers,"
+            f" {_some(model.moe_layer_ids)}; it is a trace of another model, or record them all",
+            TraceError,
+        )
     elif foreign := sorted(set(ids) - set(model.moe_layer_ids)):
         yield error(
             f"trace layers {_some(foreign)} are not MoE layers of {model.name}, which are"

@@ -38,23 +38,12 @@ def command(a: Path, b: Path, as_json: bool, quiet: bool) -> None:
     if quiet:
         return
     from rich.console import Console
-    from rich.table import Column, Table
+
+    from moeplan.pipeline.views import comparison_view
 
     console = Console(highlight=False)
     console.print(f"a: {a}\nb: {b}", markup=False)
-    for case, differences in found:
-        if case:
-            console.print(", ".join(f"{name} {value}" for name, value in case.items()), markup=False)
-        numbers = [Column(word, justify="right", no_wrap=True) for word in ("a", "b", "change", "from", "to")]
-        name = Column("figure", overflow="fold")
-        grid = Table(name, *numbers, "", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-        for d in differences:
-            change = "-" if d.relative is None else f"{100 * d.relative:+.1f} %"
-            grid.add_row(
-                d.name, f"{d.a.value:.4g}", f"{d.b.value:.4g}", change, f"{d.change_low:+.3g}", f"{d.change_high:+.3g}",
-                d.verdict,
-            )  # fmt: skip
-        console.print(grid)
+    console.print(comparison_view(found, console.width))
 
 
 def _plain(difference: Any) -> dict[str, Any]:

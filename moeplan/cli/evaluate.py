@@ -53,26 +53,8 @@ def evaluate(as_json: bool, quiet: bool, **options: Any) -> None:
     if quiet:
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{score.model}: {options['plan_path']} on {options['trace_path'].name}", title_justify="left")
-    columns = {
-        "layer_id": "layer", "max_over_mean_load": "max/mean load", "nodes_per_token": "nodes/token",
-        "ranks_per_token": "ranks/token", "same_node_share": "stays in node", "time_s": "time, us",
-    }  # fmt: skip
-    for title in columns.values():
-        table.add_column(title, justify="right")
+    from moeplan.pipeline.views import score_view
 
-    def cell(name: str, value: Any) -> str:
-        if value is None:
-            return "-"
-        return str(value) if name == "layer_id" else f"{value * 1e6:.1f}" if name == "time_s" else f"{value:.3f}"
-
-    for row in answer["layers"]:
-        table.add_row(*(cell(name, row[name]) for name in columns))
-    table.add_section()
-    table.add_row("all", *(cell(name, answer[name]) for name in list(columns)[1:]))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"{answer['workload']['phase']}, {answer['workload']['batch_per_rank']} tokens per rank; "
-                  + "; ".join(f"{part}: {source}" for part, source in score.source.items()))
+    title = f"{score.model}: {options['plan_path']} on {options['trace_path'].name}"
+    Console(highlight=False).print(score_view(answer, title))

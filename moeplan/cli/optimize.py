@@ -117,6 +117,9 @@ def optimize(scenario: Path | None, as_json: bool, quiet: bool, **options: Any) 
 
         console = Console(highlight=False)
         console.print(view_of(plan, found.evidence, console.width))
+        if plan.verdict is not None and plan.verdict.apply:
+            target = found_scenario.target or "ENGINE"
+            click.echo(f"next: moeplan export {written[0]} --format {target} --out FILE", err=True)
     if found.interrupted:
         click.echo("interrupted: the best plan so far was kept", err=True)
         raise click.exceptions.Exit(130)

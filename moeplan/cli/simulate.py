@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 
 from moeplan.cli.common import output_options, print_json, progress_bar
 
 __all__ = ["command"]
-
-_MAIN = (
-    "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "accept_length", "e2e_p50_s", "output_tokens_per_s",
-    "output_tokens_per_s_per_gpu", "requests_per_s", "goodput_requests_per_s", "slo_attainment",
-    "usd_per_million_output_tokens", "compute_share", "exchange_share", "bubble_share", "mean_queue_length",
-)  # fmt: skip
 
 
 @click.command("simulate")
@@ -44,9 +37,10 @@ def command(
 
     from moeplan.files import require_place
     from moeplan.pipeline.simulate import SIMULATION_PLACE, simulate, sweep, write_simulation
-    from moeplan.pipeline.views import sweep_view
+    from moeplan.pipeline.views import result_view, sweep_view
     from moeplan.specs.scenario import Scenario
 
+    console = Console(highlight=False)
     found = Scenario.from_file(scenario)
     found = found if fidelity is None else found.model_copy(update={"fidelity": fidelity})
     place = out or found.out
@@ -58,7 +52,6 @@ def command(
         if as_json:
             print_json(swept.to_json())
         elif not quiet:
-            console = Console(highlight=False)
             console.print(sweep_view(swept, console.width))
         if swept.failed:
             raise click.exceptions.Exit(1)
@@ -75,22 +68,4 @@ def command(
         document = answer.result.model_dump(mode="json")
         print_json(document | {"sha256": answer.result.sha256, "written": [str(path) for path in written]})
     elif not quiet:
-        _print_result(answer.result)
-
-
-def _print_result(result: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    counts, training = result.counts, result.kind == "training"
-    what = f"{counts['steps']:.0f} steps" if training else f"{counts['finished']:.0f} requests"
-    grid = Table(
-        "figure", "value", "from", "to", "unit",
-        title=f"{result.model} on {result.num_ranks} ranks of {result.cluster}: {what} in {result.simulated_s:.1f} s",
-    )  # fmt: skip
-    for name in result.headlines if training else _MAIN:
-        if (line := result.headlines.get(name)) is not None:
-            unit = "" if line.unit == "1" else line.unit
-            ends = ("exact", "") if line.exact else (f"{line.low:.4g}", f"{line.high:.4g}")
-            grid.add_row(name, f"{line.value:.4g}", *ends, unit)
-    Console().print(grid)
+        console.print(result_view(answer.result))

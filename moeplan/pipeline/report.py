@@ -39,6 +39,7 @@ from moeplan.reports.document import (
     to_json,
     to_markdown,
 )
+from moeplan.reports.run_words import case_words
 from moeplan.reports.summary import key_figures, relative_loads
 from moeplan.reports.wording import format_number, format_percent, format_seconds
 from moeplan.simulation.detailed import simulate_step
@@ -231,7 +232,7 @@ def _traffic(subject: _Subject) -> tuple[TrafficMatrix, ...]:
 def _named(cases: tuple[tuple[dict[str, Any], SimulationResult], ...]) -> dict[str, SimulationResult]:
     """First, middle and last case by their values."""
     chosen = sorted({0, len(cases) // 2, len(cases) - 1})
-    return {run_report.case_words(cases[i][0]): cases[i][1] for i in chosen}
+    return {case_words(cases[i][0]): cases[i][1] for i in chosen}
 
 
 def _losses(log: EventLog) -> Section | None:
@@ -255,7 +256,7 @@ def _between(a: _Subject, b: _Subject) -> list[Section]:
         sections += [section for section in (latency, loads, traffic) if section is not None]
     elif a.cases and b.cases:
         for case, differences in compare(a.path, b.path):
-            title = f"{a.name}, {run_report.case_words(case)}"
+            title = f"{a.name}, {case_words(case)}"
             sections.append(run_report.comparison_section(differences, title, b.name))
     if a.log is not None and b.log is not None and a.log.source != b.log.source:
         logs = (a.log, b.log) if a.log.source == "simulated" else (b.log, a.log)

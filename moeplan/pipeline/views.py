@@ -1,7 +1,9 @@
-"""What the terminal shows of simulations; of plans see :mod:`moeplan.pipeline.show`."""
+"""What the terminal shows of scores and simulations; of plans see :mod:`moeplan.pipeline.show`."""
 
 from __future__ import annotations
 
+from moeplan.reports.run_terminal import comparison_view, result_view
+from moeplan.reports.score_terminal import score_view
 from moeplan.reports.sweep_terminal import sweep_view
 
-__all__ = ["sweep_view"]
+__all__ = ["comparison_view", "result_view", "score_view", "sweep_view"]

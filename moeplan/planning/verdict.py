@@ -52,20 +52,21 @@ def judge(
         saved_s = gain * baseline_s
         steps = ceil(migration_s / saved_s * (1 - 1e-9))
         break_even = migration_s * (1.0 - gain) / gain
+    part = f"{100 * gain:.1f} %"
     if migration is not None and not migration.moves:
         apply, reason = False, f"the {baseline} placement is already what was planned: nothing to move"
     elif gain <= 0:
         apply, reason = False, f"no gain over {baseline} is expected on {held_out}"
     elif low <= 0 and parts > 1:
-        apply, reason = False, f"the gain over {baseline} ({gain:.1%}) is not above its spread on {held_out}"
+        apply, reason = False, f"the gain over {baseline} ({part}) is not above its spread on {held_out}"
     elif unchecked:
         apply = False
-        reason = f"the gain over {baseline} ({gain:.1%}) was seen only on the data planned on; {unchecked}"
+        reason = f"the gain over {baseline} ({part}) was seen only on the data planned on; {unchecked}"
     elif steps is not None:
         apply = True
-        reason = f"saves {gain:.1%} of a step over {baseline}; the migration has paid after {steps:,} steps"
+        reason = f"saves {part} of a step over {baseline}; the migration has paid after {steps:,} steps"
     else:
-        apply, reason = True, f"saves {gain:.1%} of a step over {baseline}"
+        apply, reason = True, f"saves {part} of a step over {baseline}"
     return Verdict(
         apply=apply,
         reason=reason,

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from moeplan.artifacts.event_log import EVENT_KINDS, EventLog
-from moeplan.artifacts.simulation_result import Headline, SimulationResult, TrafficMatrix
+from moeplan.artifacts.simulation_result import SimulationResult, TrafficMatrix
 from moeplan.reports import figures, run_figures
 from moeplan.reports.against import Against, seconds_per_step
 from moeplan.reports.document import Block, Cards, Picture, Section, Table, Text
+from moeplan.reports.run_words import case_words, change_text, interval, shown, verdicts_text
 from moeplan.reports.wording import format_bytes, format_number, format_percent, format_seconds
 
 __all__ = [
     "against_section",
     "assumptions_section",
-    "case_words",
     "comparison_section",
     "figures_section",
     "latency_section",
@@ -26,7 +26,6 @@ __all__ = [
     "log_section",
     "memory_section",
     "ranks_section",
-    "shown",
     "sweep_section",
     "traffic_section",
 ]
@@ -43,27 +42,6 @@ _NAMES = {
 }  # fmt: skip
 
 
-def shown(value: float, unit: str, name: str = "") -> str:
-    """A figure with its unit, as people read it; shares in per cent, but for the length of a queue."""
-    if unit == "s":
-        return format_seconds(value)
-    if unit == "bytes":
-        return format_bytes(value)
-    if unit == "1":
-        return format_number(value) if "queue" in name else format_percent(value)
-    return f"{format_number(value)} {unit}"
-
-
-def _interval(line: Headline, name: str = "") -> str:
-    if line.exact:
-        return "exact"
-    if line.high - line.low <= 1e-6 * abs(line.high):
-        return ""
-    low, high = (shown(value, line.unit, name) for value in (line.low, line.high))
-    same_unit = low.split()[1:] == high.split()[1:]  # said once
-    return f"{low.split()[0] if same_unit else low} to {high}"
-
-
 def _count(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else format_number(value, 4)
 
@@ -71,8 +49,8 @@ def _count(value: float) -> str:
 def figures_section(result: SimulationResult) -> Section:
     """Key figures as cards, all of them as a table."""
     main = [(word, result.headlines[name]) for name, word in _NAMES.items() if name in result.headlines][:6]
-    cards = tuple((word, shown(line.value, line.unit), _interval(line)) for word, line in main)
-    ends = {name: _interval(line, name) or "same at both ends" for name, line in result.headlines.items()}
+    cards = tuple((word, shown(line.value, line.unit), interval(line)) for word, line in main)
+    ends = {name: interval(line, name) or "same at both ends" for name, line in result.headlines.items()}
     rows = tuple(
         (name.replace("_", " "), shown(line.value, line.unit, name), ends[name], line.better)
         for name, line in result.headlines.items()
@@ -231,11 +209,6 @@ def log_section(log: EventLog) -> Section:
     return Section("One step", tuple(blocks), f"Event log, {log.source}: {len(log):,} events on {log.num_ranks} ranks.")
 
 
-def case_words(case: Mapping[str, Any]) -> str:
-    """A case of a sweep by its values."""
-    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in case.items())
-
-
 def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> Section:
     """Throughput and latency of the cases of a sweep, over the first field that is a number; of training the best
     first, and drawn where one field is swept alone."""
@@ -248,7 +221,7 @@ def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> S
     rows, points, axis, unit = [], [], "", ""
     for case, result in cases:
         lines = result.headlines
-        figures_of_case = (f"{shown(lines[n].value, lines[n].unit)} ({_interval(lines[n])})" for n in names)
+        figures_of_case = (f"{shown(lines[n].value, lines[n].unit)} ({interval(lines[n])})" for n in names)
         rows.append((case_words(case), *figures_of_case))
         rate = lines.get("output_tokens_per_s_per_gpu") or lines.get("tokens_per_s_per_gpu")
         slow = lines.get("tpot_p99_s") or lines.get("step_s")
@@ -282,12 +255,13 @@ def comparison_section(differences: Sequence[Any], a: str, b: str) -> Section:
             d.name.replace("_", " "),
             shown(d.a.value, d.unit, d.name),
             shown(d.b.value, d.unit, d.name),
-            "-" if d.relative is None else f"{100 * d.relative:+.1f}\u00a0%",
+            change_text(d.relative),
             d.verdict,
         )
         for d in differences
     )
-    return Section(f"From {a} to {b}", (Table(("figure", a, b, "change", "verdict"), rows),))
+    table = Table(("figure", a, b, "change", "verdict"), rows)
+    return Section(f"From {a} to {b}", (table,), verdicts_text(differences))
 
 
 def against_section(rows: Sequence[Against]) -> Section:

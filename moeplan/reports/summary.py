@@ -153,6 +153,7 @@ def layer_rows(plan: Plan, evidence: Evidence) -> list[LayerRow]:
     after_L = {item.layer_id: item for item in plan.evaluation}
     before_L = {item.layer_id: item for item in evidence.evaluation_before}
     relative_before, relative = relative_loads(plan, evidence)
+    stays = plan.objective.return_mode == "stay"  # else tokens go home, whatever the next layer's experts
     rows = []
     for index, layer_id in enumerate(plan.layer_ids):
         after, before = after_L.get(layer_id), before_L.get(layer_id)
@@ -166,8 +167,8 @@ def layer_rows(plan: Plan, evidence: Evidence) -> list[LayerRow]:
             peak_before = float(np.nanmax(relative_before[index]))
         elif before is not None:
             peak_before = before.max_over_mean_load
-        far = _locality(evidence.locality_after, index, after)
-        far_before = _locality(evidence.locality_before, index, before)
+        far = _locality(evidence.locality_after, index, after, stays)
+        far_before = _locality(evidence.locality_before, index, before, stays)
         rows.append(
             LayerRow(
                 layer_id=layer_id,
@@ -187,12 +188,14 @@ def layer_rows(plan: Plan, evidence: Evidence) -> list[LayerRow]:
     return rows
 
 
-def _locality(counted: Locality, index: int, item: LayerEvaluation | None) -> tuple[float | None, ...]:
-    """Nodes and ranks per token and same-node share of a layer: as counted, else as evaluated."""
+def _locality(
+    counted: Locality, index: int, item: LayerEvaluation | None, stays: bool
+) -> tuple[float | None, ...]:
+    """Nodes and ranks per token and, where tokens stay, same-node share of a layer: as counted, else as evaluated."""
     names = ("nodes_per_token", "ranks_per_token", "same_node_share")
     known = [getattr(counted, f"{name}_L") for name in names]
     return tuple(
-        values[index] if values is not None else getattr(item, name, None)
+        None if name == "same_node_share" and not stays else values[index] if values else getattr(item, name, None)
         for name, values in zip(names, known, strict=True)
     )
 

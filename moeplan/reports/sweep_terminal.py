@@ -11,12 +11,17 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from moeplan.artifacts.simulation_result import Headline
+from moeplan.reports.run_terminal import WIDE
+from moeplan.reports.run_words import interval, shown
 from moeplan.reports.wording import format_number
 
 __all__ = ["sweep_view"]
 
-_WIDE, _FOLDED = 110, 12  # columns of a wide terminal, and of a list
-_SERVED = ("ttft_p50_s", "tpot_p50_s", "output_tokens_per_s_per_gpu", "goodput_requests_per_s")
+_FOLDED = 12  # columns of a list
+_SERVED = {
+    "ttft_p50_s": "TTFT p50", "tpot_p50_s": "TPOT p50", "output_tokens_per_s_per_gpu": "per GPU",
+    "goodput_requests_per_s": "goodput",
+}  # fmt: skip
 # Columns of a training sweep: headline, what stands above it, units in one of its own.
 _TRAINED = (
     ("mfu", "MFU\n%", 100), ("bubble_share", "bubble\n%", 100), ("exposed_exchange_share", "exchange\n%", 100),
@@ -44,8 +49,9 @@ def sweep_view(swept: Any, width: int) -> RenderableType:
         title = f"{len(ranked)} of {len(cases)} cases, {swept.resumed} of them kept from before"
         parts.append(Text(title + ", best first" * training))
         rows = [(cases[number], swept.results[number].headlines) for number in ranked]
-        ends = width >= _WIDE or not any(folds)
-        parts.append(_trained(heads, rows, ends) if training else _served(heads, rows))
+        wide = width >= WIDE
+        shown_ends = wide or not any(folds)
+        parts.append(_trained(heads, rows, shown_ends) if training else _served(heads, rows, wide))
     return Group(*parts)
 
 
@@ -75,14 +81,20 @@ def _trained(fields: _Fields, rows: list[tuple[_Row, Mapping[str, Headline]]], e
     return grid
 
 
-def _served(fields: _Fields, rows: list[tuple[_Row, Mapping[str, Headline]]]) -> Table:
+def _served(fields: _Fields, rows: list[tuple[_Row, Mapping[str, Headline]]], ends: bool) -> Table:
+    """``ends``: with those of each figure's interval."""
     names = [name for name in _SERVED if any(name in lines for _, lines in rows)]
-    grid = _table(fields, *(Column(name, justify="right") for name in names))
+    grid = _table(fields, *(Column(_SERVED[name], justify="right", no_wrap=True) for name in names))
     for case, lines in rows:
-        found = [lines.get(name) for name in names]
-        cells = ("-" if line is None else f"{line.value:.4g} ({line.low:.4g} to {line.high:.4g})" for line in found)
-        grid.add_row(*case, *cells)
+        grid.add_row(*case, *(_cell(lines.get(name), name, ends) for name in names))
     return grid
+
+
+def _cell(line: Headline | None, name: str, ends: bool) -> str:
+    if line is None:
+        return "-"
+    between = interval(line, name) if ends else ""
+    return shown(line.value, line.unit, name) + (f" ({between})" if between else "")
 
 
 def _table(fields: _Fields, *more: Column) -> Table:

@@ -94,9 +94,9 @@ def load_torch(path: Path) -> Any:
     except OSError as error:
         raise TraceError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises a dozen kinds for damaged and for refused files
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise TraceError(
-            f"{path} is damaged or holds more than tensors and containers ({reason}); nothing in it was run"
+            f"{path} is damaged or holds more than tensors and containers; nothing in it was run. Save it again with"
+            " torch.save, as tensors alone"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,8 +53,37 @@ def test_compared_figures_have_whole_heads_and_numbers(monkeypatch: pytest.Monke
     long = "a-directory-with-a-name-that-is-long-" * 2
     lines = _printed("compare", long, "b")
     assert lines[:2] == [f"a: {long}", "b: b"]
-    assert lines[3].split() == ["figure", "a", "b", "change", "from", "to"]
-    assert lines[4].split()[1:7] == ["1.325e+05", "1.717e+05", "+29.6", "%", "+4.18e+03", "+7.56e+04"]
+    assert lines[2] == "ranks 8"
+    assert lines[3].split() == ["figure", "a", "b", "change"]
+    assert lines[4].split() == [name, "132,457", "171,711", "+29.6", "%", "not", "told", "apart"]
+    assert lines[5] == "Of 1 figures 0 are better, 0 worse, 1 not told apart (the change may be none)."
+
+
+def test_cases_of_a_sweep_are_told_apart_with_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def line(value: float, unit: str) -> Headline:
+        return Headline(value=value, low=0.9 * value, high=1.1 * value, unit=unit, better="lower")
+
+    headlines = {
+        "ttft_p50_s": line(0.0204, "s"), "tpot_p50_s": line(0.00525, "s"),
+        "output_tokens_per_s_per_gpu": line(1182.3, "tokens/s"), "goodput_requests_per_s": line(9.72, "requests/s"),
+    }  # fmt: skip
+    result = SimpleNamespace(headlines=headlines)
+    cases = [{"serving.requests.rate": "10 /s", "current": place} for place in ("plan/plan.json", None)]
+    swept = SimpleNamespace(cases=cases, results=[result, None], failures={1: "out of memory"}, resumed=0)
+    monkeypatch.setattr("moeplan.pipeline.simulate.sweep", lambda *_args, **_options: swept)
+    file = tmp_path / "s.yaml"
+    requests = "{arrivals: poisson, rate: 1 /s, count: 1, input_tokens: 1, output_tokens: 1}"
+    file.write_text(f"model: moeplan-20m\ntrace: x\nranks: 8\nserving: {{requests: {requests}}}\nsweep: {{seed: [0]}}\n")
+    ran = CliRunner(env={"COLUMNS": "80"}).invoke(cli, ["simulate", str(file), "--out", str(tmp_path / "out")])
+    assert ran.exit_code == 1
+    lines = [" ".join(line.split()) for line in ran.stdout.splitlines()]
+    assert lines[1] == "case TTFT p50 TPOT p50 per GPU goodput"
+    assert "".join(lines[2:4]).replace("plan/plan.json", "") == (
+        "rate 10 /s, current 20.4 ms 5.25 ms 1,182 tokens/s 9.72 requests/s"
+    )
+    assert "plan/plan.json" in lines[3]
+    assert lines[-1] == "failed: rate 10 /s, current none: out of memory"
+    assert max(map(len, ran.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("steps", [0, 2])
