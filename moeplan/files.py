@@ -31,6 +31,7 @@ __all__ = [
     "read_lines",
     "read_sums",
     "read_yaml",
+    "require_other",
     "require_place",
     "require_writable",
     "sha256_bytes",
@@ -55,6 +56,17 @@ def as_made_afresh(path: Path, mode: int = 0o666) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(mode & ~umask)
+
+
+def require_other(out: Path | None, *inputs: Path | None) -> None:
+    """That ``out`` is none of the files it is made from, so that none is lost.
+
+    Raises:
+        SpecError: it is.
+    """
+    for path in inputs:
+        if out is not None and path is not None and out.exists() and path.exists() and out.samefile(path):
+            raise SpecError(f"{out} is read and would be written over; name another file to write")
 
 
 @contextmanager
@@ -150,6 +162,10 @@ def require_place(path: Path, what: str, files: Sequence[str]) -> Path:
     if place.exists() and (place.is_mount() or not os.access(place, os.W_OK)):
         why = "it is a mount point, which cannot be replaced" if place.is_mount() else "it is read-only"
         raise InputError(f"cannot write {path}: {why}; choose another --out")
+    parent = next(folder for folder in place.parents if folder.exists())  # what is missing is made there
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        why = "is read-only" if parent.is_dir() else "is a file, not a directory"
+        raise InputError(f"cannot write {path}: {parent} {why}; choose another --out")
     try:
         if place.exists() and any(place.iterdir()) and not (place / files[0]).is_file():
             raise SpecError(
@@ -292,6 +308,8 @@ def read_json(path: Path) -> Any:
         ) from error
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply to be a document of this project") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{path} is not usable JSON: {_first_words(error)}") from error
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -334,8 +352,15 @@ def read_yaml(path: Path) -> Any:
         mark = error.problem_mark
         where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
         raise InputError(f"{path} is not usable YAML: {error.problem}{where}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} is not usable YAML: {error or 'nested too deeply'}") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply to be a document of this project") from error
+    except (yaml.YAMLError, ValueError) as error:  # also a number of thousands of digits, or a date that is none
+        raise InputError(f"{path} is not usable YAML: {_first_words(error)}") from error
+
+
+def _first_words(error: Exception) -> str:
+    """The first line of an error's text, without Python's own remedies."""
+    return str(error).partition("\n")[0].partition("; use sys.")[0]
 
 
 def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:

@@ -236,7 +236,9 @@ def slots_for_memory(b: Bundle) -> Iterator[Finding]:
     )
     fewer = "fewer --redundant, " if (b.num_redundant or 0) > 0 else ""
     remedy = f"use {fewer}{_ranks_that_hold(b, worst)} or a smaller --dtype"
-    if split > 0:
+    if worst.workspace_bytes > worst.memory_bytes:
+        yield error(f"{parts}: workspace alone exceeds it; use a smaller --batch-per-rank", InfeasibleError)
+    elif split > 0:
         binds = (
             "experts alone"
             if worst.expert_bytes > worst.memory_bytes

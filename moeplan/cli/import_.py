@@ -39,8 +39,10 @@ def command(
     Example:
       moeplan import expert_location.json --model deepseek-v2-lite --ranks 8 --out plan.json
     """
+    from moeplan.files import require_other
     from moeplan.pipeline.exports import import_plan
 
+    require_other(out, file)
     plan = import_plan(file, model=model, num_ranks=ranks, num_nodes=nodes, format_name=format_name)
     plan.save(out)
     if as_json:

@@ -16,10 +16,12 @@ __all__ = ["command"]
 @click.argument("scenario", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Directory for result.json and events.parquet; a sweep"
               " goes on where it stopped there.")
-@click.option("--seeds", type=int, default=3, show_default=True, metavar="N", help="Runs, from the scenario's seed on.")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, metavar="N",
+              help="Runs, from the scenario's seed on.")
 @click.option("--fidelity", type=click.Choice(["step", "detailed"]), help="Seconds of steps from formulas, or every"
               " layer, rank and link played event by event (small cases).  [default: the scenario's, else step]")
-@click.option("--workers", type=int, default=None, metavar="N", help="Processes. [all cores for a sweep, else 1]")
+@click.option("--workers", type=click.IntRange(1), default=None, metavar="N",
+              help="Processes. [all cores for a sweep, else 1]")
 @output_options
 def command(
     scenario: Path, out: Path | None, seeds: int, fidelity: str | None, workers: int | None, as_json: bool, quiet: bool

@@ -16,7 +16,8 @@ from moeplan.costs.work import speeds
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.pipeline.exports import load_placement, own_plan
 from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_notes, profile_of, read_routing
-from moeplan.pipeline.optimize import SPLIT_OF_TARGET, layer_evaluations, spec_sha256
+from moeplan.pipeline.job import SPLIT_OF_TARGET
+from moeplan.pipeline.optimize import layer_evaluations, spec_sha256
 from moeplan.routing.loads import expert_load
 from moeplan.specs.catalogue import slug
 from moeplan.specs.cluster import ClusterSpec

@@ -10,7 +10,7 @@ from moeplan.artifacts.plan import IMPORTED, Plan, placement_fields
 from moeplan.errors import InputError, PlanError, SpecError
 from moeplan.exports.base import ExportContext, Exporter, ImportContext, ImportedPlacement
 from moeplan.exports.documents import read_placement_document
-from moeplan.files import sha256_file
+from moeplan.files import require_other, sha256_file
 from moeplan.progress import Progress, no_progress
 from moeplan.registry import load_plugin, plugin_names
 from moeplan.specs.catalogue import slug
@@ -63,6 +63,7 @@ def export_plan(
     spec = find_model(model) if model is not None else _built_in(plan.model)
     if spec is not None:
         _require_model(plan, plan_path, spec)
+    require_other(out, plan_path, plan_path / "plan.json", checkpoint)
     return exporter.export(plan, out, ExportContext(model=spec, **given, progress=progress))
 
 
@@ -145,7 +146,7 @@ def _recognise(document: Any, path: Path) -> Exporter:
     if len(found) != 1:
         fitting = " and ".join(exporter.name for exporter in found) or "none"
         raise InputError(
-            f"cannot tell the format of {path}: {fitting} of {', '.join(names)} fits; name it with --format"
+            f"cannot tell the format of {path}: {fitting} of {', '.join(names)} fits; moeplan import takes its --format"
         )
     return found[0]
 

@@ -20,7 +20,7 @@ from moeplan.costs.memory import memory_report
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.errors import InputError, MoeplanError, SpecError
-from moeplan.files import read_json, write_text
+from moeplan.files import read_json, require_other, write_text
 from moeplan.pipeline.compare import compare
 from moeplan.pipeline.inputs import profile_of
 from moeplan.pipeline.show import Shown, show_plan
@@ -106,7 +106,14 @@ def report(
         raise SpecError(f"{len(paths)} paths: report on one, or compare two")
     if out is not None and out.suffix not in _SUFFIXES:
         raise SpecError(f"--out ({out}) must end in {', '.join(_SUFFIXES)}")
+    names = ("", "plan.json", "result.json", "sweep.json", "events.parquet")
+    inputs = [path / name for path in paths for name in names]
+    for written_over in (out, perfetto_path):
+        require_other(written_over, *inputs, trace_path, before_path)
     subjects = [_read(path, trace_path, trace_domain, before_path, cluster_name) for path in paths]
+    logs = [subject.log for subject in subjects if subject.log is not None]
+    if perfetto_path is not None and len(logs) != 1:
+        raise InputError(f"--perfetto needs the event log of one run, but {len(logs)} of these paths hold one")
     sections: list[Section] = []
     if len(subjects) == 2:
         sections += _between(*subjects)
@@ -122,9 +129,6 @@ def report(
         write_text(out, text)
         written.append(out)
     if perfetto_path is not None:
-        logs = [subject.log for subject in subjects if subject.log is not None]
-        if len(logs) != 1:
-            raise InputError(f"--perfetto needs the event log of one run, but {len(logs)} of these paths hold one")
         write_chrome_trace(logs[0], perfetto_path)
         written.append(perfetto_path)
     messages = [message for subject in subjects if subject.plan for message in subject.plan.messages]

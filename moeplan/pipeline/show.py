@@ -21,7 +21,7 @@ from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.costs.layer import LayerCosts
 from moeplan.costs.transitions import transition_counts
 from moeplan.errors import PlanError, TraceError
-from moeplan.files import write_text
+from moeplan.files import require_other, write_text
 from moeplan.planning.problem import PlanningProblem
 from moeplan.planning.simple import contiguous
 from moeplan.reports.plan_page import plan_svg, render_plan_page
@@ -90,6 +90,8 @@ def show_plan(
         PlanError: a plan is not valid, or ``before_path`` is a plan of another model.
         TraceError: the trace is not usable, or is of another model.
     """
+    for out in (html_path, svg_path):
+        require_other(out, plan_path, plan_path / "plan.json", before_path, trace_path)
     plan = Plan.load(plan_path)
     before = None if before_path is None else _before(plan, Plan.load(before_path))
     evidence = Evidence(before=before, before_name="before" if before_path is None else before_path.name)

@@ -11,7 +11,7 @@ import numpy as np
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
 from moeplan.errors import SpecError, TraceError
-from moeplan.files import atomic_directory, require_place
+from moeplan.files import atomic_directory, require_other, require_place
 from moeplan.progress import Progress, no_progress
 from moeplan.reports.trace_figures import (
     coactivation_picture,
@@ -123,6 +123,7 @@ def convert(
     Raises:
         TraceError: unreadable, counts only, or another suffix; InputError: ``out`` cannot be written.
     """
+    require_other(out, path)
     return convert_trace(path, out, format=format_name, domain=domain, num_experts=num_experts, progress=progress)
 
 
@@ -159,6 +160,7 @@ def synthesise_trace(
         SpecError: options contradict each other or cannot be had; TraceError: ``like`` is unusable;
         InputError: ``out`` cannot be written.
     """
+    require_other(out, like)
     fields = dict(options)
     targets = None
     if like is not None:

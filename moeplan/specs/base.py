@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moeplan.errors import SpecError
 from moeplan.files import read_json, read_yaml
@@ -32,7 +32,8 @@ def validation_message(where: str, error: ValidationError, model: type[BaseModel
 
 
 # Of pydantic's messages, those that speak of Python.
-_WORDS = {"missing": "is missing", "model_type": "must be a mapping of fields", "dict_type": "must be a mapping"}
+_WORDS = {"missing": "is missing", "model_type": "must be a mapping of fields", "dict_type": "must be a mapping",
+          "path_type": "must be a path"}  # fmt: skip
 
 
 def _hint(model: type[BaseModel] | None, path: tuple[int | str, ...]) -> str:
@@ -53,6 +54,11 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [found for inner in get_args(annotation) for found in _models(inner)]
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """What an annotation is made of."""
+    return {annotation}.union(*map(_kinds, get_args(annotation)))
+
+
 def read_document(path: Path) -> Any:
     """A JSON or YAML document, by suffix."""
     return read_json(path) if path.suffix == ".json" else read_yaml(path)
@@ -62,6 +68,16 @@ class Spec(BaseModel):
     """Base of all specs. Quantities carry their unit (see :mod:`moeplan.units`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any) -> Any:
+        """YAML reads yes, no, on and off as truth values, which would count as 1 and 0."""
+        for name in [n for n, v in value.items() if isinstance(v, bool)] if isinstance(value, dict) else ():
+            kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else set()
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{name} ({str(value[name]).lower()}) must be a number, not yes or no")
+        return value
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Self:

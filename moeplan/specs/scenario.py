@@ -73,7 +73,7 @@ class Scenario(Spec):
         " none: the roofline",
     )
     planner: str = Field("joint", description="name of a planner")
-    seed: int = Field(0, ge=0, description="same seed, same plan")
+    seed: int = Field(0, ge=0, lt=2**32, description="same seed, same plan")
     time_limit: Seconds | None = Field(None, description="stop searching after this time; the plan then says so")
     objective: Objective = Objective()
     workload: Workload = Workload()

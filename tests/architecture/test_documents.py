@@ -50,7 +50,7 @@ def test_the_picture_of_the_readme_is_what_its_command_draws(tmp_path: Path, mon
     draw = re.search(r"drawn by\n`moeplan (show out/demo .*)`", (ROOT / "README.md").read_text("utf-8"))
     assert plan and draw  # noqa: PT018
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("moeplan.pipeline.optimize.MIN_HELD_OUT_TOKENS", 10**9)  # the picture shows no verdict
+    monkeypatch.setattr("moeplan.pipeline.held_out.MIN_HELD_OUT_TOKENS", 10**9)  # the picture shows no verdict
     for command in (plan[1], draw[1]):
         words = command.replace("out/demo", str(tmp_path / "demo")).replace("docs/", f"{tmp_path}/").split()
         ran = CliRunner().invoke(cli, [*words, "--quiet"])

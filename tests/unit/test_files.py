@@ -77,6 +77,32 @@ def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch, name):
         files.require_place(Path(name), *PLAN)
 
 
+@pytest.mark.parametrize(("name", "text"), [("x.yaml", "seed: {}"), ("x.json", '{{"seed": {}}}')])
+def test_numbers_of_thousands_of_digits_are_refused_in_one_line(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text.format("9" * 6000))
+    read = files.read_json if name.endswith("json") else files.read_yaml
+    with pytest.raises(InputError, match=r"x\.\w+ is not usable (YAML|JSON): .*4300 digits[^;\n]*$"):
+        read(path)
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    path, link = tmp_path / "plan.json", tmp_path / "link.json"
+    path.write_text("{}")
+    link.symlink_to(path)
+    for out in (path, link):
+        with pytest.raises(SpecError, match=r"\.json is read and would be written over; name another file to write"):
+            files.require_other(out, None, path)
+    files.require_other(tmp_path / "new.json", path)
+
+
+def test_a_place_in_a_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes.txt is a file, not a directory; choose another --out"):
+        files.require_place(tmp_path / "notes.txt" / "new" / "plan", *PLAN)
+    assert files.require_place(tmp_path / "new" / "plan", *PLAN) == (tmp_path / "new" / "plan").resolve()
+
+
 def test_a_swap_that_is_interrupted_puts_the_old_directory_back(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()

@@ -103,7 +103,11 @@ FAILED = cluster_for("h100", 2, 2).model_copy(update={"ranks": {1: RankSpec(fail
         ),
         ({"load": load((1, 2, 2))}, TraceError, r"trace names layer 2 twice"),
         ({"load": load((1, 3, 2))}, TraceError, r"moe_layers do not rise"),
-        ({"load": load(range(27))}, TraceError, r"trace has 27 layers, numbered from 0, but toy has 3 MoE layers, 1, 2, 3; it is"),
+        (
+            {"load": load(range(27))},
+            TraceError,
+            r"trace has 27 layers, numbered from 0, but toy has 3 MoE layers, 1, 2, 3; it is",
+        ),
         (
             {"load": load(trace=ONE_DECODE)},
             SpecError,
@@ -165,6 +169,11 @@ FAILED = cluster_for("h100", 2, 2).model_copy(update={"ranks": {1: RankSpec(fail
             {"memory": [Memory(0, 80 * 2**30, 90 * 2**30, 10 * 2**30)]},
             InfeasibleError,
             r"rank 0: memory \(80.0 GiB\) holds experts \(90.0 GiB\).*: experts alone exceed it by 20.0 GiB",
+        ),
+        (
+            {"memory": [Memory(0, 80 * 2**30, 10 * 2**30, 10 * 2**30, 81 * 2**30)]},
+            InfeasibleError,
+            r"workspace \(81.0 GiB\): workspace alone exceeds it; use a smaller --batch-per-rank",
         ),
         (
             {"memory": [Memory(0, 80 * 2**30, 42 * 2**30, 60 * 2**30)]},

@@ -73,7 +73,8 @@ def test_cases_of_a_sweep_are_told_apart_with_units(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("moeplan.pipeline.simulate.sweep", lambda *_args, **_options: swept)
     file = tmp_path / "s.yaml"
     requests = "{arrivals: poisson, rate: 1 /s, count: 1, input_tokens: 1, output_tokens: 1}"
-    file.write_text(f"model: moeplan-20m\ntrace: x\nranks: 8\nserving: {{requests: {requests}}}\nsweep: {{seed: [0]}}\n")
+    base = "model: moeplan-20m\ntrace: x\nranks: 8\nsweep: {seed: [0]}\n"
+    file.write_text(f"{base}serving: {{requests: {requests}}}\n")
     ran = CliRunner(env={"COLUMNS": "80"}).invoke(cli, ["simulate", str(file), "--out", str(tmp_path / "out")])
     assert ran.exit_code == 1
     lines = [" ".join(line.split()) for line in ran.stdout.splitlines()]

@@ -57,6 +57,13 @@ def test_a_plan_is_loaded_as_it_is(plan_path):
         load_placement(plan_path, model=find_model("deepseek-v3"))
 
 
+def test_a_plan_is_not_written_over_by_its_export(plan_path):
+    for plan in (plan_path, plan_path.parent):
+        with pytest.raises(SpecError, match=r"plan.json is read and would be written over"):
+            export_plan(plan, "sglang", plan_path)
+    assert Plan.load(plan_path).model == MODEL.name
+
+
 def test_two_copies_on_a_rank_are_accepted_with_a_note(tmp_path):
     model = tiny_model(4, num_layers=3, moe_layer_ids=(1, 2))
     rows = [[0, 0, 1, 2, 3, 1], [0, 1, 2, 3, 0, 1]]
@@ -86,7 +93,7 @@ def test_unknown_names_and_idle_options(plan_path, tmp_path):
 def test_files_that_are_no_placement(plan_path, tmp_path):
     (tmp_path / "a.json").write_text('{"hello": 1}')
     with pytest.raises(
-        InputError, match=r"cannot tell the format of .*none of deepspeed, eplb.* fits; name it with --format"
+        InputError, match=r"cannot tell the format of .*none of deepspeed, eplb.* fits; moeplan import takes its --form"
     ):
         import_plan(tmp_path / "a.json", model=MODEL, num_ranks=8)
     with pytest.raises(SpecError, match="does not say the number of ranks; give --ranks"):

@@ -61,8 +61,8 @@ def test_the_gain_is_that_of_a_plan_for_the_same_windows_aggregated_alike(tokens
         scored.append(len(values))
         return aggregate(values, objective)
 
-    monkeypatch.setattr("moeplan.pipeline.optimize.load_plugin", lambda group, name: planner)
-    monkeypatch.setattr("moeplan.pipeline.optimize.aggregate", aggregated)
+    monkeypatch.setattr("moeplan.pipeline.job.load_plugin", lambda group, name: planner)
+    monkeypatch.setattr("moeplan.pipeline.held_out.aggregate", aggregated)
     plan = optimize(scenario(mixed, objective={"aggregate": "worst"}), windows="domain").plan
     assert planned == [("a", "b")] * 2
     assert scored[-10:] == [2] * 10  # both domains, whole and without each of four stretches, before and after
@@ -79,6 +79,11 @@ def test_the_gain_is_that_on_the_second_half_as_a_whole(tokens):
     scores = [optimize(scenario(half, **more)).plan.prediction for more in ({}, {"current": tokens.parent / "plan"})]
     before, after = (found.baseline_time_s for found in scores if found is not None)
     assert verdict.expected_gain == pytest.approx(1 - after / before, rel=1e-12)
+
+
+def test_more_ranks_than_are_planned_for_are_refused_at_once(tokens):
+    with pytest.raises(SpecError, match=r"ranks \(100,000\) are more than are planned for \(8,192\)"):
+        optimize(scenario(tokens, ranks=100_000))
 
 
 def test_too_few_tokens_to_hold_out_are_said_with_how_many_it_takes(tokens):
