@@ -73,6 +73,10 @@ def main() -> None:
         if str(error):  # one of several ranks says what happened; the others end without a word
             click.echo(f"error: {error}", err=True)
         status = error.exit_code
+    except MemoryError as error:
+        what = str(error).partition("\n")[0] or "no more memory"
+        click.echo(f"error: {what}; ask for less: fewer tokens, requests, seeds or ranks", err=True)
+        status = 2
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         status = 130

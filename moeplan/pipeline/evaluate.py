@@ -113,8 +113,8 @@ def evaluate_plan(
         phase or (own.workload.phase if own else None),
     )
     workload = own.workload if own else Workload(batch_per_rank=DECODE_BATCH if actual == "decode" else 4096)
-    batch = {"batch_per_rank": batch_per_rank} if batch_per_rank else {}
-    workload = workload.model_copy(update={"phase": actual} | batch)
+    batch = {} if batch_per_rank is None else {"batch_per_rank": batch_per_rank}
+    workload = Workload.parse(workload.model_dump() | {"phase": actual} | batch, "options")
     format_name = loaded.planner.removeprefix(IMPORTED) if own is None and loaded.is_imported else "plan"
     objective = own.objective if own else Objective(replica_split=SPLIT_OF_TARGET.get(format_name, "even"))
     asked = {"dispatch": dispatch, "return_mode": return_mode, "replica_split": split}

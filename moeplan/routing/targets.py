@@ -55,7 +55,7 @@ class SynthSpec(Spec):
     phase: Literal["prefill", "decode", "mix"] = Field(
         "prefill", description="prompts, generated tokens, or sequences of which the first half is the prompt"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -65,6 +65,9 @@ class SynthSpec(Spec):
             raise ValueError(f"layer_ids has {len(self.layer_ids)} entries, layers is {self.layers}")
         if isinstance(self.max_over_mean, tuple) and len(self.max_over_mean) != self.layers:
             raise ValueError(f"max_over_mean has {len(self.max_over_mean)} entries, layers is {self.layers}")
+        asked = self.max_over_mean if isinstance(self.max_over_mean, tuple) else (self.max_over_mean,)
+        if low := [value for value in asked if value is not None and value < 1]:
+            raise ValueError(f"max_over_mean ({low[0]:g}) must be at least 1: no load's largest is below its mean")
         if self.skew is not None and self.max_over_mean is not None:
             raise ValueError("skew and max_over_mean are two ways to say one thing; give one")
         if self.experts % self.n_group or not 0 < self.topk_group <= self.n_group:

@@ -67,7 +67,7 @@ def read_document(path: Path) -> Any:
 class Spec(BaseModel):
     """Base of all specs. Quantities carry their unit (see :mod:`moeplan.units`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -70,8 +70,8 @@ class ClusterSpec(Spec):
 
     name: str = "cluster"
     accelerator: AcceleratorSpec
-    num_nodes: int = Field(gt=0)
-    ranks_per_node: int = Field(gt=0)
+    num_nodes: int = Field(gt=0, le=2**17)
+    ranks_per_node: int = Field(gt=0, le=2**12)
     topology: TopologyPreset = "two-level"
     links: tuple[LinkSpec, ...] = Field((), description="for topology: explicit")
     scale_up_latency: Seconds = "3 us"  # type: ignore[assignment]

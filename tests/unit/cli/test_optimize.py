@@ -288,10 +288,17 @@ def test_evaluate_prints_a_table_and_names_what_it_lacks(run):
     code, out, _ = run("evaluate", "--plan", "plan", "--trace", "trace.npz", "--model", "model.json")
     assert code == 0
     assert "max/mean load" in out
+    assert "stays in node" not in out  # tokens go home: where their next experts are does not count
+    assert out.splitlines()[-1].strip()
+    stay = run("evaluate", "--plan", "plan", "--trace", "trace.npz", "--model", "model.json", "--return-mode", "stay")
+    assert "stays in node" in stay[1]
     for plan in ("model.json", "plan"):  # no plan at all; a plan of a model that is not built in
         code, out, err = run("evaluate", "--plan", plan, "--trace", "trace.npz")
         assert (code, out) == (2, "")
         assert "give --model" in err
+    for batch in (0, -3):
+        words = ("--plan", "plan", "--trace", "trace.npz", "--model", "model.json", "--batch-per-rank", batch)
+        assert run("evaluate", *words) == (2, "", f"error: options: batch_per_rank ({batch}): must be greater than 0\n")
 
 
 def test_evaluate_takes_the_plans_cluster_and_says_where_it_cannot(run, place):

@@ -39,6 +39,13 @@ def test_inspect_prints_a_table_and_draws(capsys, monkeypatch, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_more_than_memory_holds_is_one_error(capsys, monkeypatch, tmp_path):
+    code, out, err = run(capsys, monkeypatch, "synth", "--tokens", 10**14, "--out", tmp_path / "made.npz")
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.startswith("error: Unable to allocate")
+    assert err.endswith("; ask for less: fewer tokens, requests, seeds or ranks\n")
+
+
 def test_inspect_json_is_one_object(capsys, monkeypatch):
     code, out, err = run(capsys, monkeypatch, "inspect", DEMO, "--json")
     assert (code, err) == (0, "")

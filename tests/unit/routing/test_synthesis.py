@@ -162,6 +162,8 @@ def test_like_a_real_trace(data_dir):
     ("options", "message"),
     [
         ({"max_over_mean": 9.0}, r"load max/mean \(9\) is over experts / top_k \(8\)"),
+        ({"max_over_mean": 0.5}, r"max_over_mean \(0.5\) must be at least 1"),
+        ({"skew": float("nan")}, r"skew \(nan\): must be a finite number"),
         ({"hot": 8.0}, r"hot \(8.0\) must be at most 0.98 \* experts / top_k"),
         ({"skew": 1.0, "max_over_mean": 2.0}, "two ways to say one thing"),
         ({"top_k": 32}, r"top_k \(32\) must be below experts \(32\)"),
