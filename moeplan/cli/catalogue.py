@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from moeplan.cli.common import output_options, print_json
+from moeplan.cli.common import names_of, output_options, print_json
 
 __all__ = ["clusters", "models"]
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=names_of("models", or_file=True))
 @output_options
 def models(name: str | None, as_json: bool, quiet: bool) -> None:
     """List the built-in models, or show one.
@@ -47,7 +47,7 @@ def models(name: str | None, as_json: bool, quiet: bool) -> None:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=names_of("clusters", or_file=True))
 @click.option("--nodes", type=click.IntRange(min=1), help="Nodes of a cluster named by its accelerator.")
 @click.option("--ranks-per-node", type=click.IntRange(min=1), help="Ranks of each node.")
 @output_options

@@ -8,10 +8,27 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-__all__ = ["Seconds", "output_options", "print_json", "progress_bar"]
+__all__ = ["Seconds", "names_of", "output_options", "print_json", "progress_bar"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def names_of(kind: str, or_file: bool = False) -> Callable[..., list[CompletionItem]]:
+    """``shell_complete`` of an option that takes a name: of a plugin ``kind``, of ``models`` or ``clusters``."""
+
+    def complete(_ctx: click.Context, _param: click.Parameter, begun: str) -> list[CompletionItem]:
+        from moeplan.registry import plugin_names
+        from moeplan.specs.clusters import accelerator_names
+        from moeplan.specs.models import model_names
+
+        known = {"models": model_names, "clusters": accelerator_names}
+        names = known[kind]() if kind in known else plugin_names(kind)
+        found = [CompletionItem(name) for name in names if name.startswith(begun)]
+        return found or [CompletionItem(begun, type="file")] * or_file
+
+    return complete
 
 
 class Seconds(click.ParamType[float]):

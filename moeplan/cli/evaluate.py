@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moeplan.cli.common import output_options, print_json
+from moeplan.cli.common import names_of, output_options, print_json
 
 __all__ = ["evaluate"]
 
@@ -16,10 +16,11 @@ __all__ = ["evaluate"]
 @click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path),
               help="plan.json or an engine's file.")
 @click.option("--trace", "trace_path", required=True, type=click.Path(path_type=Path), help="Routing or expert counts.")
-@click.option("--model", "model_name", metavar="NAME|PATH", help="Needed for files that do not name their model.")
+@click.option("--model", "model_name", metavar="NAME|PATH", shell_complete=names_of("models", or_file=True),
+              help="Needed for files that do not name their model.")
 @click.option("--ranks", type=int, metavar="N", help="Needed for files that do not say their ranks.")
 @click.option("--nodes", type=int, metavar="M", help="Nodes the ranks are in. [the plan's, else 1]")
-@click.option("--cluster", "cluster_name", metavar="NAME|FILE",
+@click.option("--cluster", "cluster_name", metavar="NAME|FILE", shell_complete=names_of("clusters", or_file=True),
               help="What the costs are of. [the plan's accelerator, else h100-sxm]")
 @click.option("--profile", metavar="NAME|DIR|none", help="Measured costs. [those shipped for the accelerator]")
 @click.option("--phase", type=click.Choice(["prefill", "decode", "mix"]), help="Default: the plan's, else the trace's.")
@@ -30,7 +31,8 @@ __all__ = ["evaluate"]
               help="Where tokens go after a layer. [the plan's, else return_home]")
 @click.option("--split", type=click.Choice(["even", "nearest", "weighted"]),
               help="How tokens split over copies. [the plan's, else the engine's]")
-@click.option("--trace-format", metavar="NAME", help="Name of the reader; recognised when left out.")
+@click.option("--trace-format", metavar="NAME", shell_complete=names_of("trace_readers"),
+              help="Name of the reader; recognised when left out.")
 @click.option("--domain", metavar="NAME", help="Score on one domain of the trace only.")
 @click.option("--windows", default="all", show_default=True, metavar="KIND", help="all, domain, phase or time:N.")
 @output_options

@@ -7,20 +7,22 @@ from typing import Any
 
 import click
 
-from moeplan.cli.common import output_options, print_json, progress_bar
+from moeplan.cli.common import names_of, output_options, print_json, progress_bar
 
 __all__ = ["command"]
 
 
 @click.command()
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", required=True, help="Target, e.g. sglang, trtllm, vllm, megatron.")
+@click.option("--format", "format_name", required=True, shell_complete=names_of("exporters"),
+              help="Target, e.g. sglang, trtllm, vllm, megatron.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File (or directory) to write.")
 @click.option(
     "--variant",
     help="Form of the target where it knows several: vllm has policy, offline, rank-map, expert-map.",
 )
-@click.option("--model", help="Model name or config.json, where the plan's own name is not a built-in one.")
+@click.option("--model", shell_complete=names_of("models", or_file=True),
+              help="Model name or config.json, where the plan's own name is not a built-in one.")
 @click.option("--num-layers", type=click.IntRange(1), help="sglang: all decoder layers, dense ones too.")
 @click.option("--model-class", help="vllm offline: class of the model, e.g. DeepseekV2ForCausalLM.")
 @click.option(

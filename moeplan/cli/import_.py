@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
-from moeplan.cli.common import output_options, print_json
+from moeplan.cli.common import names_of, output_options, print_json
 
 __all__ = ["command"]
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", help="Format of FILE; recognised by its content when left out.")
-@click.option("--model", required=True, help="Model name or config.json.")
+@click.option("--format", "format_name", shell_complete=names_of("exporters"),
+              help="Format of FILE; recognised by its content when left out.")
+@click.option("--model", required=True, shell_complete=names_of("models", or_file=True),
+              help="Model name or config.json.")
 @click.option(
     "--ranks", type=click.IntRange(1), required=True, help="Expert-parallel size the file was made for."
 )

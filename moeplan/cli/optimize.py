@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moeplan.cli.common import output_options, print_json, progress_bar
+from moeplan.cli.common import names_of, output_options, print_json, progress_bar
 
 __all__ = ["optimize"]
 
@@ -44,15 +44,17 @@ def _redundant(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 
 @click.command()
 @click.argument("scenario", required=False, type=_FILE)
-@click.option("--model", metavar="NAME|PATH", help="A built-in model (moeplan models) or a Hugging Face config.json.")
+@click.option("--model", metavar="NAME|PATH", shell_complete=names_of("models", or_file=True),
+              help="A built-in model (moeplan models) or a Hugging Face config.json.")
 @click.option("--trace", type=_FILE, help="Recorded routing or expert counts, in any format of 'moeplan trace'.")
-@click.option("--trace-format", metavar="NAME", help="Name of the reader; recognised from the file when left out.")
+@click.option("--trace-format", metavar="NAME", shell_complete=names_of("trace_readers"),
+              help="Name of the reader; recognised from the file when left out.")
 @click.option("--domain", metavar="NAME", help="Plan on one domain of the trace only.")
 @click.option("--windows", default="all", show_default=True, metavar="KIND",
               help="What to plan for at once: all, domain, phase, or time:N stretches.")
 @click.option("--ranks", type=int, metavar="N", help="Expert-parallel size.")
 @click.option("--nodes", type=int, metavar="M", help="Nodes the ranks are in; as few as can hold them when left out.")
-@click.option("--cluster", metavar="NAME|FILE",
+@click.option("--cluster", metavar="NAME|FILE", shell_complete=names_of("clusters", or_file=True),
               help="An accelerator or cluster (moeplan clusters), or a file. [h100-sxm]")
 @click.option("--profile", metavar="NAME|DIR|none",
               help="Measured costs. [those shipped for the accelerator; else roofline]")
@@ -60,13 +62,14 @@ def _redundant(_ctx: click.Context, _param: click.Parameter, value: str | None) 
               help="Extra expert slots per layer, or what memory allows. [as --current has, else 0]")
 @click.option("--kv-reserve", metavar="SIZE",
               help="Memory per rank kept for the KV cache by --redundant max, as in '20 GiB'.")
-@click.option("--planner", metavar="NAME",
+@click.option("--planner", metavar="NAME", shell_complete=names_of("planners"),
               help="joint (default), greedy, moetuner, exflow, contiguous, round-robin, random.")
 @click.option("--phase", type=click.Choice(_CHOICES["phase"]), help="Default: the trace's, else prefill.")
 @click.option("--current", type=_FILE, help="Placement in use: a plan, or an engine's file. Asks for fewest moves.")
 @click.option("--migration-size", metavar="SIZE", help="Expert weights that may be moved, as in '40 GiB'.")
 @click.option("--migration-time", metavar="TIME", help="Time that moving them may take, as in '500 ms'.")
-@click.option("--target", metavar="ENGINE", help="Engine the plan is for; plans it cannot express are not to apply.")
+@click.option("--target", metavar="ENGINE", shell_complete=names_of("exporters"),
+              help="Engine the plan is for; plans it cannot express are not to apply.")
 @click.option("--objective", type=click.Choice(_CHOICES["objective"]), help="What to minimise. [time]")
 @click.option("--dispatch", type=click.Choice(_CHOICES["dispatch"]), help="Copies of a token that are sent. [per_node]")
 @click.option("--return-mode", type=click.Choice(_CHOICES["return_mode"]),

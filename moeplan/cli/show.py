@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moeplan.cli.common import output_options, print_json
+from moeplan.cli.common import names_of, output_options, print_json
 
 __all__ = ["show"]
 
@@ -21,7 +21,8 @@ __all__ = ["show"]
     help="Routing or expert counts, for the load of every rank.",
 )
 @click.option(
-    "--trace-format", metavar="NAME", help="Name of a trace reader; recognised from the file when left out."
+    "--trace-format", metavar="NAME", shell_complete=names_of("trace_readers"),
+    help="Name of a trace reader; recognised from the file when left out.",
 )
 @click.option("--domain", "trace_domain", metavar="NAME", help="Load of one domain of the trace. [the one planned on]")
 @click.option(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moeplan.cli.common import output_options, print_json, progress_bar
+from moeplan.cli.common import names_of, output_options, print_json, progress_bar
 
 __all__ = ["trace"]
 
@@ -24,6 +24,7 @@ _format = click.option(
     "--format",
     "format_name",
     metavar="NAME",
+    shell_complete=names_of("trace_readers"),
     help="Name of the reader; recognised from the file when left out.",
 )
 _domain = click.option("--domain", metavar="NAME", help="One of the file's domains; all of them when left out.")

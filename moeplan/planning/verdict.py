@@ -56,9 +56,9 @@ def judge(
     if migration is not None and not migration.moves:
         apply, reason = False, f"the {baseline} placement is already what was planned: nothing to move"
     elif gain <= 0:
-        apply, reason = False, f"no gain over {baseline} is expected on {held_out}"
+        apply, reason = False, f"no gain over {baseline} is expected"
     elif low <= 0 and parts > 1:
-        apply, reason = False, f"the gain over {baseline} ({part}) is not above its spread on {held_out}"
+        apply, reason = False, f"the gain over {baseline} ({part}) is not above its spread"
     elif unchecked:
         apply = False
         reason = f"the gain over {baseline} ({part}) was seen only on the data planned on; {unchecked}"
