@@ -187,7 +187,7 @@ def test_documents_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
             r"is not usable YAML: could not determine a constructor",
         ),
         ("a: [1\n", r"is not usable YAML"),
-        ("[" * 5000, r"is not usable YAML: .*nested too deeply|is not usable YAML: .*recursion"),
+        ("[" * 5000, r"is nested too deeply to be a document of this project"),
         ("? [1]\n: 2\n", r"is not usable YAML"),
     ],
     ids=["alias", "twice", "tag", "cut", "deep", "key"],

@@ -11,6 +11,8 @@ from moeplan.artifacts.profile import HardwareProfile, Source, load_profile
 from moeplan.costs.evaluation import aggregate
 from moeplan.errors import SpecError, UnknownNameError
 from moeplan.files import sha256_file
+from moeplan.pipeline import held_out
+from moeplan.pipeline import optimize as pipeline_optimize
 from moeplan.pipeline.inputs import profile_of
 from moeplan.pipeline.optimize import optimize, write_plan
 from moeplan.planning.greedy import greedy
@@ -83,7 +85,7 @@ def test_the_gain_is_that_on_the_second_half_as_a_whole(tokens):
 
 def test_more_ranks_than_are_planned_for_are_refused_at_once(tokens):
     with pytest.raises(SpecError, match=r"ranks \(100,000\) are more than are planned for \(8,192\)"):
-        optimize(scenario(tokens, ranks=100_000))
+        optimize(scenario(tokens, ranks=100_000, nodes=12_500))
 
 
 def test_too_few_tokens_to_hold_out_are_said_with_how_many_it_takes(tokens):
@@ -112,9 +114,7 @@ def test_ctrl_c_after_the_search_keeps_the_plan(tokens, stage, monkeypatch):
             raise KeyboardInterrupt
         return original(*_words)
 
-    name = "bounds_of" if stage == "prove" else "_split"
-    import moeplan.pipeline.optimize as module
-
+    module, name = (pipeline_optimize, "bounds_of") if stage == "prove" else (held_out, "_split")
     original = getattr(module, name)
     monkeypatch.setattr(module, name, stop)
     found = optimize(scenario(tokens))

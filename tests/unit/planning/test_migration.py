@@ -211,7 +211,7 @@ def test_a_gain_that_holds_is_worth_applying():
     assert verdict.expected_gain_low == pytest.approx(0.19 - half, rel=1e-3)
     assert verdict.expected_gain_high == pytest.approx(0.19 + half, rel=1e-3)
     assert (verdict.largest_possible_gain, verdict.migration_s, verdict.break_even_s) == (0.5, None, None)
-    assert "19.0%" in verdict.reason
+    assert "19.0 %" in verdict.reason
 
 
 def test_no_end_of_the_interval_is_beyond_the_largest_possible_gain():
