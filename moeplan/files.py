@@ -278,7 +278,7 @@ def _read_document(path: Path) -> str:
                 f"{path} has {size} bytes, more than the {MAX_DOCUMENT_BYTES} a JSON or YAML document may"
                 " have; store large traces as .npz or .parquet"
             )
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
