@@ -115,6 +115,11 @@ class Placement:
         return counts
 
     @property
+    def has_copies(self) -> bool:
+        """Whether any expert has more than one."""
+        return bool((self.replicas_LE > 1).any())
+
+    @property
     def slot_share_LP(self) -> NDArray[np.float64]:
         """Part of its expert's tokens that each slot takes; 0 for empty slots."""
         if self.share_LP is not None:

@@ -5,7 +5,8 @@
 How a token's selection of an expert with several copies finds one of them:
 
 - ``even``: by the token's number, so that all copies get the same share;
-- ``nearest``: a copy on the token's home rank, else one on its home node, else evenly among all;
+- ``nearest``: a copy on the token's home rank, else one on its home node, else evenly among all (where no expert has
+  copies, ``even`` in all respects);
 - ``weighted``: by the shares of the placement.
 
 A token's home is its recorded source rank, or else its number modulo the live ranks.
@@ -201,8 +202,8 @@ def _count(
 def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "even") -> TraceCounts:
     """Count every token of ``load.trace`` under a placement.
 
-    Homes decide arrivals exactly where they are recorded or where copies are chosen by nearness; elsewhere a
-    token's home is any node with equal chance.
+    Homes decide arrivals exactly where they are recorded or where there are copies to choose by nearness; elsewhere
+    a token's home is any node with equal chance.
 
     Raises:
         PlanError: the load has no tokens, or another number of layers or experts than the placement.
@@ -217,7 +218,7 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
         )
     live = np.unique(placement.rank_of_slot_P)
     home_T = home_ranks(load, live)
-    homes_known = trace.source_rank_T is not None or split == "nearest"
+    homes_known = trace.source_rank_T is not None or (split == "nearest" and placement.has_copies)
     window_T = (
         np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
     )

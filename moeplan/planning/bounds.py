@@ -5,6 +5,7 @@
 - distinct nodes per token: the most pairs of a token's experts that can share a node bounds them, by a convex
   envelope; pairs are bounded by the eigenvalues of the co-activation matrix with a free diagonal
   (Donath & Hoffman 1973; projection after Rendl & Wolkowicz 1995);
+- nodes that a token is sent to from its home, where homes count (:mod:`moeplan.planning.homes_bound`);
 - hops between layers (``stay``): the least of a knapsack bound per row, one per column, and the singular values of
   the degree-normalised transition matrix.
 
@@ -30,6 +31,7 @@ from moeplan.costs.evaluation import Evaluation, aggregate, copy_seconds, evalua
 from moeplan.costs.exchange import touched_share
 from moeplan.planning.balance import LayerLoad, load_bound
 from moeplan.planning.copies_bound import copies_bound
+from moeplan.planning.homes_bound import fewest_away, pairs_at_home
 from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
 
 __all__ = ["bounds_of", "fewest_groups", "most_kept", "pairs_bound"]
@@ -121,15 +123,17 @@ def pairs_bound(together_EE: NDArray[np.float64], groups: int, size: int) -> flo
     return float(min(value(found.x)[0], together_EE.sum())) / 2
 
 
-def _together(load: ExpertLoad, trace: RoutingTrace, layer: int) -> tuple[NDArray[np.float64], float, float]:
-    """Times two experts are chosen by one token ``[E, E]``, distinct experts, and whether any: means per token.
+def _weights(load: ExpertLoad, trace: RoutingTrace) -> NDArray[np.float64]:
+    """Of tokens in means: windows count alike, whatever their tokens, as they do in a plan's figures."""
+    if load.window_T is None:
+        return np.full(trace.num_tokens, 1.0 / trace.num_tokens)
+    weight_T: NDArray[np.float64] = 1.0 / np.bincount(load.window_T)[load.window_T] / len(load.windows)
+    return weight_T
 
-    Windows count alike, whatever their tokens, as they do in a plan's figures.
-    """
-    chosen = trace.experts_TLK[:, layer].astype(np.int64)
-    weight_T = np.full(len(chosen), 1.0 / len(chosen))
-    if load.window_T is not None:
-        weight_T = 1.0 / np.bincount(load.window_T)[load.window_T] / len(load.windows)
+
+def _together(load: ExpertLoad, trace: RoutingTrace, layer: int) -> tuple[NDArray[np.float64], float, float]:
+    """Times two experts are chosen by one token ``[E, E]``, distinct experts, and whether any: means per token."""
+    chosen, weight_T = trace.experts_TLK[:, layer].astype(np.int64), _weights(load, trace)
     rows = np.repeat(np.arange(len(chosen)), chosen.shape[1])
     used = chosen.ravel() >= 0
     shape = (len(chosen), load.num_experts)
@@ -141,19 +145,29 @@ def _together(load: ExpertLoad, trace: RoutingTrace, layer: int) -> tuple[NDArra
     return together, mean, float(weight_T[(chosen >= 0).any(axis=1)].sum())
 
 
-def _groups_bound(problem: PlanningProblem, layer: int, groups: int) -> float:
-    """Bound on the mean distinct groups of a token; the part of tokens with any expert where the argument ends."""
+def _groups_bound(problem: PlanningProblem, layer: int, groups: int) -> tuple[float, float]:
+    """Bounds on the mean distinct groups of a token, the part of tokens with any expert where the argument ends, and,
+    where homes count, on those that it is sent to from its home: nodes, or (token, expert) pairs by ``per_expert``.
+    """
     trace = problem.load.trace
     if trace is None:
-        return 1.0
+        return 1.0, 0.0
     experts = int(problem.experts_L[layer])
     top_k = problem.load.top_k or 1
     equal = problem.num_slots == experts and experts % groups == 0 and len(set(problem.slots_R.tolist())) == 1
     together, mean, any_expert = _together(problem.load, trace, layer)
+    at_home, every = pairs_at_home(problem, layer, _weights(problem.load, trace)) if problem.counts_homes else (0.0, 0.0)
     # With padding or repeated choices a token has fewer than top-k distinct experts: the envelope does not hold.
-    if not equal or groups == 1 or mean < top_k - 1e-9:
-        return any_expert
-    return fewest_groups(pairs_bound(together[:experts, :experts], groups, experts // groups), top_k, groups)
+    whole = mean > top_k - 1e-9
+    pairs, distinct = top_k * (top_k - 1) / 2, any_expert
+    if equal and groups > 1 and whole:
+        pairs = pairs_bound(together[:experts, :experts], groups, experts // groups)
+        distinct = fewest_groups(pairs, top_k, groups)
+    if not problem.counts_homes:
+        return distinct, 0.0
+    if problem.objective.dispatch == "per_expert":
+        return distinct, max(0.0, every - at_home)
+    return distinct, fewest_away(pairs, at_home, top_k, groups) if whole else max(0.0, any_expert - at_home)
 
 
 def most_kept(flow_EE: NDArray[np.float64], groups: int, size: int, cap: float) -> float:
@@ -186,9 +200,10 @@ def _knapsacks(flow_EE: NDArray[np.float64], load_E: NDArray[np.float64], size: 
 
 
 def _exchange_bound(
-    problem: PlanningProblem, plan: Placement, layer: int, flow: NDArray[np.float64] | None, groups: float
+    problem: PlanningProblem, plan: Placement, layer: int, flow: NDArray[np.float64] | None, groups: float, away: float
 ) -> float:
-    """Bound on a layer's exchange seconds beyond the fixed part; ``groups`` bounds what a token touches."""
+    """Bound on a layer's exchange seconds beyond the fixed part; ``groups`` bounds what a token touches, ``away`` what
+    of it is not at home where homes count."""
     costs, objective = problem.costs, problem.objective
     T, top_k, nodes, ranks = (
         costs.tokens_per_step,
@@ -212,12 +227,14 @@ def _exchange_bound(
         kept = on_node if node_s >= rank_s else on_rank
         return T * top_k * max(0.0, float((kept - on_rank) * rank_s + (1 - kept) * node_s))
     counts_only = problem.load.trace is None
-    if objective.dispatch == "allgather" or problem.knows_homes:
-        return 0.0
-    if objective.replica_split == "nearest" and not counts_only:
+    if objective.dispatch == "allgather":
         return 0.0
     link_R, link_N = costs.links(ranks, nodes)
     node_s, rank_s, link_R = costs.per_node_copy_s * (1 - 1 / nodes), costs.per_rank_copy_s, link_R[problem.live_R]
+    busy = float((problem.load.load_WLE[:, layer].sum(axis=1) > 0).mean())  # part of the windows with any tokens
+    if problem.counts_homes:
+        on_rank = top_k * busy if objective.dispatch == "per_expert" else groups
+        return T * float(max(costs.per_node_copy_s * away / link_N.sum(), rank_s * on_rank / link_R.sum()))
     if objective.dispatch == "per_expert" or counts_only:
         # The busiest link takes no less than all links together would for all copies.
         on_node, on_rank = top_k / link_N.sum(), top_k / link_R.sum()
@@ -225,7 +242,6 @@ def _exchange_bound(
             # Some node and some rank get the even part of all pairs or more, and what they touch rises with it.
             even_N, even_R = touched_share(np.array([1 / nodes, 1 / len(link_R)]), top_k)
             on_node, on_rank = even_N / link_N.max(), even_R / link_R.max()
-        busy = float((problem.load.load_WLE[:, layer].sum(axis=1) > 0).mean())  # part of the windows with any tokens
         return T * busy * float(max(node_s * on_node, rank_s * on_rank))
     # Copies per rank are no fewer than those per node.
     return T * groups * float(node_s / link_N.sum() if nodes > 1 else rank_s / link_R.sum())
@@ -259,11 +275,11 @@ def bounds_of(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         load_floor = np.asarray(list(pool.map(lambda l: _token_load_bound(problem, l, float(load_value[l])), range(L))))
     answers = []
-    groups_L = np.ones(L)
+    groups_L, away_L = np.ones(L), np.zeros(L)
     if objective.return_mode == "return_home":
         parts = problem.num_nodes if problem.num_nodes > 1 else problem.num_ranks
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            groups_L = np.asarray(list(pool.map(lambda l: _groups_bound(problem, l, parts), range(L))))
+            groups_L, away_L = np.asarray(list(pool.map(lambda l: _groups_bound(problem, l, parts), range(L)))).T
     flow = transitions_of(problem.load) if objective.return_mode == "stay" else None
     seconds_L = np.asarray([aggregate(found.time_WL[:, l], objective) for l in range(L)])
     if result.status == "optimal" and result.optimal_for == STEP_TIME:
@@ -272,14 +288,16 @@ def bounds_of(
     else:
         floor_WL = np.zeros((W, L))
         for l in range(L):
-            exchange = problem.costs.exchange_fixed_s + _exchange_bound(problem, plan, l, flow, groups_L[l])
+            exchange = problem.costs.exchange_fixed_s + _exchange_bound(problem, plan, l, flow, groups_L[l], away_L[l])
             floor_WL[:, l] = [_expert_bound(problem, l, w) + exchange for w in range(W)]
         floor_L = floor_WL.mean(axis=0)  # the mean over windows is never above their worst or their tail
         total = aggregate(found.time_WL.sum(axis=1), objective)
         argument = "expert time: mean, costliest copy and pigeonhole; exchange: " + (
             "knapsack and singular values of the transitions, over plans no more unbalanced than this one"
             if objective.return_mode == "stay"
-            else "eigenvalues of the co-activation matrix; the two added"
+            else "eigenvalues of the co-activation matrix"
+            + (" and most experts at home" if problem.counts_homes else "")
+            + "; the two added"
         )
         if objective.aggregate != "mean":
             # Worst windows of single layers add up to more than the worst step: less of what is above the bound.

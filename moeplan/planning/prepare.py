@@ -183,19 +183,13 @@ class LayerTokens:
     rank_price: float
 
 
-def _homes_count(problem: PlanningProblem) -> bool:
-    """Whether it counts from which node a token comes: where that is recorded, or finds it the nearest copy."""
-    nearest = problem.objective.replica_split == "nearest" and problem.objective.dispatch == "per_node"
-    return (problem.knows_homes or nearest) and problem.num_nodes > 1
-
-
 def merges_or_knows_homes(problem: PlanningProblem) -> bool:
     """Whether an arrangement of equal load can send fewer copies than another.
 
     Copies per expert do not merge: all arrangements send as many, but those to a token's own node travel nowhere.
     """
     dispatch = problem.objective.dispatch
-    return dispatch in ("per_node", "per_rank") or (dispatch == "per_expert" and _homes_count(problem))
+    return dispatch in ("per_node", "per_rank") or (dispatch == "per_expert" and problem.counts_homes)
 
 
 def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> LayerTokens:
@@ -230,7 +224,7 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
     everyone_GM = ~np.zeros((1, bits_PM.shape[1]), np.uint64)
     away_NM, node_price, rank_price = everyone_GM.repeat(problem.num_nodes, 0), ready.node_price_s, ready.rank_price_s
-    if dispatch in ("per_node", "per_expert") and _homes_count(problem):
+    if problem.counts_homes:
         away_NM = ~pack_tokens((home_T // problem.ranks_per_node)[:, None], window_T, problem.num_nodes)[0]
         node_price /= 1 - 1 / problem.num_nodes  # the share that is at home by chance is now counted
     if ready.weight_W is not None:

@@ -30,7 +30,8 @@ class PlanningProblem:
     ``speed_R`` their relative speed. ``experts_L`` is the number of experts of each layer. Budgets of searches
     count proposals, never seconds, so that one seed gives one answer; ``time_limit_s`` is the exception a person
     asks for, and a planner that it stops answers with status ``time_limit``. From ``current`` a plan may make
-    ``max_moves`` moves and must be ``affordable``; to move nothing always is.
+    ``max_moves`` moves and must be ``affordable``; to move nothing always is. Without slots for copies a ``nearest``
+    objective is ``even``, which is the same there.
     """
 
     load: ExpertLoad
@@ -50,6 +51,8 @@ class PlanningProblem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "costs", self.costs.known_from(self.load, self.objective.return_mode))
+        if self.objective.replica_split == "nearest" and not self.spare_L.any():
+            object.__setattr__(self, "objective", self.objective.model_copy(update={"replica_split": "even"}))
 
     @property
     def num_ranks(self) -> int:
@@ -65,6 +68,11 @@ class PlanningProblem:
     def num_slots(self) -> int:
         """``P``."""
         return int(self.slots_R.sum())
+
+    @property
+    def spare_L(self) -> NDArray[np.int64]:
+        """Slots of each layer beyond one per expert."""
+        return self.num_slots - self.experts_L
 
     @property
     def rank_of_slot_P(self) -> NDArray[np.int32]:
@@ -91,6 +99,13 @@ class PlanningProblem:
     def knows_homes(self) -> bool:
         """Whether the rank that each token comes from is recorded."""
         return self.load.trace is not None and self.load.trace.source_rank_T is not None
+
+    @property
+    def counts_homes(self) -> bool:
+        """Whether it counts from which node a token comes: where that is recorded, or finds it the nearest copy."""
+        dispatch = self.objective.dispatch
+        nearest = self.objective.replica_split == "nearest" and dispatch == "per_node" and self.load.trace is not None
+        return (self.knows_homes or nearest) and self.num_nodes > 1 and dispatch in ("per_node", "per_expert")
 
     def placement(self, physical_to_logical_LP: NDArray[np.integer]) -> Placement:
         """The placement over this problem's slots."""

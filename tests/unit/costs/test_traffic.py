@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -67,10 +69,12 @@ def _random_load(tokens: int = 3000, layers: int = 2, experts: int = 16, top_k: 
 
 
 def test_arrivals_are_those_of_the_counting_that_planners_use() -> None:
-    load, cluster = _random_load(), _cluster(2, 4)
+    trace, cluster = _random_load().trace, _cluster(2, 4)
+    assert trace is not None
+    load = expert_load(replace(trace, source_rank_T=np.arange(trace.num_tokens, dtype=np.int32) % 8))
     placement = _placement(cluster, 2, 16)
     node_LN, rank_LR = counted_traffic(load, placement, cluster, "per_node").arrivals(4)
-    counts = count_trace(load, placement, "nearest")  # nearest: homes known, as here
+    counts = count_trace(load, placement)
     np.testing.assert_allclose(node_LN, counts.node_arrivals_WLN[0])
     # Ranks touched, less the tokens that are at home there (about one in eight).
     assert (rank_LR < counts.rank_arrivals_WLR[0]).all()

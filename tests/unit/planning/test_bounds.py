@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from moeplan.errors import MoeplanError
 from moeplan.planning import bounds
 from moeplan.planning.bounds import _bound, bounds_of, fewest_groups, most_kept, pairs_bound
 from moeplan.planning.exact import arrangements, exact_placement
+from moeplan.planning.homes_bound import fewest_away
 from moeplan.planning.joint import joint
 from moeplan.planning.prepare import objective_value, prepare
 from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
@@ -342,6 +343,76 @@ def test_exact_plans_of_counts_are_the_best_of_what_evaluation_charges(seed):
     result = joint(problem)
     assert (result.status, result.optimal_for) == ("optimal", STEP_TIME)
     assert objective_value(problem, result.placement) == pytest.approx(cheapest(problem), rel=1e-9)
+
+
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert"])
+def test_without_copies_the_nearest_copy_is_any_copy(dispatch):
+    objective = Objective(dispatch=dispatch)
+    even = make_problem(layers=2, experts=16, ranks=8, ranks_per_node=4, top_k=4, objective=objective)
+    nearest = replace(even, objective=objective.model_copy(update={"replica_split": "nearest"}))
+    plans = [joint(problem) for problem in (even, nearest)]
+    assert (plans[0].placement.physical_to_logical_LP == plans[1].placement.physical_to_logical_LP).all()
+    assert bounds_of(even, plans[0]) == bounds_of(nearest, plans[1])
+    asked = objective.model_copy(update={"replica_split": "nearest"})  # as evaluation is asked, whatever the problem says
+    found = [evaluate(even.load, plans[0].placement, even.costs, split).time_WL for split in (objective, asked)]
+    np.testing.assert_allclose(*found, rtol=1e-12)
+
+
+def with_homes(problem: PlanningProblem) -> PlanningProblem:
+    """Tokens come from ranks that prefer some experts."""
+    trace = problem.load.trace
+    assert trace is not None
+    rng = np.random.default_rng(0)
+    home_T = rng.integers(99, size=trace.num_tokens)
+    home_T = np.where(rng.random(trace.num_tokens) < 0.5, trace.experts_TLK[:, 0, 0], home_T)
+    trace = replace(trace, source_rank_T=(home_T % problem.num_ranks).astype(np.int32))
+    return replace(problem, load=replace(problem.load, trace=trace))
+
+
+def every_layer(problem: PlanningProblem) -> list[np.ndarray]:
+    """Every way to fill a layer's slots, no rank with two copies of an expert."""
+    experts = range(problem.load.num_experts)
+    ranks = [list(combinations(experts, int(slots))) for slots in problem.slots_R]
+    rows = [np.concatenate(held) for held in product(*ranks)]
+    return [row for row in rows if len(set(row.tolist())) == len(experts)]
+
+
+@pytest.mark.parametrize("case", ["plain", "windows", "padding"])
+@pytest.mark.parametrize("shape", [(4, 2, 1, 2), (4, 2, 1, 3), (4, 3, 1, 2), (4, 4, 2, 1), (4, 4, 2, 2), (6, 3, 1, 2)])
+@pytest.mark.parametrize(
+    ("dispatch", "split", "homes"),
+    [("per_node", "nearest", False), ("per_node", "nearest", True), ("per_node", "even", True),
+     ("per_expert", "even", True), ("per_expert", "nearest", False), ("per_rank", "nearest", True)],
+)  # fmt: skip
+def test_no_placement_is_below_the_bound_where_tokens_have_homes(dispatch, split, homes, shape, case, unclipped):
+    experts, ranks, per_node, slots = shape
+    objective = Objective(dispatch=dispatch, replica_split=split, max_imbalance="1000 %")
+    problem = make_problem(
+        layers=1, experts=experts, ranks=ranks, ranks_per_node=per_node, slots=slots, seed=3, hot=0.2,
+        objective=objective,
+    )  # fmt: skip
+    problem = with_homes(problem) if homes else problem
+    problem = {"plain": problem, "windows": windowed(problem), "padding": windowed(problem, padding=0.3)}[case]
+    costs = replace(problem.costs, per_node_copy_s=1e-6, expert_fixed_s=0.0, exchange_fixed_s=0.0)
+    problem = replace(problem, costs=costs)
+    best = min(objective_value(problem, problem.placement(row[None])) for row in every_layer(problem))
+    bounds_of(problem, load_plugin("planners", "contiguous")(problem))
+    quantity, _, floor = unclipped[0]
+    assert quantity == "step time, s"
+    assert floor.sum() <= best * (1 + 1e-9)
+    if case == "padding":
+        return
+    if not problem.spare_L.any():  # what travels is most of a step here
+        assert floor.sum() > 0.6 * best
+    elif (split, dispatch, homes) == ("nearest", "per_node", False) and slots < experts:
+        assert floor.sum() > 0.35 * best
+
+
+def test_a_token_is_sent_to_as_few_nodes_as_its_pairs_and_its_home_allow():
+    assert fewest_away(28, 8, 8, 2) == pytest.approx(0)  # all eight at home
+    assert fewest_away(28, 4, 8, 2) == pytest.approx(0.5)  # all eight in one of two nodes by chance
+    assert fewest_away(12, 4, 8, 2) == pytest.approx(1)  # four and four
+    assert fewest_away(4, 2, 8, 4) == pytest.approx(3)  # two in each of four nodes
 
 
 def test_a_bound_above_what_was_found_is_withheld_and_no_gap_of_nothing():
