@@ -156,7 +156,6 @@ def _groups_bound(problem: PlanningProblem, layer: int, groups: int) -> tuple[fl
     top_k = problem.load.top_k or 1
     equal = problem.num_slots == experts and experts % groups == 0 and len(set(problem.slots_R.tolist())) == 1
     together, mean, any_expert = _together(problem.load, trace, layer)
-    at_home, every = pairs_at_home(problem, layer, _weights(problem.load, trace)) if problem.counts_homes else (0.0, 0.0)
     # With padding or repeated choices a token has fewer than top-k distinct experts: the envelope does not hold.
     whole = mean > top_k - 1e-9
     pairs, distinct = top_k * (top_k - 1) / 2, any_expert
@@ -165,6 +164,7 @@ def _groups_bound(problem: PlanningProblem, layer: int, groups: int) -> tuple[fl
         distinct = fewest_groups(pairs, top_k, groups)
     if not problem.counts_homes:
         return distinct, 0.0
+    at_home, every = pairs_at_home(problem, layer, _weights(problem.load, trace))
     if problem.objective.dispatch == "per_expert":
         return distinct, max(0.0, every - at_home)
     return distinct, fewest_away(pairs, at_home, top_k, groups) if whole else max(0.0, any_expert - at_home)

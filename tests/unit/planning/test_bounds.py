@@ -353,7 +353,7 @@ def test_without_copies_the_nearest_copy_is_any_copy(dispatch):
     plans = [joint(problem) for problem in (even, nearest)]
     assert (plans[0].placement.physical_to_logical_LP == plans[1].placement.physical_to_logical_LP).all()
     assert bounds_of(even, plans[0]) == bounds_of(nearest, plans[1])
-    asked = objective.model_copy(update={"replica_split": "nearest"})  # as evaluation is asked, whatever the problem says
+    asked = objective.model_copy(update={"replica_split": "nearest"})  # what evaluation is asked
     found = [evaluate(even.load, plans[0].placement, even.costs, split).time_WL for split in (objective, asked)]
     np.testing.assert_allclose(*found, rtol=1e-12)
 
