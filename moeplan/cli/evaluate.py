@@ -13,8 +13,9 @@ __all__ = ["evaluate"]
 
 
 @click.command()
-@click.option("--plan", "plan_path", required=True, type=click.Path(path_type=Path),
-              help="plan.json or an engine's file.")
+@click.option("--plan", "plans", required=True, multiple=True, type=click.Path(path_type=Path),
+              shell_complete=names_of("planners", or_file=True),
+              help="plan.json or an engine's file. Repeat it to compare; then also names of planners.")
 @click.option("--trace", "trace_path", required=True, type=click.Path(path_type=Path), help="Routing or expert counts.")
 @click.option("--model", "model_name", metavar="NAME|PATH", shell_complete=names_of("models", or_file=True),
               help="Needed for files that do not name their model.")
@@ -37,26 +38,37 @@ __all__ = ["evaluate"]
 @click.option("--windows", default="all", show_default=True, metavar="KIND", help="all, domain, phase or time:N.")
 @output_options
 def evaluate(as_json: bool, quiet: bool, **options: Any) -> None:
-    """Score a placement on a trace: load, nodes and ranks per token, predicted time, layer by layer.
+    """Score placements on a trace: load, nodes and ranks per token, predicted time. One: layer by layer. Several: side
+    by side, with differences from the first, under the conditions of the first file. A planner named, as contiguous or
+    greedy, plans this very trace in the first file's slots.
 
     \b
-    Example: moeplan evaluate --plan moe_load_balancer.yaml --trace routing.npz --model deepseek-v2-lite --ranks 16
+    Examples:
+      moeplan evaluate --plan moe_load_balancer.yaml --trace routing.npz --model deepseek-v2-lite --ranks 16
+      moeplan evaluate --plan plan --plan contiguous --plan greedy --trace other.npz
     """
-    from moeplan.pipeline.evaluate import evaluate_plan
+    from moeplan.pipeline.evaluate import differences, evaluate_plans
 
-    score = evaluate_plan(**options)
+    scores = evaluate_plans(**options)
+    plans = [str(path) for path in options["plans"]]
     if not quiet:
-        for message in score.messages:
+        for message in dict.fromkeys(message for score in scores for message in score.messages):
             click.echo(message, err=True)
-    answer = score.to_json()
+    answers = [score.to_json() for score in scores]
+    changes = differences(answers)
     if as_json:
-        print_json(answer)
+        rows = zip(plans, answers, changes, strict=True)
+        several = [{"plan": plan} | answer | {"change_from_first": change} for plan, answer, change in rows]
+        print_json(several if len(several) > 1 else answers[0])
         return
     if quiet:
         return
     from rich.console import Console
 
-    from moeplan.pipeline.views import score_view
+    from moeplan.pipeline.views import score_view, scores_view
 
-    title = f"{score.model}: {options['plan_path']} on {options['trace_path'].name}"
-    Console(highlight=False).print(score_view(answer, title))
+    console, trace = Console(highlight=False), options["trace_path"].name
+    if len(answers) == 1:
+        console.print(score_view(answers[0], f"{scores[0].model}: {plans[0]} on {trace}"))
+    else:
+        console.print(scores_view(plans, answers, changes, f"{scores[0].model} on {trace}"))

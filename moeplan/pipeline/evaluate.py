@@ -1,31 +1,40 @@
-"""Score any plan or placement file, ours or a foreign one, on any trace."""
+"""Score plans and placement files, ours or foreign ones, on any trace, alone or side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import IMPORTED, LayerEvaluation, Plan, plan_file
 from moeplan.checks import Bundle, require, run_checks
 from moeplan.costs.evaluation import Evaluation, aggregate, evaluate
+from moeplan.costs.layer import LayerCosts
 from moeplan.costs.operating_point import layer_costs
 from moeplan.costs.work import speeds
-from moeplan.errors import SpecError, UnknownNameError
+from moeplan.errors import PlanError, SpecError, UnknownNameError
 from moeplan.pipeline.exports import load_placement, own_plan
 from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_notes, profile_of, read_routing
-from moeplan.pipeline.job import SPLIT_OF_TARGET
+from moeplan.pipeline.job import SPLIT_OF_TARGET, with_shares
 from moeplan.pipeline.optimize import layer_evaluations, spec_sha256
+from moeplan.planning.problem import PlanningProblem
+from moeplan.registry import load_plugin, plugin_names
 from moeplan.routing.loads import expert_load
 from moeplan.specs.catalogue import slug
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.clusters import DEFAULT_CLUSTER, accelerator_names, sized_cluster
+from moeplan.specs.model import ModelSpec
 from moeplan.specs.models import find_model
 from moeplan.specs.workload import DispatchKind, Objective, Phase, ReplicaSplit, ReturnMode, Workload
 
-__all__ = ["Score", "evaluate_plan"]
+__all__ = ["Score", "differences", "evaluate_plan", "evaluate_plans"]
+
+_COMPARED = ("time_s", "max_over_mean_load", "nodes_per_token", "ranks_per_token", "same_node_share")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,8 +77,60 @@ class Score:
         }
 
 
-def evaluate_plan(
-    plan_path: Path,
+@dataclass(frozen=True, slots=True, eq=False)
+class _Conditions:
+    """What placements are scored under."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    workload: Workload
+    objective: Objective
+    load: ExpertLoad
+    costs: LayerCosts
+    notes: tuple[str, ...]  # on what the costs are of
+
+    def score_plan(self, plan: Plan, format_name: str) -> Score:
+        bundle = Bundle(
+            model=self.model, cluster=self.cluster, workload=self.workload, load=self.load,
+            current=plan.placement, current_layer_ids=plan.layer_ids,
+        )  # fmt: skip
+        found = require(run_checks(bundle))
+        return self.score(plan.placement, plan.layer_ids, format_name, (*plan.notes, *found, *self.notes))
+
+    def score_planner(self, planner: str, beside: Plan) -> Score:
+        """What a planner makes of this very trace in the slots of ``beside``."""
+        problem = PlanningProblem(
+            load=self.load, experts_L=np.asarray(self.model.experts_L, dtype=np.int64),
+            slots_R=np.bincount(beside.placement.rank_of_slot_P, minlength=beside.num_ranks),
+            speed_R=speeds(self.cluster), ranks_per_node=beside.ranks_per_node, costs=self.costs,
+            objective=self.objective, num_groups=self.model.n_group or 1,
+        )  # fmt: skip
+        placement = with_shares(problem, load_plugin("planners", planner)(problem).placement)
+        return self.score(placement, beside.layer_ids, planner, self.notes)
+
+    def score(
+        self, placement: Placement, layer_ids: tuple[int, ...], format_name: str, messages: Iterable[str]
+    ) -> Score:
+        found = evaluate(self.load, placement, self.costs, self.objective, speeds(self.cluster))
+        return Score(
+            model=self.model.name,
+            format=format_name,
+            evaluation=found,
+            objective=self.objective,
+            workload=self.workload,
+            layers=layer_evaluations(layer_ids, found),
+            source=dict(self.costs.source),
+            messages=tuple(dict.fromkeys(messages)),  # own plans carry the notes of their profile
+        )
+
+
+def evaluate_plan(plan_path: Path, trace_path: Path, **options: Any) -> Score:
+    """Evaluate a placement on a trace; options and errors are those of :func:`evaluate_plans`."""
+    return evaluate_plans([plan_path], trace_path, **options)[0]
+
+
+def evaluate_plans(
+    plans: Sequence[Path],
     trace_path: Path,
     *,
     model_name: str | None = None,
@@ -85,15 +146,22 @@ def evaluate_plan(
     domain: str | None = None,
     windows: str = "all",
     profile: str | None = None,
-) -> Score:
-    """Evaluate a placement on a trace; what is not given is taken from the plan, or from what the file's engine does.
+) -> list[Score]:
+    """Evaluate placements on one trace under the same conditions. What is not given is taken from the first file: from
+    the plan, or from what the file's engine does. A name of a planner, where there is no such file, is what that
+    planner makes of the trace in the first file's slots.
 
     Where the cluster is not the plan's, or not known, a message says so.
 
     Raises:
-        InputError: a file is wrong, or plan and trace are of different models.
+        InputError: a file is wrong, plan and trace are of different models, or placements of different ranks.
     """
-    path = plan_file(plan_path)
+    planners = {path for path in plans if not path.exists() and str(path) in plugin_names("planners")}
+    files = [plan_file(path) for path in plans if path not in planners]
+    if not files:
+        names = ", ".join(map(str, plans))
+        raise SpecError(f"--plan ({names}) names planners alone; give a plan or a file too, whose slots they fill")
+    path = files[0]
     own = own_plan(path) if path.suffix == ".json" else None
     if model_name is None and own is None:
         raise SpecError(f"{path} is not a plan of ours and does not name its model; give --model")
@@ -105,9 +173,9 @@ def evaluate_plan(
         raise SpecError(f"the plan's model ({own.model}) is not built in; give --model, its config.json") from error
     num_ranks = ranks or (own.num_ranks if own else None)
     num_nodes = nodes or (own.num_ranks // own.ranks_per_node if own else 1)
-    loaded = load_placement(path, model=model, num_ranks=num_ranks, num_nodes=num_nodes)
-    placement = loaded.placement
-    cluster, cluster_notes = _cluster(cluster_name, loaded, num_nodes)
+    loaded = [load_placement(file, model=model, num_ranks=num_ranks, num_nodes=num_nodes) for file in files]
+    _require_same_ranks(files, loaded)
+    cluster, cluster_notes = _cluster(cluster_name, loaded[0], num_nodes)
     routing, actual = in_phase(
         read_routing(trace_path, model, format=trace_format, domain=domain),
         phase or (own.workload.phase if own else None),
@@ -115,35 +183,42 @@ def evaluate_plan(
     workload = own.workload if own else Workload(batch_per_rank=DECODE_BATCH if actual == "decode" else 4096)
     batch = {} if batch_per_rank is None else {"batch_per_rank": batch_per_rank}
     workload = Workload.parse(workload.model_dump() | {"phase": actual} | batch, "options")
-    format_name = loaded.planner.removeprefix(IMPORTED) if own is None and loaded.is_imported else "plan"
-    objective = own.objective if own else Objective(replica_split=SPLIT_OF_TARGET.get(format_name, "even"))
+    formats = [_format(file, plan) for file, plan in zip(files, loaded, strict=True)]
+    objective = own.objective if own else Objective(replica_split=SPLIT_OF_TARGET.get(formats[0], "even"))
     asked = {"dispatch": dispatch, "return_mode": return_mode, "replica_split": split}
     objective = objective.model_copy(update={name: value for name, value in asked.items() if value is not None})
     load = expert_load(routing, windows)
-    bundle = Bundle(
-        model=model,
-        cluster=cluster,
-        workload=workload,
-        load=load,
-        current=placement,
-        current_layer_ids=loaded.layer_ids,
-    )
     measured = profile_of(profile, cluster.accelerator.name)
-    notes = profile_notes(measured, cluster)
-    messages = [*loaded.notes, *cluster_notes, *require(run_checks(bundle)), *notes]
-    costs = layer_costs(model, cluster, workload, objective, measured)
-    costs = costs.known_from(load, objective.return_mode)
-    found = evaluate(load, placement, costs, objective, speeds(cluster))
-    return Score(
-        model=model.name,
-        format=format_name,
-        evaluation=found,
-        objective=objective,
-        workload=workload,
-        layers=layer_evaluations(loaded.layer_ids, found),
-        source=dict(costs.source),
-        messages=tuple(dict.fromkeys(messages)),  # own plans carry the notes of their profile
-    )
+    costs = layer_costs(model, cluster, workload, objective, measured).known_from(load, objective.return_mode)
+    notes = (*cluster_notes, *profile_notes(measured, cluster))
+    given = _Conditions(model, cluster, workload, objective, load, costs, notes)
+    scores = iter([given.score_plan(plan, name) for plan, name in zip(loaded, formats, strict=True)])
+    return [given.score_planner(str(path), loaded[0]) if path in planners else next(scores) for path in plans]
+
+
+def differences(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
+    """Change of each answer's totals from the first's, as parts of these; None where either is not known."""
+    changes = []
+    for score in scores:
+        pairs = {name: (scores[0][name], score[name]) for name in _COMPARED}
+        changes.append({name: new / old - 1 if old and new is not None else None for name, (old, new) in pairs.items()})
+    return changes
+
+
+def _format(path: Path, plan: Plan) -> str:
+    """``plan`` of a plan of ours, else the engine's name."""
+    foreign = plan.is_imported and (path.suffix != ".json" or own_plan(path) is None)
+    return plan.planner.removeprefix(IMPORTED) if foreign else "plan"
+
+
+def _require_same_ranks(paths: Sequence[Path], plans: Sequence[Plan]) -> None:
+    first = plans[0]
+    for path, plan in zip(paths, plans, strict=True):
+        if (plan.num_ranks, plan.ranks_per_node) != (first.num_ranks, first.ranks_per_node):
+            raise PlanError(
+                f"{path} is of {plan.num_ranks} ranks, {plan.ranks_per_node} a node, {paths[0]} of {first.num_ranks},"
+                f" {first.ranks_per_node} a node: not to be compared; score each alone"
+            )
 
 
 def _cluster(name: str | None, plan: Plan, num_nodes: int) -> tuple[ClusterSpec, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeplan.reports.run_terminal import comparison_view, result_view
-from moeplan.reports.score_terminal import score_view
+from moeplan.reports.score_terminal import score_view, scores_view
 from moeplan.reports.sweep_terminal import sweep_view
 
-__all__ = ["comparison_view", "result_view", "score_view", "sweep_view"]
+__all__ = ["comparison_view", "result_view", "score_view", "scores_view", "sweep_view"]

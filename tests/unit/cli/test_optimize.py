@@ -301,6 +301,39 @@ def test_evaluate_prints_a_table_and_names_what_it_lacks(run):
         assert run("evaluate", *words) == (2, "", f"error: options: batch_per_rank ({batch}): must be greater than 0\n")
 
 
+def test_evaluate_sets_placements_side_by_side(run, place):
+    run(*BASE, "--redundant", 4, "--planner", "greedy", "--out", "plan", "--quiet")
+    run(*BASE, "--redundant", 4, "--planner", "contiguous", "--target", "sglang", "--out", "plain", "--quiet")
+    words = ("--trace", "trace.npz", "--model", "model.json")
+    several = ("evaluate", "--plan", "plan", "--plan", "plain", "--plan", "contiguous", "--plan", "greedy", *words)
+    code, out, _ = run(*several, "--json")
+    assert code == 0
+    greedy, plain, contiguous, again = json.loads(out)
+    assert [row["plan"] for row in (greedy, plain, contiguous, again)] == ["plan", "plain", "contiguous", "greedy"]
+    alone = json.loads(run("evaluate", "--plan", "plan", *words, "--json")[1])
+    assert {name: greedy[name] for name in alone} == alone
+    assert greedy["layers"] == again["layers"]  # planned anew, in the same slots
+    assert plain["layers"] == contiguous["layers"]  # under the first's conditions, not those of its own target
+    assert contiguous["time_s"] != greedy["time_s"]
+    part = contiguous["time_s"] / greedy["time_s"] - 1
+    assert contiguous["change_from_first"]["time_s"] == pytest.approx(part)
+    table = run(*several)[1]
+    assert f"{100 * part:+.1f} %" in table
+    assert all(f"\n{name} " in table for name in ("plan", "plain", "contiguous", "greedy"))
+
+
+def test_evaluate_says_what_cannot_stand_side_by_side(run, place):
+    words = ("--trace", "trace.npz", "--model", "model.json")
+    run(*BASE, "--planner", "contiguous", "--out", "plan", "--quiet")
+    run(*BASE, "--planner", "contiguous", "--nodes", 1, "--out", "one", "--quiet")
+    code, _, err = run("evaluate", "--plan", "plan", "--plan", "one", *words)
+    assert (code, "one/plan.json is of 4 ranks, 4 a node, plan/plan.json of 4, 2 a node" in err) == (2, True)
+    code, _, err = run("evaluate", "--plan", "greedy", *words)
+    assert (code, err) == (
+        2, "error: --plan (greedy) names planners alone; give a plan or a file too, whose slots they fill\n"
+    )  # fmt: skip
+
+
 def test_evaluate_takes_the_plans_cluster_and_says_where_it_cannot(run, place):
     slow = "{accelerator: a100-sxm, num_nodes: 2, ranks_per_node: 2, ranks: {3: {speed: 0.7}}}"
     (place / "own.yaml").write_text(slow)
