@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -51,6 +53,30 @@ def _unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"cannot write {path}: {error.strerror or error}; choose another place")
 
 
+@contextmanager
+def _written_for(path: Path, temporary: Path) -> Iterator[None]:
+    """Write at ``temporary`` for ``path``: errors name that, and SIGTERM ends the block as an exception does, so that
+    what was begun is taken away again."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    except InputError as error:
+        if isinstance(error.__cause__, OSError) and str(temporary) in str(error):
+            raise _unwritable(path, error.__cause__) from error
+        raise
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def as_made_afresh(path: Path, mode: int = 0o666) -> None:
     """Give ``path`` the rights that new files have here: temporary ones are their owner's alone."""
     umask = os.umask(0)
@@ -80,13 +106,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     as_made_afresh(temporary)
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _written_for(path, temporary):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def hold(path: Path) -> int | None:
@@ -189,27 +214,30 @@ def atomic_directory(path: Path, what: str, files: Sequence[str]) -> Iterator[Pa
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise _unwritable(path, error) from error
-    old = temporary.with_name(temporary.name + ".old")
-    try:
-        yield temporary
-        as_made_afresh(temporary, 0o777)
-        if path.exists():
-            path.rename(old)
+    with _written_for(path, temporary):
         try:
-            temporary.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+            yield temporary
+            as_made_afresh(temporary, 0o777)
+            _take_place(temporary, path, files)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(new: Path, path: Path, files: Sequence[str]) -> None:
+    old = new.with_name(new.name + ".old")
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
         if old.exists():
-            for entry in old.iterdir():
-                if not any(fnmatchcase(entry.name, pattern) for pattern in files):
-                    entry.rename(path / entry.name)
-            shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            old.rename(path)
+        raise
+    if old.exists():
+        for entry in old.iterdir():
+            if not any(fnmatchcase(entry.name, pattern) for pattern in files):
+                entry.rename(path / entry.name)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-import click
+try:
+    import click
 
-from moeplan import __version__
+    from moeplan import __version__
+    from moeplan.errors import MoeplanError
+except KeyboardInterrupt:  # before main could say so
+    sys.exit(130)
 
 __all__ = ["main"]
 
@@ -59,8 +63,6 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; errors people can cause end in one line and exit code 2, Ctrl-C in 130."""
-    from moeplan.errors import MoeplanError
-
     try:
         status = cli(standalone_mode=False)
     except click.exceptions.Abort:

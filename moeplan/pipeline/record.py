@@ -79,7 +79,8 @@ def _prompts(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"prompts ({path}) cannot be read: {error}") from error
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise SpecError(f"prompts ({path}) cannot be read: {why}") from error
     if not lines:
         raise SpecError(f"prompts ({path}) holds no line")
     return lines

@@ -74,7 +74,9 @@ class Scenario(Spec):
     )
     planner: str = Field("joint", description="name of a planner")
     seed: int = Field(0, ge=0, lt=2**32, description="same seed, same plan")
-    time_limit: Seconds | None = Field(None, description="stop searching after this time; the plan then says so")
+    time_limit: Seconds | None = Field(
+        None, gt=0, description="stop searching after this time; the plan then says so"
+    )
     objective: Objective = Objective()
     workload: Workload = Workload()
     current: Path | None = Field(

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,6 +145,40 @@ def test_a_directory_is_left_alone_when_the_block_fails(tmp_path):
         interrupt()
     assert [p.read_text() for p in out.iterdir()] == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_told_of_the_place_asked_for(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+
+    def write():
+        with files.atomic_directory(tmp_path / "out", *PLAN) as temporary:
+            files.write_text(temporary / "plan.json", "{}")
+
+    with pytest.raises(InputError) as raised:
+        write()
+    assert str(raised.value) == f"cannot write {tmp_path / 'out'}: No space left on device; choose another place"
+
+
+TOLD_TO_END = """
+import os, signal, sys
+from pathlib import Path
+from moeplan import files
+with files.atomic_directory(Path(sys.argv[1]), "a plan", ("plan.json",)) as temporary:
+    with files.atomic_path(temporary / "plan.json"):
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_what_is_told_to_end_while_it_writes_leaves_nothing(tmp_path):
+    found = subprocess.run([sys.executable, "-c", TOLD_TO_END, str(tmp_path / "out")], capture_output=True, check=False)
+    assert (found.returncode, found.stderr) == (143, b"")
+    assert list(tmp_path.iterdir()) == []
+    before = signal.getsignal(signal.SIGTERM)
+    files.write_text(tmp_path / "a", "x")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path):

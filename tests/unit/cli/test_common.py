@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from click.shell_completion import ShellComplete
 from rich.progress import Progress
@@ -25,6 +29,13 @@ def test_bars(monkeypatch: pytest.MonkeyPatch, single: bool, bars: list[str]) ->
         for what, done in (("a", 0.2), ("a", 0.5), ("b", 0.7)):
             report(what, done)
     assert added == bars
+
+
+def test_ctrl_c_while_the_command_line_is_imported_ends_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import moeplan.cli"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (130, "")
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,8 @@ def test_recording_from_disk_asks_for_what_it_needs(tmp_path: Path):
         record_routing(tmp_path / "t.npz", hf=tmp_path / "config.json")
     with pytest.raises(SpecError, match="--hf needs --prompts"):
         record_routing(tmp_path / "t.npz", hf=tmp_path)
+    with pytest.raises(SpecError, match=r"prompts \(.*none.txt\) cannot be read: No such file or directory$"):
+        record_routing(tmp_path / "t.npz", hf=tmp_path, prompts=tmp_path / "none.txt", device="cpu")
     (tmp_path / "prompts.txt").write_text("hello")
     with pytest.raises(SpecError, match=r"cannot be loaded: Unrecognized model .*config.json.*; correct its config"):
         record_routing(tmp_path / "t.npz", hf=tmp_path, prompts=tmp_path / "prompts.txt", device="cpu")

@@ -54,6 +54,12 @@ def test_defaults_are_those_of_the_command():
     assert (cluster.accelerator.name, cluster.num_nodes, cluster.ranks_per_node) == ("H100-SXM-80GB", 1, 4)
 
 
+def test_a_search_is_given_some_time():
+    given = {"model": "mixtral-8x7b", "trace": "t.npz", "ranks": 4, "time_limit": "0 s"}
+    with pytest.raises(SpecError, match=r"time_limit .*must be greater than 0"):
+        Scenario.parse(given, "test")
+
+
 def test_models_and_clusters_may_be_files_beside_it_or_written_out(tmp_path):
     (tmp_path / "cluster.yaml").write_text("accelerator: a100\nnum_nodes: 1\nranks_per_node: 2\n")
     path = tmp_path / "scenario.yaml"
