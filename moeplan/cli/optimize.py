@@ -98,6 +98,7 @@ def optimize(scenario: Path | None, as_json: bool, quiet: bool, **options: Any) 
     from moeplan.files import require_place
     from moeplan.pipeline.optimize import PLAN_PLACE, write_plan
     from moeplan.pipeline.optimize import optimize as run
+    from moeplan.pipeline.views import brief_notes
 
     found_scenario = _scenario(scenario, options)
     out: Path | None = options["out"] or found_scenario.out
@@ -109,7 +110,7 @@ def optimize(scenario: Path | None, as_json: bool, quiet: bool, **options: Any) 
     written = write_plan(found, out)
     plan = found.plan
     if not quiet:
-        for message in (*found.messages, *(f"wrote {path}" for path in written)):
+        for message in (*brief_notes(found.messages), *(f"wrote {path}" for path in written)):
             click.echo(message, err=True)
     if as_json:
         print_json(plan.model_dump(mode="json") | {"sha256": plan.sha256, "written": [str(path) for path in written]})

@@ -39,7 +39,7 @@ def command(
 
     from moeplan.files import require_place
     from moeplan.pipeline.simulate import SIMULATION_PLACE, simulate, sweep, write_simulation
-    from moeplan.pipeline.views import result_view, sweep_view
+    from moeplan.pipeline.views import brief_notes, result_view, sweep_view
     from moeplan.specs.scenario import Scenario
 
     console = Console(highlight=False)
@@ -64,7 +64,7 @@ def command(
         answer = simulate(found, seeds=seeds, workers=workers or 1, keep_log=place is not None, progress=progress)
     written = write_simulation(answer, place) if place is not None else []
     if not quiet:
-        for message in (*answer.result.notes, *(f"wrote {path}" for path in written)):
+        for message in (*brief_notes(answer.result.notes), *(f"wrote {path}" for path in written)):
             click.echo(message, err=True)
     if as_json:
         document = answer.result.model_dump(mode="json")

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moeplan.artifacts.simulation_result import Headline
 from moeplan.reports.wording import format_bytes, format_number, format_percent, format_seconds
 
-__all__ = ["case_words", "change_text", "interval", "shown", "verdicts_text"]
+__all__ = ["brief_notes", "case_words", "change_text", "interval", "shown", "verdicts_text"]
+
+
+_GAP = re.compile(
+    r"scaled or modelled: profile (?P<profile>.+?) does not cover (?P<table>\w+) at .*?: "
+    r"(?:(?P<place>[^:]+?) is not there.*|it has no table \w+); measure it: .*",
+    re.DOTALL,
+)
+_BEYOND = "extrapolated beyond measurements: "
+
+
+def brief_notes(notes: Iterable[str]) -> list[str]:
+    """Notes as a terminal shows them: what a profile lacks in one line per table, what is extrapolated in one line, all
+    others as they are. Regions and the commands that measure them stay in the notes themselves."""
+    lacks: dict[str, list[str]] = {}
+    beyond: list[str] = []
+    others: list[str] = []
+    for note in notes:
+        if (gap := _GAP.fullmatch(note)) is not None:
+            head = f"scaled or modelled: {gap['table']} (profile {gap['profile']} has no"
+            lacks.setdefault(head, []).append(gap["place"] or "such table")
+        elif note.startswith(_BEYOND):
+            beyond.append(note.removeprefix(_BEYOND))
+        else:
+            others.append(note)
+    gaps = [f"{head} {', '.join(dict.fromkeys(places))})" for head, places in lacks.items()]
+    if gaps:
+        gaps.append("commands that measure these are in the notes of --json and of the page")
+    return others + gaps + ([_BEYOND + ", ".join(beyond)] if beyond else [])
 
 
 def shown(value: float, unit: str, name: str = "") -> str:

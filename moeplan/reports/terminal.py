@@ -15,6 +15,7 @@ from rich.text import Text
 
 from moeplan.artifacts.plan import Plan
 from moeplan.reports.figures import colour_limits
+from moeplan.reports.run_words import brief_notes
 from moeplan.reports.summary import (
     STATUS_TEXT,
     Evidence,
@@ -76,7 +77,7 @@ def plan_view(plan: Plan, evidence: Evidence, width: int) -> RenderableType:
         parts += [Text(), LoadMap(sides, plan.layer_ids)]
     else:
         parts += [Text(), Text("no load in a plan file: give --trace FILE for the load of every rank", style="dim")]
-    parts += [Text(f"note: {note}", style="dim") for note in plan.notes]
+    parts += [Text(f"note: {note}", style="dim") for note in brief_notes(plan.notes)]
     return Group(*parts)
 
 
