@@ -83,7 +83,7 @@ def cluster_of(machine: Machine) -> ClusterSpec:
         name="core", memory="4 GiB", memory_bandwidth="10 GB/s", bf16="50 GFLOPS", scale_up_bandwidth="1 GB/s",
         scale_up_domain=machine.per_node, nic_bandwidth=f"{(machine.link or 1e9) / machine.per_node:.0f} B/s",
     )  # fmt: skip
-    return ClusterSpec(accelerator=core, num_nodes=machine.nodes, ranks_per_node=machine.per_node)
+    return ClusterSpec(accelerator=core, num_nodes=machine.nodes, ranks_per_node=machine.per_node, nics_per_node=1)
 
 
 def balanced(shape: Shape, ranks: int, tokens_per_rank: int) -> RoutingTrace:

@@ -100,6 +100,11 @@ class Placement:
         return self.num_ranks // self.ranks_per_node
 
     @property
+    def live_R(self) -> NDArray[np.bool_]:
+        """Ranks that have slots: those that work."""
+        return np.bincount(self.rank_of_slot_P, minlength=self.num_ranks) > 0
+
+    @property
     def node_of_slot_P(self) -> NDArray[np.int32]:
         """Node of each slot."""
         return (self.rank_of_slot_P // self.ranks_per_node).astype(np.int32)

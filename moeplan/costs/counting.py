@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import EMPTY, Placement
+from moeplan.costs.nics import away_shares
 from moeplan.errors import PlanError
 from moeplan.specs.workload import ReplicaSplit
 
@@ -47,16 +48,17 @@ class TraceCounts:
     """Counts per window; tokens and pairs as parts of the window's tokens, so that windows compare.
 
     ``pairs_WLP``, ``pairs_WLR``: (token, expert) pairs of a slot and of a rank, per token. ``node_arrivals_WLN``:
-    tokens that touch a node and come from another one, ``node_pair_arrivals_WLN`` the (token, expert) pairs of theirs
-    there. ``rank_arrivals_WLR``: tokens that touch a rank. ``nodes_per_token_WL`` and ``ranks_per_token_WL``: distinct
-    ones a token touches, its home not counted apart.
+    tokens that touch a node and come from another one. ``rank_arrivals_WLR``: tokens that touch a rank; of those that
+    come from another node ``away_rank_arrivals_WLR``, with the (token, expert) pairs ``away_pairs_WLR`` there.
+    ``nodes_per_token_WL`` and ``ranks_per_token_WL``: distinct ones a token touches, its home not counted apart.
     """
 
     pairs_WLP: NDArray[np.float64]
     pairs_WLR: NDArray[np.float64]
     node_arrivals_WLN: NDArray[np.float64]
-    node_pair_arrivals_WLN: NDArray[np.float64]
     rank_arrivals_WLR: NDArray[np.float64]
+    away_rank_arrivals_WLR: NDArray[np.float64]
+    away_pairs_WLR: NDArray[np.float64]
     nodes_per_token_WL: NDArray[np.float64]
     ranks_per_token_WL: NDArray[np.float64]
 
@@ -169,13 +171,13 @@ def choose_slots(
 
 @njit(cache=True, nogil=True)
 def _count(
-    slot_TK, home_T, window_T, rank_of_slot_P, per_node, homes_known, pairs, nodes_in, pairs_in, ranks_in, nodes, ranks
-):
-    """Adds one layer's counts to the window rows of the six result arrays."""
+    slot_TK, home_T, window_T, rank_of_slot_P, per_node, homes_known, away_N, pairs, nodes_in, pairs_in, ranks_in,
+    ranks_away, nodes, ranks,
+):  # fmt: skip
+    """Adds one layer's counts to the window rows of the seven result arrays."""
     num_nodes = nodes_in.shape[1]
     seen_rank = np.full(ranks_in.shape[1], -1, np.int64)
     seen_node = np.full(num_nodes, -1, np.int64)
-    elsewhere = 1.0 - 1.0 / num_nodes
     for t in range(slot_TK.shape[0]):
         w = window_T[t]
         for k in range(slot_TK.shape[1]):
@@ -185,13 +187,14 @@ def _count(
             r = rank_of_slot_P[s]
             pairs[w, s] += 1.0
             n = r // per_node
-            from_elsewhere = elsewhere
+            from_elsewhere = away_N[n]
             if homes_known:
                 from_elsewhere = 1.0 if home_T[t] // per_node != n else 0.0
-            pairs_in[w, n] += from_elsewhere
+            pairs_in[w, r] += from_elsewhere
             if seen_rank[r] != t:
                 seen_rank[r] = t
                 ranks_in[w, r] += 1.0
+                ranks_away[w, r] += from_elsewhere
                 ranks[w] += 1.0
                 if seen_node[n] != t:
                     seen_node[n] = t
@@ -216,8 +219,8 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
             f"the trace has {trace.num_layers} layers x {trace.num_experts} experts, the placement"
             f" {placement.num_layers} x {placement.num_experts}; they must be of one model"
         )
-    live = np.unique(placement.rank_of_slot_P)
-    home_T = home_ranks(load, live)
+    home_T = home_ranks(load, np.flatnonzero(placement.live_R))
+    away_N = away_shares(placement.live_R, placement.num_nodes)
     homes_known = trace.source_rank_T is not None or (split == "nearest" and placement.has_copies)
     window_T = (
         np.zeros(trace.num_tokens, np.int64) if load.window_T is None else load.window_T.astype(np.int64)
@@ -225,15 +228,15 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
     W, L, R, N = len(load.windows), placement.num_layers, placement.num_ranks, placement.num_nodes
     if int(window_T.max()) >= W:
         raise PlanError(f"the trace names window {int(window_T.max())} but the load has {W} windows")
-    pairs, arrivals = np.zeros((W, L, placement.num_slots)), np.zeros((W, L, R))
-    nodes_in, pairs_in = np.zeros((W, L, N)), np.zeros((W, L, N))
+    pairs, nodes_in = np.zeros((W, L, placement.num_slots)), np.zeros((W, L, N))
+    pairs_in, arrivals, away = np.zeros((3, W, L, R))
     nodes, ranks = np.zeros((W, L)), np.zeros((W, L))
     for layer in range(L):
         slot_TK = choose_slots(trace.experts_TLK[:, layer], home_T, placement, layer, split)
         _count(
-            slot_TK, home_T, window_T, placement.rank_of_slot_P, placement.ranks_per_node, homes_known,
-            pairs[:, layer], nodes_in[:, layer], pairs_in[:, layer], arrivals[:, layer], nodes[:, layer],
-            ranks[:, layer],
+            slot_TK, home_T, window_T, placement.rank_of_slot_P, placement.ranks_per_node, homes_known, away_N,
+            pairs[:, layer], nodes_in[:, layer], pairs_in[:, layer], arrivals[:, layer], away[:, layer],
+            nodes[:, layer], ranks[:, layer],
         )  # fmt: skip
     tokens_W = np.maximum(np.bincount(window_T, minlength=W), 1).astype(np.float64)
     pairs_WLP = pairs / tokens_W[:, None, None]
@@ -241,8 +244,9 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
         pairs_WLP=pairs_WLP,
         pairs_WLR=sum_by_rank(pairs_WLP, placement),
         node_arrivals_WLN=nodes_in / tokens_W[:, None, None],
-        node_pair_arrivals_WLN=pairs_in / tokens_W[:, None, None],
         rank_arrivals_WLR=arrivals / tokens_W[:, None, None],
+        away_rank_arrivals_WLR=away / tokens_W[:, None, None],
+        away_pairs_WLR=pairs_in / tokens_W[:, None, None],
         nodes_per_token_WL=nodes / tokens_W[:, None],
         ranks_per_token_WL=ranks / tokens_W[:, None],
     )

@@ -15,6 +15,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.costs.counting import TraceCounts, count_trace, hop_shares, served_slots, shares, sum_by_rank
 from moeplan.costs.exchange import touched_share
 from moeplan.costs.layer import LayerCosts
+from moeplan.costs.nics import Nics
 from moeplan.costs.transitions import transition_counts
 from moeplan.specs.workload import DispatchKind, Objective
 
@@ -27,11 +28,11 @@ _TINY = 1e-300  # keeps the share of nothing at 0
 class Evaluation:
     """What a placement does, per window and layer. Arrays that need tokens or transitions are None without them.
 
-    ``time_WL = expert_WL + exchange_WL`` in seconds; ``node_path_WL`` and ``rank_path_WL`` are the two paths of the
-    exchange in ``return_home``, of which it takes the slower. ``max_over_mean_WL`` is the busiest rank's token load
-    over the mean, each divided by the rank's speed (1 where a window has no tokens). Where the nearest copy serves and
-    tokens are known, loads are those counted on them; elsewhere copies take their shares. Hop shares are per layer
-    ``[L]``; the last layer has none (0).
+    ``time_WL = expert_WL + exchange_WL`` in seconds; ``node_path_WL`` (between nodes) and ``rank_path_WL`` (inside) are
+    the two paths of the exchange in ``return_home``, of which it takes the slower. ``max_over_mean_WL`` is the busiest
+    rank's token load over the mean, each divided by the rank's speed (1 where a window has no tokens). Where the
+    nearest copy serves and tokens are known, loads are those counted on them; elsewhere copies take their shares. Hop
+    shares are per layer ``[L]``; the last layer has none (0).
     """
 
     expert_WL: NDArray[np.float64]
@@ -103,21 +104,23 @@ def _arrivals(
     counts: TraceCounts | None,
     placement: Placement,
     dispatch: DispatchKind,
+    nics: Nics,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Copies per token into each node from others ``[W, L, N]`` and to each rank ``[W, L, R]``, in ``return_home``."""
+    """Copies per token over the NIC that takes longest ``[W, L]`` (:mod:`moeplan.costs.nics`) and to each rank
+    ``[W, L, R]``, in ``return_home``."""
     share_WLR, top_k = shares(load_WLR), load.top_k or 1
-    elsewhere = 1 - 1 / placement.num_nodes
-    if dispatch == "per_expert":
-        rank_WLR = share_WLR * top_k
-        if counts is not None and load.trace is not None and load.trace.source_rank_T is not None:
-            return counts.node_pair_arrivals_WLN, rank_WLR
-        return _by_node(rank_WLR, placement) * elsewhere, rank_WLR
-    rank_WLR = touched_share(share_WLR, top_k) if counts is None else counts.rank_arrivals_WLR
-    if dispatch == "per_rank":
-        return _by_node(rank_WLR, placement) * elsewhere, rank_WLR
-    if counts is not None:
-        return counts.node_arrivals_WLN, rank_WLR
-    return touched_share(_by_node(share_WLR, placement), top_k) * elsewhere, rank_WLR
+    rank_WLR = share_WLR * top_k
+    if dispatch != "per_expert":
+        rank_WLR = touched_share(share_WLR, top_k) if counts is None else counts.rank_arrivals_WLR
+    if dispatch == "per_node":
+        if counts is None:
+            return nics.busiest(touched_share(_by_node(share_WLR, placement), top_k), rank_WLR), rank_WLR
+        reach_WLN = counts.node_arrivals_WLN / np.maximum(nics.away_N, _TINY)
+        return nics.slowest(nics.into(counts.node_arrivals_WLN), reach_WLN), rank_WLR
+    if counts is None or load.trace is None or load.trace.source_rank_T is None:
+        return nics.busiest(_by_node(rank_WLR, placement), rank_WLR), rank_WLR
+    away_WLR = counts.away_pairs_WLR if dispatch == "per_expert" else counts.away_rank_arrivals_WLR
+    return nics.slowest(nics.of_ranks(away_WLR), _by_node(rank_WLR, placement)), rank_WLR
 
 
 def _met(load_WLR: NDArray[np.float64], placement: Placement) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -140,7 +143,7 @@ def evaluate(
 ) -> Evaluation:
     """Seconds, loads and distinct nodes of a placement on a load.
 
-    Exchange in ``return_home``: the slower of the busiest node's arrivals and the busiest rank's, by dispatch kind
+    Exchange in ``return_home``: the slower of the busiest NIC's arrivals and the busiest rank's, by dispatch kind
     (``per_expert`` sends one copy per pair, from the recorded homes or from any node alike; ``allgather`` does not
     depend on the placement). In ``stay``: transitions that leave the rank pay the scale-up price, those that leave the
     node the node price, spread over ranks and nodes; the slowest link decides. Choices of tokens that are not known are
@@ -180,9 +183,9 @@ def evaluate(
         hops[..., -1] = 0.0
         exchange += T * top_k * hops
     elif objective.dispatch != "allgather":
-        link_R, link_N = costs.links(placement.num_ranks, placement.num_nodes)
-        node_WLN, rank_WLR = _arrivals(load, load_WLR, counts, placement, objective.dispatch)
-        node, rank = (node_WLN / link_N).max(axis=2), (rank_WLR / link_R).max(axis=2)
+        nics = costs.nics(objective.dispatch, placement.num_ranks, placement.num_nodes)
+        node, rank_WLR = _arrivals(load, load_WLR, counts, placement, objective.dispatch, nics)
+        rank = costs.slowest_rank(rank_WLR, placement.num_nodes)
     node_path, rank_path = T * costs.per_node_copy_s * node, T * costs.per_rank_copy_s * rank
     return Evaluation(
         expert_WL=expert_WL,

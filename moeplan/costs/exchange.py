@@ -160,9 +160,9 @@ class ExchangeCosts:
     def time_s(self, tokens_per_rank: float, node_copies: Any, rank_copies: Any) -> Any:
         """Seconds of dispatch and combine.
 
-        ``node_copies``: copies into or out of the busiest node, times nodes over all tokens;
-        ``rank_copies``: into or out of the busiest rank, times ranks over all tokens. Evenly spread
-        choices give :func:`balanced_copies`.
+        ``node_copies``: copies from or to other nodes over the busiest NIC, times NICs over all tokens;
+        ``rank_copies``: into or out of the busiest rank, times ranks over all tokens. Evenly spread choices give
+        :func:`balanced_copies`.
         """
         path = self.inside
         inner = path.time_s(tokens_per_rank, rank_copies / path.copies_per_token)

@@ -13,7 +13,7 @@ from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs import roofline
 from moeplan.costs.exchange import exchange_costs, touched
 from moeplan.costs.experts import expert_costs
-from moeplan.costs.layer import LayerCosts, node_links
+from moeplan.costs.layer import LayerCosts
 from moeplan.costs.work import link_speeds
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
@@ -73,15 +73,14 @@ def layer_costs(
     slower = inside if between is None else max(inside, between, key=lambda path: path.balanced_s(batch))
     exchange_fixed, per_node, per_rank = slower.fixed_s, 0.0, inside.per_copy_s(batch)
     if between is not None:
-        # A node's copies come in over all its ranks' NICs.
+        # Of a node, whose NICs together bring in what each of its ranks has a part of.
         per_node = between.per_copy_s(batch) / cluster.ranks_per_node
     elif cluster.num_nodes > 1:
         per_node = per_rank / cluster.ranks_per_node
     if objective.dispatch == "allgather":
         # Every rank gets every token whatever the placement: all of it is fixed.
         all_R, all_N = inside.copies_per_token, between.copies_per_token if between is not None else 0.0
-        slowest_N = node_links(link_R, cluster.num_nodes).min()
-        exchange_fixed = float(exchange.time_s(batch, all_N / slowest_N, all_R / link_R.min()))
+        exchange_fixed = float(exchange.time_s(batch, all_N / link_R.min(), all_R / link_R.min()))
         per_node = per_rank = 0.0
     source = {"experts": experts.source, "exchange inside a node": inside.source}
     if (link_R != 1).any():
@@ -110,5 +109,7 @@ def layer_costs(
         relative_error=error(exchange_error),
         relative_error_of_counts=None if known else error(math.hypot(exchange_error, INDEPENDENT)),
         link_R=tuple(link_R.tolist()) if (link_R != 1).any() else (),
+        ranks_per_nic=cluster.ranks_per_nic,
+        lost=tuple(rank for rank, own in sorted(cluster.ranks.items()) if own.failed),
         source=source,
     )

@@ -35,7 +35,9 @@ from moeplan.costs.attention_tables import AttentionTables
 from moeplan.costs.exchange import balanced_copies, engine_dispatch
 from moeplan.costs.group_kernel import group_seconds, row_at
 from moeplan.costs.kv_cache import SwapCosts
+from moeplan.costs.nics import Nics, nics_of
 from moeplan.costs.passes import Batch, Pass, StepSeconds, joined, passes_of
+from moeplan.costs.roofline import is_joined
 from moeplan.costs.stage_transfers import StageTransfers
 from moeplan.costs.step import BatchParts, StepModel, combine
 from moeplan.costs.technique import Technique
@@ -111,7 +113,10 @@ class ServingCosts:
         self._group_ranks = ranks = technique.tp * technique.cp
         self.groups = cluster.num_ranks // ranks
         self._speed_D = self.speed_R.reshape(self.groups, ranks).min(1)
-        self._link_D = link_speeds(cluster).reshape(self.groups, ranks).min(1)
+        link_R = link_speeds(cluster)
+        self._link_of_R, self._lost = tuple(link_R.tolist()), tuple(np.flatnonzero(~self.live_R).tolist())
+        self._nics_usual = not self._lost and bool((link_R == 1).all()) and cluster.ranks_per_nic == 1
+        self._link_D = link_R.reshape(self.groups, ranks).min(1)
         self._mean = Curve(grid(max_tokens, 1.0 / self._num_live))
         self._busy = Curve(stairs(grid(max_tokens), technique.tp))
         self._models: dict[tuple[Phase, float], StepModel] = {}
@@ -159,11 +164,8 @@ class ServingCosts:
         return found
 
     def _fill_row(self, rows: _FixedRows, phase: Phase, drafts_of: int) -> None:
-        cluster, points, b = self.cluster, self._busy.points, rows.filled
-        model = self.model_at(phase, points[b])
-        fixed, dispatch = model.fixed, engine_dispatch(self._plain.dispatch, phase)
-        copies = balanced_copies(dispatch, self.model.top_k, cluster.num_ranks, cluster.num_nodes)
-        rows.balanced_B[b] = float(model.exchange.time_s(points[b], *copies))
+        points, b = self._busy.points, rows.filled
+        fixed, rows.balanced_B[b] = self.model_at(phase, points[b]).fixed, self._balanced_s(phase, points[b])
         context, kernels = Work(-fixed.kernel_s) + fixed.partial * -1, 0 if drafts_of else fixed.other_kernels
         token_wise, shared = fixed.layer + context, fixed.shared
         if drafts_of and not self._drafts_route:
@@ -208,6 +210,10 @@ class ServingCosts:
         table.expert_BL[b] = cost.expert_s_LR.max(1)
         table.expert_BR[b] = cost.expert_s_LR.sum(0)
         table.exchange_BL[b] = cost.exchange_s_L
+        if model.technique.dispatch == "per_node" and (between := model.exchange.between) is not None:
+            # What uneven links and stand-ins add depends on where tokens are at home (_sent_s): here it is left out.
+            times = self._nics(table.phase).tokens(self.live_R.astype(float))
+            table.exchange_BL[b] = between.fixed_s + (cost.exchange_s_L - between.fixed_s) / times
         table.error_B[b] = cost.high_s / cost.total_s - 1
         table.filled_B[b] = True
         self.source |= dict(cost.source)
@@ -270,12 +276,11 @@ class ServingCosts:
         tokens_D, mean, group_D3 = self._groups(each, share)
         b, w = self._at(table, mean * share)
         expert_L, expert_R = row_at(table.expert_BL, b, w), row_at(table.expert_BR, b, w)
-        most = float((tokens_D / self._link_D).max()) * share
-        i, v = self._busy.place(most)
-        sent_s = float(row_at(self._fixed_rows(table.phase, most).balanced_B, i, v))
-        exchange_L, error = np.maximum(row_at(table.exchange_BL, b, w), sent_s), float(row_at(table.error_B, b, w))
+        exchange_L = np.maximum(row_at(table.exchange_BL, b, w), self._sent_s(table.phase, tokens_D * share))
+        error = float(row_at(table.error_B, b, w))
         if each.drafting and not self._drafts_route:
             expert_L, expert_R, exchange_L = self._nothing_L, 0 * expert_R, self._nothing_L
+            i, _ = self._busy.place(float(tokens_D.max()) * share)
             error = self.model_at(table.phase, float(self._busy.points[i])).fixed.relative_error
         attention, shared, other = in_turn(group_D3).tolist()
         part = 1 / L if each.drafting else 1.0  # of the layers: one as they are in the mean
@@ -301,6 +306,28 @@ class ServingCosts:
             return 0.0, 0.0
         layers = 1 if each.drafting else self.model.num_layers
         return (beside + wire / float(self._link_D[d])) * layers, off / usual
+
+    def _sent_s(self, phase: Phase, tokens_D: Floats) -> float:
+        """A layer's exchange where choices fall evenly, by the NIC that takes longest for what ranks of groups with
+        ``tokens_D`` on each send; in messages of the one that sends most."""
+        most = float(tokens_D.max())
+        i, v = self._busy.place(most)
+        if self._nics_usual:
+            return float(row_at(self._fixed_rows(phase, most).balanced_B, i, v))
+        times = self._nics(phase).tokens(tokens_D.repeat(self._group_ranks)) / most
+        low, high = (self._balanced_s(phase, self._busy.points[point], times) for point in (i, i + 1))
+        return low + v * (high - low)
+
+    def _nics(self, phase: Phase) -> Nics:
+        """What copies between nodes go over, or those between ranks where one network joins all."""
+        place = (1, 1) if is_joined(self.cluster) else (self.cluster.num_nodes, self.cluster.ranks_per_nic)
+        return nics_of(engine_dispatch(self._plain.dispatch, phase), self._link_of_R, *place, self._lost)
+
+    def _balanced_s(self, phase: Phase, tokens: float, times: float = 1.0) -> float:
+        """A layer's exchange of so many tokens on each rank where choices fall evenly and copies count ``times``."""
+        dispatch = engine_dispatch(self._plain.dispatch, phase)
+        copies = balanced_copies(dispatch, self.model.top_k, self.cluster.num_ranks, self.cluster.num_nodes)
+        return float(self.model_at(phase, tokens).exchange.time_s(tokens, *(times * each for each in copies)))
 
     def _sent_on(self, tokens_D: Floats) -> tuple[float, float]:
         """Seconds that the stages take to send a step on, at the group that takes longest, and their relative error."""

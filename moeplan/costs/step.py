@@ -30,16 +30,16 @@ from numpy.typing import NDArray
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.profile import HardwareProfile
 from moeplan.costs.collectives import CollectiveCosts
-from moeplan.costs.exchange import ExchangeCosts, exchange_costs, touched, touched_share
+from moeplan.costs.exchange import ExchangeCosts, exchange_costs, touched
 from moeplan.costs.expert_law import ExpertCosts
 from moeplan.costs.experts import expert_costs
 from moeplan.costs.fixed import FixedCosts, fixed_costs
-from moeplan.costs.layer import node_links
 from moeplan.costs.memory import RankMemory, memory_report
+from moeplan.costs.nics import nics_of
 from moeplan.costs.roofline import returned_bytes, token_bytes
 from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Overlap, Technique
-from moeplan.costs.traffic import Traffic
+from moeplan.costs.traffic import Traffic, expected_reach
 from moeplan.costs.work import in_turn, link_speeds, speeds
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
@@ -164,7 +164,10 @@ class StepModel:
         self.live = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
         self.speed_R = speeds(cluster)
         self.link_R = link_speeds(cluster)
-        self._link_N = node_links(self.link_R, cluster.num_nodes)
+        lost = tuple(np.flatnonzero(~self.live).tolist())
+        self._nics = nics_of(
+            self.technique.dispatch, tuple(self.link_R.tolist()), cluster.num_nodes, cluster.ranks_per_nic, lost
+        )
         self._tokens = tokens
         of = {"tp": cluster.num_ranks, "expert_tp": cluster.ranks_per_node}
         for name, number in of.items():
@@ -201,7 +204,7 @@ class StepModel:
         )
         apart = cluster
         if how.gathers and groups == 1:  # all others are those to gather from
-            apart = cluster.model_copy(update={"num_nodes": 1, "ranks_per_node": 1, "ranks": {}})
+            apart = cluster.resized(1, 1)
         exchange = exchange_costs(
             model, apart, how.dispatch, work.phase, work.activation_dtype,
             profile=self.profile, tp=how.tp, backend=how.backend,
@@ -240,29 +243,20 @@ class StepModel:
         each = share.ravel() / np.maximum(copies, 1)
         return each[place] if used.all() else np.where(used, each[np.maximum(place, 0)], 0.0)
 
-    def _arrivals(self, pairs_LR: Floats, part: _Part) -> tuple[Floats, Floats]:
-        """Copies ``[L, N]`` into nodes from others and ``[L, R]`` into ranks, homes spread evenly.
-
-        Copies to one place merge as the dispatch kind says; choices are taken as independent: a token with K of
-        them touches a place that gets the part p of all with chance 1 - (1 - p)^K.
-        """
-        tokens, top_k, how = part.tokens, self.model.top_k, self.technique.dispatch
-        nodes, places = self.cluster.num_nodes, max(1, self.live.sum())
-        pairs_LN = pairs_LR.reshape(len(pairs_LR), nodes, -1).sum(2) / self.technique.expert_tp
-        if how == "allgather":
-            away = 1 - 1 / nodes
-            return np.full(pairs_LN.shape, tokens * away), np.full(pairs_LR.shape, tokens * (1 - 1 / self.live.sum()))
-        whole = tokens * top_k
-
-        def merged(pairs: Floats) -> Floats:
-            return tokens * touched_share(pairs / whole, top_k)
-
-        rank = pairs_LR if how == "per_expert" else merged(pairs_LR)
-        if self.technique.gathers:  # a copy goes to one rank of a group
-            rank, places = pairs_LR / self.technique.expert_tp, places / self.technique.expert_tp
-        by_rank = rank.reshape(pairs_LN.shape[0], nodes, -1)
-        node = merged(pairs_LN) if how == "per_node" else by_rank.sum(2)
-        return node * (1 - 1 / nodes), rank * (1 - 1 / places)
+    def _arrivals(self, pairs_LR: Floats, part: _Part) -> tuple[Floats, Floats, Floats]:
+        """Copies ``[L, N]`` into nodes from others and ``[L, R]`` into ranks, homes spread evenly, and those over the
+        busiest NIC ``[L]``, in units of a node; choices are taken as independent."""
+        how, live = self.technique, self.live.sum()
+        share_LR = pairs_LR / (part.tokens * self.model.top_k)
+        reach = expected_reach(share_LR, self.cluster, how.dispatch, self.model.top_k, how.expert_tp)
+        rank_LR, places = part.tokens * reach.rank_LR, live
+        if how.gathers:  # a copy goes to one rank of a group
+            rank_LR, places = rank_LR / how.expert_tp, live / how.expert_tp
+        node_LN = part.tokens * reach.node_LN
+        if how.dispatch in ("per_rank", "per_expert"):
+            node_LN = rank_LR.reshape(*node_LN.shape, -1).sum(2)
+        busiest_L = self._nics.busiest(node_LN, rank_LR)
+        return node_LN * self._nics.away_N, rank_LR * (1 - 1 / places), busiest_L
 
     def _layers(
         self,
@@ -281,21 +275,23 @@ class StepModel:
         sums[1][:, used] = np.add.reduceat(pairs_LP, starts[used], axis=1)
         expert = (sums[0] + part.shared_rows_s * used) / self.speed_R
         if traffic is None:  # evenly spread homes send no more than the busiest end takes in
-            node, rank = most_node, most_rank = self._arrivals(sums[1], part)
+            node, rank, nic_L = self._arrivals(sums[1], part)
+            most_rank = rank
         else:
-            per_node = self.cluster.ranks_per_node
-            node, rank = (part.tokens * ends for ends in traffic.arrivals(per_node))
-            most_node, most_rank = (part.tokens * ends for ends in traffic.busiest(per_node))
+            node, rank = (part.tokens * ends for ends in traffic.arrivals(self.cluster.ranks_per_node))
+            nic_LX, most_rank = (part.tokens * ends for ends in traffic.busiest(self.cluster.ranks_per_nic))
+            nic_L = self._nics.at(nic_LX) * self._nics.per_node
         if self.technique.gathers:
             rank = rank + sums[1] * (1 - 1 / self.technique.expert_tp)
-        return expert, self._exchange_s(most_node, most_rank, sums[1], part), node, rank
+        return expert, self._exchange_s(nic_L, most_rank, sums[1], part), node, rank
 
-    def _exchange_s(self, node_LN: Floats, rank_LR: Floats, pairs_LR: Floats, part: _Part) -> Floats:
-        """Seconds ``[L]`` of an exchange that brings so many copies into nodes and ranks, for ``pairs_LR``."""
+    def _exchange_s(self, nic_L: Floats, rank_LR: Floats, pairs_LR: Floats, part: _Part) -> Floats:
+        """Seconds ``[L]`` of an exchange with so many copies over the busiest NIC, in units of a node, and into ranks,
+        for ``pairs_LR``."""
         live = self.live.sum()
         exchange_L = part.exchange.time_s(
             part.tokens / live,
-            (node_LN / self._link_N).max(1) * self.cluster.num_nodes / part.tokens,
+            nic_L * (live / self.cluster.ranks_per_node) / part.tokens,
             (rank_LR / self.link_R).max(1) * live / part.tokens,
         )
         return np.asarray(exchange_L, float) + self._gathered_s(pairs_LR)
@@ -497,7 +493,8 @@ class StepModel:
     def _state(
         self, rank_of_slot_P: NDArray[np.int32], pairs_P: Floats, pairs_R: Floats, expert_s_R: Floats, part: _Part
     ) -> LayerState:
-        exchange_L = self._exchange_s(*self._arrivals(pairs_R[None], part), pairs_R[None], part)
+        _, rank_LR, nic_L = self._arrivals(pairs_R[None], part)
+        exchange_L = self._exchange_s(nic_L, rank_LR, pairs_R[None], part)
         layer_L = self._combined(exchange_L, expert_s_R.max(keepdims=True), part)
         return LayerState(rank_of_slot_P, pairs_P, pairs_R, expert_s_R, float(exchange_L[0]), float(layer_L[0]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +67,9 @@ def expert_groups(model: ModelSpec, cluster: ClusterSpec, expert_tp: int, where:
     ):
         if number % expert_tp:
             raise SpecError(f"{where} ({expert_tp}) does not divide the {whose} ({number}); choose a divisor")
-    return cluster.model_copy(update={"ranks_per_node": cluster.ranks_per_node // expert_tp, "ranks": {}})
+    per_node, nics = cluster.ranks_per_node // expert_tp, cluster.nics_per_node
+    sizes = {"ranks_per_node": per_node, "nics_per_node": nics and math.gcd(nics, per_node)}
+    return cluster.model_copy(update={**sizes, "ranks": {}})
 
 
 def reduces_in_place(dispatch: DispatchKind, tp: int, cluster: ClusterSpec) -> bool:

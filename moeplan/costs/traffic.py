@@ -2,8 +2,8 @@
 
 A copy takes one or two hops. ``between`` goes over the NICs of two ranks, ``inside`` over scale-up links. With
 ``per_node`` dispatch and ``allgather`` a token goes once to each node it touches, to the rank with its home's place
-in that node, which passes it on inside (the forwarding of DeepEP's normal kernels); a copy that is passed on crosses
-the port of the rank that gets it even where that is the forwarder. Combine takes the same ways back.
+in that node (:func:`moeplan.costs.nics.entries`), which passes it on inside; a copy that is passed on crosses the port
+of the rank that gets it even where that is the forwarder. Combine takes the same ways back.
 
 ``T`` tokens, ``L`` layers, ``K`` top-k, ``R`` ranks, ``N`` nodes.
 """
@@ -21,6 +21,7 @@ from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import choose_slots, count_trace, home_ranks
 from moeplan.costs.exchange import touched_share
+from moeplan.costs.nics import away_shares, entries
 from moeplan.costs.roofline import is_joined
 from moeplan.errors import PlanError
 from moeplan.specs.cluster import ClusterSpec
@@ -50,14 +51,15 @@ class Traffic:
         """Copies per token into nodes from others ``[L, N]`` and into ranks from others of the node ``[L, R]``."""
         return self._ends(1, ranks_per_node)
 
-    def busiest(self, ranks_per_node: int) -> tuple[Floats, Floats]:
-        """As :meth:`arrivals`, but the larger of what an end takes in and sends: links carry both at once."""
-        into, out = (self._ends(axis, ranks_per_node) for axis in (1, 2))
+    def busiest(self, ranks_per_nic: int) -> tuple[Floats, Floats]:
+        """Copies per token over each NIC ``[L, X]``, and over each rank's links in its node ``[L, R]``: the larger of
+        what they take in and send, as both go at once."""
+        into, out = (self._ends(axis, ranks_per_nic) for axis in (1, 2))
         return np.maximum(into[0], out[0]), np.maximum(into[1], out[1])
 
-    def _ends(self, axis: int, ranks_per_node: int) -> tuple[Floats, Floats]:
+    def _ends(self, axis: int, neighbours: int) -> tuple[Floats, Floats]:
         between_LR = self.between_LRR.sum(axis)
-        return between_LR.reshape(len(between_LR), -1, ranks_per_node).sum(2), self.inside_LRR.sum(axis)
+        return between_LR.reshape(len(between_LR), -1, neighbours).sum(2), self.inside_LRR.sum(axis)
 
 
 @njit(cache=True, nogil=True)
@@ -88,18 +90,6 @@ def _count(slot_TK, home_T, rank_of_slot_P, per_node, per_expert, forward, peer_
                 between[home, r] += 1.0
 
 
-def _peers(cluster: ClusterSpec, live_R: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """``[R, N]``: the rank of a node that takes a rank's tokens in; the next one that works, where that failed."""
-    per_node = cluster.ranks_per_node
-    peer_RN = np.zeros((cluster.num_ranks, cluster.num_nodes), np.int64)
-    for node in range(cluster.num_nodes):
-        ranks = np.flatnonzero(live_R[node * per_node : (node + 1) * per_node])
-        if len(ranks):
-            place_R = np.searchsorted(ranks, np.arange(cluster.num_ranks) % per_node) % len(ranks)
-            peer_RN[:, node] = node * per_node + ranks[place_R]
-    return peer_RN
-
-
 def counted_traffic(
     load: ExpertLoad, placement: Placement, cluster: ClusterSpec, dispatch: DispatchKind, split: ReplicaSplit = "even"
 ) -> Traffic:
@@ -123,7 +113,8 @@ def counted_traffic(
     L, R = placement.num_layers, placement.num_ranks
     between, inside = np.zeros((L, R, R)), np.zeros((L, R, R))
     per_node = R if is_joined(cluster) else cluster.ranks_per_node
-    peer_RN = _peers(cluster, live_R)
+    peer_RN = entries(live_R, cluster.num_nodes, dispatch).reshape(R, cluster.num_nodes, -1).argmax(2)
+    peer_RN += np.arange(cluster.num_nodes) * cluster.ranks_per_node
     for layer in range(L):
         slot_TK = choose_slots(trace.experts_TLK[:, layer], home_T, placement, layer, split)
         _count(
@@ -181,9 +172,9 @@ def counted_reach(
         replace(trace, source_rank_T=None),
     )  # fmt: skip
     counts = count_trace(load, placement, "even" if placement.share_LP is None else "weighted")
-    elsewhere = 1 - 1 / placement.num_nodes or 1.0  # part of the tokens that are at home in another node
     rank_LR = counts.pairs_WLR[0] if dispatch == "per_expert" else counts.rank_arrivals_WLR[0]
-    return Reach(rank_LR, counts.node_arrivals_WLN[0] / elsewhere)
+    away_N = away_shares(placement.live_R, placement.num_nodes)  # homes are even: so much of what a node needs comes in
+    return Reach(rank_LR, counts.node_arrivals_WLN[0] / np.where(away_N > 0, away_N, 1.0))
 
 
 def spread(
@@ -207,12 +198,9 @@ def spread(
     inside_LRR = direct_LRR * (same_node & others)
     between_LRR = direct_LRR * ~same_node
     if dispatch in ("per_node", "allgather") and not same_node.all():
-        works_N = live_R.reshape(-1, per_node).any(1)
-        home, node = np.nonzero((node_R[:, None] != np.arange(cluster.num_nodes)) & live_R[:, None] & works_N)
-        peer = _peers(cluster, live_R)[home, node]
-        between_LRR = np.zeros_like(direct_LRR)
-        between_LRR[:, home, peer] = home_R[home] * reach.node_LN[:, node]
-        passed_on_R = np.bincount(peer, home_R[home], R)  # each rank's peers are in its own node
+        taken_RR = home_R[:, None] * entries(live_R, cluster.num_nodes, dispatch) * ~same_node
+        between_LRR = taken_RR * reach.node_LN.repeat(per_node, 1)[:, None, :]
+        passed_on_R = taken_RR.sum(0)  # each rank passes on inside its own node
         inside_LRR += passed_on_R[:, None] * reach.rank_LR[:, None, :] * same_node
     return Traffic(between_LRR, inside_LRR)
 

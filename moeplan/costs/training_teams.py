@@ -56,7 +56,7 @@ def expert_group(cluster: ClusterSpec, ep: int, expert_tp: int = 1) -> ClusterSp
             f"{names} ({ranks}) does not fill nodes of cluster.ranks_per_node ({cluster.ranks_per_node}) evenly,"
             " or the cluster has explicit links; choose a divisor or a multiple, and a preset topology"
         )
-    return cluster.model_copy(update={"num_nodes": ranks // per_node, "ranks_per_node": per_node, "ranks": {}})
+    return cluster.resized(ranks // per_node, per_node)
 
 
 def placement_groups(model: ModelSpec, cluster: ClusterSpec, spec: TrainingSpec) -> ClusterSpec:

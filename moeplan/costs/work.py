@@ -8,9 +8,8 @@
   of them, and each NIC of a node carries one channel of the ring. What it takes besides stays: launches are the
   host's, hops the network's. So do its reductions: they move three bytes of memory for one of a link, and an H100
   moves six in that time, so they would only show below half its speed.
-- Dispatch and combine are costed by copies (:mod:`moeplan.costs.exchange`): those of a rank take ``1 / link_speed``,
-  those of a node ``1 / link_speed`` at its slowest NIC: each rank's own carries the copies of its tokens, to the rank
-  with its place in per-node dispatch (DeepEP's normal kernels), to the expert's rank otherwise. The fixed part stays.
+- Dispatch and combine are costed by copies (:mod:`moeplan.costs.exchange`): those of a rank, and those of a NIC
+  (:mod:`moeplan.costs.nics`), take ``1 / link_speed``. The fixed part stays.
 - What pipeline stages send on takes ``1 / link_speed`` where it comes in over a slow link and where it goes on over it.
 - A cache that goes to another pool takes ``1 / link_speed`` at the slowest rank of the group that it leaves, or that it
   comes to.

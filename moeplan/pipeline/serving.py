@@ -248,7 +248,7 @@ def _stages(
         nodes = first.nodes or -(-first.ranks // cluster.ranks_per_node)
         if first.ranks % nodes:
             raise SpecError(f"serving.prefill.ranks ({first.ranks}) do not divide over {nodes} nodes; change one")
-        ahead = cluster.model_copy(update={"num_nodes": nodes, "ranks_per_node": first.ranks // nodes, "ranks": {}})
+        ahead = cluster.resized(nodes, first.ranks // nodes)
     else:
         ahead = sized_cluster(scenario.cluster, first.ranks, first.nodes)
     return [
@@ -271,9 +271,9 @@ def _stage_cluster(cluster: ClusterSpec, engine: EngineSpec) -> ClusterSpec:
     if cluster.ranks:
         raise SpecError("engine.pp above 1 and ranks that differ (cluster.ranks) cannot be simulated together yet")
     if cluster.num_nodes % pp == 0:
-        return cluster.model_copy(update={"num_nodes": cluster.num_nodes // pp})
+        return cluster.resized(cluster.num_nodes // pp, cluster.ranks_per_node)
     if cluster.num_nodes == 1:
-        return cluster.model_copy(update={"ranks_per_node": cluster.ranks_per_node // pp})
+        return cluster.resized(1, cluster.ranks_per_node // pp)
     raise SpecError(f"engine.pp ({pp}) does not divide the nodes ({cluster.num_nodes}); choose a divisor")
 
 

@@ -202,8 +202,9 @@ def _knapsacks(flow_EE: NDArray[np.float64], load_E: NDArray[np.float64], size: 
 def _exchange_bound(
     problem: PlanningProblem, plan: Placement, layer: int, flow: NDArray[np.float64] | None, groups: float, away: float
 ) -> float:
-    """Bound on a layer's exchange seconds beyond the fixed part; ``groups`` bounds what a token touches, ``away`` what
-    of it is not at home where homes count."""
+    """Bound on a layer's exchange seconds beyond the fixed part; ``groups`` bounds the places that a token touches:
+    ranks for ``per_rank`` dispatch, else nodes, where there are several; ``away`` what of it is not at home where homes
+    count."""
     costs, objective = problem.costs, problem.objective
     T, top_k, nodes, ranks = (
         costs.tokens_per_step,
@@ -229,22 +230,39 @@ def _exchange_bound(
     counts_only = problem.load.trace is None
     if objective.dispatch == "allgather":
         return 0.0
-    link_R, link_N = costs.links(ranks, nodes)
-    node_s, rank_s, link_R = costs.per_node_copy_s * (1 - 1 / nodes), costs.per_rank_copy_s, link_R[problem.live_R]
+    paths = [(costs.per_rank_copy_s, 1 / costs.links(ranks)[problem.live_R])]
+    if nodes > 1:
+        paths.append((costs.per_node_copy_s, _pace_between(problem)))
     busy = float((problem.load.load_WLE[:, layer].sum(axis=1) > 0).mean())  # part of the windows with any tokens
     if problem.counts_homes:
-        on_rank = top_k * busy if objective.dispatch == "per_expert" else groups
-        return T * float(max(costs.per_node_copy_s * away / link_N.sum(), rank_s * on_rank / link_R.sum()))
+        touched = (top_k * busy if objective.dispatch == "per_expert" else groups, away)
+        return T * max(each * copy_s * _shared(pace_X) for each, (copy_s, pace_X) in zip(touched, paths, strict=True))
     if objective.dispatch == "per_expert" or counts_only:
-        # The busiest link takes no less than all links together would for all copies.
-        on_node, on_rank = top_k / link_N.sum(), top_k / link_R.sum()
-        if objective.dispatch != "per_expert":
-            # Some node and some rank get the even part of all pairs or more, and what they touch rises with it.
-            even_N, even_R = touched_share(np.array([1 / nodes, 1 / len(link_R)]), top_k)
-            on_node, on_rank = even_N / link_N.max(), even_R / link_R.max()
-        return T * busy * float(max(node_s * on_node, rank_s * on_rank))
-    # Copies per rank are no fewer than those per node.
-    return T * groups * float(node_s / link_N.sum() if nodes > 1 else rank_s / link_R.sum())
+        if objective.dispatch == "per_expert":
+            return T * busy * top_k * max(copy_s * _shared(pace_X) for copy_s, pace_X in paths)
+        # Some place gets the even part of all pairs or more, and what it touches rises with it.
+        return T * busy * max(
+            copy_s * float(touched_share(np.array([1 / len(pace_X)]), top_k)[0] * pace_X.min())
+            for copy_s, pace_X in paths
+        )
+    copy_s, pace_X = paths[-1]
+    return T * groups * copy_s * _shared(pace_X)
+
+
+def _shared(pace_X: NDArray[np.float64]) -> float:
+    """Time of one copy at the busiest of places that share copies at best, each taking ``pace_X`` for all of it."""
+    return 1.0 / float((1 / pace_X).sum()) if pace_X.all() else 0.0
+
+
+def _pace_between(problem: PlanningProblem) -> NDArray[np.float64]:
+    """Time of a copy to each place between nodes that works, over the usual, in units of a node and, by chance,
+    for the part that comes from other nodes: nodes for ``per_node`` dispatch, else NICs (:mod:`moeplan.costs.nics`)."""
+    nics = problem.costs.nics(problem.objective.dispatch, problem.num_ranks, problem.num_nodes)
+    pace_G = nics.pace_G * (1 if nics.merges else nics.per_node)
+    if not problem.counts_homes:
+        pace_G = pace_G * nics.away_N.repeat(len(pace_G) // problem.num_nodes)
+    working: NDArray[np.float64] = pace_G[problem.live_R.reshape(len(pace_G), -1).any(1)]
+    return working
 
 
 def _bound(quantity: str, values: NDArray[np.float64], bounds: NDArray[np.float64], mean: bool, argument: str) -> Bound:
@@ -275,11 +293,16 @@ def bounds_of(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         load_floor = np.asarray(list(pool.map(lambda l: _token_load_bound(problem, l, float(load_value[l])), range(L))))
     answers = []
-    groups_L, away_L = np.ones(L), np.zeros(L)
+    groups_L = touched_L = np.ones(L)
+    away_L = np.zeros(L)
     if objective.return_mode == "return_home":
         parts = problem.num_nodes if problem.num_nodes > 1 else problem.num_ranks
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             groups_L, away_L = np.asarray(list(pool.map(lambda l: _groups_bound(problem, l, parts), range(L)))).T
+            touched_L = groups_L
+            if objective.dispatch == "per_rank" and parts < problem.num_ranks:
+                ranks_L = list(pool.map(lambda l: _groups_bound(problem, l, problem.num_ranks)[0], range(L)))
+                touched_L = np.maximum(groups_L, ranks_L)
     flow = transitions_of(problem.load) if objective.return_mode == "stay" else None
     seconds_L = np.asarray([aggregate(found.time_WL[:, l], objective) for l in range(L)])
     if result.status == "optimal" and result.optimal_for == STEP_TIME:
@@ -288,7 +311,7 @@ def bounds_of(
     else:
         floor_WL = np.zeros((W, L))
         for l in range(L):
-            exchange = problem.costs.exchange_fixed_s + _exchange_bound(problem, plan, l, flow, groups_L[l], away_L[l])
+            exchange = problem.costs.exchange_fixed_s + _exchange_bound(problem, plan, l, flow, touched_L[l], away_L[l])
             floor_WL[:, l] = [_expert_bound(problem, l, w) + exchange for w in range(W)]
         floor_L = floor_WL.mean(axis=0)  # the mean over windows is never above their worst or their tail
         total = aggregate(found.time_WL.sum(axis=1), objective)

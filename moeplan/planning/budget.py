@@ -71,9 +71,9 @@ def _within_budget(ready: Prepared, current: Placement, max_moves: int, clock: C
         row_P: Rows = start_LP[layer]
         data = layer_tokens(ready, layer, row_P)
         trail_SP = descend(
-            data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
-            problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R, data.pace_N,
-            data.pace_R, held[layer], float(ready.seconds_L[layer]), data.node_price, data.rank_price, most,
+            data.bits_PM, data.away_GM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
+            problem.rank_of_slot_P, data.first_R, data.first_G, data.ranks_per_group, problem.speed_R, data.pace_G,
+            data.pace_R, held[layer], float(ready.seconds_L[layer]), data.group_price, data.rank_price, most,
             problem.seed * 3001 + layer,
         )  # fmt: skip
         rows = np.where(trail_SP < 0, EMPTY, row_P[np.maximum(trail_SP, 0)])

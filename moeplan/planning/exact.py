@@ -177,8 +177,15 @@ def _layer_costs(ready: Prepared, rank_AE: NDArray[np.int64]) -> NDArray[np.floa
     on_node = on_rank.reshape(*rank_AE.shape, nodes, -1).sum(axis=3)
     power_E = 1 << np.arange(rank_AE.shape[1])
     rank_set, node_set = (np.einsum("aeg,e->ag", where, power_E).astype(np.int64) for where in (on_rank, on_node))
-    top_k, (link_R, _) = load.top_k or 1, costs.links(ranks, nodes)  # links are alike
-    node_price_s, rank_price_s = ready.node_price_s / link_R[0], ready.rank_price_s / link_R[0]
+    nics = costs.nics(objective.dispatch, ranks, nodes)
+    top_k, link = load.top_k or 1, nics.link_X[0]  # links are alike
+    node_price_s, rank_price_s = ready.node_price_s / link, ready.rank_price_s / link
+
+    def slower(between_AWG: NDArray[np.float64], rank_AWR: NDArray[np.float64]) -> NDArray[np.float64]:
+        paths_2AW = between_AWG.max(axis=2) * node_price_s, rank_AWR.max(axis=2) * rank_price_s
+        mean_A: NDArray[np.float64] = np.maximum(*paths_2AW).mean(axis=1)
+        return mean_A
+
     for l in range(len(cost)):
         load_WE = load.load_WLE[:, l]
         if objective.kind != "traffic":
@@ -186,18 +193,13 @@ def _layer_costs(ready: Prepared, rank_AE: NDArray[np.int64]) -> NDArray[np.floa
             busiest = np.einsum("we,aer->awr", seconds_WE, on_rank).max(axis=2)
             cost[l] += busiest.mean(axis=1) / problem.speed_R[0]
         if objective.return_mode == "return_home" and objective.dispatch == "per_expert":
-            pairs_WE = shares(load_WE) * top_k
-            node_AW, rank_AW = (np.einsum("we,aeg->awg", pairs_WE, to).max(axis=2) for to in (on_node, on_rank))
-            cost[l] += np.maximum(node_AW * node_price_s, rank_AW * rank_price_s).mean(axis=1)
+            rank_AWR = np.einsum("we,aer->awr", shares(load_WE) * top_k, on_rank)
+            cost[l] += slower(nics.of_ranks(rank_AWR), rank_AWR)
         if objective.return_mode == "return_home" and objective.dispatch in ("per_node", "per_rank"):
             touched = _touched(ready, l)
             rank_AWR = touched[:, rank_set].transpose(1, 0, 2)
-            if objective.dispatch == "per_node":
-                node_AW = touched[:, node_set].max(axis=2).T
-            else:
-                node_AW = rank_AWR.reshape(*rank_AWR.shape[:2], nodes, -1).sum(axis=3).max(axis=2)
-            slower = np.maximum(node_AW * node_price_s, rank_AWR.max(axis=2) * rank_price_s)
-            cost[l] += slower.mean(axis=1)
+            merged = objective.dispatch == "per_node"
+            cost[l] += slower(touched[:, node_set].transpose(1, 0, 2) if merged else nics.of_ranks(rank_AWR), rank_AWR)
         peak_A = np.einsum("e,aer->ar", load_WE.sum(axis=0), on_rank).max(axis=1)
         cost[l, peak_A > peak_A.min() * (1 + ready.max_imbalance) + 1e-9] = np.inf
     return cost
@@ -226,7 +228,7 @@ def exact_placement(ready: Prepared) -> ExactPlan | None:
     if not _applies(ready):
         return None
     experts, ranks, nodes = problem.load.num_experts, problem.num_ranks, problem.num_nodes
-    one_each = experts == ranks and nodes > 1
+    one_each = experts == ranks and nodes > 1 and problem.ranks_change_places
     groups = nodes if one_each else ranks
     if _count(experts, groups) > MAX_ARRANGEMENTS:
         return None

@@ -281,27 +281,30 @@ def _search_layer(
 ) -> Rows:
     """One layer's annealing from ``row_P`` and its tokens ``data``: over nodes that may exceed the mean load by
     ``node_room`` of what ranks may, then over the ranks of each node, then both at a low temperature; with no node
-    room over ranks at once.
+    room over ranks at once. Where copies do not merge by node ranks are searched at once, within that part of the room.
     """
     problem = ready.problem
     budget = min(HOME_PROPOSALS // len(row_P), HOME_SWEEPS * len(row_P) ** 2)
     seed, heat = problem.seed * 2003 + layer, 0.3
     half = 0.5 * float(ready.seconds_L[layer]) if problem.objective.kind == "time" else 0.0
+    cap_W = limits.cap_W
+    if data.ranks_per_group < problem.ranks_per_node:  # no node is entered as one: ranks at once
+        cap_W, node_room = cap_W * (node_room or 1.0), 0.0
     if node_room:
         even_W = np.ones(len(limits.base_W))
         best = anneal_home(
-            data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP / problem.ranks_per_node,
-            data.copy_of_slot_P.copy(), _node_of_slot(problem), data.first_N, data.first_N, 1,
-            problem.speed_R[:: problem.ranks_per_node], data.pace_N, data.pace_N, problem.ranks_per_node, even_W,
+            data.bits_PM, data.away_GM, data.start_W, data.weight_W, row_P, data.cost_WP / problem.ranks_per_node,
+            data.copy_of_slot_P.copy(), _node_of_slot(problem), data.first_G, data.first_G, 1,
+            problem.speed_R[:: problem.ranks_per_node], data.pace_G, data.pace_G, problem.ranks_per_node, even_W,
             even_W * max(node_room * ready.max_imbalance, 1e-3),
-            limits.slope * problem.ranks_per_node, limits.steep, 0.0, data.node_price, 0.0, heat, budget // 2, seed,
+            limits.slope * problem.ranks_per_node, limits.steep, 0.0, data.group_price, 0.0, heat, budget // 2, seed,
         )  # fmt: skip
         row_P = _inside_nodes(ready, layer, np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)]))
         data, budget, heat = layer_tokens(ready, layer, row_P), budget // 4, HOME_HEAT
     best = anneal_home(
-        data.bits_PM, data.away_NM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P.copy(),
-        problem.rank_of_slot_P, data.first_R, data.first_N, problem.ranks_per_node, problem.speed_R, data.pace_N,
-        data.pace_R, 1, limits.base_W, limits.cap_W, 0.5 * limits.slope, limits.steep, half, data.node_price,
+        data.bits_PM, data.away_GM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P.copy(),
+        problem.rank_of_slot_P, data.first_R, data.first_G, data.ranks_per_group, problem.speed_R, data.pace_G,
+        data.pace_R, 1, limits.base_W, cap_W, 0.5 * limits.slope, limits.steep, half, data.group_price,
         data.rank_price, heat, budget, seed,
     )  # fmt: skip
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])

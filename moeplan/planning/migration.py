@@ -35,12 +35,12 @@ def align(current: Placement, target: Placement, problem: PlanningProblem) -> Pl
     """The target with equal ranks and nodes renamed so that fewest experts move, and staying experts in their slots.
 
     Renaming changes nothing a plan is judged by where ranks are alike; in ``return_home`` each layer is renamed on its
-    own, in ``stay`` all layers alike. Ranks that differ in slots or speed keep their names.
+    own, in ``stay`` all layers alike. Ranks that differ in slots or speed, or share NICs, keep their names.
     """
     if current.num_slots != target.num_slots or (current.rank_of_slot_P != target.rank_of_slot_P).any():
         return target
     rows = target.physical_to_logical_LP
-    if problem.ranks_alike and not problem.knows_homes:
+    if problem.ranks_change_places and not problem.knows_homes:
         overlap_LRR = np.einsum("lre,lse->lrs", held_experts(current).astype(float), held_experts(target).astype(float))
         if problem.objective.return_mode == "stay":
             overlap_LRR = np.broadcast_to(overlap_LRR.sum(axis=0), overlap_LRR.shape)

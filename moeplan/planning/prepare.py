@@ -165,21 +165,23 @@ class LayerTokens:
     """One layer as the token searches take it: the copy in slot ``s`` of the start is copy ``s``.
 
     Without tokens, or where dispatch does not look at them, there are no bits and nothing is charged for them.
-    ``away_NM``: tokens that are not at home in each node; where homes are not recorded, all of them. ``pace_N``,
+    Copies between nodes enter groups ``G``: nodes where they merge (``per_node``), else NICs.
+    ``away_GM``: tokens that are not at home in their nodes; where homes are not recorded, all of them. ``pace_G``,
     ``pace_R``: time of an arrival over the usual one, by the links there.
     """
 
     bits_PM: NDArray[np.uint64]
-    away_NM: NDArray[np.uint64]
+    away_GM: NDArray[np.uint64]
     start_W: NDArray[np.int64]
     weight_W: NDArray[np.float64]
     cost_WP: NDArray[np.float64]
     copy_of_slot_P: NDArray[np.int64]
     first_R: NDArray[np.int64]
-    first_N: NDArray[np.int64]
-    pace_N: NDArray[np.float64]
+    first_G: NDArray[np.int64]
+    pace_G: NDArray[np.float64]
     pace_R: NDArray[np.float64]
-    node_price: float
+    ranks_per_group: int
+    group_price: float
     rank_price: float
 
 
@@ -198,17 +200,20 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     trace, token_T, window_T = problem.load.trace, ready.token_T, ready.window_T
     cost_WP = copy_costs(ready.layers[layer], row_P)
     first_R = np.concatenate([[0], np.cumsum(problem.slots_R)]).astype(np.int64)
-    first_N = first_R[:: problem.ranks_per_node].copy()
     slots = np.where(row_P == EMPTY, -1, np.arange(len(row_P)))
-    pace_R, pace_N = (1.0 / link for link in problem.costs.links(problem.num_ranks, problem.num_nodes))
     dispatch = problem.objective.dispatch
+    nics = problem.costs.nics(dispatch, problem.num_ranks, problem.num_nodes)
+    pace_R, pace_G = 1.0 / problem.costs.links(problem.num_ranks), nics.pace_G
+    ranks_per_group = problem.num_ranks // len(pace_G)
+    first_G = first_R[::ranks_per_group].copy()
     if trace is None or token_T is None or window_T is None or not merges_or_knows_homes(problem):
         bits_PM, start_W = np.zeros((len(row_P), 0), np.uint64), np.zeros(len(cost_WP) + 1, np.int64)
         weight_W = np.full(len(cost_WP), 1.0 / len(cost_WP))
-        away_NM = np.zeros((problem.num_nodes, 0), np.uint64)
+        away_GM = np.zeros((len(pace_G), 0), np.uint64)
         return LayerTokens(
-            bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, pace_N, pace_R, 0.0, 0.0
-        )
+            bits_PM, away_GM, start_W, weight_W, cost_WP, slots, first_R, first_G, pace_G, pace_R, ranks_per_group,
+            0.0, 0.0,
+        )  # fmt: skip
     live = np.flatnonzero(problem.live_R).astype(np.int32)
     home_T = live[np.arange(len(token_T)) % len(live)]  # every rank's alike, however the tokens looked at are spaced
     if problem.knows_homes:
@@ -223,10 +228,13 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
         slot_TK = slot_TK.reshape(-1, 1)
     bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
     everyone_GM = ~np.zeros((1, bits_PM.shape[1]), np.uint64)
-    away_NM, node_price, rank_price = everyone_GM.repeat(problem.num_nodes, 0), ready.node_price_s, ready.rank_price_s
+    away_GM, group_price, rank_price = everyone_GM.repeat(len(pace_G), 0), ready.node_price_s, ready.rank_price_s
+    if not nics.merges:
+        group_price *= nics.per_node  # of a node's NICs each brings in its own part
     if problem.counts_homes:
-        away_NM = ~pack_tokens((home_T // problem.ranks_per_node)[:, None], window_T, problem.num_nodes)[0]
-        node_price /= 1 - 1 / problem.num_nodes  # the share that is at home by chance is now counted
+        away_GM = ~pack_tokens((home_T // problem.ranks_per_node)[:, None], window_T, problem.num_nodes)[0]
+        away_GM = away_GM.repeat(len(pace_G) // problem.num_nodes, 0)
+        group_price /= 1 - 1 / problem.num_nodes  # the share that is at home by chance is now counted
     if ready.weight_W is not None:
         weight_W *= ready.weight_W * len(cost_WP)
 
@@ -236,11 +244,12 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
 
     # Dispatch takes the slower of two paths. Fewer nodes also means fewer ranks, not the other way round: ranks are
     # left out where nodes decide, nodes never.
-    if busiest(first_N, away_NM, pace_N) * node_price >= 1.3 * busiest(first_R, everyone_GM, pace_R) * rank_price:
+    if busiest(first_G, away_GM, pace_G) * group_price >= 1.3 * busiest(first_R, everyone_GM, pace_R) * rank_price:
         rank_price = 0.0
     return LayerTokens(
-        bits_PM, away_NM, start_W, weight_W, cost_WP, slots, first_R, first_N, pace_N, pace_R, node_price, rank_price
-    )
+        bits_PM, away_GM, start_W, weight_W, cost_WP, slots, first_R, first_G, pace_G, pace_R, ranks_per_group,
+        group_price, rank_price,
+    )  # fmt: skip
 
 
 def window_seconds(problem: PlanningProblem, placement: Placement) -> NDArray[np.float64]:

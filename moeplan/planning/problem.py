@@ -82,8 +82,14 @@ class PlanningProblem:
     @property
     def ranks_alike(self) -> bool:
         """Whether every rank has the same slots, speed and links."""
-        link_R, _ = self.costs.links(self.num_ranks, self.num_nodes)
+        link_R = self.costs.links(self.num_ranks)
         return all(bool((each_R == each_R[0]).all()) for each_R in (self.slots_R, self.speed_R, link_R))
+
+    @property
+    def ranks_change_places(self) -> bool:
+        """Whether a plan is as good when ranks of a node change places: alike, and as near to a NIC of their own."""
+        shared = self.costs.ranks_per_nic not in (1, self.ranks_per_node)
+        return self.ranks_alike and not (shared and self.objective.dispatch in ("per_rank", "per_expert"))
 
     @property
     def live_R(self) -> NDArray[np.bool_]:
@@ -105,7 +111,7 @@ class PlanningProblem:
         """Whether it counts from which node a token comes: where that is recorded, or finds it the nearest copy."""
         dispatch = self.objective.dispatch
         nearest = self.objective.replica_split == "nearest" and dispatch == "per_node" and self.load.trace is not None
-        return (self.knows_homes or nearest) and self.num_nodes > 1 and dispatch in ("per_node", "per_expert")
+        return (self.knows_homes or nearest) and self.num_nodes > 1 and dispatch != "allgather"
 
     def placement(self, physical_to_logical_LP: NDArray[np.integer]) -> Placement:
         """The placement over this problem's slots."""

@@ -126,16 +126,20 @@ def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, away_GM, start_W):
 @njit(cache=True, nogil=True)
 def peak_and_mean(arrivals_WG, weight_W, pace_G):
     """Half the slowest group plus half the mean: the peak is what is paid, the mean keeps the slope. An arrival at a
-    group takes ``pace_G`` of the usual time.
+    group takes ``pace_G`` of the usual time; it sends what others take in in the mean, which counts where it is slower.
     """
     total = 0.0
     groups = arrivals_WG.shape[1]
+    fastest = pace_G.min()
     for w in range(arrivals_WG.shape[0]):
         peak = 0.0
         mean = 0.0
         for g in range(groups):
             peak = max(peak, arrivals_WG[w, g] * pace_G[g])
             mean += arrivals_WG[w, g] * pace_G[g]
+        for g in range(groups):
+            if pace_G[g] > fastest:
+                peak = max(peak, (arrivals_WG[w].sum() - arrivals_WG[w, g]) / (groups - 1) * pace_G[g])
         total += weight_W[w] * 0.5 * (peak + mean / groups)
     return total
 

@@ -42,7 +42,8 @@ def sweep_view(swept: Any, width: int) -> RenderableType:
     parts: list[RenderableType] = []
     missing = [number for number, result in enumerate(swept.results) if result is None]
     if missing:
-        parts.append(Text(f"{len(missing)} cases without a result, {len(swept.impossible)} of them impossible"))
+        title = f"{len(missing)} of {len(cases)} cases without a result"
+        parts.append(Text(f"{title}, {len(swept.impossible)} of them impossible"))
         parts.append(_without_result(heads, cases, {n: swept.failures.get(n, "not run") for n in missing}))
     if ranked := swept.ranked:
         training = swept.results[ranked[0]].kind == "training"

@@ -9,11 +9,9 @@ comes before dispatch, half before combine.
 As the step mode assumes, nobody goes on before an exchange has ended for everybody. What ranks that split experts
 gather and scatter among them takes its seconds from there too, and is not on the links.
 
-Both modes agree where the step mode's formulas hold: copies between nodes spread over a node's NICs
-(``per_node`` and ``allgather`` do; ``per_rank`` and ``per_expert`` load the NIC of the busiest rank, which the step
-mode takes as the node's mean), and under ``two_batch`` even load and one of computing and exchanging always busy. Else
-the step mode's two-batch time is a bound from below (neither is always busy) or above (stragglers of one layer are
-made up for while the other batch computes).
+Both modes agree where the step mode's formulas hold: under ``two_batch`` with even load and one of computing and
+exchanging always busy. Else the step mode's two-batch time is a bound from below (neither is always busy) or above
+(stragglers of one layer are made up for while the other batch computes).
 
 ``L`` MoE layers, ``R`` ranks, ``X`` links.
 """

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 
 from moeplan.costs.exchange import ExchangeCosts
 from moeplan.costs.roofline import is_joined, scale_up_bandwidth
+from moeplan.costs.work import link_speeds
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
-from moeplan.topology import build
+from moeplan.topology import build, ranks_of_nics
 
 __all__ = ["Network"]
 
@@ -27,7 +27,8 @@ Ints = NDArray[np.int64]
 class Network:
     """Links ``links_X`` (source, target) of a cluster and the routes over them.
 
-    ``link_speed``: links that run at another speed than built; a rank's ``link_speed`` counts for all of its own.
+    ``link_speed``: links that run at another speed than built; a rank's ``link_speed`` counts for all of its own, that
+    of the slowest of those that share a NIC for the NIC's.
 
     Raises:
         InputError: an unknown link.
@@ -38,11 +39,11 @@ class Network:
         self.cluster = cluster
         self.links_X = tuple((link.source, link.target) for link in topology.links)
         self._built_X = np.array([link.bandwidth_bytes_per_s for link in topology.links])
+        speed_R = link_speeds(cluster)
+        speed_of = {f"rank{r}": speed for r, speed in enumerate(speed_R)}
+        speed_of |= {nic: speed_R[ranks].min() for nic, ranks in ranks_of_nics(cluster).items()}
         for x, ends in enumerate(self.links_X):
-            for end in ends:
-                if own := re.fullmatch(r"(?:rank|nic)(\d+)", end):
-                    self._built_X[x] *= cluster.rank(int(own[1])).link_speed
-                    break
+            self._built_X[x] *= next((speed_of[end] for end in ends if end in speed_of), 1.0)
         for name, speed in (link_speed or {}).items():
             if name not in self.links_X:
                 raise InputError(f"link_speed names {name[0]} -> {name[1]}, which is not a link of the cluster")

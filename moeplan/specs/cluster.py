@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -74,6 +76,12 @@ class ClusterSpec(Spec):
     ranks_per_node: int = Field(gt=0, le=2**12)
     topology: TopologyPreset = "two-level"
     links: tuple[LinkSpec, ...] = Field((), description="for topology: explicit")
+    nics_per_node: int | None = Field(
+        None,
+        gt=0,
+        description="usually one a rank; fewer are shared by neighbours, each as wide as nic_bandwidth of all of them,"
+        " and as slow as the slowest link_speed among them",
+    )
     scale_up_latency: Seconds = "3 us"  # type: ignore[assignment]
     nic_latency: Seconds = "8 us"  # type: ignore[assignment]
     ranks: dict[int, RankSpec] = Field(default_factory=dict, description="departures, by rank number")
@@ -87,6 +95,13 @@ class ClusterSpec(Spec):
                 )
         if (self.topology == "explicit") != bool(self.links):
             raise ValueError("links and topology: explicit go together; give both or neither")
+        if self.nics_per_node is not None and self.topology == "explicit":
+            raise ValueError(f"nics_per_node ({self.nics_per_node}) has no place beside explicit links; leave it out")
+        if self.ranks_per_node % (self.nics_per_node or 1):
+            raise ValueError(
+                f"nics_per_node ({self.nics_per_node}) does not divide ranks_per_node ({self.ranks_per_node}); choose a"
+                " divisor"
+            )
         if all(self.rank(r).failed for r in range(self.num_ranks)):
             raise ValueError("every rank is failed; leave at least one")
         return self
@@ -95,6 +110,20 @@ class ClusterSpec(Spec):
     def num_ranks(self) -> int:
         """``R``, failed ranks included."""
         return self.num_nodes * self.ranks_per_node
+
+    @property
+    def ranks_per_nic(self) -> int:
+        """Neighbours that share a NIC; all of a node where explicit links join the nodes."""
+        nics = 1 if self.topology == "explicit" else self.nics_per_node or self.ranks_per_node
+        return self.ranks_per_node // nics
+
+    def resized(
+        self, num_nodes: int, ranks_per_node: int, ranks: Mapping[int, RankSpec] | None = None
+    ) -> ClusterSpec:
+        """Other nodes of these ranks and NICs; as many ranks share one as before, if they divide a node."""
+        nics = self.nics_per_node and ranks_per_node // math.gcd(self.ranks_per_nic, ranks_per_node)
+        sizes = {"num_nodes": num_nodes, "ranks_per_node": ranks_per_node, "nics_per_node": nics}
+        return self.model_copy(update={**sizes, "ranks": dict(ranks or {})})
 
     def rank(self, number: int) -> RankSpec:
         """What is special about a rank (the default where nothing is)."""

@@ -2,8 +2,9 @@
 
 Each preset is a set of directed links; every cable is two of them. Figures come from the cluster's spec
 alone: a link of a scale-up switch carries ``scale_up_bandwidth`` and half of ``scale_up_latency``, a link
-of a network switch ``nic_bandwidth`` and half of ``nic_latency``, so that two ranks on one switch are one
-latency apart and each further switch costs half a latency more per link. Links between switches are as
+of a network switch ``nic_bandwidth`` for each rank that shares the NIC and half of ``nic_latency``, so that
+two ranks on one switch are one latency apart and each further switch costs half a latency more per link.
+``nic0`` is of the first ``ranks_per_nic`` ranks, and so on. Links between switches are as
 wide as all that hangs below them (a non-blocking fabric); draw another fabric with ``topology:
 explicit``.
 """
@@ -19,7 +20,7 @@ import networkx as nx
 from moeplan.errors import SpecError
 from moeplan.specs.cluster import ClusterSpec
 
-__all__ = ["Link", "domain_of_rank", "draw", "name_order", "rank_name"]
+__all__ = ["Link", "domain_of_rank", "draw", "name_order", "rank_name", "ranks_of_nics"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,12 @@ class Link:
 def rank_name(rank: int) -> str:
     """Name of a rank in the graph."""
     return f"rank{rank}"
+
+
+def ranks_of_nics(cluster: ClusterSpec) -> dict[str, range]:
+    """Ranks that share each NIC, by its name in the graph; among explicit links ``nic0`` is rank 0's."""
+    per_nic = 1 if cluster.topology == "explicit" else cluster.ranks_per_nic
+    return {f"nic{first // per_nic}": range(first, first + per_nic) for first in range(0, cluster.num_ranks, per_nic)}
 
 
 def name_order(name: str) -> tuple[tuple[int, str | int], ...]:
@@ -69,7 +76,7 @@ def draw(cluster: ClusterSpec) -> nx.DiGraph[str]:
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(rank_name(r) for r in range(cluster.num_ranks))
     down = {rank_name(r) for r in range(cluster.num_ranks) if cluster.rank(r).failed}
-    down |= {f"nic{name.removeprefix('rank')}" for name in down}
+    down |= {nic for nic, ranks in ranks_of_nics(cluster).items() if all(cluster.rank(r).failed for r in ranks)}
     links = _explicit(cluster) if cluster.topology == "explicit" else _preset(cluster)
     for link in links:
         if link.source not in down and link.target not in down:
@@ -93,20 +100,24 @@ def _preset(cluster: ClusterSpec) -> Iterator[Link]:
     inside, outside = cluster.scale_up_latency / 2, cluster.nic_latency / 2
     several_domains = len(set(domain_R)) > 1
     networked = several_domains and (cluster.num_nodes > 1 or cluster.topology == "nvl72")
+    shared = cluster.ranks_per_nic
+    nic_bandwidth = shared * accelerator.nic_bandwidth
+    # Of a shared NIC the latency lies on its ranks' side: they are nearer to each other by the scale-up switch.
+    before_nic, after_nic = (0.0, outside) if shared == 1 else (outside, 0.0)
     for r in range(cluster.num_ranks):
-        rank, local = rank_name(r), r % per_node
+        rank = rank_name(r)
         yield from _cable(rank, f"domain{domain_R[r]}", accelerator.scale_up_bandwidth, inside)
         if several_domains and cluster.topology != "nvl72" and per_node > accelerator.scale_up_domain:
             # no figure for the host's links: the NIC's, which hang on the same PCIe switch
             host = accelerator.pcie_bandwidth or accelerator.nic_bandwidth
             yield from _cable(rank, f"host{r // per_node}", host, inside)
         if networked:
-            yield from _cable(rank, f"nic{r}", accelerator.nic_bandwidth, 0.0)
-            switch = f"rail{local}" if cluster.topology == "rail-optimised" else "spine"
-            yield from _cable(f"nic{r}", switch, accelerator.nic_bandwidth, outside)
-    if networked and cluster.topology == "rail-optimised":
-        for local in range(per_node):
-            yield from _cable(f"rail{local}", "spine", cluster.num_nodes * accelerator.nic_bandwidth, outside)
+            yield from _cable(rank, f"nic{r // shared}", nic_bandwidth, before_nic)
+    rails = per_node // shared if cluster.topology == "rail-optimised" else 0
+    for nic in range(cluster.num_ranks // shared if networked else 0):
+        yield from _cable(f"nic{nic}", f"rail{nic % rails}" if rails else "spine", nic_bandwidth, after_nic)
+    for rail in range(rails if networked else 0):
+        yield from _cable(f"rail{rail}", "spine", cluster.num_nodes * nic_bandwidth, outside)
 
 
 def _explicit(cluster: ClusterSpec) -> Iterator[Link]:

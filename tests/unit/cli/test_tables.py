@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
 
-from moeplan.artifacts.simulation_result import Headline
+from moeplan.artifacts.simulation_result import Headline, SimulationResult
 from moeplan.cli import cli
 from moeplan.pipeline.compare import Difference
+from moeplan.pipeline.simulate import Sweep
 
 
 def _printed(*words: str) -> list[str]:
@@ -67,9 +68,9 @@ def test_cases_of_a_sweep_are_told_apart_with_units(monkeypatch: pytest.MonkeyPa
         "ttft_p50_s": line(0.0204, "s"), "tpot_p50_s": line(0.00525, "s"),
         "output_tokens_per_s_per_gpu": line(1182.3, "tokens/s"), "goodput_requests_per_s": line(9.72, "requests/s"),
     }  # fmt: skip
-    result = SimpleNamespace(headlines=headlines)
+    result = SimpleNamespace(headlines=headlines, kind="service")
     cases = [{"serving.requests.rate": "10 /s", "current": place} for place in ("plan/plan.json", None)]
-    swept = SimpleNamespace(cases=cases, results=[result, None], failures={1: "out of memory"}, resumed=0)
+    swept = Sweep(tuple(cases), (cast(SimulationResult, result), None), {1: "out of memory"})
     monkeypatch.setattr("moeplan.pipeline.simulate.sweep", lambda *_args, **_options: swept)
     file = tmp_path / "s.yaml"
     requests = "{arrivals: poisson, rate: 1 /s, count: 1, input_tokens: 1, output_tokens: 1}"
@@ -78,12 +79,13 @@ def test_cases_of_a_sweep_are_told_apart_with_units(monkeypatch: pytest.MonkeyPa
     ran = CliRunner(env={"COLUMNS": "80"}).invoke(cli, ["simulate", str(file), "--out", str(tmp_path / "out")])
     assert ran.exit_code == 1
     lines = [" ".join(line.split()) for line in ran.stdout.splitlines()]
-    assert lines[1] == "case TTFT p50 TPOT p50 per GPU goodput"
-    assert "".join(lines[2:4]).replace("plan/plan.json", "") == (
-        "rate 10 /s, current 20.4 ms 5.25 ms 1,182 tokens/s 9.72 requests/s"
-    )
-    assert "plan/plan.json" in lines[3]
-    assert lines[-1] == "failed: rate 10 /s, current none: out of memory"
+    assert lines == [
+        "1 of 2 cases without a result, 0 of them impossible",
+        "rate current why", "10 /s none out of memory",
+        "1 of 2 cases, 0 of them kept from before",
+        "rate current TTFT p50 TPOT p50 per GPU goodput",
+        "10 /s plan/plan.json 20.4 ms 5.25 ms 1,182 tokens/s 9.72 requests/s",
+    ]  # fmt: skip
     assert max(map(len, ran.stdout.splitlines())) <= 80
 
 

@@ -43,9 +43,9 @@ def slow_counts(load, placement, split, homes_known):
     live = sorted(set(placement.rank_of_slot_P.tolist()))
     W, L, R = len(load.windows), placement.num_layers, placement.num_ranks
     N, per_node = R // placement.ranks_per_node, placement.ranks_per_node
-    pairs, ranks_in = np.zeros((W, L, R)), np.zeros((W, L, R))
+    pairs, ranks_in, pairs_in, ranks_away = np.zeros((4, W, L, R))
     nodes_in, nodes, ranks = np.zeros((W, L, N)), np.zeros((W, L)), np.zeros((W, L))
-    pairs_in = np.zeros((W, L, N))
+    elsewhere = [sum(r // per_node != n for r in live) / len(live) for n in range(N)]
     tokens_W = [max(1, int((load.window_T == w).sum())) for w in range(W)]
     home = [live[t % len(live)] if trace.source_rank_T is None else int(trace.source_rank_T[t])
             for t in range(trace.num_tokens)]  # fmt: skip
@@ -56,16 +56,18 @@ def slow_counts(load, placement, split, homes_known):
             touched = [int(placement.rank_of_slot_P[s]) for s in slots[t] if s >= 0]
             for r in touched:
                 pairs[w, layer, r] += 1 / tokens_W[w]
-                away = float(home[t] // per_node != r // per_node) if homes_known else 1 - 1 / N
-                pairs_in[w, layer, r // per_node] += away / tokens_W[w]
+                away = float(home[t] // per_node != r // per_node) if homes_known else elsewhere[r // per_node]
+                pairs_in[w, layer, r] += away / tokens_W[w]
             for r in set(touched):
+                away = float(home[t] // per_node != r // per_node) if homes_known else elsewhere[r // per_node]
                 ranks_in[w, layer, r] += 1 / tokens_W[w]
+                ranks_away[w, layer, r] += away / tokens_W[w]
             for n in {r // per_node for r in touched}:
-                away = float(home[t] // per_node != n) if homes_known else 1 - 1 / N
+                away = float(home[t] // per_node != n) if homes_known else elsewhere[n]
                 nodes_in[w, layer, n] += away / tokens_W[w]
             ranks[w, layer] += len(set(touched)) / tokens_W[w]
             nodes[w, layer] += len({r // per_node for r in touched}) / tokens_W[w]
-    return pairs, nodes_in, pairs_in, ranks_in, nodes, ranks
+    return pairs, nodes_in, pairs_in, ranks_in, ranks_away, nodes, ranks
 
 
 @pytest.mark.parametrize("split", ["even", "nearest", "weighted"])
@@ -76,8 +78,8 @@ def test_counts_are_those_of_one_token_at_a_time(split, recorded):
     found = count_trace(load, plan, split)
     expected = slow_counts(load, plan, split, recorded or split == "nearest")
     arrays = (
-        found.pairs_WLR, found.node_arrivals_WLN, found.node_pair_arrivals_WLN, found.rank_arrivals_WLR,
-        found.nodes_per_token_WL, found.ranks_per_token_WL,
+        found.pairs_WLR, found.node_arrivals_WLN, found.away_pairs_WLR, found.rank_arrivals_WLR,
+        found.away_rank_arrivals_WLR, found.nodes_per_token_WL, found.ranks_per_token_WL,
     )  # fmt: skip
     for array, slow in zip(arrays, expected, strict=True):
         np.testing.assert_allclose(array, slow, atol=1e-12)

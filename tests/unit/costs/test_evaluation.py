@@ -53,28 +53,31 @@ def test_exchange_in_return_home(windows, dispatch, per_node):
             node, rank = np.zeros(nodes), np.zeros(4)
             for chosen in tokens[:, layer]:
                 ranks = [rank_of(layer)[e] for e in chosen]
-                for n in {r // per_node for r in ranks} if dispatch == "per_node" else [r // per_node for r in ranks]:
+                for n in {r // per_node for r in ranks}:
                     node[n] += (1 - 1 / nodes) / len(tokens)
                 for r in ranks:
                     rank[r] += 1 / len(tokens)
+            if dispatch != "per_node":  # by the busiest rank's own NIC, one of per_node
+                node = rank * (1 - 1 / nodes) * per_node
             slower = 0.0 if dispatch == "allgather" else 100 * max(node.max() * 3e-4, rank.max() * 1e-4)
             assert found.exchange_WL[w, layer] == pytest.approx(5e-3 + slower)
     assert found.time_WL == pytest.approx(found.expert_WL + found.exchange_WL)
 
 
-@pytest.mark.parametrize("dispatch", ["per_node", "per_expert"])
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert"])
 def test_recorded_homes_decide_what_arrives_from_other_nodes(dispatch):
     source = np.array([0, 1, 2, 3, 2, 0], np.int32)
     found = evaluate(load(source=source), plan(), COSTS, Objective(dispatch=dispatch))
     for layer in range(2):
-        node, rank = np.zeros(2), np.zeros(4)
+        node, nic, rank = np.zeros(2), np.zeros(4), np.zeros(4)
         for home, chosen in zip(source, TOKENS[:, layer], strict=True):
-            nodes = [rank_of(layer)[e] // 2 for e in chosen]
-            for n in set(nodes) if dispatch == "per_node" else nodes:
+            for n in {rank_of(layer)[e] // 2 for e in chosen}:
                 node[n] += (home // 2 != n) / 6
-            for e in chosen:
-                rank[rank_of(layer)[e]] += 1 / 6
-        slower = 100 * max(node.max() * 3e-4, rank.max() * 1e-4)
+            for r in (rank_of(layer)[e] for e in chosen):
+                rank[r] += 1 / 6
+                nic[r] += (home // 2 != r // 2) / 6
+        between = node if dispatch == "per_node" else 2 * nic  # two NICs a node
+        slower = 100 * max(between.max() * 3e-4, rank.max() * 1e-4)
         assert found.exchange_WL[0, layer] == pytest.approx(5e-3 + slower)
 
 
@@ -134,7 +137,7 @@ def test_counts_alone_are_charged_for_the_copies_of_independent_choices(dispatch
         share = np.bincount(TOKENS[:, layer].ravel(), minlength=4)[ROWS[layer]] / 12
         rank = 1 - (1 - share) ** 2
         by_node = share.reshape(2, 2).sum(axis=1)
-        node = 1 - (1 - by_node) ** 2 if dispatch == "per_node" else rank.reshape(2, 2).sum(axis=1)
+        node = 1 - (1 - by_node) ** 2 if dispatch == "per_node" else 2 * rank
         assert found.node_path_WL[0, layer] == pytest.approx(100 * node.max() / 2 * 3e-4)
         assert found.rank_path_WL[0, layer] == pytest.approx(100 * rank.max() * 1e-4)
         slower = max(found.node_path_WL[0, layer], found.rank_path_WL[0, layer])

@@ -89,17 +89,34 @@ def much_traffic(**fields: object) -> PlanningProblem:
     return replace(problem, costs=replace(problem.costs, per_node_copy_s=400e-9))
 
 
-@pytest.mark.parametrize(("max_moves", "least"), [(None, 0.07), (24, 0.02)])
-def test_a_slow_link_is_spared(max_moves, least):
+@pytest.mark.parametrize("max_moves", [None, 24])
+def test_a_slow_link_is_not_spared_in_vain(max_moves):
+    """Its own tokens leave over it: with less work in its node they are the more."""
     alike = much_traffic()
     slow = replace(alike, costs=replace(alike.costs, link_R=(0.5, 0.5, 1.0, 1.0)))
     if max_moves is not None:
         now = contiguous(alike).placement
         alike, slow = (replace(problem, current=now, max_moves=max_moves) for problem in (alike, slow))
     blind, plan = (joint(problem).placement for problem in (alike, slow))
-    assert objective_value(slow, plan) < 0.99 * objective_value(slow, blind)
+    assert objective_value(slow, plan) <= objective_value(slow, blind)
     arrivals_N = count_trace(slow.load, plan).node_arrivals_WLN.sum(axis=(0, 1))
-    assert arrivals_N[0] < (1 - least) * arrivals_N[1]
+    assert arrivals_N[0] == pytest.approx(arrivals_N[1], rel=0.05)
+
+
+@pytest.mark.parametrize("homes", [False, True])
+def test_copies_per_rank_are_searched_by_the_ranks_own_nics(homes):
+    """Copies that enter by single NICs and by one NIC of each node are different tasks: each plan is the better one for
+    its own."""
+    plain = much_traffic()
+    home_T = np.random.default_rng(0).integers(4, size=plain.load.trace.num_tokens).astype(np.int32)
+    trace = replace(plain.load.trace, source_rank_T=home_T if homes else None)
+    objective = plain.objective.model_copy(update={"dispatch": "per_rank"})
+    own = replace(plain, load=replace(plain.load, trace=trace), objective=objective)
+    together = replace(own, costs=replace(own.costs, ranks_per_nic=2))
+    by_own, by_node = (joint(problem).placement for problem in (own, together))
+    assert objective_value(own, by_own) < 0.99 * objective_value(own, by_node)
+    balanced = joint(replace(own, objective=objective.model_copy(update={"kind": "load"}))).placement
+    assert objective_value(own, by_own) < 0.8 * objective_value(own, balanced)
 
 
 def test_copies_stand_where_the_nearest_serves_most():

@@ -10,12 +10,15 @@ import pytest
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import shipped_profile_for
 from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.costs.passes import Batch
+from moeplan.costs.serving import ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.costs.traffic import Traffic, counted_traffic
 from moeplan.errors import InputError
 from moeplan.routing.loads import expert_load
 from moeplan.simulation.detailed import simulate_step
+from moeplan.simulation.detailed_costs import DetailedCosts
 from moeplan.specs.cluster import ClusterSpec, RankSpec
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.model import ModelSpec
@@ -139,6 +142,61 @@ def test_a_slow_link_holds_up_everybody() -> None:
     assert slow.total_s - whole.total_s == pytest.approx(3 * variable, rel=0.02)
     with pytest.raises(InputError, match="not a link of the cluster"):
         simulate_step(step, placement, load_LE, link_speed={("nic99", "spine"): 0.25})
+
+
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert", "allgather"])
+@pytest.mark.parametrize(
+    "cluster",
+    [{}, {"nics_per_node": 4}, {"nics_per_node": 1}, {"topology": "rail-optimised", "nics_per_node": 2},
+     {"ranks": {3: RankSpec(link_speed=0.25)}}, {"nics_per_node": 4, "ranks": {3: RankSpec(link_speed=0.25)}}],
+    ids=str,
+)  # fmt: skip
+def test_skewed_loads_on_two_nodes_take_as_long_in_both_modes(dispatch: DispatchKind, cluster: dict[str, Any]) -> None:
+    """Hot experts of one rank, each dispatch kind at its own NIC; no slack for the exchange, which decides."""
+    plain, placement, load_LE = _build({**CASES[1], "dispatch": dispatch, "overlap": "none"}, layers=1)
+    load_LE = np.where(np.isin(np.arange(256), placement.physical_to_logical_LP[0, :16]), 3.0, 1.0)[None]
+    step = StepModel(
+        plain.model, plain.cluster.model_copy(update=cluster), plain.workload, plain.technique, plain.profile
+    )
+    found = simulate_step(step, placement, load_LE).total_s
+    assert found == pytest.approx(step.step(placement, load_LE).total_s, rel=1e-3)
+
+
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert", "allgather"])
+def test_a_lost_rank_takes_as_long_in_both_modes(dispatch: DispatchKind) -> None:
+    """Of copies per node the next rank takes in those of two places; an all-gather goes over all that are left."""
+    plain, _, load_LE = _build({**CASES[1], "dispatch": dispatch, "overlap": "none", "skew": "even"}, layers=1)
+    lost = plain.cluster.model_copy(update={"ranks": {5: RankSpec(failed=True)}})
+    slots = np.arange(270, dtype=np.int32) % 256
+    ranks = np.repeat(np.array([r for r in range(16) if r != 5], np.int32), 18)
+    placement = Placement(slots[None], ranks, 256, 16, 8)
+    step = StepModel(plain.model, lost, plain.workload, plain.technique, plain.profile)
+    whole = step.step(placement, load_LE)
+    assert simulate_step(step, placement, load_LE).total_s == pytest.approx(whole.total_s, rel=1e-3)
+    fixed_s = step.exchange.between.fixed_s
+    part = (whole.exchange_s_L[0] - fixed_s) / (step.exchange.between.balanced_s(4096) - fixed_s)
+    if dispatch in ("per_node", "allgather"):
+        assert part == pytest.approx({"per_node": 2.0, "allgather": 8 / 7}[dispatch], rel=0.02)
+
+
+@pytest.mark.parametrize("rank", [RankSpec(failed=True), RankSpec(link_speed=0.25)], ids=["lost", "slow"])
+@pytest.mark.parametrize("prompts", [(0, 3000, *[0] * 6), (0, 0, 500, 0, 0, 0, 3000, 2000), (*[0] * 6, 900, 0)])
+def test_prompts_of_few_ranks_take_as_long_in_both_modes_of_a_service(rank: RankSpec, prompts: tuple[int, ...]) -> None:
+    """Rank 2 of two nodes of four is lost or has a slow link: what comes in over it is of tokens with its place."""
+    model = _model("deepseek-v3", 1)
+    cluster = cluster_for("h100", 2, 4).model_copy(update={"ranks": {2: rank}})
+    live = [r for r in range(8) if not cluster.rank(r).failed]
+    slots = np.arange(len(live) * 40, dtype=np.int32) % 256
+    placement = Placement(slots[None], np.repeat(np.array(live, np.int32), 40), 256, 8, 4)
+    work = Workload(weight_dtype="fp8", activation_dtype="fp8")
+    profile = shipped_profile_for(cluster.accelerator.name)
+    costs = ServingCosts(model, cluster, work, Technique(dispatch="per_node"), profile, 8192, 64, 8192)
+    new_D = np.array(prompts, float) * np.isin(np.arange(8), live)
+    none_4 = np.array([-1.0, 0.0, 0.0, 0.0])
+    chunk_s_D4 = np.array([costs.chunk_s(0, int(new)) if new else none_4 for new in new_D])
+    batch = Batch(np.zeros(8), np.zeros(8), chunk_s_D4, new_D, True)
+    found, played = (each.step(batch, placement, np.ones((1, 256))) for each in (costs, DetailedCosts(costs)))
+    assert played.total_s == pytest.approx(found.total_s, rel=0.01)
 
 
 @pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert"])

@@ -157,3 +157,19 @@ def test_specs_read_back_what_they_write():
     for name in accelerator_names():
         cluster = find_cluster(name)
         assert ClusterSpec.parse(json.loads(cluster.model_dump_json()), "test") == cluster
+
+
+def test_nics_that_ranks_share():
+    plain = cluster_for("a100", 2, 8)
+    fields = plain.model_dump() | {"nics_per_node": 4}
+    shared = ClusterSpec.model_validate(fields)
+    assert (plain.ranks_per_nic, shared.ranks_per_nic) == (1, 2)
+    assert [shared.resized(4, n).ranks_per_nic for n in (2, 3, 4)] == [2, 1, 2]
+    assert ClusterSpec.model_validate_json(shared.resized(4, 3).model_dump_json()).ranks_per_nic == 1
+    with pytest.raises(ValueError, match=r"nics_per_node \(3\) does not divide ranks_per_node \(8\); choose a divisor"):
+        ClusterSpec.model_validate(fields | {"nics_per_node": 3})
+    link = {"source": "node0", "target": "node1", "bandwidth": "1 GB/s", "latency": "1 us"}
+    explicit = fields | {"topology": "explicit", "links": [link]}
+    with pytest.raises(ValueError, match=r"nics_per_node \(4\) has no place beside explicit links; leave it out"):
+        ClusterSpec.model_validate(explicit)
+    assert ClusterSpec.model_validate(explicit | {"nics_per_node": None}).ranks_per_nic == 8

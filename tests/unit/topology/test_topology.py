@@ -49,6 +49,21 @@ def test_two_level_keeps_a_node_on_its_switch_and_crosses_nodes_by_nic():
     assert topology.domain_of_rank == (0, 0, 0, 0, 1, 1, 1, 1)
 
 
+def test_neighbours_share_a_nic_that_is_as_wide_as_all_of_theirs():
+    shared = cluster_for("h100", 2, 4).model_copy(update={"nics_per_node": 2})
+    topology = build(shared)
+    assert names(topology.route(1, 6)) == ["rank1", "nic0", "spine", "nic3", "rank6"]
+    assert names(topology.route(0, 1)) == ["rank0", "domain0", "rank1"]
+    assert (topology.bandwidth_RR[1, 6], topology.latency_RR[1, 6]) == (2 * 50e9, pytest.approx(8e-6))
+    rails = build(shared.model_copy(update={"topology": "rail-optimised"}))
+    assert names(rails.route(1, 4)) == ["rank1", "nic0", "rail0", "nic2", "rank4"]
+    one_lost, both_lost = (
+        build(shared.model_copy(update={"ranks": {r: RankSpec(failed=True) for r in lost}})) for lost in ([0], [0, 1])
+    )
+    assert names(one_lost.route(1, 4)) == ["rank1", "nic0", "spine", "nic2", "rank4"]
+    assert "nic0" not in {link.source for link in both_lost.links}
+
+
 def test_flat_has_one_switch():
     topology = build(cluster_for("h100", 2, 4, "flat"))
     assert set(topology.domain_of_rank) == {0}
