@@ -24,6 +24,7 @@ __all__ = [
     "MemoryTrack",
     "RankBytes",
     "RankTimes",
+    "Replays",
     "SimulationResult",
     "Timeline",
     "TrafficMatrix",
@@ -56,6 +57,21 @@ class Assumption(_Paper):
     name: str
     value: str
     source: str = Field(description="measured, interpolated, modelled, extrapolated or given, and from what")
+
+
+class Replays(_Paper):
+    """Figures of every run behind the intervals, by which two results are compared run by run."""
+
+    costs_sha256: str = Field(
+        description="of all that says which costs are taken: model, cluster, profile, dtypes, technique, version; equal"
+        " where two runs are off by the same errors"
+    )
+    parts: tuple[str, ...] = Field(description="of the costs, that may be off apart")
+    seeds: dict[str, tuple[float, ...]] = Field(description="by headline: its value with each of the seeds")
+    ends: dict[str, tuple[tuple[float, float], ...]] = Field(
+        description="by headline: its value, first seed, at the low and at the high end of the costs' interval: all"
+        " parts together, then each of parts alone"
+    )
 
 
 class RankTimes(_Paper):
@@ -154,6 +170,7 @@ class SimulationResult(_Paper):
     seeds: tuple[int, ...]
     simulated_s: float = Field(ge=0, description="simulated time, first seed")
     headlines: dict[str, Headline]
+    replays: Replays | None = Field(None, description="left out of results of older versions")
     counts: dict[str, float] = Field(default_factory=dict, description="requests, tokens and bytes of the first seed")
     distributions: dict[str, tuple[float, ...]] = Field(
         default_factory=dict, description="101 quantiles, from 0 to 100 %, in seconds, of the first seed"

@@ -24,6 +24,7 @@ hold different batches takes, with ``m`` the tokens of the busiest group and ``n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -47,9 +48,10 @@ from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Phase, Workload
 
-__all__ = ["MoeTable", "ServingCosts"]
+__all__ = ["COST_PARTS", "MoeTable", "ServingCosts"]
 
 Floats = NDArray[np.float64]
+COST_PARTS = ("experts", "exchange", "attention and dense parts")  # what may be off apart
 _CHUNKS = "context parallelism of prompts"
 _CHECKED = "attention of drafts that are checked"
 _PREFILL_CONTEXT = 2048  # prompt length at which the head's rows of a prefill step are counted
@@ -67,6 +69,7 @@ class MoeTable:
     expert_BR: Floats
     exchange_BL: Floats
     error_B: Floats
+    part_error_B3: Floats  # in the order of COST_PARTS
     parts_B: dict[int, BatchParts] = field(default_factory=dict)
 
 
@@ -131,6 +134,7 @@ class ServingCosts:
             model, cluster, workload, technique, profile, max_seqs, max_context, self._speed_D, self._link_D
         )
         self._met_sent: set[int] = set()  # points of what is sent on whose sources, marks and errors are noted
+        self._off_3 = np.zeros(len(COST_PARTS))  # see moved()
         self._onward = None
         if stages is not None:
             self._onward = StageTransfers(model, stages, cluster.num_ranks, profile, technique, self._busy)
@@ -189,7 +193,7 @@ class ServingCosts:
             B, L, R = len(self._mean.points), len(load_LE), self.cluster.num_ranks
             found = MoeTable(
                 placement, load_LE, phase, [False] * B, np.zeros((B, L)), np.zeros((B, R)), np.zeros((B, L)),
-                np.zeros(B),
+                np.zeros(B), np.zeros((B, len(COST_PARTS))),
             )  # fmt: skip
             self._tables[key] = found
         return found
@@ -197,6 +201,14 @@ class ServingCosts:
     def forget(self, placement: Placement) -> None:
         """Drop the tables of a placement that is no longer in use."""
         self._tables = {key: table for key, table in self._tables.items() if table.placement is not placement}
+
+    def moved(self, ends: Mapping[str, float]) -> ServingCosts:
+        """The same costs where parts of them are off: ``{"experts": 1}`` has experts at the high end of their interval,
+        -1 at the low one, and so on between. ``exchange`` takes what stages send on with it, ``attention and dense
+        parts`` what ranks send for a prompt's attention. Tables are shared with these."""
+        other = copy(self)
+        other._off_3 = np.array([ends.get(name, 0.0) for name in COST_PARTS])
+        return other
 
     def clear(self) -> None:
         """Drop all tables of placements, and what the answers so far rested on; what depends on neither stays."""
@@ -215,6 +227,7 @@ class ServingCosts:
             times = self._nics(table.phase).tokens(self.live_R.astype(float))
             table.exchange_BL[b] = between.fixed_s + (cost.exchange_s_L - between.fixed_s) / times
         table.error_B[b] = cost.high_s / cost.total_s - 1
+        table.part_error_B3[b] = [model.part_errors[name] for name in COST_PARTS]
         table.filled_B[b] = True
         self.source |= dict(cost.source)
         self.extrapolated |= set(cost.extrapolated)
@@ -282,6 +295,9 @@ class ServingCosts:
             expert_L, expert_R, exchange_L = self._nothing_L, 0 * expert_R, self._nothing_L
             i, _ = self._busy.place(float(tokens_D.max()) * share)
             error = self.model_at(table.phase, float(self._busy.points[i])).fixed.relative_error
+        expert_off, exchange_off, rest_off = (1 + row_at(table.part_error_B3, b, w)) ** self._off_3
+        expert_L, expert_R = expert_L * expert_off, expert_R * expert_off
+        exchange_L, group_D3 = exchange_L * exchange_off, group_D3 * rest_off
         attention, shared, other = in_turn(group_D3).tolist()
         part = 1 / L if each.drafting else 1.0  # of the layers: one as they are in the mean
         alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum()) * part
@@ -290,8 +306,10 @@ class ServingCosts:
         busy_R = busy_D if self._group_ranks == 1 else np.repeat(busy_D, self._group_ranks)
         busy_R = np.minimum(busy_R + expert_R * (part / share), alone + other)
         sent, sent_error = (0.0, 0.0) if each.drafting else self._sent_on(tokens_D)  # drafts stay in the last stage
-        total_s, exposed_s = layers + other + sent, layers - alone + sent
+        sent *= (1 + sent_error) ** self._off_3[1]
         chunks, chunks_error = self._sent_for_chunks(each, group_D3)
+        more = chunks * ((1 + chunks_error) ** self._off_3[2] - rest_off)  # they are off by more than what is beside
+        total_s, exposed_s = layers + other + sent + more, layers - alone + sent
         apart = (sent_error - error) * sent + (chunks_error - error) * chunks
         return StepSeconds(total_s, error + apart / total_s, exposed_s, busy_R)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeplan import __version__
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.profile import HardwareProfile, load_profile, shipped_profile_for
 from moeplan.artifacts.routing_trace import PHASES, RoutingTrace
@@ -16,6 +18,7 @@ from moeplan.costs.coverage import backend_gaps
 from moeplan.costs.frameworks import require_backend
 from moeplan.costs.memory import max_redundant_experts
 from moeplan.errors import TraceError
+from moeplan.files import canonical_json, sha256_bytes
 from moeplan.routing.io import read_trace
 from moeplan.routing.loads import pick_tokens
 from moeplan.specs.cluster import ClusterSpec
@@ -26,6 +29,7 @@ from moeplan.specs.workload import Phase, Workload
 __all__ = [
     "DECODE_BATCH",
     "backend_notes",
+    "costs_sha256",
     "even_load_LE",
     "in_phase",
     "on_model_layers",
@@ -98,6 +102,24 @@ def profile_of(name: str | None, accelerator: str) -> HardwareProfile | None:
     profile = load_profile(name)
     shipped = shipped_profile_for(profile.meta.accelerator)
     return profile if shipped is None else profile.with_exchanges_of(shipped)
+
+
+def costs_sha256(scenario: Scenario, technique: Any) -> str:
+    """Digest of what says which costs a run takes: this version, model, cluster, profile, dtypes, fidelity, and the
+    ``technique``, as anything that JSON holds. Runs that have it in common are off by the same errors of their costs.
+    """
+    cluster, work = scenario.cluster_spec(), scenario.workload
+    profile = profile_of(scenario.profile, cluster.accelerator.name)
+    named = {
+        "moeplan": __version__,
+        "model": scenario.model_spec().model_dump(mode="json"),
+        "cluster": cluster.model_dump(mode="json"),
+        "profile": None if profile is None else profile.sha256,
+        "dtypes": [work.weight_dtype, work.activation_dtype],
+        "fidelity": scenario.fidelity,
+        "technique": technique,
+    }
+    return sha256_bytes(canonical_json(named).encode())
 
 
 def profile_notes(profile: HardwareProfile | None, cluster: ClusterSpec) -> list[str]:

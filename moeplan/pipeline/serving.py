@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,7 +28,15 @@ from moeplan.costs.technique import Technique, expert_groups
 from moeplan.costs.work import speeds
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import backend_notes, even_load_LE, profile_notes, profile_of, read_routing, slots_of_ranks
+from moeplan.pipeline.inputs import (
+    backend_notes,
+    costs_sha256,
+    even_load_LE,
+    profile_notes,
+    profile_of,
+    read_routing,
+    slots_of_ranks,
+)
 from moeplan.pipeline.serving_limits import context_parallel_fits, coverage_notes, faults_fit, slo_possible
 from moeplan.planning.migration import align, migration_of
 from moeplan.planning.problem import PlanningProblem
@@ -47,7 +55,7 @@ from moeplan.specs.scenario import Scenario
 from moeplan.specs.serving import EngineSpec, ServingSpec
 from moeplan.specs.workload import Workload
 
-__all__ = ["Service", "build_service"]
+__all__ = ["Service", "build_service", "serving_costs_sha256"]
 
 Floats = NDArray[np.float64]
 _Tokens = tuple[RoutingTrace, NDArray[np.int64]]  # a trace and which of its tokens
@@ -70,8 +78,9 @@ class Service:
     notes: tuple[str, ...]
 
 
-def build_service(scenario: Scenario, seed: int) -> Service:
-    """Everything a serving simulation needs; ``seed`` draws requests and sampled routing.
+def build_service(scenario: Scenario, seed: int, ends: Mapping[str, float] | None = None) -> Service:
+    """Everything a serving simulation needs; ``seed`` draws requests and sampled routing. ``ends``: parts of the costs
+    that are off (:meth:`moeplan.costs.serving.ServingCosts.moved`).
 
     Raises:
         InputError: an input is wrong. InfeasibleError: the model does not fit.
@@ -91,6 +100,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
     longest, work = int(tokens_Q.max()), scenario.workload.model_copy(update={"context": round(tokens_Q.mean())})
     assumptions: list[tuple[str, str, str]] = []
     pools: list[Pool] = []
+    factories = []
     rooms: list[tuple[KvRoom, float]] = []
     for role, engine, whole, instances, placed, link in _stages(scenario, spec, cluster):
         stage = _stage_cluster(whole, engine)
@@ -109,6 +119,7 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         if room.tokens is None:
             notes.append(f"{model.name}: attention is not known; its time and KV cache are not counted")
         factory = _costs(scenario, model, engine, profile, longest, whole)
+        factories.append(factory)
         per_token, of_all = (
             kv_bytes_per_token(each, engine, work.context, work.weight_dtype) or 0.0
             for each in (held, held if engine.speculative is None else model.with_prediction_layer())
@@ -127,6 +138,8 @@ def build_service(scenario: Scenario, seed: int) -> Service:
         assumptions.append((f"KV cache of a group ({role})", size, "modelled: what memory leaves"))
     faults_fit(spec, pools)
     slo_possible(spec, requests, pools)
+    if ends:  # whatever was decided before rests on the usual ones
+        pools = [replace(pool, costs=_moved(made, ends)) for pool, made in zip(pools, factories, strict=True)]
     assumptions += [
         ("placement", str(scenario.current or "contiguous"), "given"),
         ("expert load", f"{spec.experts.mode}: {scenario.trace or 'every expert alike'}", "given"),
@@ -379,6 +392,30 @@ def _costs(
         return made[key]
 
     return costs
+
+
+def _moved(
+    made: Callable[[ClusterSpec], ServingCosts | DetailedCosts], ends: Mapping[str, float]
+) -> Callable[[ClusterSpec], ServingCosts | DetailedCosts]:
+    return lambda cluster: made(cluster).moved(ends)
+
+
+def serving_costs_sha256(scenario: Scenario) -> str:
+    """Digest of all that says which costs a service takes: model, cluster, profile, dtypes, and of each pool how its
+    engine runs. Placement, routing, requests and limits of batches are not in it: costs are off by the same under each.
+
+    Raises:
+        InputError: as :func:`build_service`, which is to be called before.
+    """
+    spec = scenario.serving
+    assert spec is not None
+    cluster = scenario.cluster_spec()
+    pools = [
+        {"role": role, "cluster": whole.model_dump(mode="json"), "link": link, "pp": engine.pp,
+         "technique": asdict(_technique(scenario, engine))}
+        for role, engine, whole, _, _, link in _stages(scenario, spec, cluster)
+    ]  # fmt: skip
+    return costs_sha256(scenario, pools)
 
 
 @lru_cache(maxsize=8)

@@ -1,11 +1,11 @@
 """``moeplan simulate``: a scenario, or every case of its sweep, over seeds and both ends of the costs' interval.
 
-A service is simulated once per seed, and once more with every step at the low and at the high end of its costs'
-interval (first seed). A headline's interval joins both: ``value +- sqrt(costs^2 + seeds^2)``, with ``costs`` how far
-the two further runs lie from the first seed's on that side (for shares of time: or how far they move where parts of
-the costs are off alone, if that is more) and ``seeds`` how far the seeds lie from their mean. In training nothing is
-drawn: one run stands for every seed, and brings both ends of its figures. A figure into which no measured time enters
-says so and has no interval.
+A service is simulated once per seed, and again (first seed) at the low and at the high end of its costs' interval:
+every step, and each part of the costs alone. A headline's interval joins both: ``value +- sqrt(costs^2 + seeds^2)``,
+with ``costs`` how far the further runs lie from the first seed's (:func:`moeplan.pipeline.intervals.cost_sides`) and
+``seeds`` how far the seeds lie from their mean. In training nothing is drawn: one run stands for every seed, and brings
+both ends of its figures. A figure into which no measured time enters says so and has no interval. The figures of every
+run are kept: :mod:`moeplan.pipeline.compare` takes two results run by run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from threadpoolctl import threadpool_limits
 
 from moeplan import __version__
 from moeplan.artifacts.event_log import EventLog
-from moeplan.artifacts.simulation_result import Assumption, Headline, MemoryTrack, RankBytes, SimulationResult
+from moeplan.artifacts.simulation_result import (
+    Assumption,
+    Headline,
+    MemoryTrack,
+    RankBytes,
+    Replays,
+    SimulationResult,
+)
+from moeplan.costs.serving import COST_PARTS
 from moeplan.errors import InfeasibleError, InputError, MoeplanError, SpecError
 from moeplan.files import (
     atomic_directory,
@@ -34,11 +42,17 @@ from moeplan.files import (
     write_text,
 )
 from moeplan.pipeline.executor import Executor, Failure, executor_for
-from moeplan.pipeline.serving import build_service
-from moeplan.pipeline.training import TRAINING_DIRECTIONS, TRAINING_EXACT, simulate_training
+from moeplan.pipeline.intervals import cost_sides
+from moeplan.pipeline.serving import build_service, serving_costs_sha256
+from moeplan.pipeline.training import (
+    TRAINING_DIRECTIONS,
+    TRAINING_EXACT,
+    simulate_training,
+    training_costs_sha256,
+)
 from moeplan.progress import Progress, no_progress
 from moeplan.simulation.detailed_costs import SAMPLED_LAYERS, first_layers
-from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of, share_deviations
+from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of
 from moeplan.simulation.service import simulate_service
 from moeplan.specs.catalogue import names_a_file
 from moeplan.specs.scenario import Scenario
@@ -54,14 +68,15 @@ _INSIDE = {"current": "plan.json", "prefill placement": "plan.json", "model": "c
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One run of a case: a seed, and which end of the costs' interval its steps take (-1, 0, 1). A case of a sweep is
-    not ``alone``, and looks for no remedies."""
+    """One run of a case: a seed, and which end of the costs' interval its steps take (-1, 0, 1), or its costs' ``part``
+    alone. A case of a sweep is not ``alone``, and looks for no remedies."""
 
     scenario: Scenario
     seed: int
     errors: int
     keep_log: bool
     alone: bool = True
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,8 +91,8 @@ class _Answer:
     notes: tuple[str, ...]
     memory: tuple[MemoryTrack, ...] = ()
     rank_memory: RankBytes | None = None
-    ends: dict[str, tuple[float, float]] = field(default_factory=dict)
-    part_errors: dict[str, float] = field(default_factory=dict)
+    parts: tuple[str, ...] = COST_PARTS
+    ends: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,10 +154,10 @@ def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
     if scenario.training is not None:
         return _trained(run, progress)
     with threadpool_limits(1):
-        service = build_service(scenario, run.seed)
+        service = build_service(scenario, run.seed, {run.part: run.errors} if run.part else None)
         served = simulate_service(
             service.spec, service.requests, service.pools,
-            keep_log=run.keep_log, errors=run.errors, seed=run.seed, progress=progress,
+            keep_log=run.keep_log, errors=0 if run.part else run.errors, seed=run.seed, progress=progress,
             origin={"seed": run.seed, "scenario_sha256": _digest(scenario), "moeplan": __version__,
                     "fidelity": scenario.fidelity},
         )  # fmt: skip
@@ -152,11 +167,9 @@ def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
             log = replace(log.joined(inside), origin={**log.origin, "played_layers": SAMPLED_LAYERS})
     sources: dict[str, str] = {}
     extrapolated: set[str] = set()
-    errors: dict[str, float] = {}
     for instance in served.instances:
         sources |= instance.costs.source
         extrapolated |= instance.costs.extrapolated
-        errors |= {name: max(e, errors.get(name, 0.0)) for name, e in instance.costs.part_errors.items()}
     rows = [*service.assumptions, *((f"costs of {name}", "", source) for name, source in sorted(sources.items()))]
     notes = [*service.notes, *(f"extrapolated beyond measurements: {name}" for name in sorted(extrapolated))]
     if scenario.objective.return_mode == "stay":
@@ -164,7 +177,7 @@ def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
     return _Answer(
         outcome_of(served, service.spec), log, service.model.name, service.cluster.name,
         sum(len(i.stats.busy_R) for i in served.instances), served.num_nodes, tuple(rows), tuple(notes),
-        rank_memory=service.memory, part_errors=errors,
+        rank_memory=service.memory,
     )  # fmt: skip
 
 
@@ -180,7 +193,7 @@ def _trained(run: _Run, progress: Progress) -> _Answer:
     outcome = Outcome(found.headlines, counts, {}, None, None, sum(result.steps_s), traffic)
     return _Answer(
         outcome, result.log if run.keep_log else None, found.model.name, cluster.name, cluster.num_ranks,
-        cluster.num_nodes, found.assumptions, found.notes, found.memory, ends=found.ends,
+        cluster.num_nodes, found.assumptions, found.notes, found.memory, parts=found.parts, ends=found.ends,
     )  # fmt: skip
 
 
@@ -189,7 +202,8 @@ def _runs(scenario: Scenario, seeds: int, keep_log: bool, alone: bool = True) ->
     if scenario.training is not None:
         return [_Run(scenario, first, 0, keep_log, alone)]
     runs = [_Run(scenario, first + number, 0, keep_log and number == 0) for number in range(seeds)]
-    return runs + [_Run(scenario, first, errors, False) for errors in (-1, 1)]
+    ways = [(part, errors) for part in ("", *COST_PARTS) for errors in (-1, 1)]
+    return runs + [_Run(scenario, first, errors, False, part=part) for part, errors in ways]
 
 
 def _digest(scenario: Scenario) -> str:
@@ -221,33 +235,33 @@ def _contents(name: str, given: Any) -> str:
     return sha256_file(path) if path.is_file() else ""
 
 
-def _headlines(seeds: int, answers: Sequence[_Answer]) -> dict[str, Headline]:
-    """Of a service: ``answers`` of the seeds, then at the low and the high end of the costs' interval."""
-    low, high = answers[-2], answers[-1]
-    shares = share_deviations(answers[0].outcome.headlines, answers[0].part_errors)
-    headlines: dict[str, Headline] = {}
-    for name in DIRECTIONS:
-        values = [a.outcome.headlines[name] for a in answers[:-2] if name in a.outcome.headlines]
-        if len(values) < seeds:
-            continue
-        mean, start = float(np.mean(values)), values[0]
-        ends = [a.outcome.headlines.get(name, start) for a in (low, high)]
-        fewer, more = shares.get(name, (0.0, 0.0))
-        below = np.hypot(max(fewer, start - min(ends)), mean - min(values))
-        above = np.hypot(max(more, max(ends) - start), max(values) - mean)
-        headlines[name] = _headline(name, mean, mean - float(below), mean + float(above))
-    return headlines
+def _replays(scenario: Scenario, seeds: int, answers: Sequence[_Answer]) -> Replays:
+    """Figures of all runs: of a service those of the seeds, then pairs at the ends of the costs' interval."""
+    first = answers[0]
+    if scenario.training is not None:
+        once = {name: (value,) for name, value in first.outcome.headlines.items()}
+        digest = training_costs_sha256(scenario)
+        return Replays(costs_sha256=digest, parts=first.parts, seeds=once, ends=first.ends)
+    runs = [answer.outcome.headlines for answer in answers]
+    mine = [name for name in DIRECTIONS if all(name in run for run in runs[:seeds])]
+    at_ends = list(zip(runs[seeds::2], runs[seeds + 1 :: 2], strict=True))
+    return Replays(
+        costs_sha256=serving_costs_sha256(scenario),
+        parts=first.parts,
+        seeds={name: tuple(run[name] for run in runs[:seeds]) for name in mine},
+        ends={
+            name: tuple((low.get(name, runs[0][name]), high.get(name, runs[0][name])) for low, high in at_ends)
+            for name in mine
+        },
+    )
 
 
-def _with_ends(answer: _Answer) -> dict[str, Headline]:
-    """Of training, whose run brings the ends of its figures."""
-    return {
-        name: _headline(name, value, *answer.ends.get(name, (value, value)))
-        for name, value in answer.outcome.headlines.items()
-    }
-
-
-def _headline(name: str, value: float, low: float, high: float) -> Headline:
+def _headline(name: str, replays: Replays) -> Headline:
+    values, ends = replays.seeds[name], replays.ends.get(name)
+    value = float(np.mean(values))
+    costs = (0.0, 0.0) if ends is None else cost_sides(np.array(ends) - values[0])
+    low = value - float(np.hypot(costs[0], value - min(values)))
+    high = value + float(np.hypot(costs[1], max(values) - value))
     unit, better = (DIRECTIONS | TRAINING_DIRECTIONS)[name]
     if unit == "1" and "queue" not in name:  # a share
         high = min(high, max(1.0, value))
@@ -258,7 +272,8 @@ def _headline(name: str, value: float, low: float, high: float) -> Headline:
 
 def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Sequence[_Answer]) -> Simulated:
     first = answers[0]
-    headlines = _headlines(seeds, answers) if scenario.training is None else _with_ends(first)
+    replays = _replays(scenario, seeds, answers)
+    headlines = {name: _headline(name, replays) for name in replays.seeds}
     notes = list(first.notes)
     if scenario.training is None:
         if seeds == 1:
@@ -277,6 +292,7 @@ def _joined(scenario: Scenario, case: dict[str, Any], seeds: int, answers: Seque
         seeds=tuple(scenario.seed + number for number in range(seeds if scenario.training is None else 1)),
         simulated_s=first.outcome.end_s,
         headlines=headlines,
+        replays=replays,
         counts=first.outcome.counts,
         distributions=first.outcome.distributions,
         ranks=first.outcome.ranks,
@@ -299,7 +315,7 @@ def simulate(
     keep_log: bool = True,
     progress: Progress = no_progress,
 ) -> Simulated:
-    """Simulate one case; ``seeds`` runs from ``scenario.seed`` on, and two for the costs' interval.
+    """Simulate one case; ``seeds`` runs from ``scenario.seed`` on, and eight for the costs' interval.
 
     Raises:
         InputError: an input is wrong. InfeasibleError: the model or a request does not fit.

@@ -20,7 +20,7 @@ from moeplan.costs.training import TrainingCosts
 from moeplan.costs.training_teams import placement_groups
 from moeplan.errors import InfeasibleError, MoeplanError, SpecError
 from moeplan.pipeline.exports import load_placement
-from moeplan.pipeline.inputs import even_load_LE, profile_notes, profile_of, read_routing
+from moeplan.pipeline.inputs import costs_sha256, even_load_LE, profile_notes, profile_of, read_routing
 from moeplan.routing.loads import expert_load
 from moeplan.simulation.training import TrainingResult
 from moeplan.simulation.training import simulate_training as play
@@ -29,7 +29,7 @@ from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
 from moeplan.specs.training import RecomputeModule, TrainingSpec
 
-__all__ = ["TRAINING_DIRECTIONS", "TRAINING_EXACT", "Trained", "simulate_training"]
+__all__ = ["TRAINING_DIRECTIONS", "TRAINING_EXACT", "Trained", "simulate_training", "training_costs_sha256"]
 
 Floats = NDArray[np.float64]
 
@@ -61,14 +61,16 @@ TRAINING_EXACT: dict[str, str] = {
 class Trained:
     """A simulated training run with what it rests on; ``headlines`` by the names of TRAINING_DIRECTIONS.
 
-    ``ends``: both ends of each headline that is not of TRAINING_EXACT, where they were asked for.
+    ``ends``: each headline that is not of TRAINING_EXACT at both ends of its costs, all ``parts`` together and then
+    each alone, where they were asked for.
     """
 
     result: TrainingResult
     model: ModelSpec
     cluster: ClusterSpec
     headlines: dict[str, float]
-    ends: dict[str, tuple[float, float]]
+    parts: tuple[str, ...]
+    ends: dict[str, tuple[tuple[float, float], ...]]
     memory: tuple[MemoryTrack, ...]
     traffic: TrafficMatrix
     assumptions: tuple[tuple[str, str, str], ...]
@@ -118,7 +120,8 @@ def simulate_training(
     if result.peak.peak_bytes > result.memory_bytes:
         raise InfeasibleError(_too_large(spec, result, peak_bytes) if remedies else _need(result))
     headlines = _headlines(result)
-    ends = _ends(costs, headlines) if intervals else {}
+    parts = {name: error for name, error in costs.part_errors.items() if error}
+    ends = _ends(costs, parts, headlines) if intervals else {}
     memory = tuple(
         MemoryTrack(
             stage=track.stage,
@@ -137,7 +140,9 @@ def simulate_training(
     )
     notes += [f"extrapolated beyond measurements: {name}" for name in sorted(set(costs.extrapolated))]
     traffic = _traffic(costs, placement, load, scenario)
-    return Trained(result, model, cluster, headlines, ends, memory, traffic, assumptions, tuple(notes))
+    return Trained(
+        result, model, cluster, headlines, tuple(parts), ends, memory, traffic, assumptions, tuple(notes)
+    )
 
 
 def _need(result: TrainingResult) -> str:
@@ -196,15 +201,20 @@ def _headlines(result: TrainingResult) -> dict[str, float]:
     }
 
 
-def _ends(costs: TrainingCosts, found: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """Both ends of each headline by its costs' residuals.
+def training_costs_sha256(scenario: Scenario) -> str:
+    """Digest of all that says which costs a job takes; which experts are where and how loaded is not in it."""
+    assert scenario.training is not None
+    loads = {"global_batch", "experts", "windows", "steps", "capacity_factor", "overflow"}
+    spec = scenario.training.model_dump(mode="json", exclude=loads)
+    return costs_sha256(scenario, {"dispatch": scenario.objective.dispatch, **spec})
 
-    The schedule is played with every part of the costs at the low and at the high end of its interval: all of them
-    together, which moves times most, and each alone, which moves shares; the latter's deviations are added in squares
-    and the larger of the two counts. A detailed run takes the step mode's deviations, relative to its own.
-    """
+
+def _ends(
+    costs: TrainingCosts, parts: Mapping[str, float], found: Mapping[str, float]
+) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Each headline with every part of the costs at the low and at the high end of its interval: all of them together,
+    and each alone. A detailed run takes the step mode's deviations, relative to its own."""
     plain = _headlines(play(costs, logged=False))
-    parts = {name: error for name, error in costs.part_errors.items() if error}
     ways = [list(parts), *([name] for name in parts)]  # together, and each alone
     runs = [
         [
@@ -216,10 +226,10 @@ def _ends(costs: TrainingCosts, found: dict[str, float]) -> dict[str, tuple[floa
     answer = {}
     for name in (name for name in found if name not in TRAINING_EXACT):
         scale = found[name] / plain[name] if plain[name] else 1.0
-        moved = scale * (np.array([[run[name] for run in pair] for pair in runs]) - plain[name])
-        down, up = -np.minimum(0.0, moved.min(1)), np.maximum(0.0, moved.max(1))
-        below, above = (max(side[0], float(np.sqrt((side[1:] ** 2).sum()))) for side in (down, up))
-        answer[name] = max(0.0, found[name] - float(below)), found[name] + float(above)
+        answer[name] = tuple(
+            (found[name] + scale * (low[name] - plain[name]), found[name] + scale * (high[name] - plain[name]))
+            for low, high in runs
+        )
     return answer
 
 

@@ -39,6 +39,16 @@ def brief_notes(notes: Iterable[str]) -> list[str]:
         gaps.append("commands that measure these are in the notes of --json and of the page")
     return others + gaps + ([_BEYOND + ", ".join(beyond)] if beyond else [])
 
+_BASIS = {
+    "seeds and costs": "Both runs share seeds and costs: taken seed by seed, each error of the costs in both at once.",
+    "seeds": "Both runs share seeds, and are taken seed by seed; model, cluster, profile or technique differ, so errors"
+    " of their costs count as independent.",
+    "costs": "Both runs share costs, each error of which is in both at once; seeds differ and count as independent.",
+    "nothing": "The runs share neither seeds nor costs, and count as independent.",
+    "not kept": "Taken as independent, which is wide: a result of an older version keeps no figures run by run;"
+    " simulate it again.",
+}  # by Difference.paired
+
 
 def shown(value: float, unit: str, name: str = "") -> str:
     """A figure with its unit, as people read it; shares in per cent, but for the length of a queue."""
@@ -77,8 +87,11 @@ def change_text(relative: float | None) -> str:
 
 
 def verdicts_text(differences: Sequence[Any]) -> str:
-    """How many figures are better, worse and neither, in a sentence."""
+    """How many figures are better, worse and neither, and what that rests on."""
     better, worse = (sum(d.verdict == word for d in differences) for word in ("better", "worse"))
+    basis = "".join(f" {_BASIS[word]}" for word in dict.fromkeys(d.paired for d in differences))
+    if any(d.seeds == 1 for d in differences):
+        basis += " One seed: what others would change is not in the intervals."
     words = f"Of {len(differences)} figures {better} are better, {worse} worse"
     untold = sum(d.verdict == "not told apart" for d in differences)
-    return f"{words}, {untold} not told apart (the change may be none)." if untold else f"{words}."
+    return f"{words}, {untold} not told apart (the change may be none).{basis}" if untold else f"{words}.{basis}"

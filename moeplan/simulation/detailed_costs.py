@@ -5,7 +5,8 @@ For small services: a step of L layers on R ranks is some 10 L R events and 2 L 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import reduce
 
@@ -35,6 +36,14 @@ class DetailedCosts:
         self.source, self.extrapolated, self.part_errors = costs.source, costs.extrapolated, costs.part_errors
         self.chunk_s, self.swap_s = costs.chunk_s, costs.swap_s
         self.forget, self.clear = costs.forget, costs.clear
+        self._off = costs
+
+    def moved(self, ends: Mapping[str, float]) -> DetailedCosts:
+        """The same costs where parts of them are off (:meth:`moeplan.costs.serving.ServingCosts.moved`): what is played
+        is longer as the step mode's seconds are."""
+        other = copy(self)
+        other._off = self._costs.moved(ends)
+        return other
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
         """Play one step; the interval is the step mode's."""
@@ -52,7 +61,13 @@ class DetailedCosts:
         alone_s = whole.total_s - whole.exposed_s
         exposed_s = max(0.0, found.total_s - alone_s)
         busy_R = np.minimum(found.busy_s_R, found.total_s - exposed_s)  # attention beside experts counts once
-        return StepSeconds(found.total_s, whole.relative_error, exposed_s, busy_R, found.log)
+        if self._off is self._costs:
+            return StepSeconds(found.total_s, whole.relative_error, exposed_s, busy_R, found.log)
+        off = self._off.pass_seconds(each, placement, load_LE)
+        exposed_s *= off.exposed_s / whole.exposed_s if whole.exposed_s else 1.0
+        busy_R = busy_R * (off.busy_R / np.where(whole.busy_R, whole.busy_R, 1.0))
+        total_s = found.total_s * off.total_s / whole.total_s
+        return StepSeconds(total_s, off.relative_error, exposed_s, busy_R, found.log)
 
 
 def _all_events(passes: Sequence[Pass], played: Sequence[StepSeconds], layers: int) -> EventLog:

@@ -12,7 +12,6 @@ credited with neither prompts nor first tokens, which come to it with the cache.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +23,11 @@ from moeplan.simulation.request import NEVER
 from moeplan.simulation.service import Served
 from moeplan.specs.serving import ServingSpec
 
-__all__ = ["DIRECTIONS", "Outcome", "outcome_of", "share_deviations"]
+__all__ = ["DIRECTIONS", "Outcome", "outcome_of"]
 
 Floats = NDArray[np.float64]
 _QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 _BINS = 120
-# Parts of a step in which ranks are busy; all others go over links that nothing hides.
-_COMPUTED = ("experts", "attention and dense parts", "context parallelism of prompts")
 
 # headline -> (unit, which way is good); latencies are added below
 DIRECTIONS: dict[str, tuple[str, str]] = {
@@ -141,27 +138,6 @@ def outcome_of(served: Served, spec: ServingSpec) -> Outcome:
     return Outcome(
         figures, _counts(served), distributions, ranks, _timeline(served), served.end_s, _traffic(served)
     )
-
-
-def share_deviations(headlines: dict[str, float], errors: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """How far each share of the ranks' time lies (below, above) where one part of the costs is off alone.
-
-    Steps that all take longer leave shares as they are, so parts are moved one by one: all that computes, with those
-    that wait for it, by the larger error of experts and attention, and the exchange, with what pipeline stages send on,
-    by the larger of theirs; what is hidden stays so. The deviations of the two are added in squares.
-    """
-    names = ("compute_share", "bubble_share", "exchange_share")
-    shares = np.array([headlines[name] for name in names])
-    found = []
-    for computes, mine in ((True, np.array([1, 1, 0])), (False, np.array([0, 0, 1]))):
-        error = max((error for name, error in errors.items() if (name in _COMPUTED) == computes), default=0.0)
-        ends = []
-        for factor in (1 / (1 + error), 1 + error):
-            longer = 1 + (factor - 1) * mine
-            ends.append(shares * longer / (1 + (shares * (longer - 1)).sum()) - shares)
-        found.append((-np.minimum(0.0, np.minimum(*ends)), np.maximum(0.0, np.maximum(*ends))))
-    below, above = (np.sqrt(sum(part[side] ** 2 for part in found)) for side in (0, 1))
-    return {name: (float(b), float(a)) for name, b, a in zip(names, below, above, strict=True)}
 
 
 def _traffic(served: Served) -> tuple[TrafficMatrix, ...]:
