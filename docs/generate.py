@@ -24,6 +24,7 @@ def documents() -> dict[str, str]:
     from moeplan.artifacts.plan import Plan
     from moeplan.artifacts.profile import ProfileMeta
     from moeplan.artifacts.profile_tables import schema_document
+    from moeplan.artifacts.simulation_result import SimulationResult
     from moeplan.specs.cluster import ClusterSpec
     from moeplan.specs.model import ModelSpec
     from moeplan.specs.scenario import Scenario
@@ -34,6 +35,7 @@ def documents() -> dict[str, str]:
         "A model": ModelSpec,
         "A cluster": ClusterSpec,
         "profile.json": ProfileMeta,
+        "result.json": SimulationResult,
     }
     return {
         "cli.md": cli_text(),
@@ -41,6 +43,7 @@ def documents() -> dict[str, str]:
         "plan.schema.json": schema_text(Plan),
         "profile.schema.json": schema_text(ProfileMeta),
         "profile-tables.json": json.dumps(schema_document(), indent=1) + "\n",
+        "result.schema.json": schema_text(SimulationResult),
         "scenario.schema.json": schema_text(Scenario),
     }
 

@@ -13,7 +13,6 @@ from moeplan.costs.training import TrainingCosts
 from moeplan.costs.training_parts import scaled
 from moeplan.pipeline.simulate import simulate
 from moeplan.pipeline.training import TRAINING_EXACT, simulate_training
-from moeplan.simulation.outcome import share_deviations
 from moeplan.simulation.training import simulate_training as play
 from moeplan.specs.clusters import cluster_for
 from moeplan.specs.models import find_model
@@ -70,9 +69,9 @@ def test_a_step_takes_as_many_times_as_long_as_all_its_parts(zero: int) -> None:
 def test_every_play_at_an_end_lies_within_the_interval(zero: int) -> None:
     scenario = _scenario(zero=zero)
     found = simulate_training(scenario, intervals=True)
-    low, high = (found.ends[name] for name in ("step_s", "bubble_share"))
-    assert low[0] < found.headlines["step_s"] < low[1]
-    assert high[0] < found.headlines["bubble_share"] < high[1]
+    lines = simulate(scenario, seeds=1).result.headlines
+    for name in ("step_s", "bubble_share"):
+        assert lines[name].low < found.headlines[name] < lines[name].high
     model, cluster = find_model("deepseek-v2-lite"), cluster_for("h100", 4, 8)
     rows = np.tile(np.arange(64, dtype=np.int32), (model.num_moe_layers, 1))
     placement = Placement(rows, np.repeat(np.arange(8, dtype=np.int32), 8), 64, 8, 8)
@@ -83,17 +82,19 @@ def test_every_play_at_an_end_lies_within_the_interval(zero: int) -> None:
     costs.chunks()
     assert play(costs).step_s == pytest.approx(found.headlines["step_s"])
     deviations = []
-    for name, error in costs.part_errors.items():
-        for factor in (1 + error, 1 / (1 + error)):
+    assert found.parts == tuple(costs.part_errors)
+    for number, (name, error) in enumerate(costs.part_errors.items()):
+        for end, factor in enumerate((1 / (1 + error), 1 + error)):
             run = play(costs, factor={name: factor})
-            assert found.ends["bubble_share"][0] <= run.bubble_share <= found.ends["bubble_share"][1], name
-            assert found.ends["step_s"][0] <= run.step_s <= found.ends["step_s"][1], name
+            assert found.ends["step_s"][1 + number][end] == pytest.approx(run.step_s)
+            assert lines["bubble_share"].low <= run.bubble_share <= lines["bubble_share"].high, name
+            assert lines["step_s"].low <= run.step_s <= lines["step_s"].high, name
             deviations.append(run.bubble_share - found.headlines["bubble_share"])
     pairs = np.array(deviations).reshape(-1, 2)
     above = float(np.sqrt((np.maximum(0.0, pairs.max(1)) ** 2).sum()))
-    assert found.ends["bubble_share"][1] == pytest.approx(found.headlines["bubble_share"] + above)
+    assert lines["bubble_share"].high == pytest.approx(found.headlines["bubble_share"] + above)
     worst = play(costs, factor={name: 1 + error for name, error in costs.part_errors.items()})
-    assert found.ends["step_s"][1] == pytest.approx(worst.step_s)
+    assert lines["step_s"].high == pytest.approx(worst.step_s)
 
 
 def test_no_bubble_without_a_pipeline_and_what_is_exact_says_so() -> None:
@@ -116,22 +117,6 @@ def test_a_detailed_run_takes_the_step_modes_deviations() -> None:
         found = simulate_training(scenario, intervals=True)
         ends[fidelity] = np.array(found.ends["step_s"]) / found.headlines["step_s"]
     np.testing.assert_allclose(ends["detailed"], ends["step"])
-
-
-def test_shares_of_a_service_move_where_one_part_is_off_alone() -> None:
-    """A third each: computing twice as long takes 4 of 5 parts with those that wait, or in half the time 2 of 4."""
-    shares = dict.fromkeys(("compute_share", "bubble_share", "exchange_share"), 1 / 3)
-    found = share_deviations(shares, {"experts": 1.0, "exchange": 0.0, "attention and dense parts": 0.2})
-    assert found["compute_share"] == pytest.approx((1 / 3 - 1 / 4, 2 / 5 - 1 / 3))
-    assert found["exchange_share"] == pytest.approx((1 / 3 - 1 / 5, 1 / 2 - 1 / 3))
-    both = share_deviations(shares, {"experts": 1.0, "exchange": 1.0})
-    # The exchange alone: twice as long it is half of all, half as long a fifth.
-    assert both["exchange_share"][1] == pytest.approx(np.hypot(1 / 2 - 1 / 3, 1 / 2 - 1 / 3))
-    assert both["exchange_share"][0] == pytest.approx(np.hypot(1 / 3 - 1 / 5, 1 / 3 - 1 / 5))
-    sent = share_deviations(shares, {"experts": 0.0, "exchange": 0.2, "transfers between stages": 1.0})
-    assert sent["exchange_share"] == pytest.approx((1 / 3 - 1 / 5, 1 / 2 - 1 / 3))
-    idle = share_deviations({**shares, "compute_share": 0.0, "bubble_share": 0.0}, {"experts": 1.0})
-    assert idle["exchange_share"] == (0.0, 0.0)
 
 
 def test_a_service_that_never_idles_has_intervals_on_its_shares() -> None:
