@@ -49,7 +49,7 @@ def test_compared_figures_have_whole_heads_and_numbers(monkeypatch: pytest.Monke
         return Headline(value=value, low=value, high=value, unit="tokens/s", better="higher")
 
     name, change = "output_tokens_per_s_per_gpu", (39254.0, 4184.0, 75590.0, 0.296)
-    one = Difference(name, "tokens/s", line(132456.7), line(171711.1), *change, "not told apart")
+    one = Difference(name, "tokens/s", line(132456.7), line(171711.1), *change, "not told apart", "seeds and costs", 3)
     monkeypatch.setattr("moeplan.pipeline.compare.compare", lambda _a, _b: [({"ranks": 8}, [one])])
     long = "a-directory-with-a-name-that-is-long-" * 2
     lines = _printed("compare", long, "b")
@@ -57,7 +57,8 @@ def test_compared_figures_have_whole_heads_and_numbers(monkeypatch: pytest.Monke
     assert lines[2] == "ranks 8"
     assert lines[3].split() == ["figure", "a", "b", "change"]
     assert lines[4].split() == [name, "132,457", "171,711", "+29.6", "%", "not", "told", "apart"]
-    assert lines[5] == "Of 1 figures 0 are better, 0 worse, 1 not told apart (the change may be none)."
+    told = " ".join(" ".join(lines[5:]).split())
+    assert told.startswith("Of 1 figures 0 are better, 0 worse, 1 not told apart (the change may be none). Both runs")
 
 
 def test_cases_of_a_sweep_are_told_apart_with_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
