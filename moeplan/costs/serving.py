@@ -43,7 +43,7 @@ from moeplan.costs.stage_transfers import StageTransfers
 from moeplan.costs.step import BatchParts, StepModel, combine
 from moeplan.costs.technique import Technique
 from moeplan.costs.token_grid import Curve, grid, stairs
-from moeplan.costs.work import Work, in_turn, link_speeds, speeds
+from moeplan.costs.work import Work, in_turn, link_speeds, speeds, working
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
 from moeplan.specs.workload import Phase, Workload
@@ -109,7 +109,7 @@ class ServingCosts:
         self.technique = technique
         self._workload = workload
         self._plain = replace(technique, overlap="none")
-        self.live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
+        self.live_R = working(cluster)
         self._num_live = int(self.live_R.sum())
         self._drafts_route = not model.prediction_intermediate_size  # the prediction layer has experts
         self.speed_R = speeds(cluster)

@@ -40,7 +40,7 @@ from moeplan.costs.roofline import returned_bytes, token_bytes
 from moeplan.costs.tables import Seconds
 from moeplan.costs.technique import Overlap, Technique
 from moeplan.costs.traffic import Traffic, expected_reach
-from moeplan.costs.work import in_turn, link_speeds, speeds
+from moeplan.costs.work import in_turn, link_speeds, speeds, working
 from moeplan.errors import InputError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.model import ModelSpec
@@ -161,7 +161,7 @@ class StepModel:
         self.model, self.cluster, self.workload = model, cluster, workload
         self.technique = technique or Technique()
         self.profile = profile
-        self.live = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
+        self.live = working(cluster)
         self.speed_R = speeds(cluster)
         self.link_R = link_speeds(cluster)
         lost = tuple(np.flatnonzero(~self.live).tolist())

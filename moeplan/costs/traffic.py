@@ -23,6 +23,7 @@ from moeplan.costs.counting import choose_slots, count_trace, home_ranks
 from moeplan.costs.exchange import touched_share
 from moeplan.costs.nics import away_shares, entries
 from moeplan.costs.roofline import is_joined
+from moeplan.costs.work import working
 from moeplan.errors import PlanError
 from moeplan.specs.cluster import ClusterSpec
 from moeplan.specs.workload import DispatchKind, ReplicaSplit
@@ -106,7 +107,7 @@ def counted_traffic(
             f"placement ({placement.num_layers} layers, {placement.num_ranks} ranks) does not fit the trace"
             f" ({trace.num_layers} layers) and cluster.num_ranks ({cluster.num_ranks})"
         )
-    live_R = _live(cluster)
+    live_R = working(cluster)
     if dispatch == "allgather":
         return expected_traffic(np.zeros((trace.num_layers, cluster.num_ranks)), cluster, dispatch, trace.top_k)
     home_T = home_ranks(load, np.flatnonzero(live_R))
@@ -122,10 +123,6 @@ def counted_traffic(
             peer_RN, between[layer], inside[layer],
         )  # fmt: skip
     return Traffic(between / trace.num_tokens, inside / trace.num_tokens)
-
-
-def _live(cluster: ClusterSpec) -> NDArray[np.bool_]:
-    return np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,7 +147,7 @@ def expected_reach(
     of its experts on each of ``expert_tp`` neighbours that split them.
     """
     if dispatch == "allgather":
-        live = _live(cluster).astype(float)
+        live = working(cluster).astype(float)
         return Reach(np.broadcast_to(live, share_LR.shape), np.ones((len(share_LR), cluster.num_nodes)))
     rank_LR = share_LR * top_k if dispatch == "per_expert" else touched_share(share_LR, top_k)
     share_LN = share_LR.reshape(len(share_LR), cluster.num_nodes, cluster.ranks_per_node).sum(2) / expert_tp
@@ -185,7 +182,7 @@ def spread(
     Of ``expert_tp`` neighbours that split experts the one with its home's place gets a ``per_expert`` copy: what they
     gather from each other is left out (:attr:`moeplan.costs.technique.Technique.gathers`).
     """
-    live_R = _live(cluster)
+    live_R = working(cluster)
     R, per_node = cluster.num_ranks, cluster.ranks_per_node
     home_R = live_R / live_R.sum() if home_R is None else home_R
     node_R = np.arange(R) // per_node

@@ -28,7 +28,12 @@ from numpy.typing import NDArray
 from moeplan.costs.tables import Seconds
 from moeplan.specs.cluster import ClusterSpec
 
-__all__ = ["Work", "in_turn", "link_speeds", "speeds"]
+__all__ = ["Work", "in_turn", "link_speeds", "speeds", "working"]
+
+
+def working(cluster: ClusterSpec) -> NDArray[np.bool_]:
+    """Ranks that have not failed ``[R]``."""
+    return np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
 
 
 def speeds(cluster: ClusterSpec) -> NDArray[np.float64]:

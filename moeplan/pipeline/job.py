@@ -19,7 +19,7 @@ from moeplan.costs.evaluation import Evaluation, evaluate
 from moeplan.costs.layer import LayerCosts
 from moeplan.costs.memory import memory_report
 from moeplan.costs.operating_point import layer_costs
-from moeplan.costs.work import speeds
+from moeplan.costs.work import speeds, working
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
 from moeplan.pipeline.inputs import (
@@ -191,8 +191,7 @@ def prepare(scenario: Scenario, windows: str, domain: str | None) -> Job:
 def _redundant_of(current: Placement, cluster: ClusterSpec) -> int:
     """Redundant slots per layer where every rank that works keeps as many slots as it has."""
     slots_R = np.bincount(current.rank_of_slot_P, minlength=cluster.num_ranks)
-    live_R = [not cluster.rank(r).failed for r in range(cluster.num_ranks)]
-    return max(0, int(slots_R[live_R].sum()) - current.num_experts)
+    return max(0, int(slots_R[working(cluster)].sum()) - current.num_experts)
 
 
 def _objective(scenario: Scenario) -> Objective:

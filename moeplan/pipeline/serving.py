@@ -25,7 +25,7 @@ from moeplan.costs.operating_point import layer_costs
 from moeplan.costs.run_traffic import Wire
 from moeplan.costs.serving import ServingCosts
 from moeplan.costs.technique import Technique, expert_groups
-from moeplan.costs.work import speeds
+from moeplan.costs.work import speeds, working
 from moeplan.errors import SpecError
 from moeplan.pipeline.exports import load_placement
 from moeplan.pipeline.inputs import (
@@ -440,9 +440,9 @@ def _replanner(
     device = pool.cluster.accelerator
 
     def replan(load_LE: Floats, cluster: ClusterSpec, current: Placement, planner: str | None) -> Replanned:
-        live_R = np.array([not cluster.rank(r).failed for r in range(cluster.num_ranks)])
+        live_R = working(cluster)
         slots_R = np.bincount(current.rank_of_slot_P, minlength=cluster.num_ranks)
-        if ((slots_R > 0) != live_R).any():  # a rank was lost or came back
+        if (current.live_R != live_R).any():  # a rank was lost or came back
             redundant = max(0, int(own_R[live_R].sum()) - model.num_experts)
             slots_R, _ = slots_of_ranks(model, cluster, scenario.workload, redundant, None)
         room = kv_room(_held(model, pool.engine), cluster, work, pool.engine, slots_R)
