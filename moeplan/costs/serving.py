@@ -134,7 +134,7 @@ class ServingCosts:
             model, cluster, workload, technique, profile, max_seqs, max_context, self._speed_D, self._link_D
         )
         self._met_sent: set[int] = set()  # points of what is sent on whose sources, marks and errors are noted
-        self._off_3 = np.zeros(len(COST_PARTS))  # see moved()
+        self._off_3: Floats | None = None  # see moved()
         self._onward = None
         if stages is not None:
             self._onward = StageTransfers(model, stages, cluster.num_ranks, profile, technique, self._busy)
@@ -295,9 +295,10 @@ class ServingCosts:
             expert_L, expert_R, exchange_L = self._nothing_L, 0 * expert_R, self._nothing_L
             i, _ = self._busy.place(float(tokens_D.max()) * share)
             error = self.model_at(table.phase, float(self._busy.points[i])).fixed.relative_error
-        expert_off, exchange_off, rest_off = (1 + row_at(table.part_error_B3, b, w)) ** self._off_3
-        expert_L, expert_R = expert_L * expert_off, expert_R * expert_off
-        exchange_L, group_D3 = exchange_L * exchange_off, group_D3 * rest_off
+        if self._off_3 is not None:
+            expert_off, exchange_off, rest_off = (1 + row_at(table.part_error_B3, b, w)) ** self._off_3
+            expert_L, expert_R = expert_L * expert_off, expert_R * expert_off
+            exchange_L, group_D3 = exchange_L * exchange_off, group_D3 * rest_off
         attention, shared, other = in_turn(group_D3).tolist()
         part = 1 / L if each.drafting else 1.0  # of the layers: one as they are in the mean
         alone = float(combine(how.overlap, attention, shared, self._nothing_L, expert_L).sum()) * part
@@ -306,9 +307,11 @@ class ServingCosts:
         busy_R = busy_D if self._group_ranks == 1 else np.repeat(busy_D, self._group_ranks)
         busy_R = np.minimum(busy_R + expert_R * (part / share), alone + other)
         sent, sent_error = (0.0, 0.0) if each.drafting else self._sent_on(tokens_D)  # drafts stay in the last stage
-        sent *= (1 + sent_error) ** self._off_3[1]
         chunks, chunks_error = self._sent_for_chunks(each, group_D3)
-        more = chunks * ((1 + chunks_error) ** self._off_3[2] - rest_off)  # they are off by more than what is beside
+        more = 0.0
+        if self._off_3 is not None:
+            sent *= (1 + sent_error) ** self._off_3[1]
+            more = chunks * ((1 + chunks_error) ** self._off_3[2] - rest_off)  # off by more than what is beside
         total_s, exposed_s = layers + other + sent + more, layers - alone + sent
         apart = (sent_error - error) * sent + (chunks_error - error) * chunks
         return StepSeconds(total_s, error + apart / total_s, exposed_s, busy_R)
