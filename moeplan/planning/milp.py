@@ -53,10 +53,23 @@ def values(array: NDArray[np.object_]) -> NDArray[np.float64]:
     )
 
 
+class _Silent(highspy.Highs):  # type: ignore[misc]
+    """HiGHS greets on the standard output, where answers go, as soon as callbacks are enabled: before any option."""
+
+    def enableCallbacks(self) -> None:
+        self.setOptionValue("output_flag", False)
+        super().enableCallbacks()
+
+
 class _Highs(pulp.HiGHS):  # type: ignore[misc]
-    def __init__(self, start: Mapping[Any, float] | None, **options: Any) -> None:
-        super().__init__(msg=False, **options)
-        self.start = start
+    def __init__(self, start: Mapping[Any, float] | None, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.start, self.settings = start, settings
+
+    def createAndConfigureSolver(self, lp: Any) -> None:
+        lp.solverModel = _Silent()
+        for name, value in self.settings.items():
+            lp.solverModel.setOptionValue(name, value)
 
     def callSolver(self, lp: Any) -> None:
         model = lp.solverModel
@@ -100,8 +113,12 @@ def solve(
     ``max_nodes`` limits the branch-and-bound tree, which stops at the same place every time;
     ``time_limit_s`` does not. ``start`` is a solution to begin with (variables not named are 0).
     """
-    limits = {} if max_nodes is None else {"mip_max_nodes": max_nodes}
-    model.solve(_Highs(start, threads=1, gapRel=tolerance, timeLimit=time_limit_s, random_seed=0, **limits))
+    settings: dict[str, Any] = {"threads": 1, "random_seed": 0, "mip_rel_gap": tolerance}
+    if max_nodes is not None:
+        settings["mip_max_nodes"] = max_nodes
+    if time_limit_s is not None:
+        settings["time_limit"] = time_limit_s
+    model.solve(_Highs(start, settings))
     info = model.solverModel.getInfo()
     return Answer(
         found=model.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible),

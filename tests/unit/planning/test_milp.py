@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import highspy
@@ -35,6 +37,19 @@ def test_a_proven_optimum_has_no_gap() -> None:
     assert (answer.found, answer.infeasible, answer.timed_out, answer.gap) == (True, False, False, 0.0)
     assert values(x_I).tolist() == [0.0, 1.0]
     assert answer.objective == 2.0
+
+
+def test_the_solver_prints_nothing() -> None:
+    """In a process of its own: HiGHS greets once in a process, and C buffers what it prints."""
+    solves = """
+import pulp
+from moeplan.planning.milp import solve, variables
+model = pulp.LpProblem("one")
+model.setObjective(pulp.lpSum(variables(model, "x", 2, binary=True)))
+assert solve(model).found
+"""
+    done = subprocess.run([sys.executable, "-c", solves], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 def test_an_infeasible_program_is_called_so() -> None:
