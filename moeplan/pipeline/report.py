@@ -179,13 +179,15 @@ def _document(subjects: list[_Subject], sections: list[Section]) -> Document:
         kind, title = "plan report", plan.model
         facts = [f"{len(plan.layer_ids)} MoE layers", f"{plan.num_experts} experts", f"{plan.num_ranks} ranks",
                  f"planner {plan.planner}"]  # fmt: skip
-    elif first.cases or first.result is not None:
-        result = first.cases[0][1] if first.cases else first.result
-        if result is not None:
-            kind = f"{result.kind} {'sweep' if first.cases else 'simulation'}"
-            title = result.model if len(subjects) == 1 else f"{result.model}: {title}"
-            facts = [result.cluster, _size(result.num_ranks, result.num_nodes)]
-            facts += [f"{format_number(result.simulated_s)} s simulated", f"seeds {', '.join(map(str, result.seeds))}"]
+    elif results := [result for _, result in first.cases] or ([] if first.result is None else [first.result]):
+        result = results[0]
+        kind = f"{result.kind} {'sweep' if first.cases else 'simulation'}"
+        title = result.model if len(subjects) == 1 else f"{result.model}: {title}"
+        facts = [result.cluster, _size(result.num_ranks, result.num_nodes)]
+        facts += [f"{format_number(result.simulated_s)} s simulated", f"seeds {', '.join(map(str, result.seeds))}"]
+        if first.cases:  # what all cases share
+            shared = zip(*((r.cluster, _size(r.num_ranks, r.num_nodes)) for r in results), strict=True)
+            facts = [f"{len(results)} cases", *(texts[0] for texts in shared if len(set(texts)) == 1)]
     elif first.log is not None:
         kind = f"{first.log.source} run"
         title = str(first.log.origin.get("model", title))

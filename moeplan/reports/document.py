@@ -23,7 +23,8 @@ class Cards:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of texts under column names; ``text_columns`` (numbers of columns) are left-aligned and may wrap."""
+    """Rows of texts under column names; ``text_columns`` (numbers of columns) are left-aligned and may wrap. A line
+    break in a cell shows on the page, and is a space elsewhere."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -133,7 +134,8 @@ def to_json(document: Document) -> dict[str, Any]:
             items = [{"label": label, "value": value, "detail": detail} for label, value, detail in block.items]
             return {"figures": items}
         if isinstance(block, Table):
-            return {"columns": list(block.columns), "rows": [list(row) for row in block.rows], "note": block.note}
+            rows = [[cell.replace("\n", " ") for cell in row] for row in block.rows]
+            return {"columns": list(block.columns), "rows": rows, "note": block.note}
         if isinstance(block, Picture):
             return {"picture": block.label}
         return {"missing" if block.missing else "text": block.text}

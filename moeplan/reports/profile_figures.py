@@ -204,7 +204,8 @@ def page(
     style = (
         "body{font:15px system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#111;"
         "background:#fff}th{text-align:left;vertical-align:top;padding-right:1.5rem;white-space:nowrap}"
-        "td{overflow-wrap:anywhere}nav a{margin-right:1rem}figure{margin:1.5rem 0}svg{max-width:100%;height:auto}"
+        "td{overflow-wrap:anywhere}nav a{margin-right:1rem}figure{margin:1.5rem 0;overflow-x:auto}"
+        "svg{max-width:100%;min-width:40rem;height:auto}"
         "li{overflow-wrap:anywhere}"
     )
     note = (

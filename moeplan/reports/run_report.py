@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.artifacts.event_log import EVENT_KINDS, EventLog
-from moeplan.artifacts.simulation_result import SimulationResult, TrafficMatrix
+from moeplan.artifacts.simulation_result import Headline, SimulationResult, TrafficMatrix
 from moeplan.reports import figures, run_figures
 from moeplan.reports.against import Against, seconds_per_step
 from moeplan.reports.document import Block, Cards, Picture, Section, Table, Text
@@ -221,8 +221,7 @@ def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> S
     rows, points, axis, unit = [], [], "", ""
     for case, result in cases:
         lines = result.headlines
-        figures_of_case = (f"{shown(lines[n].value, lines[n].unit)} ({interval(lines[n])})" for n in names)
-        rows.append((case_words(case), *figures_of_case))
+        rows.append((case_words(case), *(_with_interval(lines[name]) for name in names)))
         rate = lines.get("output_tokens_per_s_per_gpu") or lines.get("tokens_per_s_per_gpu")
         slow = lines.get("tpot_p99_s") or lines.get("step_s")
         for field, value in case.items():
@@ -238,6 +237,12 @@ def sweep_section(cases: Sequence[tuple[dict[str, Any], SimulationResult]]) -> S
         blocks.append(Picture(picture))
     blocks.append(Table(("case", *(name.replace("_", " ") for name in names)), tuple(rows)))
     return Section("Sweep", tuple(blocks))
+
+
+def _with_interval(line: Headline) -> str:
+    """A figure, and below it its interval where it has one."""
+    ends = interval(line)
+    return shown(line.value, line.unit) + (f"\n({ends})" if ends else "")
 
 
 def _number(value: Any) -> float | None:

@@ -211,11 +211,14 @@ def key_figures(plan: Plan, evidence: Evidence) -> list[KeyFigure]:
     """The figures of the first screen, those that are known."""
     rows = layer_rows(plan, evidence)
     figures = []
-    if (p := plan.prediction) is not None:
+    p, other = plan.prediction, ""
+    if p is not None and evidence.before is not None and evidence.before_name != p.baseline:
+        other = f" ({evidence.before_name})"  # a plan keeps the seconds of its own baseline: two placements before
+    if p is not None:
         figures.append(
             KeyFigure(
                 "Predicted step time",
-                format_seconds(p.baseline_time_s),
+                format_seconds(p.baseline_time_s) + (f" ({p.baseline})" if other else ""),
                 format_seconds(p.time_s),
                 f"routed experts of all layers, {p.tokens_per_step:,} tokens; interval"
                 f" {format_seconds(p.time_low_s)} to {format_seconds(p.time_high_s)}; before: {p.baseline}",
@@ -227,7 +230,7 @@ def key_figures(plan: Plan, evidence: Evidence) -> list[KeyFigure]:
         figures.append(
             KeyFigure(
                 "Max/mean load",
-                None if before is None else f"{before:.3f}",
+                None if before is None else f"{before:.3f}{other}",
                 f"{peak:.3f}",
                 f"busiest rank over the mean, averaged over layers; worst is layer {worst.layer_id}"
                 f" with {worst.max_over_mean:.3f}",
@@ -238,7 +241,7 @@ def key_figures(plan: Plan, evidence: Evidence) -> list[KeyFigure]:
         figures.append(
             KeyFigure(
                 "Nodes per token",
-                None if before is None else f"{before:.2f}",
+                None if before is None else f"{before:.2f}{other}",
                 f"{nodes:.2f}",
                 f"distinct nodes that a token's experts touch, of {plan.placement.num_nodes}",
             )
@@ -248,7 +251,7 @@ def key_figures(plan: Plan, evidence: Evidence) -> list[KeyFigure]:
         figures.append(
             KeyFigure(
                 "Same-node share",
-                None if before is None else format_percent(before),
+                None if before is None else format_percent(before) + other,
                 format_percent(share),
                 "steps to the next layer that stay inside a node",
             )

@@ -39,6 +39,8 @@ def errors_picture(title: str, ratios: Mapping[str, Sequence[float]], within: fl
         axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
         axes.set(ylabel="predicted / measured")
         axes.set_title(title)
+        axes.set_title(f"{inside} of {count} within {within:.0%}, shaded", loc="right", fontsize=10, color=MUTED,
+                       fontweight="normal")  # fmt: skip
         return standalone(to_svg(figure, label))
 
 

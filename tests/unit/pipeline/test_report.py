@@ -172,8 +172,13 @@ def test_a_sweep_draws_throughput_against_load(runs: Path) -> None:
     places = ((1, "a"), (2, "b"))
     index = [{"case": {"serving.requests.rate": f"{n} /s"}, "path": f"{place}/result.json"} for n, place in places]
     (runs / "sweep.json").write_text(json.dumps({"schema_version": 1, "cases": index}))
-    sections = report([runs]).document.sections
-    assert "2 loads from 1 to 2" in sections[0].blocks[0].label  # type: ignore[union-attr]
+    document = report([runs]).document
+    assert "2 loads from 1 to 2" in document.sections[0].blocks[0].label  # type: ignore[union-attr]
+    assert document.facts[0] == "2 cases"
+    assert not any("simulated" in fact for fact in document.facts)  # that is of one case
+    cells = document.sections[0].blocks[1].rows[0]  # type: ignore[union-attr]
+    assert cells[2].replace("\N{NO-BREAK SPACE}", " ") == "20.0 ms\n(15.0 to 30.0 ms)"
+    assert "(" not in cells[3]  # both ends are the value
 
 
 def test_the_demo_trace_as_a_plan_report(tmp_path: Path) -> None:

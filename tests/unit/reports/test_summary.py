@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from report_plans import LAYERS, bare_plan, contiguous, evaluations, full_plan, load_LE
@@ -70,3 +72,14 @@ def test_key_figures() -> None:
     assert figures["Max/mean load"].after == "1.031"  # 1.02 plus the mean of 0 to 0.022
     assert "worst is layer 14 with 1.042" in figures["Max/mean load"].detail
     assert key_figures(bare_plan(), Evidence()) == []
+
+
+def test_figures_before_name_their_placement_where_it_is_not_the_predictions() -> None:
+    evidence = Evidence(load_LE=load_LE(), before=contiguous())
+    same, other = (
+        {figure.label: figure.before for figure in key_figures(full_plan(), replace(evidence, before_name=name))}
+        for name in ("contiguous", "eplb.json")
+    )
+    assert not any("(" in (before or "") for before in same.values())
+    assert other["Predicted step time"] == f"{same['Predicted step time']} (contiguous)"
+    assert other["Max/mean load"] == f"{same['Max/mean load']} (eplb.json)"
