@@ -9,6 +9,7 @@ try:
     import click
 
     from moeplan import __version__
+    from moeplan.cli.characters import substitute_missing
     from moeplan.errors import MoeplanError
 except KeyboardInterrupt:  # before main could say so
     sys.exit(130)
@@ -63,6 +64,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; errors people can cause end in one line and exit code 2, Ctrl-C in 130."""
+    for stream in (sys.stdout, sys.stderr):
+        substitute_missing(stream)
     try:
         status = cli(standalone_mode=False)
     except click.exceptions.Abort:

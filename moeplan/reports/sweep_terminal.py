@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -18,6 +18,7 @@ from moeplan.reports.wording import format_number
 __all__ = ["sweep_view"]
 
 _FOLDED = 12  # columns of a list
+_UNBOUND = 1000  # columns to measure a table on
 _SERVED = {
     "ttft_p50_s": "TTFT p50", "tpot_p50_s": "TPOT p50", "output_tokens_per_s_per_gpu": "per GPU",
     "goodput_requests_per_s": "goodput",
@@ -51,8 +52,7 @@ def sweep_view(swept: Any, width: int) -> RenderableType:
         parts.append(Text(title + ", best first" * training))
         rows = [(cases[number], swept.results[number].headlines) for number in ranked]
         wide = width >= WIDE
-        shown_ends = wide or not any(folds)
-        parts.append(_trained(heads, rows, shown_ends) if training else _served(heads, rows, wide))
+        parts.append(_trained(heads, rows, wide or not any(folds), width) if training else _served(heads, rows, wide))
     return Group(*parts)
 
 
@@ -70,15 +70,18 @@ def _rows(cases: list[_Row]) -> list[_Row]:
     return [tuple("/".join(each) for each in values)] if len(cases) == prod(map(len, values)) else cases
 
 
-def _trained(fields: _Fields, rows: list[tuple[_Row, Mapping[str, Headline]]], ends: bool) -> Table:
-    """``ends``: with those of the interval of throughput."""
-    heads = ["tokens/s\nper GPU", *(["from", "to"] if ends else []), *(head for _, head, _ in _TRAINED)]
-    grid = _table(fields, *(Column(head, justify="right", no_wrap=True) for head in heads))
-    for case, lines in rows:
-        rate = lines["tokens_per_s_per_gpu"]
-        rates = [rate.value, *([rate.low, rate.high] if ends else [])]
-        others = (f"{abs(factor * lines[name].value):.1f}" for name, _, factor in _TRAINED)  # no sign where none is
-        grid.add_row(*case, *(format_number(value, 4) for value in rates), *others)
+def _trained(fields: _Fields, rows: list[tuple[_Row, Mapping[str, Headline]]], ends: bool, width: int) -> Table:
+    """``ends``: with those of the interval of throughput; these, then shares, are left out where they do not fit."""
+    for shown_ends, others in ((ends, _TRAINED), (False, _TRAINED), (False, (_TRAINED[0], _TRAINED[-1]))):
+        heads = ["tokens/s\nper GPU", *(["from", "to"] if shown_ends else []), *(head for _, head, _ in others)]
+        grid = _table(fields, *(Column(head, justify="right", no_wrap=True) for head in heads))
+        for case, lines in rows:
+            rate = lines["tokens_per_s_per_gpu"]
+            rates = [rate.value, *([rate.low, rate.high] if shown_ends else [])]
+            cells = (f"{abs(factor * lines[name].value):.1f}" for name, _, factor in others)  # no sign where none is
+            grid.add_row(*case, *(format_number(value, 4) for value in rates), *cells)
+        if Console(width=_UNBOUND).measure(grid).minimum <= width:
+            break
     return grid
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from rich.progress import Progress
 
-from moeplan.cli import cli
+from moeplan.cli import cli, main
 from moeplan.cli.common import progress_bar
 
 
@@ -53,3 +54,16 @@ def test_ctrl_c_while_the_command_line_is_imported_ends_without_a_traceback(tmp_
 def test_the_shell_completes_names(words: list[str], begun: str, offered: list[tuple[str, str]]) -> None:
     found = ShellComplete(cli, {}, "moeplan", "_MOEPLAN_COMPLETE").get_completions(words, begun)
     assert [(item.value, item.type) for item in found] == offered
+
+
+@pytest.mark.parametrize(("encoding", "written"), [("ascii", "1 -> -2 18 us"), ("cp1252", "1 -> -2 18 µs")])
+def test_what_an_encoding_lacks_is_written_plainly(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, written: str
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("moeplan.cli.cli", lambda **_: stream.write("1 → −2 ▁█ µs") and None)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    stream.flush()
+    assert stream.buffer.getvalue().decode(encoding) == written  # type: ignore[attr-defined]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from moeplan.artifacts.simulation_result import Headline, SimulationResult
 from moeplan.cli import cli
 from moeplan.pipeline.compare import Difference
 from moeplan.pipeline.simulate import Sweep
+from moeplan.reports.sweep_terminal import sweep_view
 
 
 def _printed(*words: str) -> list[str]:
@@ -116,3 +119,21 @@ def test_a_placement_without_a_suffix_is_told_which_are_expected(tmp_path: Path)
     error = CliRunner().invoke(cli, words).exception
     assert "is not valid JSON" in str(error)
     assert "unless the name ends in .yaml, .yml," in str(error)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_training_sweep_fits_the_terminal_by_leaving_out_whole_columns(width: int) -> None:
+    names = ("tokens_per_s_per_gpu", "mfu", "bubble_share", "exposed_exchange_share", "exposed_sync_share",
+             "peak_memory_bytes")  # fmt: skip
+    lines = {n: Headline(value=0.2, low=0.1, high=0.3, unit="", better="higher") for n in names}
+    lines[names[0]] = Headline(value=1521.0, low=1268.0, high=1820.0, unit="tokens/s", better="higher")
+    swept = SimpleNamespace(
+        cases=[{f"training.{name}": 16 for name in ("tp", "pp", "ep", "virtual_stages", "recompute")}],
+        results=[SimpleNamespace(kind="training", headlines=lines)], impossible=(), failures={}, ranked=[0], resumed=0,
+    )  # fmt: skip
+    console = Console(width=width, file=io.StringIO())
+    console.print(sweep_view(swept, width))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert "MFU" in text and "memory" in text  # noqa: PT018
+    assert ("1,268" in text, "bubble" in text) == (width >= 80, width >= 80)
