@@ -189,9 +189,10 @@ def routing(as_json: bool, quiet: bool, **options: Any) -> None:
     """Record which experts tokens choose, from a live model.
 
     \b
-    Example: moeplan profile routing --hf DIR --prompts prompts.txt --out routing.npz
-    Example: moeplan profile routing --sglang http://127.0.0.1:30000 --dump-dir DIR --prompts prompts.txt \
-        --out routing.npz
+    Examples:
+      moeplan profile routing --hf DIR --prompts prompts.txt --out routing.npz
+      moeplan profile routing --sglang http://127.0.0.1:30000 --dump-dir DIR --prompts prompts.txt \\
+          --out routing.npz
     """
     from moeplan.pipeline.record import record_routing
 

@@ -216,7 +216,7 @@ def synth(
     \b
     Examples:
       moeplan trace synth --model deepseek-v2-lite --max-over-mean 3 --dependency 0.6 \\
-          --coactivation 0.6 --domains chat,code --domain-cosine 0.7 --out synthetic.npz
+          --coactivation 0.6 --domains chat,code --domain-cosine 0.8 --out synthetic.npz
       moeplan trace synth --like routing.npz --tokens 100000 --seed 1 --out more.parquet
     """
     from moeplan.pipeline.traces import synthesise_trace

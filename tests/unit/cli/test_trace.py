@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,15 @@ def test_validate_says_so_with_its_exit_code(capsys, monkeypatch, tmp_path):
     code, out, _ = run(capsys, monkeypatch, "validate", tmp_path / "bad.npz", "--json")
     assert code == 2
     assert json.loads(out)["valid"] is False
+
+
+def test_the_first_example_of_synth_runs(capsys, monkeypatch, tmp_path):
+    _, out, _ = run(capsys, monkeypatch, "synth", "--help")
+    example = re.search(r"Examples:\n +moeplan trace (synth .*?\.npz)", out, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, monkeypatch, *example[1].replace("\\\n", " ").split(), "--tokens", 2048)
+    assert (code, err) == (0, "")
+    assert list(read_trace(tmp_path / "synthetic.npz").domains) == ["chat", "code"]
 
 
 def test_synth_like_a_trace(capsys, monkeypatch, tmp_path):
