@@ -225,10 +225,10 @@ def _source(part: str, text: str) -> tuple[str, str, str]:
 
 
 def _fields(values: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-        for name, value in values.items()
-    ]
+    def words(value: Any) -> str:
+        return "default" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+    return [(name.replace("_", " "), words(value)) for name, value in values.items()]
 
 
 def plan_svg(plan: Plan, evidence: Evidence) -> str:

@@ -30,7 +30,7 @@ def _layer_axis(axes: Any, layer_ids: Sequence[int]) -> None:
     step = max(1, len(layer_ids) // 16)
     axes.set_xticks(range(0, len(layer_ids), step), [str(i) for i in layer_ids[::step]])
     axes.set_xlabel("layer")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # marks of alike values stand clear of the edge
     axes.grid(axis="y", alpha=0.3)
 
 

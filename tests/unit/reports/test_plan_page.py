@@ -162,6 +162,7 @@ def test_full_page_says_what_the_plan_says() -> None:
         "1.90 → 1.40",
         "Homes are those of the trace.",
         "All 12 layers as a table",
+        "max imbalance default",
         "ab" * 32,
         full_plan().sha256,
     ):
