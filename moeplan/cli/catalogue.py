@@ -43,7 +43,7 @@ def models(name: str | None, as_json: bool, quiet: bool) -> None:
         cache = "?" if per_token is None else f"{per_token / 1024:.1f} KiB/token"
         sizes = (e["moe_layers"], e["experts"], e["top_k"], e["shared_experts"])
         rows.append((e["name"], *sizes, f"{e['parameters'] / 1e9:.1f} B", cache))
-    _table(header, rows)
+    _table(header, rows, spare=("shared", "MoE layers", "KV cache"))
 
 
 @click.command()
@@ -82,7 +82,7 @@ def clusters(
         device = (e["memory"], e["memory_bandwidth"], e["bf16"])
         scale_up = f"{e['scale_up_bandwidth']} in {e['scale_up_domain']}"
         rows.append((e["name"], size, e["topology"], *device, scale_up, e["nic_bandwidth"]))
-    _table(header, rows)
+    _table(header, rows, spare=("topology", "nodes x ranks", "NIC", "read at", "scale-up"))
 
 
 def _show(entry: dict[str, Any], as_json: bool) -> None:
@@ -112,14 +112,23 @@ def _run(numbers: list[int]) -> str:
     return f"{numbers[0]}..{numbers[-1]}" + (f" in steps of {step}" if step > 1 else "")
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]], spare: tuple[str, ...] = ()) -> None:
+    """``spare`` columns are left out in this order, and said to be, while a terminal is too narrow for all."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(name, no_wrap=number == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
     # where there is no terminal there is no width either: rows stay whole, for grep and cut
-    Console(width=None if sys.stdout.isatty() else 500).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 500)
+    for left_out in range(len(spare) + 1):
+        shown = [name not in spare[:left_out] for name in header]
+        table = Table(box=None, pad_edge=False)
+        for number, name in enumerate(header):
+            if shown[number]:
+                table.add_column(name, no_wrap=bool(spare) or number == 0, overflow="fold")
+        for row in rows:
+            table.add_row(*(str(cell) for cell, kept in zip(row, shown, strict=True) if kept))
+        if console.measure(table, options=console.options.update(width=500)).maximum <= console.width:
+            break
+    console.print(table)
+    if spare[:left_out]:
+        console.print(f"in wider terminals and --json also: {', '.join(spare[:left_out])}", style="dim")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -61,3 +62,13 @@ def test_a_size_without_a_name_is_a_usage_error():
 def test_help_has_an_example():
     assert "moeplan models deepseek-v3" in run("models", "--help")
     assert "moeplan clusters h100-sxm --nodes 4" in run("clusters", "--help")
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+def test_lists_in_a_terminal_leave_out_whole_columns(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setattr("moeplan.cli.catalogue.sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = run("clusters")
+    row = next(line for line in text.splitlines() if line.startswith("h100-sxm-80gb "))
+    assert "79.6 GiB" in row and "989 TFLOPS" in row  # noqa: PT018
+    assert ("two-level" in row, "in wider terminals" in text) == (width == 130, width < 130)
