@@ -9,7 +9,6 @@ from typing import TextIO
 __all__ = ["substitute_missing"]
 
 _PLAIN = {"−": "-", "→": "->", "–": "-", "·": ",", "µ": "u", "\N{NO-BREAK SPACE}": " "}
-_PLAIN |= {block: str(height) for height, block in enumerate("▁▂▃▄▅▆▇█", start=1)}
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
