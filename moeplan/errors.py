@@ -89,4 +89,5 @@ class MissingExtraError(MoeplanError):
     """An optional package is needed for this input."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs the '{extra}' extra, which is not installed; pip install 'moeplan[{extra}]'")
+        remedy = f"in the project's directory: pip install -e '.[{extra}]'"
+        super().__init__(f"{what} needs the '{extra}' extra, which is not installed; {remedy}")
