@@ -266,7 +266,7 @@ def memory_curves(title: str, tracks: Sequence[MemoryTrack]) -> str:
                       label=f"stage {track.stage}")  # fmt: skip
         axes.axhline(limit, color=INK, linewidth=1.2, linestyle=":")
         axes.set(xlabel=f"{unit} since the step began", ylabel="GiB", ylim=(0, 1.08 * max(limit, peak)))
-        axes.set_title(title, pad=22 if len(tracks) <= 8 else 9)
+        axes.set_title(title, pad=22 if len(tracks) <= 4 else 38 if len(tracks) <= 8 else 9)  # rows of the legend
         _clean(axes)
         if 1 < len(tracks) <= 8:
             _legend(axes, 4)
