@@ -111,13 +111,13 @@ def _constant_layers(trace: RoutingTrace) -> Iterator[Finding]:
 
 def _repeated_layers(trace: RoutingTrace) -> Iterator[Finding]:
     """Two layers with the same choices: one was written twice."""
-    ordered_TLK = np.sort(trace.experts_TLK, axis=2)
-    head = ordered_TLK[:: max(1, trace.num_tokens // 512)]
+    head = np.sort(trace.experts_TLK[:: max(1, trace.num_tokens // 512)], axis=2)
     for a, b in combinations(range(trace.num_layers), 2):
         if (head[:, a] == head[:, b]).all(axis=1).mean() < 0.9:
             continue
-        same = float((ordered_TLK[:, a] == ordered_TLK[:, b]).all(axis=1).mean())
-        if same >= 0.99 and (ordered_TLK[:, a] != ordered_TLK[0, a]).any():
+        a_TK, b_TK = (np.sort(trace.experts_TLK[:, layer], axis=1) for layer in (a, b))
+        same = float((a_TK == b_TK).all(axis=1).mean())
+        if same >= 0.99 and (a_TK != a_TK[0]).any():
             first, second = trace.layer_ids[a], trace.layer_ids[b]
             yield Finding(
                 "repeated-layers",

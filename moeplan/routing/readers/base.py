@@ -158,21 +158,30 @@ def drop_padding(trace: RoutingTrace) -> RoutingTrace:
     Raises:
         TraceError: nothing but padding.
     """
-    real_TLK = trace.experts_TLK >= 0
-    if real_TLK.all():
+    if int(trace.experts_TLK.min()) >= 0:
         return trace
-    keep_T, keep_L, keep_K = (np.logical_or.reduce(real_TLK, axis) for axis in ((1, 2), (0, 2), (0, 1)))
+    tokens, layers, top_k = trace.experts_TLK.shape
+    keep_T, keep_L, keep_K = (np.zeros(length, bool) for length in (tokens, layers, top_k))
+    dropped = 0
+    for layer in range(layers):  # one after the other: masks of all would be as large as the trace
+        real_TK = trace.experts_TLK[:, layer] >= 0
+        keep_T |= real_TK.any(axis=1)
+        keep_K |= real_TK.any(axis=0)
+        keep_L[layer] = real_TK.any()
+        dropped += real_TK.size - int(real_TK.sum())
     if not keep_T.any():
         raise TraceError("the trace holds nothing but padding (-1); did the recorder run during requests?")
 
-    part = pick_tokens(trace, keep_T)
+    part = trace if keep_T.all() else pick_tokens(trace, keep_T)
+    kept = (part.experts_TLK[:, layer][:, keep_K] for layer in np.flatnonzero(keep_L))
+    experts_TLK = np.stack([compact_ids(experts_TK, trace.num_experts) for experts_TK in kept], axis=1)
     scores_TLK = part.scores_TLK
     return replace(
         part,
-        experts_TLK=compact_ids(part.experts_TLK[:, keep_L][:, :, keep_K], trace.num_experts),
+        experts_TLK=compact_ids(experts_TLK, trace.num_experts),
         layer_ids=tuple(int(i) for i in np.array(trace.layer_ids)[keep_L]),
         scores_TLK=None if scores_TLK is None else scores_TLK[:, keep_L][:, :, keep_K],
-        dropped_padding=trace.dropped_padding + int((~real_TLK).sum()),
+        dropped_padding=trace.dropped_padding + dropped,
     )
 
 

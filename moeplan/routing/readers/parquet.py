@@ -184,8 +184,8 @@ class ParquetReader:
 
 
 def _list_column(array_TLK: NDArray[Any]) -> Any:
-    flat = np.ascontiguousarray(array_TLK).reshape(len(array_TLK), -1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
+    width = array_TLK.shape[1] * array_TLK.shape[2]
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array_TLK).reshape(-1)), width)
 
 
 def _metadata(trace: RoutingTrace) -> str:
@@ -207,17 +207,26 @@ def save_parquet(trace: RoutingTrace, path: Path) -> None:
     Raises:
         InputError: ``path`` cannot be written.
     """
-    columns = {"experts": _list_column(trace.experts_TLK.astype(np.int16 if trace.num_experts < 2**15 else np.int32))}
-    if trace.scores_TLK is not None:
-        columns["scores"] = _list_column(trace.scores_TLK.astype(np.float32))
+    sequence_T = None
     if trace.seq_lens_S is not None:
-        columns["sequence"] = pa.array(np.repeat(np.arange(len(trace.seq_lens_S)), trace.seq_lens_S))
-    for name, arrow_type in _PER_TOKEN.items():
-        if (array_T := getattr(trace, f"{name}_T")) is not None:
-            columns[name] = pa.array(array_T, type=arrow_type)
-    table = pa.table(columns).replace_schema_metadata({_KEY: _metadata(trace)})
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=BATCH_TOKENS)
+        sequence_T = np.repeat(np.arange(len(trace.seq_lens_S)), trace.seq_lens_S)
+
+    def table(part: slice) -> Any:
+        ids = trace.experts_TLK[part].astype(np.int16 if trace.num_experts < 2**15 else np.int32)
+        columns = {"experts": _list_column(ids)}
+        if trace.scores_TLK is not None:
+            columns["scores"] = _list_column(trace.scores_TLK[part].astype(np.float32))
+        if sequence_T is not None:
+            columns["sequence"] = pa.array(sequence_T[part])
+        for name, arrow_type in _PER_TOKEN.items():
+            if (array_T := getattr(trace, f"{name}_T")) is not None:
+                columns[name] = pa.array(array_T[part], type=arrow_type)
+        return pa.table(columns).replace_schema_metadata({_KEY: _metadata(trace)})
+
+    schema = table(slice(0)).schema
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for start in range(0, trace.num_tokens, BATCH_TOKENS):
+            writer.write_table(table(slice(start, start + BATCH_TOKENS)))
 
 
 reader = ParquetReader()

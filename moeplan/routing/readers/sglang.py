@@ -172,8 +172,9 @@ def _per_token(path: Path, records: _Records, options: ReadOptions) -> RoutingTr
         if int(ids_LTK.min()) < -1 or int(ids_LTK.max()) >= map_LP.shape[1]:
             found = f"{int(ids_LTK.min())}..{int(ids_LTK.max())}"
             raise TraceError(f"{where}: physical ids {found} are not all within -1..{map_LP.shape[1] - 1}")
-        logical_LTK = np.where(ids_LTK < 0, -1, map_LP[np.arange(len(map_LP))[:, None, None], ids_LTK])
-        mine = _Tokens(where, record, num_experts, logical_LTK.astype(np.int32))
+        narrow_LP = map_LP.astype(np.int16 if num_experts < 2**15 else np.int32)
+        logical_LTK = np.where(ids_LTK < 0, -1, narrow_LP[np.arange(len(map_LP))[:, None, None], ids_LTK])
+        mine = _Tokens(where, record, num_experts, logical_LTK)
         number = strict_int(where, "forward_pass_id", strict_get(where, record, "forward_pass_id"))
         if record.get("input_ids") is not None:
             inputs = tensor_array(f"{where}: input_ids", record["input_ids"])
@@ -196,7 +197,7 @@ class _Tokens:
     where: str
     record: dict[str, Any]
     num_experts: int
-    experts_LTK: NDArray[np.int32]
+    experts_LTK: NDArray[np.integer[Any]]
 
     def take(self, other: _Tokens) -> bool:
         """Whether ``other`` is of the same tokens; the layers that only it holds are then added."""
@@ -224,7 +225,7 @@ def _record_trace(where: str, record: dict[str, Any], experts_TLK: NDArray[Any],
         seq_lens_S = lens if (lens > 0).all() and int(lens.sum()) == tokens else None
     rank = strict_int(where, "rank", strict_get(where, record, "rank"))
     return RoutingTrace(
-        experts_TLK=compact_ids(experts_TLK, num_experts, where).astype(np.int32),
+        experts_TLK=compact_ids(experts_TLK, num_experts, where),
         num_experts=num_experts,
         layer_ids=tuple(range(experts_TLK.shape[1])),
         seq_lens_S=seq_lens_S,

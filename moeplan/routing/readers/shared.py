@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def load_torch(path: Path) -> Any:
     except ImportError as error:
         raise MissingExtraError(f"reading {path.name}", "torch") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, not copied: a recording is many times as large as the ids that are kept of it. Old files cannot be.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise TraceError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises a dozen kinds for damaged and for refused files

@@ -19,6 +19,7 @@ from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.errors import TraceError
 from moeplan.routing.arrays import looks_like_ids, npy_of_ids, npz_names, read_npy, read_npz
 from moeplan.routing.readers.base import (
+    MAX_EXPERTS,
     ReadOptions,
     compact_ids,
     count_experts,
@@ -57,24 +58,22 @@ class VllmReader:
             TraceError: damaged, empty, requests of different shape, ids out of range.
         """
         if path.suffix == ".npz":
-            requests = read_npz(path)
+            requests = {name: _narrow(path, name, ids) for name, ids in read_npz(path).items()}
         else:
-            requests = {file.name: read_npy(file) for file in input_files(path, ".npy")}
+            requests = {file.name: _narrow(path, file.name, read_npy(file)) for file in input_files(path, ".npy")}
         if not requests:
             raise TraceError(f"{path} holds no request")
         shape = next(iter(requests.values())).shape[1:]
         for name, ids in requests.items():
-            if ids.ndim != 3 or 0 in ids.shape[1:] or ids.dtype.kind not in "iu":
-                raise TraceError(f"{path}: {name} is {ids.dtype} {ids.shape}; it must be integer [tokens, layers, k]")
             if ids.shape[1:] != shape:
                 raise TraceError(f"{path}: {name} has [layers, k] {ids.shape[1:]}, other requests have {shape}")
-        experts_TLK: NDArray[Any] = np.concatenate(
-            [ids.astype(np.int64) for ids in requests.values() if len(ids)] or [np.empty((0, *shape), np.int64)]
-        )
-        if experts_TLK.size == 0:
+        lengths = [len(ids) for ids in requests.values() if len(ids)]
+        if not lengths:
             raise TraceError(f"{path} holds no tokens")
-        if shape[1] > 1:
-            experts_TLK[(experts_TLK == 0).all(axis=2)] = -1
+        experts_TLK = np.concatenate([*requests.values(), np.empty((0, *shape), np.int8)])  # a type that holds -1
+        del requests
+        for layer in range(shape[0] if shape[1] > 1 else 0):
+            experts_TLK[(experts_TLK[:, layer] == 0).all(axis=1), layer] = -1
         num_experts, note = count_experts(str(path), None, options, int(experts_TLK.max()))
         if int(experts_TLK.max()) < 0:
             raise TraceError(f"{path} is all zeros; no routing was captured")
@@ -82,10 +81,21 @@ class VllmReader:
             experts_TLK=compact_ids(experts_TLK, num_experts, str(path)),
             num_experts=num_experts,
             layer_ids=tuple(range(shape[0])),
-            seq_lens_S=np.array([len(ids) for ids in requests.values() if len(ids)], np.int64),
+            seq_lens_S=np.array(lengths, np.int64),
             origin=note,
         )
         return drop_padding(trace)
+
+
+def _narrow(path: Path, name: str, ids: NDArray[Any]) -> NDArray[Any]:
+    """One request's ids in the smallest type that holds them: engines keep 256 experts in 32 bits.
+
+    Raises:
+        TraceError: not integers [tokens, layers, k].
+    """
+    if ids.ndim != 3 or 0 in ids.shape[1:] or ids.dtype.kind not in "iu":
+        raise TraceError(f"{path}: {name} is {ids.dtype} {ids.shape}; it must be integer [tokens, layers, k]")
+    return compact_ids(ids, MAX_EXPERTS, f"{path}: {name}") if len(ids) else ids.astype(np.uint8)
 
 
 reader = VllmReader()

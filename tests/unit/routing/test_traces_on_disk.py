@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -105,6 +106,54 @@ def test_writes_in_row_groups_without_an_object_per_token(tmp_path):
     many = RoutingTrace(np.zeros((200_000, 1, 1), np.uint8), num_experts=2, layer_ids=(0,))
     save_trace(many, tmp_path / "t.parquet")
     assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 4
+
+
+def _recorded(folder: Path, engine: str) -> RoutingTrace:
+    """8 requests of 1,000 tokens, as an engine records them: ids of 32 bits, one layer without experts."""
+    ids = np.random.default_rng(0).integers(1, 256, (8_000, 11, 8), np.int32)
+    ids[0, 0, 0] = 255
+    for number, part in enumerate(np.split(ids, 8)):
+        if engine == "vllm":
+            part[:, 0] = 0
+            np.save(folder / f"{number}.npy", part)
+            continue
+        torch = pytest.importorskip("torch")
+        part[:, 0] = -1
+        record = {
+            "forward_pass_id": number,
+            "rank": 0,
+            "topk_ids_of_layer": torch.tensor(part.transpose(1, 0, 2)),
+            "forward_mode": 1,
+        }
+        pack = {"records": [record], "last_physical_to_logical_map": torch.arange(256).repeat(11, 1)}
+        torch.save(pack, folder / f"{number}.pt")
+    return RoutingTrace(ids[:, 1:].astype(np.uint8), 256, tuple(range(1, 11)))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_what_engines_record_is_read_in_a_few_times_its_own_size(tmp_path, engine):
+    written = _recorded(tmp_path, engine)
+    read_trace(tmp_path, format=engine)  # what is loaded once, is
+    tracemalloc.start()
+    try:
+        read = read_trace(tmp_path, format=engine)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(read.experts_TLK, written.experts_TLK)
+    assert peak < 8 * written.experts_TLK.nbytes
+
+
+def test_a_trace_is_written_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "BATCH_TOKENS", 1_000)
+    many = RoutingTrace(np.zeros((50_000, 4, 4), np.uint8), num_experts=4, layer_ids=(0, 1, 2, 3))
+    tracemalloc.start()
+    try:
+        save_trace(many, tmp_path / "t.parquet")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < many.experts_TLK.nbytes
 
 
 def npz(path: Path, **arrays) -> Path:
