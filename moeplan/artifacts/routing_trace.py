@@ -16,7 +16,7 @@ __all__ = ["PHASES", "RoutingTrace"]
 PHASES = ("prefill", "decode")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class RoutingTrace:
     """Recorded router choices, token by token.
 

@@ -14,6 +14,8 @@ A token's home is its recorded source rank, or else its number modulo the live r
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +41,7 @@ __all__ = [
     "sum_by_rank",
 ]
 
+_TOKENS_AT_ONCE = 1 << 16
 _EVEN, _NEAREST, _WEIGHTED = 0, 1, 2
 _SPLIT = {"even": _EVEN, "nearest": _NEAREST, "weighted": _WEIGHTED}
 
@@ -97,7 +100,7 @@ def _mix(token, expert):
 
 @njit(cache=True, nogil=True)
 def _choose(
-    experts_TK, home_T, first_E, slot_of_copy, share_of_copy, rank_of_slot_P, per_node, split, out_TK
+    experts_TK, first_token, home_T, first_E, slot_of_copy, share_of_copy, rank_of_slot_P, per_node, split, out_TK
 ):
     for t in range(experts_TK.shape[0]):
         for k in range(experts_TK.shape[1]):
@@ -110,7 +113,7 @@ def _choose(
             if copies == 1:
                 out_TK[t, k] = slot_of_copy[begin]
                 continue
-            x = _mix(t, e)
+            x = _mix(first_token + t, e)
             chosen = -1
             if split == 1:
                 here = 0
@@ -147,8 +150,11 @@ def choose_slots(
     placement: Placement,
     layer: int,
     split: ReplicaSplit,
+    first_token: int = 0,
 ) -> NDArray[np.int32]:
-    """Slot that each selection of one layer goes to, ``[T, K]``; -1 for padding."""
+    """Slot that each selection of one layer goes to, ``[T, K]``; -1 for padding. The first token's number counts where
+    tokens are spread over copies.
+    """
     p2l = placement.physical_to_logical_LP[layer]
     slots = np.flatnonzero(p2l != EMPTY)
     order = slots[np.argsort(p2l[slots], kind="stable")]
@@ -157,6 +163,7 @@ def choose_slots(
     out = np.empty(experts_TK.shape, dtype=np.int32)
     _choose(
         np.ascontiguousarray(experts_TK, dtype=np.int32),
+        first_token,
         home_T,
         first,
         order.astype(np.int32),
@@ -231,13 +238,19 @@ def count_trace(load: ExpertLoad, placement: Placement, split: ReplicaSplit = "e
     pairs, nodes_in = np.zeros((W, L, placement.num_slots)), np.zeros((W, L, N))
     pairs_in, arrivals, away = np.zeros((3, W, L, R))
     nodes, ranks = np.zeros((W, L)), np.zeros((W, L))
-    for layer in range(L):
-        slot_TK = choose_slots(trace.experts_TLK[:, layer], home_T, placement, layer, split)
-        _count(
-            slot_TK, home_T, window_T, placement.rank_of_slot_P, placement.ranks_per_node, homes_known, away_N,
-            pairs[:, layer], nodes_in[:, layer], pairs_in[:, layer], arrivals[:, layer], away[:, layer],
-            nodes[:, layer], ranks[:, layer],
-        )  # fmt: skip
+
+    def count_layer(layer: int) -> None:
+        for start in range(0, trace.num_tokens, _TOKENS_AT_ONCE):
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            slot_TK = choose_slots(trace.experts_TLK[part, layer], home_T[part], placement, layer, split, start)
+            _count(
+                slot_TK, home_T[part], window_T[part], placement.rank_of_slot_P, placement.ranks_per_node, homes_known,
+                away_N, pairs[:, layer], nodes_in[:, layer], pairs_in[:, layer], arrivals[:, layer], away[:, layer],
+                nodes[:, layer], ranks[:, layer],
+            )  # fmt: skip
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads are not worth starting for few tokens
+        list((pool.map if trace.num_tokens > _TOKENS_AT_ONCE else map)(count_layer, range(L)))
     tokens_W = np.maximum(np.bincount(window_T, minlength=W), 1).astype(np.float64)
     pairs_WLP = pairs / tokens_W[:, None, None]
     return TraceCounts(

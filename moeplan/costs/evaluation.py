@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +33,9 @@ class Evaluation:
     ``time_WL = expert_WL + exchange_WL`` in seconds; ``node_path_WL`` (between nodes) and ``rank_path_WL`` (inside) are
     the two paths of the exchange in ``return_home``, of which it takes the slower. ``max_over_mean_WL`` is the busiest
     rank's token load over the mean, each divided by the rank's speed (1 where a window has no tokens). Where the
-    nearest copy serves and tokens are known, loads are those counted on them; elsewhere copies take their shares. Hop
-    shares are per layer ``[L]``; the last layer has none (0).
+    nearest copy serves and tokens are known, loads are those counted on them; elsewhere copies take their shares.
+    ``hops`` counts the parts of the hops that stay on a rank, and inside a node, per layer ``[L]``; the last layer has
+    none (0). They are counted when asked for: in ``return_home`` no time hangs on them.
     """
 
     expert_WL: NDArray[np.float64]
@@ -42,8 +45,19 @@ class Evaluation:
     max_over_mean_WL: NDArray[np.float64]
     load_LR: NDArray[np.float64]
     counts: TraceCounts | None
-    same_rank_L: NDArray[np.float64] | None
-    same_node_L: NDArray[np.float64] | None
+    hops: Callable[[], tuple[NDArray[np.float64], NDArray[np.float64]] | None]
+
+    @property
+    def same_rank_L(self) -> NDArray[np.float64] | None:
+        """Part of the hops out of each layer that stay on a rank."""
+        found = self.hops()
+        return None if found is None else found[0]
+
+    @property
+    def same_node_L(self) -> NDArray[np.float64] | None:
+        """Part of the hops out of each layer that stay inside a node."""
+        found = self.hops()
+        return None if found is None else found[1]
 
     @property
     def time_WL(self) -> NDArray[np.float64]:
@@ -123,6 +137,15 @@ def _arrivals(
     return nics.slowest(nics.of_ranks(away_WLR), _by_node(rank_WLR, placement)), rank_WLR
 
 
+def _hops(load: ExpertLoad, placement: Placement) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """:func:`hop_shares` with the last layer's, which are 0; None where transitions are unknown."""
+    transitions_LEE = transitions_of(load)
+    if transitions_LEE is None:
+        return None
+    rank_share, node_share = hop_shares(transitions_LEE, placement)
+    return np.append(rank_share, 0.0), np.append(node_share, 0.0)
+
+
 def _met(load_WLR: NDArray[np.float64], placement: Placement) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """As :func:`hop_shares` by chance, ``[W, L]``: parts of the hops that stay on a rank, and inside a node."""
     share_WLR = shares(load_WLR)
@@ -167,21 +190,15 @@ def evaluate(
     chance_WLP = slot_WLP * top_k / np.maximum(total_WL, _TINY)[:, :, None]
     expert_WLR = sum_by_rank(_chosen_seconds(chance_WLP, costs), placement) / speed
     expert_WL = expert_WLR.max(axis=2) + costs.expert_fixed_s
-    same_rank = same_node = None
     exchange = np.full((W, L), costs.exchange_fixed_s)
     node, rank = np.zeros((W, L)), np.zeros((W, L))
-    transitions = transitions_of(load)
-    if transitions is not None:
-        rank_share, node_share = hop_shares(transitions, placement)
-        same_rank, same_node = np.append(rank_share, 0.0), np.append(node_share, 0.0)
+    hops = cache(lambda: _hops(load, placement))
     if objective.return_mode == "stay":
-        kept_rank, kept_node = (
-            (same_rank, same_node) if same_rank is not None and same_node is not None else _met(load_WLR, placement)
-        )
+        kept_rank, kept_node = hops() or _met(load_WLR, placement)
         rank_s, node_s = costs.hop_s(placement.num_ranks, placement.num_nodes)
-        hops = (kept_node - kept_rank) * rank_s + (1 - kept_node) * node_s
-        hops[..., -1] = 0.0
-        exchange += T * top_k * hops
+        hop_s = (kept_node - kept_rank) * rank_s + (1 - kept_node) * node_s
+        hop_s[..., -1] = 0.0
+        exchange += T * top_k * hop_s
     elif objective.dispatch != "allgather":
         nics = costs.nics(objective.dispatch, placement.num_ranks, placement.num_nodes)
         node, rank_WLR = _arrivals(load, load_WLR, counts, placement, objective.dispatch, nics)
@@ -195,6 +212,5 @@ def evaluate(
         max_over_mean_WL=max_over_mean,
         load_LR=load_WLR.sum(axis=0),
         counts=counts,
-        same_rank_L=same_rank,
-        same_node_L=same_node,
+        hops=hops,
     )

@@ -5,14 +5,29 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moeplan.artifacts.routing_trace import RoutingTrace
 
 __all__ = ["transition_counts"]
 
-_PAIRS_AT_ONCE = 1 << 18
+_counted: WeakKeyDictionary[RoutingTrace, NDArray[np.float64]] = WeakKeyDictionary()
+
+
+@njit(cache=True, nogil=True)
+def _add_pairs(first_TK, next_TK, counts_EE):
+    for t in range(first_TK.shape[0]):
+        for i in range(first_TK.shape[1]):
+            e = np.int64(first_TK[t, i])
+            if e >= 0:
+                for j in range(next_TK.shape[1]):
+                    f = np.int64(next_TK[t, j])
+                    if f >= 0:
+                        counts_EE[e, f] += 1
 
 
 def transition_counts(trace: RoutingTrace) -> NDArray[np.float64]:
@@ -20,17 +35,14 @@ def transition_counts(trace: RoutingTrace) -> NDArray[np.float64]:
 
     A token with top-k routing takes all ``K * K`` pairs at once, each weighted ``1/K``, so that rows and
     columns sum to the loads of the two layers (the counts ``R`` of MoETuner's second ILP, arXiv 2502.06643).
-    Pairs with padding (``-1``) do not count.
+    Pairs with padding (``-1``) do not count. A trace is counted once: planners ask again for every placement.
     """
-    tokens, layers, top_k = trace.experts_TLK.shape
-    wide = trace.num_experts + 1  # one more row and column, cut off below, take the padding
-    counts_LEE = np.zeros((layers - 1, wide * wide), dtype=np.int64)
-    step = max(1, _PAIRS_AT_ONCE // (top_k * top_k))
-    for start in range(0, tokens, step):
-        experts_LTK = trace.experts_TLK[start : start + step].transpose(1, 0, 2).astype(np.int64, order="C")
-        experts_LTK[experts_LTK < 0] = trace.num_experts
-        for layer in range(layers - 1):
-            pairs_TKK = experts_LTK[layer, :, :, None] * wide + experts_LTK[layer + 1, :, None, :]
-            counts_LEE[layer] += np.bincount(pairs_TKK.ravel(), minlength=wide * wide)
-    transitions_LEE: NDArray[np.float64] = counts_LEE.reshape(-1, wide, wide)[:, :-1, :-1] / top_k
-    return transitions_LEE
+    if trace not in _counted:
+        counts_LEE = np.zeros((trace.num_layers - 1, trace.num_experts, trace.num_experts), np.int64)
+        for layer, counts_EE in enumerate(counts_LEE):
+            first_TK, next_TK = (np.ascontiguousarray(trace.experts_TLK[:, l]) for l in (layer, layer + 1))
+            _add_pairs(first_TK, next_TK, counts_EE)
+        transitions_LEE = counts_LEE / trace.top_k
+        transitions_LEE.flags.writeable = False
+        _counted[trace] = transitions_LEE
+    return _counted[trace]

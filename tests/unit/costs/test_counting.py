@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.costs import counting
 from moeplan.costs.counting import choose_slots, count_loads, count_trace, home_ranks, hop_shares
 from moeplan.errors import PlanError
 
@@ -72,7 +73,9 @@ def slow_counts(load, placement, split, homes_known):
 
 @pytest.mark.parametrize("split", ["even", "nearest", "weighted"])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_counts_are_those_of_one_token_at_a_time(split, recorded):
+@pytest.mark.parametrize("at_once", [70, 1 << 16])  # in parts, layers side by side; or all in one
+def test_counts_are_those_of_one_token_at_a_time(monkeypatch, split, recorded, at_once):
+    monkeypatch.setattr(counting, "_TOKENS_AT_ONCE", at_once)
     source = np.random.default_rng(5).choice([0, 2, 3], size=300).astype(np.int32) if recorded else None
     load, plan = traced(windows=3, source=source), placed()
     found = count_trace(load, plan, split)

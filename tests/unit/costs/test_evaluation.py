@@ -8,6 +8,7 @@ import pytest
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.routing_trace import RoutingTrace
+from moeplan.costs import evaluation
 from moeplan.costs.evaluation import aggregate, copy_seconds, evaluate, transitions_of
 from moeplan.costs.layer import LayerCosts
 from moeplan.specs.workload import Objective
@@ -153,6 +154,18 @@ def test_counts_alone_are_charged_for_hops_by_chance_in_stay():
         same_rank, same_node = (np.prod(x, axis=0).sum() for x in (share, share.reshape(2, 2, 2).sum(axis=2)))
         hops = (same_node - same_rank) * 1e-4 / 4 + (1 - same_node) * 3e-4 / 2
         assert found.exchange_WL[w] == pytest.approx([5e-3 + 200 * hops, 5e-3])
+
+
+def test_hops_are_not_counted_where_no_time_hangs_on_them(monkeypatch):
+    def refuse(_load):
+        raise AssertionError("counted")
+
+    monkeypatch.setattr(evaluation, "transitions_of", refuse)
+    found = evaluate(load(), plan(), COSTS, Objective(return_mode="return_home"))
+    with pytest.raises(AssertionError, match="counted"):
+        evaluate(load(), plan(), COSTS, Objective(return_mode="stay"))
+    monkeypatch.undo()
+    assert found.same_node_L is not None and found.same_node_L[0] > 0
 
 
 def test_given_transitions_go_before_counted_ones():
