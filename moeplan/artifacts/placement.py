@@ -112,12 +112,10 @@ class Placement:
     @property
     def replicas_LE(self) -> NDArray[np.int32]:
         """Copies of each expert in each layer."""
-        layers = np.repeat(np.arange(self.num_layers), self.num_slots)
-        flat = self.physical_to_logical_LP.ravel()
-        used = flat != EMPTY
-        counts = np.zeros((self.num_layers, self.num_experts), dtype=np.int32)
-        np.add.at(counts, (layers[used], flat[used]), 1)
-        return counts
+        shape = (self.num_layers, self.num_experts)
+        rows, slots = np.nonzero(self.physical_to_logical_LP != EMPTY)
+        held = rows * self.num_experts + self.physical_to_logical_LP[rows, slots]
+        return np.bincount(held, minlength=shape[0] * shape[1]).reshape(shape).astype(np.int32)
 
     @property
     def has_copies(self) -> bool:

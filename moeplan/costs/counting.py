@@ -159,7 +159,7 @@ def choose_slots(
     slots = np.flatnonzero(p2l != EMPTY)
     order = slots[np.argsort(p2l[slots], kind="stable")]
     first = np.searchsorted(p2l[order], np.arange(placement.num_experts + 1)).astype(np.int64)
-    share = placement.slot_share_LP[layer][order]
+    share = placement.slot_share_LP[layer][order] if split == "weighted" else np.empty(0)
     out = np.empty(experts_TK.shape, dtype=np.int32)
     _choose(
         np.ascontiguousarray(experts_TK, dtype=np.int32),

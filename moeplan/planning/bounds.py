@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.sparse import csr_array
 
 from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
@@ -33,6 +32,7 @@ from moeplan.planning.balance import LayerLoad, load_bound
 from moeplan.planning.copies_bound import copies_bound
 from moeplan.planning.homes_bound import fewest_away, pairs_at_home
 from moeplan.planning.problem import STEP_TIME, PlanningProblem, PlanningResult
+from moeplan.routing.pairs import weighted_pairs
 
 __all__ = ["bounds_of", "fewest_groups", "most_kept", "pairs_bound"]
 
@@ -133,16 +133,11 @@ def _weights(load: ExpertLoad, trace: RoutingTrace) -> NDArray[np.float64]:
 
 def _together(load: ExpertLoad, trace: RoutingTrace, layer: int) -> tuple[NDArray[np.float64], float, float]:
     """Times two experts are chosen by one token ``[E, E]``, distinct experts, and whether any: means per token."""
-    chosen, weight_T = trace.experts_TLK[:, layer].astype(np.int64), _weights(load, trace)
-    rows = np.repeat(np.arange(len(chosen)), chosen.shape[1])
-    used = chosen.ravel() >= 0
-    shape = (len(chosen), load.num_experts)
-    hits = csr_array((np.ones(int(used.sum())), (rows[used], chosen.ravel()[used])), shape=shape)
-    hits.data[:] = np.minimum(hits.data, 1.0)
-    together = np.asarray((hits.T @ (hits * weight_T[:, None])).todense())
+    chosen_TK, weight_T = np.ascontiguousarray(trace.experts_TLK[:, layer]), _weights(load, trace)
+    together = weighted_pairs(chosen_TK, weight_T, load.num_experts)
     mean = float(np.trace(together))
     np.fill_diagonal(together, 0.0)
-    return together, mean, float(weight_T[(chosen >= 0).any(axis=1)].sum())
+    return together, mean, float(weight_T[(chosen_TK >= 0).any(axis=1)].sum())
 
 
 def _groups_bound(problem: PlanningProblem, layer: int, groups: int) -> tuple[float, float]:

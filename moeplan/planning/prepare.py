@@ -16,6 +16,7 @@ from moeplan.costs.evaluation import aggregate, copy_seconds, evaluate
 from moeplan.planning.balance import LayerLoad
 from moeplan.planning.problem import PlanningProblem
 from moeplan.planning.search_home import group_arrivals, pack_tokens
+from moeplan.routing.loads import count_selections
 from moeplan.specs.workload import ReplicaSplit
 
 __all__ = [
@@ -76,10 +77,8 @@ def _windows(
         window_T = np.arange(trace.num_tokens) * count // trace.num_tokens
         load_WLE = np.zeros((count, load.num_layers, load.num_experts))
         for w in range(count):
-            part = trace.experts_TLK[window_T == w].astype(np.int64)
-            for layer in range(load.num_layers):
-                chosen = part[:, layer].ravel()
-                load_WLE[w, layer] = np.bincount(chosen[chosen >= 0], minlength=load.num_experts)
+            first, end = np.searchsorted(window_T, (w, w + 1))
+            load_WLE[w] = count_selections(trace.experts_TLK[first:end], load.num_experts)
         if (load_WLE.sum(axis=2) == 0).any():
             load_WLE, window_T = load.load_WLE, np.zeros_like(window_T)
     token_T = np.argsort(window_T, kind="stable")

@@ -73,7 +73,9 @@ def expert_load(trace: RoutingTrace | ExpertLoad, windows: str = "all") -> Exper
     window_T, names = _window_of_tokens(trace, windows)
     present = np.flatnonzero(np.bincount(window_T, minlength=len(names)))
     E = trace.num_experts
-    load_WLE = np.stack([count_selections(trace.experts_TLK[window_T == w], E) for w in present]).astype(np.float64)
+    whole = len(present) == 1  # then nothing is copied to be counted
+    parts = (trace.experts_TLK if whole else trace.experts_TLK[window_T == w] for w in present)
+    load_WLE = np.stack([count_selections(part, E) for part in parts]).astype(np.float64)
     source_SLE = None
     if trace.source_rank_T is not None:
         highest = int(trace.source_rank_T.max())

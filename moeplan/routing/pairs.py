@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["coactivation_pairs", "lag_overlap", "transition_pairs"]
+__all__ = ["coactivation_pairs", "lag_overlap", "transition_pairs", "weighted_pairs"]
 
 
 @njit(cache=True, nogil=True)
@@ -39,6 +39,30 @@ def coactivation_pairs(experts_TK: NDArray[Any], num_experts: int) -> NDArray[np
                     counts_EE[e, f] += 1
                     counts_EE[f, e] += 1
     return counts_EE
+
+
+@njit(cache=True, nogil=True)
+def weighted_pairs(experts_TK: NDArray[Any], weight_T: NDArray[np.float64], num_experts: int) -> NDArray[np.float64]:
+    """Weight of the tokens that choose two experts in one layer; symmetric, of one expert alone on the diagonal.
+
+    An expert that a token names twice counts once.
+    """
+    weight_EE = np.zeros((num_experts, num_experts))
+    own_K = np.empty(experts_TK.shape[1], np.int64)
+    for t in range(experts_TK.shape[0]):
+        n = 0
+        for k in range(experts_TK.shape[1]):
+            e = np.int64(experts_TK[t, k])
+            new = e >= 0
+            for i in range(n):
+                new = new and own_K[i] != e
+            if new:
+                own_K[n] = e
+                n += 1
+        for i in range(n):
+            for j in range(n):
+                weight_EE[own_K[i], own_K[j]] += weight_T[t]
+    return weight_EE
 
 
 @njit(cache=True, nogil=True)

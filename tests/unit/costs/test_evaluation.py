@@ -165,7 +165,8 @@ def test_hops_are_not_counted_where_no_time_hangs_on_them(monkeypatch):
     with pytest.raises(AssertionError, match="counted"):
         evaluate(load(), plan(), COSTS, Objective(return_mode="stay"))
     monkeypatch.undo()
-    assert found.same_node_L is not None and found.same_node_L[0] > 0
+    assert found.same_node_L is not None
+    assert found.same_node_L[0] > 0
 
 
 def test_given_transitions_go_before_counted_ones():

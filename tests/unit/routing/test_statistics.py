@@ -8,7 +8,7 @@ import pytest
 from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.routing.io import read_trace
 from moeplan.routing.loads import expert_load
-from moeplan.routing.pairs import coactivation_pairs, lag_overlap, transition_pairs
+from moeplan.routing.pairs import coactivation_pairs, lag_overlap, transition_pairs, weighted_pairs
 from moeplan.routing.statistics import (
     coactivation_bits,
     coactivation_lift,
@@ -179,3 +179,13 @@ class TestRealRouting:
             names = [n for n in counts.files if n.startswith("mistral__expert_counts__")]
             skew = spread([max_over_mean(counts[n]) for n in names])
             assert skew[0] == pytest.approx(1.1, abs=0.05)
+
+
+def test_weights_of_pairs_are_those_of_going_through_every_token():
+    rng = np.random.default_rng(3)
+    experts_TK, weight_T = rng.integers(-1, 6, (200, 4)).astype(np.int8), rng.random(200)
+    expected = np.zeros((6, 6))
+    for row, weight in zip(experts_TK.tolist(), weight_T, strict=True):
+        own = sorted({e for e in row if e >= 0})
+        expected[np.ix_(own, own)] += weight
+    np.testing.assert_allclose(weighted_pairs(experts_TK, weight_T, 6), expected)
