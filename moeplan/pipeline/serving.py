@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +79,15 @@ class Service:
     notes: tuple[str, ...]
 
 
-def build_service(scenario: Scenario, seed: int, ends: Mapping[str, float] | None = None) -> Service:
+class ReadRouting(Protocol):
+    """Reads a scenario's routing, as :func:`moeplan.pipeline.inputs.read_routing` does."""
+
+    def __call__(self, path: Path, model: ModelSpec, *, format: str | None) -> RoutingTrace | ExpertLoad: ...
+
+
+def build_service(
+    scenario: Scenario, seed: int, ends: Mapping[str, float] | None = None, read: ReadRouting = read_routing
+) -> Service:
     """Everything a serving simulation needs; ``seed`` draws requests and sampled routing. ``ends``: parts of the costs
     that are off (:meth:`moeplan.costs.serving.ServingCosts.moved`).
 
@@ -94,7 +103,7 @@ def build_service(scenario: Scenario, seed: int, ends: Mapping[str, float] | Non
     requests = make_requests(spec.requests, recorded, rng)
     profile = profile_of(scenario.profile, cluster.accelerator.name)
     backends = backend_notes(scenario, profile)
-    loads, load, notes = _loads(scenario, spec, model, np.random.default_rng([seed, 12]))
+    loads, load, notes = _loads(scenario, spec, model, np.random.default_rng([seed, 12]), read)
     notes += profile_notes(profile, cluster) + backends
     tokens_Q = requests.input_tokens_Q + requests.output_tokens_Q
     longest, work = int(tokens_Q.max()), scenario.workload.model_copy(update={"context": round(tokens_Q.mean())})
@@ -171,12 +180,12 @@ def _memory(rooms: list[tuple[KvRoom, float]]) -> RankBytes:
 
 
 def _loads(
-    scenario: Scenario, spec: ServingSpec, model: ModelSpec, rng: np.random.Generator
+    scenario: Scenario, spec: ServingSpec, model: ModelSpec, rng: np.random.Generator, read: ReadRouting
 ) -> tuple[ExpertLoads, ExpertLoad | None, list[str]]:
     experts = spec.experts
     if experts.mode == "balanced":
         return ExpertLoads({"decode": [even_load_LE(model)]}, experts.window), None, []
-    routing = read_routing(scenario.recording, model, format=scenario.trace_format)
+    routing = read(scenario.recording, model, format=scenario.trace_format)
     whole = expert_load(routing)
     if whole.num_layers != model.num_moe_layers or whole.num_experts != model.num_experts:
         cluster = scenario.cluster_spec()

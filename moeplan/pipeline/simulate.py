@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from threadpoolctl import threadpool_limits
 
 from moeplan import __version__
 from moeplan.artifacts.event_log import EventLog
+from moeplan.artifacts.expert_load import ExpertLoad
+from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.artifacts.simulation_result import (
     Assumption,
     Headline,
@@ -41,7 +44,8 @@ from moeplan.files import (
     sha256_file,
     write_text,
 )
-from moeplan.pipeline.executor import Executor, Failure, executor_for
+from moeplan.pipeline.executor import Executor, Failure, InlineExecutor, executor_for
+from moeplan.pipeline.inputs import read_routing
 from moeplan.pipeline.intervals import cost_sides
 from moeplan.pipeline.serving import build_service, serving_costs_sha256
 from moeplan.pipeline.training import (
@@ -55,6 +59,7 @@ from moeplan.simulation.detailed_costs import SAMPLED_LAYERS, first_layers
 from moeplan.simulation.outcome import DIRECTIONS, Outcome, outcome_of
 from moeplan.simulation.service import simulate_service
 from moeplan.specs.catalogue import names_a_file
+from moeplan.specs.model import ModelSpec
 from moeplan.specs.scenario import Scenario
 
 __all__ = ["SIMULATION_PLACE", "Simulated", "Sweep", "cases_of", "simulate", "sweep", "write_simulation"]
@@ -149,12 +154,18 @@ class Sweep:
 # ---------------------------------------------------------------------- one case
 
 
+@lru_cache(maxsize=1)
+def _routing(path: Path, model: ModelSpec, *, format: str | None) -> RoutingTrace | ExpertLoad:
+    """Kept for the other runs of a case, till these end: a large trace takes longer to read than many a run."""
+    return read_routing(path, model, format=format)
+
+
 def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
     scenario = run.scenario
     if scenario.training is not None:
         return _trained(run, progress)
     with threadpool_limits(1):
-        service = build_service(scenario, run.seed, {run.part: run.errors} if run.part else None)
+        service = build_service(scenario, run.seed, {run.part: run.errors} if run.part else None, _routing)
         served = simulate_service(
             service.spec, service.requests, service.pools,
             keep_log=run.keep_log, errors=0 if run.part else run.errors, seed=run.seed, progress=progress,
@@ -332,8 +343,14 @@ def simulate(
         answers[number] = answer
         progress("simulate", sum(a is not None for a in answers) / len(runs))
 
+    def within(_what: str, part: float) -> None:
+        progress("simulate", (sum(a is not None for a in answers) + part) / len(runs))
+
     executor = executor_for(workers, len(runs))
-    executor.run(_run, runs, done)
+    try:
+        executor.run(partial(_run, progress=within) if isinstance(executor, InlineExecutor) else _run, runs, done)
+    finally:
+        _routing.cache_clear()
     return _joined(scenario, {}, seeds, [answer for answer in answers if answer is not None])
 
 
@@ -445,7 +462,10 @@ def sweep(
             results[number] = found.result
         progress("simulate", ended / len(jobs))
 
-    (executor or executor_for(workers, len(jobs))).run(_run, [run for _, run in jobs], done)
+    try:
+        (executor or executor_for(workers, len(jobs))).run(_run, [run for _, run in jobs], done)
+    finally:
+        _routing.cache_clear()
     answer = Sweep(tuple(case for case, _ in made), tuple(results), failures, frozenset(impossible), resumed)
     write_text(out / "sweep.json", _index(answer, places))
     return answer

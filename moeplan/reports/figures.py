@@ -69,6 +69,7 @@ _RC: dict[str, Any] = {
     "axes.titleweight": "bold",
 }
 _WIDTH_INCH = 6.0
+_MOST_NODE_LINES = 36  # of more nodes lines would cover the ranks
 _NODE_LINE = {"color": "white", "linewidth": 1.1, "alpha": 0.75}
 
 
@@ -127,7 +128,7 @@ def colour_limits(*arrays: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _node_lines(axes: Any, num_ranks: int, ranks_per_node: int, both: bool = False) -> None:
-    if num_ranks // ranks_per_node > 36:
+    if num_ranks // ranks_per_node > _MOST_NODE_LINES:
         return
     for edge in np.arange(ranks_per_node, num_ranks, ranks_per_node) - 0.5:
         axes.axvline(edge, **_NODE_LINE)
@@ -180,7 +181,8 @@ def _range(axes: Any, values: NDArray[Any]) -> None:
 
 
 def _rank_label(word: str, num_ranks: int, ranks_per_node: int) -> str:
-    return f"{word} (lines part nodes of {ranks_per_node})" if 1 < ranks_per_node < num_ranks else word
+    lines = 1 < ranks_per_node < num_ranks and num_ranks // ranks_per_node <= _MOST_NODE_LINES
+    return f"{word} (lines part nodes of {ranks_per_node})" if lines else word
 
 
 def load_heat_map(

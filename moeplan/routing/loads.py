@@ -73,9 +73,11 @@ def expert_load(trace: RoutingTrace | ExpertLoad, windows: str = "all") -> Exper
     window_T, names = _window_of_tokens(trace, windows)
     present = np.flatnonzero(np.bincount(window_T, minlength=len(names)))
     E = trace.num_experts
-    whole = len(present) == 1  # then nothing is copied to be counted
-    parts = (trace.experts_TLK if whole else trace.experts_TLK[window_T == w] for w in present)
-    load_WLE = np.stack([count_selections(part, E) for part in parts]).astype(np.float64)
+
+    def tokens(window: np.integer[Any]) -> NDArray[np.integer[Any]]:
+        return trace.experts_TLK if len(present) == 1 else trace.experts_TLK[window_T == window]
+
+    load_WLE = np.stack([count_selections(tokens(w), E) for w in present]).astype(np.float64)
     source_SLE = None
     if trace.source_rank_T is not None:
         highest = int(trace.source_rank_T.max())

@@ -32,6 +32,7 @@ from moeplan.errors import (
 )
 from moeplan.pipeline.compare import compare
 from moeplan.pipeline.executor import InlineExecutor
+from moeplan.pipeline.inputs import read_routing
 from moeplan.pipeline.optimize import optimize
 from moeplan.pipeline.serving import build_service
 from moeplan.pipeline.simulate import cases_of, simulate, sweep, write_simulation
@@ -144,6 +145,24 @@ def test_host_time_adds_to_every_step() -> None:
     usual = simulate(scenario(alone), seeds=1).result.headlines["tpot_p50_s"].value
     slower = simulate(scenario(alone | {"engine": {"step_overhead": "20 ms"}}), seeds=1).result
     assert slower.headlines["tpot_p50_s"].value == pytest.approx(usual + 0.02, abs=1e-8)
+
+
+def test_runs_of_a_case_read_the_trace_once_and_tell_how_far_each_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    read: list[Path] = []
+
+    def count(path: Path, *given: Any, **named: Any) -> Any:
+        read.append(path)
+        return read_routing(path, *given, **named)
+
+    monkeypatch.setattr("moeplan.pipeline.simulate.read_routing", count)
+    simulate(scenario(), seeds=2, progress=lambda _what, done: told.append(done))
+    assert read == [DEMO]
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    assert len(set(told)) > 100  # ten runs
+    simulate(scenario(), seeds=1)  # the file may be another by then
+    assert len(read) == 2
 
 
 def test_seeds_that_do_not_differ_are_said() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from report_plans import LAYERS, RANKS, bare_plan, contiguous, evaluations, full_plan, load_LE
 
-from moeplan.reports.figures import colour_limits
+from moeplan.reports.figures import colour_limits, load_heat_map
 from moeplan.reports.plan_page import plan_svg, render_plan_page
 from moeplan.reports.summary import Evidence
 
@@ -245,3 +245,9 @@ def test_the_smallest_plan() -> None:
     assert "Every expert has one copy." in page
     assert page.count("<svg") == 4  # load before and after, max/mean by layer, traffic
     assert ElementTree.fromstring(plan_svg(plan, Evidence())).tag.endswith("svg")
+
+
+@pytest.mark.parametrize(("nodes", "drawn"), [(36, True), (40, False)])
+def test_lines_between_nodes_are_named_where_they_are_drawn(nodes: int, drawn: bool) -> None:
+    picture = load_heat_map(np.ones((2, 8 * nodes)), (0, 1), 8, (0.0, 2.0), "Load")
+    assert ("lines part nodes of 8" in picture) is drawn
