@@ -17,13 +17,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-from moeplan.profiling.attention import banded_attention  # noqa: E402
-from moeplan.profiling.device import find_device  # noqa: E402
-from moeplan.profiling.expert_kernels import Weights, make_weights, runner  # noqa: E402
-from moeplan.profiling.journal import Journal  # noqa: E402
-from moeplan.profiling.memory import memory_bench  # noqa: E402
-from moeplan.profiling.protocol import CudaTimer, Rig, run_benches  # noqa: E402
-from moeplan.profiling.system import device_name  # noqa: E402
+from moeplan.profiling.attention import banded_attention
+from moeplan.profiling.device import find_device
+from moeplan.profiling.expert_kernels import Weights, make_weights, runner
+from moeplan.profiling.journal import Journal
+from moeplan.profiling.memory import memory_bench
+from moeplan.profiling.protocol import CudaTimer, Rig, run_benches
+from moeplan.profiling.system import device_name
 
 ROOT = Path(__file__).parents[2]
 

@@ -43,6 +43,7 @@ def test_gaps_name_region_and_command() -> None:
 
 def asked(remedy: str) -> ProfileRequest | None:
     """What the command in ``remedy`` asks for, by the real command line; None: it imports."""
+    torch = pytest.importorskip("torch", reason="profilers need torch")
     words = shlex.split(re.sub(r"^.*?: (?=moeplan|torchrun)", "", remedy))
     if words[0] == "torchrun":
         at = words.index("-m")
@@ -59,7 +60,7 @@ def asked(remedy: str) -> ProfileRequest | None:
     given = {k: v for k, v in options.items() if v is not None and k not in ("as_json", "quiet", "out", "resume")}
     request = profile_request(words[2], None, given)
     for dtype in request.dtypes:
-        Device("cuda", pytest.importorskip("torch"), 0, (9, 0)).dtype(dtype)
+        Device("cuda", torch, 0, (9, 0)).dtype(dtype)
     return request
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="live runs need torch")
+
 from tiny_run import SPEC, tiny_corpus, tiny_options
 
 import moeplan.planning.joint as joint

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="live runs need torch")
+
 from dense_reference import random_placement
 from tiny_run import SPEC, tiny_corpus, tiny_options
 

@@ -18,6 +18,7 @@ EVEN = Placement(np.tile(np.arange(8, dtype=np.int32), (1, 1)), np.repeat(np.ara
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("torch", reason="live studies need torch")
     monkeypatch.syspath_prepend(FOLDER)
     import lab
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="live runs need torch")
+
 from tiny_run import SPEC, tiny_corpus, tiny_options
 
 from moeplan.execution.launch import Launch, Rank, run_ranks

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="live runs need torch")
+
 from tiny_run import SPEC, tiny_corpus, tiny_options
 
 from moeplan.artifacts.routing_trace import RoutingTrace

@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +16,11 @@ from moeplan.exports.base import ExportContext, ImportContext
 from moeplan.exports.documents import read_placement_document
 from moeplan.registry import load_plugin
 from moeplan.testing.exporters import plan_of, random_plan, tiny_model
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="placements in .pt files are read with torch")
 
 
 def exported(name, plan, out, **context):
@@ -103,7 +107,7 @@ def test_formats_by_position_need_every_moe_layer(model, tmp_path):
             exported(name, partial, tmp_path / "a.pt", model=model)
 
 
-def test_eplb_triple_golden(plan, tmp_path):
+def test_eplb_triple_golden(plan, torch, tmp_path):
     log2phy = [[[2, -1], [3, -1], [1, 4], [0, 5]], [[0, 4], [1, 5], [2, -1], [3, -1]]]
     arrays = dict(np.load(exported("eplb", plan, tmp_path / "a.npz")))
     tensors = torch.load(exported("eplb", plan, tmp_path / "a.pt"), weights_only=True)
@@ -116,7 +120,7 @@ def test_eplb_triple_golden(plan, tmp_path):
         exported("eplb", plan, tmp_path / "a.txt")
 
 
-def test_eplb_tuple_is_read_and_must_agree_with_itself(reading, tmp_path):
+def test_eplb_tuple_is_read_and_must_agree_with_itself(reading, torch, tmp_path):
     phy2log = torch.tensor([[3, 2, 1, 0], [0, 1, 2, 3]])
     log2phy = torch.tensor([[[3], [2], [1], [0]], [[0], [1], [2], [3]]])
     logcnt = torch.ones(2, 4, dtype=torch.int64)
@@ -185,7 +189,7 @@ def test_vllm_rank_map_is_one_map_without_copies(plan, permutation, model, readi
         load_plugin("exporters", "vllm").load({"expert_to_ep_rank": [0, 0, 0, 1]}, "f", reading)
 
 
-def test_vllm_expert_map_golden(plan, tmp_path):
+def test_vllm_expert_map_golden(plan, torch, tmp_path):
     found = torch.load(exported("vllm", plan, tmp_path / "a.pth"), weights_only=True)
     assert found.tolist() == [
         [[2, -1, 1, 0], [-1, 0, 1, 2]],
@@ -270,9 +274,9 @@ def test_bad_maps(rows, match, reading):
         load_plugin("exporters", "sglang").load({"physical_to_logical_map": rows}, "f", reading)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
-def test_round_trip_of_random_plans(data, tmp_path):
+def test_round_trip_of_random_plans(torch, data, tmp_path):
     ranks = data.draw(st.sampled_from([1, 2, 4]), label="ranks")
     experts = ranks * data.draw(st.integers(1, 4), label="experts per rank")
     redundant = ranks * data.draw(
@@ -322,7 +326,7 @@ def _mutate(node, data):
     return data.draw(JUNK)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_documents_end_in_a_plan_error(data, permutation, model, reading, tmp_path):
     name = data.draw(st.sampled_from(["sglang", "trtllm", "vllm", "vllm-ascend", "megatron"]))
@@ -340,7 +344,7 @@ class Bomb:
         return (print, ("boom",))
 
 
-def test_damaged_and_hostile_files(tmp_path, capsys):
+def test_damaged_and_hostile_files(torch, tmp_path, capsys):
     torch.save({"phy2log": Bomb()}, tmp_path / "bomb.pt")
     with pytest.raises(InputError, match=r"objects other than tensors.*never loaded"):
         read_placement_document(tmp_path / "bomb.pt")

@@ -11,14 +11,14 @@ from moeplan.errors import SpecError, UnknownNameError
 
 torch = pytest.importorskip("torch", reason="profilers need torch")
 
-from moeplan.profiling.attention import attention_bench, banded_attention  # noqa: E402
-from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes, optimizer_bench  # noqa: E402
-from moeplan.profiling.device import Device, find_device  # noqa: E402
-from moeplan.profiling.expert_kernels import make_weights, runner, usable_kernels  # noqa: E402
-from moeplan.profiling.experts import ExpertShape, balanced_vector, expert_bench, skewed_vector  # noqa: E402
-from moeplan.profiling.memory import memory_bench  # noqa: E402
-from moeplan.specs.model import AttentionSpec  # noqa: E402
-from moeplan.specs.models import find_model  # noqa: E402
+from moeplan.profiling.attention import attention_bench, banded_attention
+from moeplan.profiling.dense import elementwise_bench, gemm_bench, gemm_shapes, optimizer_bench
+from moeplan.profiling.device import Device, find_device
+from moeplan.profiling.expert_kernels import make_weights, runner, usable_kernels
+from moeplan.profiling.experts import ExpertShape, balanced_vector, expert_bench, skewed_vector
+from moeplan.profiling.memory import memory_bench
+from moeplan.specs.model import AttentionSpec
+from moeplan.specs.models import find_model
 
 
 @pytest.fixture(scope="module")
