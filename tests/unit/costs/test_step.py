@@ -42,16 +42,20 @@ def large() -> StepModel:
     return StepModel(MODEL, cluster, WORK, Technique(dispatch="per_expert"), load_profile("h100-sxm"))
 
 
-def test_58_layers_on_144_ranks_in_a_millisecond(large: StepModel) -> None:
+def test_58_layers_on_144_ranks_take_no_longer_than_150_counts_of_their_slots(large: StepModel) -> None:
     plan, load = placement(144, 288), skewed()
     large.step(plan, load)
-    times = []
+    slots = plan.physical_to_logical_LP.ravel()
+    steps, counts = [], []
     for _ in range(30):
         start = time.perf_counter()
         large.step(plan, load)
-        times.append(time.perf_counter() - start)
-    # 1 ms on an idle core (benchmarks record it); the suite runs beside other work.
-    assert min(times) < 3e-3
+        middle = time.perf_counter()
+        np.bincount(slots)
+        steps.append(middle - start)
+        counts.append(time.perf_counter() - middle)
+    # About 40 where this was written, beside other work too; benchmarks record the time itself.
+    assert min(steps) < 150 * min(counts)
 
 
 def test_parts_add_up_and_sources_are_named(large: StepModel) -> None:

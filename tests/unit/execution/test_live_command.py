@@ -18,6 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="live runs need torch")
+
 from dense_reference import random_placement
 from tiny_run import SPEC
 
@@ -70,7 +73,7 @@ def _moeplan(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "moeplan", *map(str, words)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, check=False
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}, check=False
     )
 
 
@@ -154,7 +157,7 @@ def test_under_torchrun_one_rank_speaks(tmp_path: Path, model: Path, text: Path)
 def test_torchrun_starts_a_killed_rank_again(tmp_path: Path, model: Path, text: Path) -> None:
     """All ranks go on from the last checkpoint; the metrics show every step to the last."""
     saved, out = tmp_path / "saved", tmp_path / "out"
-    words = ("live", "--model", model, "--text", text, "--steps", 120, "--batch", 4, "--length", 32, "--out", out)
+    words = ("live", "--model", model, "--text", text, "--steps", 400, "--batch", 4, "--length", 32, "--out", out)
     run = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
          "--master-port", str(_free_port()), "-m", "moeplan", *map(str, words), "--checkpoint", str(saved),
@@ -162,21 +165,23 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path: Path, model: Path, text: 
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        until = time.monotonic() + 100
+        until = time.monotonic() + 600
         metrics = out / "metrics.jsonl"
         while not metrics.is_file() or metrics.read_text().count("\n") < 55:  # beyond the first checkpoint
             assert time.monotonic() < until
             time.sleep(0.02)
         os.kill(_children_of(run.pid)[-1], signal.SIGKILL)
-        assert run.wait(100) == 0
+        assert run.wait(600) == 0
     finally:
         run.kill()
         run.wait()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     again = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])  # where it went on
-    assert steps[again] == 50
-    assert steps == [*range(steps[again - 1] + 1), *range(50, 120)]
-    assert (saved / "latest").read_text() == "step-000120\n"
+    killed, first = steps[again - 1], steps[again]
+    assert first % 50 == 0
+    assert killed - 100 < first <= killed + 1  # from the last checkpoint, or the one before where it was being written
+    assert steps == [*range(killed + 1), *range(first, 400)]
+    assert (saved / "latest").read_text() == "step-000400\n"
 
 
 def test_a_rank_that_never_joins_is_named(model: Path, text: Path) -> None:
@@ -198,7 +203,7 @@ def test_a_plan_handed_to_a_run_and_its_metrics(tmp_path: Path, model: Path, tex
             stdout=subprocess.DEVNULL, stderr=said,
         )  # fmt: skip
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while not (control / "run.json").is_file():
             assert time.monotonic() < until
             time.sleep(0.05)
@@ -222,7 +227,7 @@ def test_a_plan_handed_to_a_run_and_its_metrics(tmp_path: Path, model: Path, tex
         ranks = [rank for server in _children_of(run.pid) for rank in _children_of(server)]
         run.terminate()
         run.wait()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 600
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):  # they end with the one who started them
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -263,7 +268,7 @@ def test_a_run_that_ends_without_taking_a_plan_is_not_waited_for(tmp_path: Path)
     assert not (control / "plan.json").exists()
 
 
-def test_an_answer_is_of_the_plan_that_was_handed_over(tmp_path: Path) -> None:
+def test_an_answer_is_of_the_plan_that_was_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another's is not taken for it; and whether the run took the plan is told where it is late."""
     control = tmp_path / "control"
     control.mkdir()
@@ -272,17 +277,13 @@ def test_an_answer_is_of_the_plan_that_was_handed_over(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"did not answer within 0.2 s; is it still running\?$"):
         apply_plan(_plan(tmp_path), control, 0.2)
 
-    def take() -> None:
-        while not (control / "plan.json").exists():
-            time.sleep(0.01)
-        (control / "plan.json").rename(control / "plan.taken.json")
+    def taken_at_once(_plan: Plan, _path: Path) -> None:
         write_text(control / "answer.json", json.dumps({"plan_sha256": "0" * 64, "applied": True}))
 
-    run = threading.Thread(target=take)
-    run.start()
-    with pytest.raises(RunError, match=r"within 0.5 s: it has taken the plan and moves experts still"):
-        apply_plan(_plan(tmp_path), control, 0.5)
-    run.join()
+    plan = _plan(tmp_path)
+    monkeypatch.setattr(Plan, "save", taken_at_once)
+    with pytest.raises(RunError, match=r"within 0.2 s: it has taken the plan and moves experts still"):
+        apply_plan(plan, control, 0.2)
 
 
 def _children_of(pid: int) -> list[int]:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="live runs need torch")
+
 from tiny_run import tiny_corpus, tiny_options
 
 from moeplan.execution.launch import Launch, Rank, run_ranks
@@ -26,6 +31,6 @@ def test_a_slow_rank_changes_no_loss_and_is_the_one_that_waits_least():
     answers = run_ranks(Launch(2), _train, True)
     for answer in answers:
         assert answer["losses"] == reference["losses"]
-    waits = answers[0]["waits"][-1]
+    waits_R = np.median(answers[0]["waits"], axis=0)  # of the steps: other programs disturb one, not most
     assert answers[0]["step_s"] > 3 * DELAY_S
-    assert waits[1 - SLOW] - waits[SLOW] > 2 * DELAY_S  # the other one stands in exchanges meanwhile
+    assert waits_R[1 - SLOW] - waits_R[SLOW] > 2 * DELAY_S  # the other one stands in exchanges meanwhile

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,10 +199,7 @@ def test_a_folder_joins_run_and_controller(tmp_path):
     assert back.costs == seen.costs
 
     controller = Controller(SCENARIO, tmp_path / "report")
-    later = threading.Timer(0.3, lambda: window(1).write(path))
-    later.start()
-    decisions = watch(controller, path.parent, windows=2, timeout_s=30)
-    later.join()
+    decisions = watch(controller, path.parent, windows=2, timeout_s=600, on_decision=lambda _: window(1).write(path))
     assert [d.apply for d in decisions] == [True, False]
     assert json.loads((path.parent / "plan.json").read_text())["model"] == "tiny"
     with pytest.raises(InputError, match="no window came into"):
@@ -243,7 +239,7 @@ def control(tmp_path):
 def test_it_ends_when_the_run_does(tmp_path, control):
     said = []
     controller = Controller(SCENARIO, tmp_path / "report")
-    decisions = watch(controller, control, None, 30, lambda _: say_ended(control), said.append)
+    decisions = watch(controller, control, None, 600, lambda _: say_ended(control), said.append)
     assert [d.apply for d in decisions] == [True]
     assert said == [f"the live run at {control} has ended"]
     assert not (control / "plan.json").exists()  # nobody takes it any more
@@ -258,7 +254,7 @@ def test_a_run_that_dies_is_not_waited_for(tmp_path, control):
         subprocess.run([sys.executable, "-c", take, str(control)], check=False)
 
     with pytest.raises(RunError, match=r"control has died; what was decided is in .*report/decisions.jsonl$"):
-        watch(Controller(SCENARIO, tmp_path / "report"), control, timeout_s=30, on_decision=die)
+        watch(Controller(SCENARIO, tmp_path / "report"), control, timeout_s=600, on_decision=die)
 
 
 def test_a_run_that_starts_again_counts_its_windows_anew(tmp_path, control):
@@ -270,7 +266,7 @@ def test_a_run_that_starts_again_counts_its_windows_anew(tmp_path, control):
             window(0).write(control / "window.npz")
 
     controller = Controller(SCENARIO, tmp_path / "report")
-    decisions = watch(controller, control, windows=2, timeout_s=30, on_decision=again)
+    decisions = watch(controller, control, windows=2, timeout_s=600, on_decision=again)
     assert [(d.first_step, d.apply) for d in decisions] == [(0, True), (0, True)]
 
 

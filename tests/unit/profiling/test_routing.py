@@ -25,11 +25,11 @@ from moeplan.errors import RunError, SpecError, TraceError
 
 torch = pytest.importorskip("torch", reason="recording needs torch")
 
-from moeplan.pipeline.record import record_routing  # noqa: E402
-from moeplan.profiling import routing  # noqa: E402
-from moeplan.profiling.routing import RoutingRecorder, cache_name, hook_model  # noqa: E402
-from moeplan.profiling.sglang_recorder import SglangServer  # noqa: E402
-from moeplan.routing.io import read_trace  # noqa: E402
+from moeplan.pipeline.record import record_routing
+from moeplan.profiling import routing
+from moeplan.profiling.routing import RoutingRecorder, cache_name, hook_model
+from moeplan.profiling.sglang_recorder import SglangServer
+from moeplan.routing.io import read_trace
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 48}
@@ -600,20 +600,23 @@ def _dump(folder: Path, rank: int, first_expert: int, records: int = 1, seconds:
 
 @pytest.fixture
 def recording(tmp_path: Path, monkeypatch):
-    """Records from a server whose dump runs the writers given in threads of their own, and that tells ``ranks``."""
+    """Records from a server whose dump runs the writers given in threads of their own, and that tells ``ranks``; one
+    that is ``given_up`` soon answers when they have ended."""
     (tmp_path / "dumps").mkdir()
     (tmp_path / "prompts.txt").write_text("one\n")
     threads: list[threading.Thread] = []
 
-    def record(ranks, *writers, patience_s=10.0):
+    def record(ranks, *writers, given_up=False):
         def post(_self, path, body=None):
             if path.startswith("/dump"):
                 threads.extend(threading.Thread(target=writer) for writer in writers)
                 for thread in threads:
                     thread.start()
+                for thread in threads if given_up else ():
+                    thread.join()
             return b""
 
-        quick = partialmethod(SglangServer.__init__, quiet_s=0.3, patience_s=patience_s)
+        quick = partialmethod(SglangServer.__init__, quiet_s=0.3, patience_s=0.6 if given_up else 60.0)
         monkeypatch.setattr(SglangServer, "__init__", quick)
         monkeypatch.setattr(SglangServer, "_post", post)
         monkeypatch.setattr(SglangServer, "info", lambda _self: {} if ranks is None else {"tp_size": ranks})
@@ -658,7 +661,7 @@ def test_ranks_that_ran_the_same_tokens_count_once_and_one_may_have_run_none(rec
 def test_a_rank_that_does_not_dump_is_an_error_and_the_others_are_kept(recording):
     record, folder = recording
     with pytest.raises(RunError, match=r"dumps got the dumps of 1 of 2 ranks; .* is kept: .*t.npz, 1 tokens$"):
-        record(2, lambda: _dump(folder, 0, 0), patience_s=0.6)
+        record(2, lambda: _dump(folder, 0, 0), given_up=True)
     assert read_trace(folder.parent / "t.npz").origin["rank_files"] == 1
 
 
@@ -666,7 +669,7 @@ def test_a_dump_that_stays_cut_is_an_error_and_the_others_are_kept(recording):
     record, folder = recording
     cut = folder / "expert_distribution_recorder_9_1.pt"
     with pytest.raises(RunError, match=rf"{cut} \(1 of 2 dumps\) did not become whole; .* is kept: .*t.npz, 1 tokens$"):
-        record(None, lambda: _dump(folder, 0, 0), lambda: cut.write_bytes(b"PK\3\4"), patience_s=0.6)
+        record(None, lambda: _dump(folder, 0, 0), lambda: cut.write_bytes(b"PK\3\4"), given_up=True)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class Model:
         print("TPOT (ms):     ", self.target_bs / 2.0)
         print("Throughput (TGS:tok/GPU/s):   ", 1000)
 def main(args):
-    time.sleep(0.02)
+    time.sleep(0.5)
     model = Model(args, ModelConfig(args.config_path))
     model.print_kvcache_info()
     model.decoding()
@@ -84,12 +84,12 @@ def test_times_and_answers_stand_side_by_side(made: tuple[Path, Path], tmp_path:
     first = figures["(i) Frontier, events, whole processes"]
     assert first["peer_s"] > 2
     assert first["value"] == pytest.approx(first["ours_s"] / first["peer_s"])
-    # Their main waits twice as long as their decoding; both were asked at every batch.
+    # Their main waits half a second longer than their decoding; both were asked at every batch.
     theirs = point["theirs"]
     assert theirs["tpot_s"] == 0.032
     assert theirs["prepared_s"]["repeats"] == theirs["anew_s"]["repeats"] == 3
     assert 0.02 < theirs["prepared_s"]["median"] < theirs["anew_s"]["median"]
-    assert theirs["anew_s"]["least"] > 0.04
+    assert theirs["anew_s"]["least"] > 0.52
     # Ours: prepared and anew are the same physics; the one interpolates between grid points.
     assert point["ours"]["tpot_prepared_s"] == pytest.approx(point["ours"]["tpot_s"], rel=0.01)
     assert point["ours"]["prepared_s"]["median"] < point["ours"]["anew_s"]["median"]
