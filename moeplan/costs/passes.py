@@ -38,14 +38,13 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepSeconds:
-    """``total_s`` with the relative error of its parts; ``exposed_s`` of it is exchange that nothing hides.
+    """``total_s``; ``exposed_s`` of it is exchange that nothing hides.
 
     ``busy_R``: seconds in which each rank computes; ``log``: what happened inside, where that was played; ``drafts``:
     the part of it that the prediction layer takes, where there are any.
     """
 
     total_s: float
-    relative_error: float
     exposed_s: float
     busy_R: Floats
     log: EventLog | None = None
@@ -61,7 +60,7 @@ class StepSeconds:
             more = (stages - 1 if last else -1) / stages  # of the drafts, of which an even part is among them
             total_s, exposed_s = total_s + more * drafts.total_s, exposed_s + more * drafts.exposed_s
             busy_R = busy_R + more * drafts.busy_R
-        return StepSeconds(total_s, self.relative_error, exposed_s, busy_R, self.log)
+        return StepSeconds(total_s, exposed_s, busy_R, self.log)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +87,7 @@ def no_chunks(groups: int) -> Floats:
 
 
 def joined(passes: Sequence[Pass], found: Sequence[StepSeconds]) -> StepSeconds:
-    """The seconds of a step from those of its passes; errors weigh as the seconds do."""
+    """The seconds of a step from those of its passes."""
     if len(found) == 1:
         return found[0]
     often = [(each.times, one) for each, one in zip(passes, found, strict=True)]
@@ -99,10 +98,9 @@ def joined(passes: Sequence[Pass], found: Sequence[StepSeconds]) -> StepSeconds:
 def _together(often: Sequence[tuple[int, StepSeconds]]) -> StepSeconds:
     """So many of each, one after another."""
     total_s = sum(times * one.total_s for times, one in often)
-    error = sum(times * one.total_s * one.relative_error for times, one in often)
     exposed_s = sum(times * one.exposed_s for times, one in often)
     busy_R = np.sum([times * one.busy_R for times, one in often], 0)
-    return StepSeconds(total_s, error / total_s, exposed_s, busy_R)
+    return StepSeconds(total_s, exposed_s, busy_R)
 
 
 def passes_of(batch: Batch, drafts: int) -> tuple[Pass, ...]:

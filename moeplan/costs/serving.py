@@ -68,7 +68,6 @@ class MoeTable:
     expert_BL: Floats
     expert_BR: Floats
     exchange_BL: Floats
-    error_B: Floats
     part_error_B3: Floats  # in the order of COST_PARTS
     parts_B: dict[int, BatchParts] = field(default_factory=dict)
 
@@ -193,7 +192,7 @@ class ServingCosts:
             B, L, R = len(self._mean.points), len(load_LE), self.cluster.num_ranks
             found = MoeTable(
                 placement, load_LE, phase, [False] * B, np.zeros((B, L)), np.zeros((B, R)), np.zeros((B, L)),
-                np.zeros(B), np.zeros((B, len(COST_PARTS))),
+                np.zeros((B, len(COST_PARTS))),
             )  # fmt: skip
             self._tables[key] = found
         return found
@@ -226,7 +225,6 @@ class ServingCosts:
             # What uneven links and stand-ins add depends on where tokens are at home (_sent_s): here it is left out.
             times = self._nics(table.phase).tokens(self.live_R.astype(float))
             table.exchange_BL[b] = between.fixed_s + (cost.exchange_s_L - between.fixed_s) / times
-        table.error_B[b] = cost.high_s / cost.total_s - 1
         table.part_error_B3[b] = [model.part_errors[name] for name in COST_PARTS]
         table.filled_B[b] = True
         self.source |= dict(cost.source)
@@ -290,11 +288,8 @@ class ServingCosts:
         b, w = self._at(table, mean * share)
         expert_L, expert_R = row_at(table.expert_BL, b, w), row_at(table.expert_BR, b, w)
         exchange_L = np.maximum(row_at(table.exchange_BL, b, w), self._sent_s(table.phase, tokens_D * share))
-        error = float(row_at(table.error_B, b, w))
         if each.drafting and not self._drafts_route:
             expert_L, expert_R, exchange_L = self._nothing_L, 0 * expert_R, self._nothing_L
-            i, _ = self._busy.place(float(tokens_D.max()) * share)
-            error = self.model_at(table.phase, float(self._busy.points[i])).fixed.relative_error
         if self._off_3 is not None:
             expert_off, exchange_off, rest_off = (1 + row_at(table.part_error_B3, b, w)) ** self._off_3
             expert_L, expert_R = expert_L * expert_off, expert_R * expert_off
@@ -307,14 +302,12 @@ class ServingCosts:
         busy_R = busy_D if self._group_ranks == 1 else np.repeat(busy_D, self._group_ranks)
         busy_R = np.minimum(busy_R + expert_R * (part / share), alone + other)
         sent, sent_error = (0.0, 0.0) if each.drafting else self._sent_on(tokens_D)  # drafts stay in the last stage
-        chunks, chunks_error = self._sent_for_chunks(each, group_D3)
         more = 0.0
         if self._off_3 is not None:
+            chunks, chunks_error = self._sent_for_chunks(each, group_D3)
             sent *= (1 + sent_error) ** self._off_3[1]
             more = chunks * ((1 + chunks_error) ** self._off_3[2] - rest_off)  # off by more than what is beside
-        total_s, exposed_s = layers + other + sent + more, layers - alone + sent
-        apart = (sent_error - error) * sent + (chunks_error - error) * chunks
-        return StepSeconds(total_s, error + apart / total_s, exposed_s, busy_R)
+        return StepSeconds(layers + other + sent + more, layers - alone + sent, busy_R)
 
     def _sent_for_chunks(self, each: Pass, group_D3: Floats) -> tuple[float, float]:
         """Seconds of the layers in which the group that takes longest sends for its prompts' attention, and their

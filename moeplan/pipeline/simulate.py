@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -73,15 +73,14 @@ _INSIDE = {"current": "plan.json", "prefill placement": "plan.json", "model": "c
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One run of a case: a seed, and which end of the costs' interval its steps take (-1, 0, 1), or its costs' ``part``
-    alone. A case of a sweep is not ``alone``, and looks for no remedies."""
+    """One run of a case: a seed, and parts of the costs that are at an ``end`` of their interval, -1 or 1. A case of a
+    sweep is not ``alone``, and looks for no remedies."""
 
     scenario: Scenario
     seed: int
-    errors: int
     keep_log: bool
     alone: bool = True
-    part: str = ""
+    ends: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,10 +164,10 @@ def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
     if scenario.training is not None:
         return _trained(run, progress)
     with threadpool_limits(1):
-        service = build_service(scenario, run.seed, {run.part: run.errors} if run.part else None, _routing)
+        service = build_service(scenario, run.seed, run.ends, _routing)
         served = simulate_service(
             service.spec, service.requests, service.pools,
-            keep_log=run.keep_log, errors=0 if run.part else run.errors, seed=run.seed, progress=progress,
+            keep_log=run.keep_log, seed=run.seed, progress=progress,
             origin={"seed": run.seed, "scenario_sha256": _digest(scenario), "moeplan": __version__,
                     "fidelity": scenario.fidelity},
         )  # fmt: skip
@@ -211,10 +210,10 @@ def _trained(run: _Run, progress: Progress) -> _Answer:
 def _runs(scenario: Scenario, seeds: int, keep_log: bool, alone: bool = True) -> list[_Run]:
     first = scenario.seed
     if scenario.training is not None:
-        return [_Run(scenario, first, 0, keep_log, alone)]
-    runs = [_Run(scenario, first + number, 0, keep_log and number == 0) for number in range(seeds)]
-    ways = [(part, errors) for part in ("", *COST_PARTS) for errors in (-1, 1)]
-    return runs + [_Run(scenario, first, errors, False, part=part) for part, errors in ways]
+        return [_Run(scenario, first, keep_log, alone)]
+    runs = [_Run(scenario, first + number, keep_log and number == 0) for number in range(seeds)]
+    ways = (COST_PARTS, *((part,) for part in COST_PARTS))  # all together, then each alone
+    return runs + [_Run(scenario, first, False, ends=dict.fromkeys(way, end)) for way in ways for end in (-1, 1)]
 
 
 def _digest(scenario: Scenario) -> str:

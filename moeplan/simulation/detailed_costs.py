@@ -46,7 +46,7 @@ class DetailedCosts:
         return other
 
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
-        """Play one step; the interval is the step mode's."""
+        """Play one step."""
         passes = self._costs.passes(batch)
         played = [self._played(each, placement, load_LE) for each in passes]
         return replace(joined(passes, played), log=_all_events(passes, played, len(load_LE)))
@@ -62,12 +62,12 @@ class DetailedCosts:
         exposed_s = max(0.0, found.total_s - alone_s)
         busy_R = np.minimum(found.busy_s_R, found.total_s - exposed_s)  # attention beside experts counts once
         if self._off is self._costs:
-            return StepSeconds(found.total_s, whole.relative_error, exposed_s, busy_R, found.log)
+            return StepSeconds(found.total_s, exposed_s, busy_R, found.log)
         off = self._off.pass_seconds(each, placement, load_LE)
         exposed_s *= off.exposed_s / whole.exposed_s if whole.exposed_s else 1.0
         busy_R = busy_R * (off.busy_R / np.where(whole.busy_R, whole.busy_R, 1.0))
         total_s = found.total_s * off.total_s / whole.total_s
-        return StepSeconds(total_s, off.relative_error, exposed_s, busy_R, found.log)
+        return StepSeconds(total_s, exposed_s, busy_R, found.log)
 
 
 def _all_events(passes: Sequence[Pass], played: Sequence[StepSeconds], layers: int) -> EventLog:

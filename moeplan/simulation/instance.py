@@ -71,7 +71,7 @@ class Kept:
 
 
 class Instance:
-    """See the module. ``errors``: -1, 0 or 1, the end of the costs' interval used."""
+    """See the module."""
 
     def __init__(
         self,
@@ -82,7 +82,6 @@ class Instance:
         prefix_tokens: int,
         recorder: EventRecorder | None,
         hooks: Hooks,
-        errors: int = 0,
         traffic: RunTraffic | None = None,
         acceptance: Acceptance | None = None,
     ) -> None:
@@ -92,7 +91,7 @@ class Instance:
         # Of a pipeline; they differ once a rank of one is slow or lost.
         self.stages = [(costs, pool.placement)] * spec.pp
         self.groups = D = costs.groups
-        self.hooks, self.recorder, self.errors, self.traffic = hooks, recorder, errors, traffic
+        self.hooks, self.recorder, self.traffic = hooks, recorder, traffic
         self.kv_bytes, self._group_bytes, self._prefix_tokens = pool.kv_bytes, pool.group_bytes, prefix_tokens
         self.block = spec.block_tokens
         capacity = pool.capacity_tokens // self.block
@@ -319,20 +318,16 @@ class Instance:
         now_s = self.clock.now_s
         load_LE = self.loads.at(now_s, "prefill" if batch.has_prefill else "decode")
         steps = self._stage_steps(batch, load_LE)
-        usual_s = total_s = sum(step.total_s for step in steps)
-        error = max(step.relative_error for step in steps)
-        if self.errors:
-            total_s = total_s * (1 + error) if self.errors > 0 else total_s / (1 + error)
+        total_s = sum(step.total_s for step in steps)
         host_s = self.spec.step_overhead + swapped_s + self._swap_s
         self._swap_s = 0.0
         duration_ns = max(1, nanoseconds(total_s + host_s))
         stats = self.stats
-        slowest = max(step.total_s for step in steps) / usual_s  # the next batch follows when that stage is free
+        slowest = max(step.total_s for step in steps) / total_s  # the next batch follows when that stage is free
         self.stage_free_ns = int(self.clock.now) + math.ceil(duration_ns * slowest)
-        scale = total_s / usual_s
-        stats.busy_R += np.concatenate([step.busy_R for step in steps]) * scale
+        stats.busy_R += np.concatenate([step.busy_R for step in steps])
         stats.stepping_s += duration_ns * 1e-9 * slowest
-        stats.exposed_s += sum(step.exposed_s for step in steps) / len(steps) * scale
+        stats.exposed_s += sum(step.exposed_s for step in steps) / len(steps)
         tokens = float(batch.tokens_D.sum())
         stats.start_s.append(now_s)
         stats.length_s.append(duration_ns * 1e-9)

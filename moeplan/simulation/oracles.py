@@ -45,8 +45,8 @@ class PlainCosts:
     def step(self, batch: Batch, placement: Placement, load_LE: Floats) -> StepSeconds:
         """The same on every rank."""
         total_s = self.base_s + self.per_token_s * float(batch.tokens_D.max()) + self.draft_s
-        drafts = StepSeconds(self.draft_s, 0.0, 0.0, np.full(self.groups, self.draft_s)) if self.draft_s else None
-        return StepSeconds(total_s, 0.0, 0.0, np.full(self.groups, total_s), drafts=drafts)
+        drafts = StepSeconds(self.draft_s, 0.0, np.full(self.groups, self.draft_s)) if self.draft_s else None
+        return StepSeconds(total_s, 0.0, np.full(self.groups, total_s), drafts=drafts)
 
     def forget(self, placement: Placement) -> None:
         """Nothing to forget."""

@@ -48,18 +48,16 @@ def simulate_service(
     pools: Sequence[Pool],
     *,
     keep_log: bool = True,
-    errors: int = 0,
     seed: int = 0,
     origin: dict[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> Served:
-    """Serve the requests to the end. ``errors``: -1, 0 or 1, the end of the costs' interval that every step takes;
-    ``seed`` draws which drafts are accepted.
+    """Serve the requests to the end; ``seed`` draws which drafts are accepted.
 
     Raises:
         InfeasibleError: a request cannot fit any group's cache, or every group has lost a rank.
     """
-    return _Service(spec, requests, pools, keep_log, errors, seed, progress).run(origin or {})
+    return _Service(spec, requests, pools, keep_log, seed, progress).run(origin or {})
 
 
 class _Service:
@@ -69,7 +67,6 @@ class _Service:
         requests: RequestTrace,
         pools: Sequence[Pool],
         keep_log: bool,
-        errors: int,
         seed: int,
         progress: Progress,
     ) -> None:
@@ -86,11 +83,11 @@ class _Service:
         self.stages: list[list[Instance]] = []
         self.num_ranks = 0
         for place, pool in enumerate(pools):
-            self.stages.append(self._instances(pool, keep_log, errors, seed))
+            self.stages.append(self._instances(pool, keep_log, seed))
             require_room(pool, requests, first=place == 0)
         self.router = Router(spec.router, self.clock, self.stages)
 
-    def _instances(self, pool: Pool, keep_log: bool, errors: int, seed: int) -> list[Instance]:
+    def _instances(self, pool: Pool, keep_log: bool, seed: int) -> list[Instance]:
         """Those of a pool, numbered after the ones before."""
         hooks = Hooks(self._finished, self._handed_over, self._fetch)
         drafts, acceptance = pool.engine.speculative, None
@@ -105,7 +102,7 @@ class _Service:
             found.append(
                 Instance(
                     self.clock, number + len(found), self.num_ranks, pool, self.trace.prefix_tokens, self.recorder,
-                    hooks, errors, traffic, acceptance,
+                    hooks, traffic, acceptance,
                 )
             )  # fmt: skip
             self.num_ranks += pool.cluster.num_ranks * pool.engine.pp

@@ -51,12 +51,10 @@ def serving(**fields: Any) -> ServingSpec:
     return ServingSpec.parse({"requests": requests} | fields, "test")
 
 
-def serve(
-    pools: Pool | list[Pool], trace: RequestTrace, replan: Replan | None = None, errors: int = 0, **fields: Any
-) -> Served:
+def serve(pools: Pool | list[Pool], trace: RequestTrace, replan: Replan | None = None, **fields: Any) -> Served:
     stages = pools if isinstance(pools, list) else [pools]
     stages = [replace(pool, replan=replan) for pool in stages] if replan else stages
-    return simulate_service(serving(**fields), trace, stages, errors=errors)
+    return simulate_service(serving(**fields), trace, stages)
 
 
 class Planner:
