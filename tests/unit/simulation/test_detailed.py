@@ -10,8 +10,8 @@ import pytest
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.profile import shipped_profile_for
 from moeplan.artifacts.routing_trace import RoutingTrace
-from moeplan.costs.passes import Batch
-from moeplan.costs.serving import ServingCosts
+from moeplan.costs.passes import Batch, no_chunks
+from moeplan.costs.serving import COST_PARTS, ServingCosts
 from moeplan.costs.step import StepModel
 from moeplan.costs.technique import Technique
 from moeplan.costs.traffic import Traffic, counted_traffic
@@ -197,6 +197,22 @@ def test_prompts_of_few_ranks_take_as_long_in_both_modes_of_a_service(rank: Rank
     batch = Batch(np.zeros(8), np.zeros(8), chunk_s_D4, new_D, True)
     found, played = (each.step(batch, placement, np.ones((1, 256))) for each in (costs, DetailedCosts(costs)))
     assert played.total_s == pytest.approx(found.total_s, rel=0.01)
+
+
+@pytest.mark.parametrize("part", COST_PARTS)
+def test_a_played_step_with_a_part_off_is_longer_as_the_step_modes_is(part: str) -> None:
+    model, cluster = _model("deepseek-v3", 2), cluster_for("h100", 2, 4)
+    placement, load_LE = _placement(cluster, 2, 256), np.ones((2, 256))
+    work = Workload(weight_dtype="fp8", activation_dtype="fp8")
+    costs = ServingCosts(model, cluster, work, Technique(dispatch="per_node"), None, 2048, 64, 2048)
+    every = np.full(8, 32.0)
+    batch = Batch(every, 512 * every, no_chunks(8), every, False)
+    base, played = costs.step(batch, placement, load_LE), DetailedCosts(costs).step(batch, placement, load_LE)
+    high = {part: 1}
+    off, found = (each.moved(high).step(batch, placement, load_LE) for each in (costs, DetailedCosts(costs)))
+    assert off.total_s > 1.001 * base.total_s
+    assert found.total_s / played.total_s == pytest.approx(off.total_s / base.total_s)
+    assert found.exposed_s / played.exposed_s == pytest.approx(off.exposed_s / base.exposed_s)
 
 
 @pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert"])
