@@ -126,15 +126,17 @@ def _arrivals(
     rank_WLR = share_WLR * top_k
     if dispatch != "per_expert":
         rank_WLR = touched_share(share_WLR, top_k) if counts is None else counts.rank_arrivals_WLR
+    homes = load.trace is not None and load.trace.source_rank_T is not None
+    if counts is None or not (homes or dispatch == "per_node"):
+        return nics.busiest(touched_share(_by_node(share_WLR, placement), top_k), rank_WLR), rank_WLR
     if dispatch == "per_node":
-        if counts is None:
-            return nics.busiest(touched_share(_by_node(share_WLR, placement), top_k), rank_WLR), rank_WLR
-        reach_WLN = counts.node_arrivals_WLN / np.maximum(nics.away_N, _TINY)
-        return nics.slowest(nics.into(counts.node_arrivals_WLN), reach_WLN), rank_WLR
-    if counts is None or load.trace is None or load.trace.source_rank_T is None:
-        return nics.busiest(_by_node(rank_WLR, placement), rank_WLR), rank_WLR
-    away_WLR = counts.away_pairs_WLR if dispatch == "per_expert" else counts.away_rank_arrivals_WLR
-    return nics.slowest(nics.of_ranks(away_WLR), _by_node(rank_WLR, placement)), rank_WLR
+        away_WLN = counts.node_arrivals_WLN
+        into_WLX = nics.into(away_WLN)
+    else:
+        away_WLR = counts.away_pairs_WLR if dispatch == "per_expert" else counts.away_rank_arrivals_WLR
+        away_WLN, into_WLX = _by_node(away_WLR, placement), nics.of_ranks(away_WLR)
+    # A node's own tokens reach the others as those of all nodes do; what is served at home is not sent.
+    return nics.slowest(into_WLX, away_WLN / np.maximum(nics.away_N, _TINY)), rank_WLR
 
 
 def _hops(load: ExpertLoad, placement: Placement) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:

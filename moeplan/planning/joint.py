@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from moeplan.artifacts.placement import EMPTY, Placement
 from moeplan.artifacts.plan import Status
+from moeplan.costs.counting import count_slots
 from moeplan.costs.evaluation import Evaluation, evaluate, transitions_of
 from moeplan.planning.balance import LayerLoad, balance_layer
 from moeplan.planning.budget import within_budget
@@ -155,7 +156,8 @@ def _plan(ready: Prepared, clock: Clock) -> PlanningResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Limits:
-    """What load a rank may take: the balanced plan's busiest per window, and prices in seconds above it.
+    """What load a rank may take: the balanced plan's busiest per window, and prices in seconds above it; and how many
+    tokens over its speed, all windows together.
 
     The step pays for the busiest rank alone, but a price on the peak alone gives a search no slope: half is charged
     on the peak, and each rank above the balanced plan's busiest pays up to ``slope``. Beyond the cap each pays twice
@@ -164,8 +166,16 @@ class _Limits:
 
     base_W: NDArray[np.float64]
     cap_W: NDArray[np.float64]
+    most_held: float
     slope: float
     steep: float
+
+
+def _held(problem: PlanningProblem, layer: int, row_P: Rows) -> NDArray[np.float64]:
+    """Tokens of the copy in each slot, all windows together; copies of an expert share them evenly."""
+    load_WLE = problem.load.load_LE[None, layer : layer + 1]
+    held_P: NDArray[np.float64] = count_slots(load_WLE, problem.placement(row_P[None]))[0, 0]
+    return held_P
 
 
 def _limits(ready: Prepared, layer: int, row_P: Rows) -> _Limits:
@@ -173,9 +183,11 @@ def _limits(ready: Prepared, layer: int, row_P: Rows) -> _Limits:
     base_W = rank_loads(load.copy_WEC, row_P, load.rank_of_slot_P, load.speed_R).max(axis=1)
     ranks = int(ready.problem.live_R.sum())
     by_traffic = ready.problem.objective.kind == "traffic"
+    held_R = np.bincount(load.rank_of_slot_P, _held(ready.problem, layer, row_P), len(load.speed_R))
     return _Limits(
         base_W=base_W,
         cap_W=np.maximum(ready.max_imbalance, 1e-3) * base_W,
+        most_held=float((held_R / load.speed_R).max()) * (1 + ready.max_imbalance) * (1 + 1e-9),
         slope=1e-3 * seconds if by_traffic else 0.5 * seconds / ranks,
         steep=2.0 * seconds,
     )
@@ -195,7 +207,9 @@ def _home(ready: Prepared, base_LP: Rows, clock: Clock, notes: list[str]) -> Row
         notes.append(f"the search looks at {len(ready.token_T)} of {trace.num_tokens} tokens, evenly spaced")
 
     rooms = NODE_ROOMS if _nodes_alike(problem) else ()
-    if not (rooms and problem.ranks_alike):
+    if problem.objective.dispatch != "per_node" and problem.ranks_per_node > 1:
+        rooms = rooms or (1.0,)  # no node is entered as one: ranks at once
+    elif not (rooms and problem.ranks_alike):
         rooms = (*rooms, 0.0)
 
     def search(layer: int) -> Rows:
@@ -288,24 +302,25 @@ def _search_layer(
     seed, heat = problem.seed * 2003 + layer, 0.3
     half = 0.5 * float(ready.seconds_L[layer]) if problem.objective.kind == "time" else 0.0
     cap_W = limits.cap_W
-    if data.ranks_per_group < problem.ranks_per_node:  # no node is entered as one: ranks at once
-        cap_W, node_room = cap_W * (node_room or 1.0), 0.0
+    if data.ranks_per_group < problem.ranks_per_node:
+        cap_W, node_room = cap_W * node_room, 0.0
     if node_room:
         even_W = np.ones(len(limits.base_W))
         best = anneal_home(
             data.bits_PM, data.away_GM, data.start_W, data.weight_W, row_P, data.cost_WP / problem.ranks_per_node,
             data.copy_of_slot_P.copy(), _node_of_slot(problem), data.first_G, data.first_G, 1,
-            problem.speed_R[:: problem.ranks_per_node], data.pace_G, data.pace_G, problem.ranks_per_node, even_W,
-            even_W * max(node_room * ready.max_imbalance, 1e-3),
-            limits.slope * problem.ranks_per_node, limits.steep, 0.0, data.group_price, 0.0, heat, budget // 2, seed,
+            problem.speed_R[:: problem.ranks_per_node], data.pace_X, data.pace_X, problem.num_nodes,
+            problem.ranks_per_node, even_W, even_W * max(node_room * ready.max_imbalance, 1e-3), np.zeros(len(row_P)),
+            0.0, limits.slope * problem.ranks_per_node, limits.steep, 0.0, data.group_price, 0.0, heat, budget // 2,
+            seed,
         )  # fmt: skip
         row_P = _inside_nodes(ready, layer, np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)]))
         data, budget, heat = layer_tokens(ready, layer, row_P), budget // 4, HOME_HEAT
     best = anneal_home(
         data.bits_PM, data.away_GM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P.copy(),
-        problem.rank_of_slot_P, data.first_R, data.first_G, data.ranks_per_group, problem.speed_R, data.pace_G,
-        data.pace_R, 1, limits.base_W, cap_W, 0.5 * limits.slope, limits.steep, half, data.group_price,
-        data.rank_price, heat, budget, seed,
+        problem.rank_of_slot_P, data.first_R, data.first_G, data.ranks_per_group, problem.speed_R, data.pace_X,
+        data.pace_R, problem.num_nodes, 1, limits.base_W, cap_W, _held(problem, layer, row_P), limits.most_held,
+        0.5 * limits.slope, limits.steep, half, data.group_price, data.rank_price, heat, budget, seed,
     )  # fmt: skip
     return np.where(best < 0, EMPTY, row_P[np.maximum(best, 0)])
 

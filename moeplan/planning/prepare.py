@@ -15,7 +15,7 @@ from moeplan.costs.counting import choose_slots, home_ranks, shares
 from moeplan.costs.evaluation import aggregate, copy_seconds, evaluate
 from moeplan.planning.balance import LayerLoad
 from moeplan.planning.problem import PlanningProblem
-from moeplan.planning.search_home import group_arrivals, pack_tokens
+from moeplan.planning.search_home import group_arrivals, pack_tokens, slowest_and_mean
 from moeplan.routing.loads import count_selections
 from moeplan.specs.workload import ReplicaSplit
 
@@ -164,9 +164,9 @@ class LayerTokens:
     """One layer as the token searches take it: the copy in slot ``s`` of the start is copy ``s``.
 
     Without tokens, or where dispatch does not look at them, there are no bits and nothing is charged for them.
-    Copies between nodes enter groups ``G``: nodes where they merge (``per_node``), else NICs.
-    ``away_GM``: tokens that are not at home in their nodes; where homes are not recorded, all of them. ``pace_G``,
-    ``pace_R``: time of an arrival over the usual one, by the links there.
+    Copies between nodes enter groups ``G``: nodes where they merge (``per_node``), else ranks.
+    ``away_GM``: tokens that are not at home in their nodes; where homes are not recorded, all of them. ``pace_X``
+    (nodes, or NICs of neighbouring ranks), ``pace_R``: time of an arrival over the usual one, by the links there.
     """
 
     bits_PM: NDArray[np.uint64]
@@ -177,7 +177,7 @@ class LayerTokens:
     copy_of_slot_P: NDArray[np.int64]
     first_R: NDArray[np.int64]
     first_G: NDArray[np.int64]
-    pace_G: NDArray[np.float64]
+    pace_X: NDArray[np.float64]
     pace_R: NDArray[np.float64]
     ranks_per_group: int
     group_price: float
@@ -202,15 +202,16 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
     slots = np.where(row_P == EMPTY, -1, np.arange(len(row_P)))
     dispatch = problem.objective.dispatch
     nics = problem.costs.nics(dispatch, problem.num_ranks, problem.num_nodes)
-    pace_R, pace_G = 1.0 / problem.costs.links(problem.num_ranks), nics.pace_G
-    ranks_per_group = problem.num_ranks // len(pace_G)
+    pace_R, pace_X = 1.0 / problem.costs.links(problem.num_ranks), nics.pace_G
+    ranks_per_group = problem.ranks_per_node if nics.merges else 1
     first_G = first_R[::ranks_per_group].copy()
+    groups = len(first_G) - 1
     if trace is None or token_T is None or window_T is None or not merges_or_knows_homes(problem):
         bits_PM, start_W = np.zeros((len(row_P), 0), np.uint64), np.zeros(len(cost_WP) + 1, np.int64)
         weight_W = np.full(len(cost_WP), 1.0 / len(cost_WP))
-        away_GM = np.zeros((len(pace_G), 0), np.uint64)
+        away_GM = np.zeros((groups, 0), np.uint64)
         return LayerTokens(
-            bits_PM, away_GM, start_W, weight_W, cost_WP, slots, first_R, first_G, pace_G, pace_R, ranks_per_group,
+            bits_PM, away_GM, start_W, weight_W, cost_WP, slots, first_R, first_G, pace_X, pace_R, ranks_per_group,
             0.0, 0.0,
         )  # fmt: skip
     live = np.flatnonzero(problem.live_R).astype(np.int32)
@@ -227,26 +228,26 @@ def layer_tokens(ready: Prepared, layer: int, row_P: NDArray[np.int64]) -> Layer
         slot_TK = slot_TK.reshape(-1, 1)
     bits_PM, start_W = pack_tokens(slot_TK, window_T, len(row_P))
     everyone_GM = ~np.zeros((1, bits_PM.shape[1]), np.uint64)
-    away_GM, group_price, rank_price = everyone_GM.repeat(len(pace_G), 0), ready.node_price_s, ready.rank_price_s
+    away_GM, group_price, rank_price = everyone_GM.repeat(groups, 0), ready.node_price_s, ready.rank_price_s
     if not nics.merges:
         group_price *= nics.per_node  # of a node's NICs each brings in its own part
     if problem.counts_homes:
         away_GM = ~pack_tokens((home_T // problem.ranks_per_node)[:, None], window_T, problem.num_nodes)[0]
-        away_GM = away_GM.repeat(len(pace_G) // problem.num_nodes, 0)
+        away_GM = away_GM.repeat(groups // problem.num_nodes, 0)
         group_price /= 1 - 1 / problem.num_nodes  # the share that is at home by chance is now counted
     if ready.weight_W is not None:
         weight_W *= ready.weight_W * len(cost_WP)
 
-    def busiest(first_G: NDArray[np.int64], away_GM: NDArray[np.uint64], pace_G: NDArray[np.float64]) -> float:
-        arrivals_WG = group_arrivals(bits_PM, slots, first_G, away_GM, start_W)
-        return float((weight_W @ arrivals_WG * pace_G).max())
+    def slowest(first_G: NDArray[np.int64], away_GM: NDArray[np.uint64], pace_X: NDArray[np.float64]) -> float:
+        arrivals_G = weight_W @ group_arrivals(bits_PM, slots, first_G, away_GM, start_W)
+        return float(slowest_and_mean(arrivals_G, pace_X, problem.num_nodes, away_GM is not everyone_GM)[0])
 
     # Dispatch takes the slower of two paths. Fewer nodes also means fewer ranks, not the other way round: ranks are
     # left out where nodes decide, nodes never.
-    if busiest(first_G, away_GM, pace_G) * group_price >= 1.3 * busiest(first_R, everyone_GM, pace_R) * rank_price:
+    if slowest(first_G, away_GM, pace_X) * group_price >= 1.3 * slowest(first_R, everyone_GM, pace_R) * rank_price:
         rank_price = 0.0
     return LayerTokens(
-        bits_PM, away_GM, start_W, weight_W, cost_WP, slots, first_R, first_G, pace_G, pace_R, ranks_per_group,
+        bits_PM, away_GM, start_W, weight_W, cost_WP, slots, first_R, first_G, pace_X, pace_R, ranks_per_group,
         group_price, rank_price,
     )  # fmt: skip
 

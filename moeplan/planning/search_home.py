@@ -25,6 +25,7 @@ __all__ = [
     "load_price",
     "pack_tokens",
     "peak_and_mean",
+    "slowest_and_mean",
 ]
 
 
@@ -124,23 +125,40 @@ def group_arrivals(bits_PM, copy_of_slot_P, group_first_G, away_GM, start_W):
 
 
 @njit(cache=True, nogil=True)
-def peak_and_mean(arrivals_WG, weight_W, pace_G):
-    """Half the slowest group plus half the mean: the peak is what is paid, the mean keeps the slope. An arrival at a
-    group takes ``pace_G`` of the usual time; it sends what others take in in the mean, which counts where it is slower.
+def slowest_and_mean(arrivals_G, pace_X, nodes, between):
+    """Arrivals at the place that takes longest, times its pace, and the mean over places.
+
+    A place carries the arrivals of neighbouring groups. It sends what places of the other nodes (``between``), or of
+    its own, take in in the mean, at the same time: that counts where it is slower than others.
     """
+    places = len(pace_X)
+    share = len(arrivals_G) // places
+    per_node = places // nodes
+    fastest = pace_X.min()
+    total = arrivals_G.sum()
+    peak = 0.0
+    mean = 0.0
+    for x in range(places):
+        carried = arrivals_G[x * share : (x + 1) * share].sum()
+        if pace_X[x] > fastest:
+            first = x // per_node * per_node * share
+            inside = arrivals_G[first : first + per_node * share].sum()
+            if not between:
+                carried = max(carried, inside / per_node)
+            elif nodes > 1:
+                carried = max(carried, (total - inside) / (places - per_node))
+        peak = max(peak, carried * pace_X[x])
+        mean += carried * pace_X[x] / places
+    return peak, mean
+
+
+@njit(cache=True, nogil=True)
+def peak_and_mean(arrivals_WG, weight_W, pace_X, nodes, between):
+    """Half the slowest place plus half the mean: the peak is what is paid, the mean keeps the slope."""
     total = 0.0
-    groups = arrivals_WG.shape[1]
-    fastest = pace_G.min()
-    for w in range(arrivals_WG.shape[0]):
-        peak = 0.0
-        mean = 0.0
-        for g in range(groups):
-            peak = max(peak, arrivals_WG[w, g] * pace_G[g])
-            mean += arrivals_WG[w, g] * pace_G[g]
-        for g in range(groups):
-            if pace_G[g] > fastest:
-                peak = max(peak, (arrivals_WG[w].sum() - arrivals_WG[w, g]) / (groups - 1) * pace_G[g])
-        total += weight_W[w] * 0.5 * (peak + mean / groups)
+    for w in range(len(weight_W)):
+        peak, mean = slowest_and_mean(arrivals_WG[w], pace_X, nodes, between)
+        total += weight_W[w] * 0.5 * (peak + mean)
     return total
 
 
@@ -170,11 +188,14 @@ def anneal_home(
     node_first_N,
     ranks_per_node,
     speed_R,
-    pace_N,
+    pace_X,
     pace_R,
+    whole,
     most_copies,
     base_W,
     cap_W,
+    held_P,
+    most_held,
     load_slope,
     load_steep,
     load_peak,
@@ -184,7 +205,8 @@ def anneal_home(
     proposals,
     seed,
 ):
-    """Simulated annealing over swaps of two slots' copies; returns the best arrangement found.
+    """Simulated annealing over swaps of two slots' copies; returns the best arrangement found within the limit of what
+    a rank holds, or the one nearest to it.
 
     Args:
         bits_PM, start_W: from :func:`pack_tokens`.
@@ -193,9 +215,11 @@ def anneal_home(
         load_WP: load of each copy per window, scaled so that the mean over ranks is 1.
         copy_of_slot_P: start; the copy in each slot, -1 for an empty one.
         rank_first_R, node_first_N: first slot of each rank / node, end appended.
-        pace_N, pace_R: time of an arrival over the usual one, by the links of each node / rank.
+        pace_X, pace_R: time of an arrival over the usual one, by the links of each node or NIC / rank.
+        whole: how many nodes there are.
         most_copies: of one expert on a rank; 1, or more where ranks stand for nodes.
-        base_W, cap_W: the balanced plan's busiest rank, and how far above it a rank may go.
+        base_W, cap_W: the balanced plan's busiest rank, and how far above it a rank had better not go.
+        held_P, most_held: what a copy adds to its rank, over the rank's speed, and what a rank may hold.
         load_slope, load_steep, load_peak, node_price, rank_price: seconds per unit of load up to the cap and beyond
             it, of the busiest rank's load, per node arrival and rank arrival.
         heat: start temperature over the mean change of a proposal.
@@ -212,12 +236,14 @@ def anneal_home(
     use_ranks = rank_price > 0.0 and ranks > 1
 
     load_WR = np.zeros((windows, ranks))
+    held_R = np.zeros(ranks)
     holds_RE = np.zeros((ranks, expert_of_copy_P.max() + 1), np.int32)
     for s in range(slots):
         c = copy_of_slot_P[s]
         if c >= 0:
             r = rank_of_slot_P[s]
             holds_RE[r, expert_of_copy_P[c]] += 1
+            held_R[r] += held_P[c] / speed_R[r]
             for w in range(windows):
                 load_WR[w, r] += load_WP[w, c] / speed_R[r]
 
@@ -246,8 +272,8 @@ def anneal_home(
             _arrivals(rank_occ[r], start_W, a_W)
             rank_WR[:, r] = a_W
 
-    current_node = peak_and_mean(node_WN, weight_W, pace_N)
-    current_rank = peak_and_mean(rank_WR, weight_W, pace_R)
+    current_node = peak_and_mean(node_WN, weight_W, pace_X, whole, True)
+    current_rank = peak_and_mean(rank_WR, weight_W, pace_R, whole, False)
     energy = node_price * current_node + rank_price * current_rank
     for w in range(windows):
         for r in range(ranks):
@@ -255,6 +281,7 @@ def anneal_home(
         energy += load_peak * load_WR[w].max() / windows
     best = copy_of_slot_P.copy()
     best_energy = energy
+    best_held = max(held_R.max(), most_held)
 
     warm = min(500, proposals // 10)
     changes = 0.0
@@ -312,7 +339,7 @@ def anneal_home(
             for w in range(windows):
                 a_W[w], node_WN[w, n1] = node_WN[w, n1], a_W[w]
                 b_W[w], node_WN[w, n2] = node_WN[w, n2], b_W[w]
-            new_node = peak_and_mean(node_WN, weight_W, pace_N)
+            new_node = peak_and_mean(node_WN, weight_W, pace_X, whole, True)
             delta += node_price * (new_node - current_node)
         if use_ranks:
             arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], all_M, start_W, c_W)
@@ -320,7 +347,7 @@ def anneal_home(
             for w in range(windows):
                 c_W[w], rank_WR[w, r1] = rank_WR[w, r1], c_W[w]
                 d_W[w], rank_WR[w, r2] = rank_WR[w, r2], d_W[w]
-            new_rank = peak_and_mean(rank_WR, weight_W, pace_R)
+            new_rank = peak_and_mean(rank_WR, weight_W, pace_R, whole, False)
             delta += rank_price * (new_rank - current_rank)
         if step < warm:
             changes += abs(delta)
@@ -338,6 +365,8 @@ def anneal_home(
             q = load_WP[w, c2] - load_WP[w, c1]
             load_WR[w, r1] += q / speed_R[r1]
             load_WR[w, r2] -= q / speed_R[r2]
+        held_R[r1] += (held_P[c2] - held_P[c1]) / speed_R[r1]
+        held_R[r2] += (held_P[c1] - held_P[c2]) / speed_R[r2]
         copy_of_slot_P[s1] = c2
         copy_of_slot_P[s2] = c1
         holds_RE[r1, e1] -= 1
@@ -363,7 +392,9 @@ def anneal_home(
             fill_group(
                 bits_PM, copy_of_slot_P, rank_first_R[r2], rank_first_R[r2 + 1], all_M, rank_occ[r2], rank_once[r2]
             )
-        if energy < best_energy - 1e-15:
+        held = max(held_R.max(), most_held)
+        if held < best_held or (held == best_held and energy < best_energy - 1e-15):
+            best_held = held
             best_energy = energy
             best[:] = copy_of_slot_P
     return best

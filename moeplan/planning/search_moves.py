@@ -46,8 +46,9 @@ def descend(
     node_first_N,
     ranks_per_node,
     speed_R,
-    pace_N,
+    pace_X,
     pace_R,
+    whole,
     held_RE,
     load_seconds,
     node_price,
@@ -101,8 +102,8 @@ def descend(
             for r in range(ranks):
                 power_W[w] += _high_power(load_WR[w, r])
         now = _load_seconds(power_W, live, load_seconds)
-        now += node_price * peak_and_mean(node_WN, weight_W, pace_N)
-        now += rank_price * peak_and_mean(rank_WR, weight_W, pace_R)
+        now += node_price * peak_and_mean(node_WN, weight_W, pace_X, whole, True)
+        now += rank_price * peak_and_mean(rank_WR, weight_W, pace_R, whole, False)
         best_rate = 1e-9
         best_1 = -1
         best_2 = -1
@@ -140,18 +141,18 @@ def descend(
                 for w in range(windows):
                     a_W[w], node_WN[w, n1] = node_WN[w, n1], a_W[w]
                     b_W[w], node_WN[w, n2] = node_WN[w, n2], b_W[w]
-                then += node_price * peak_and_mean(node_WN, weight_W, pace_N)
+                then += node_price * peak_and_mean(node_WN, weight_W, pace_X, whole, True)
                 for w in range(windows):
                     node_WN[w, n1], node_WN[w, n2] = a_W[w], b_W[w]
             else:
-                then += node_price * peak_and_mean(node_WN, weight_W, pace_N)
+                then += node_price * peak_and_mean(node_WN, weight_W, pace_X, whole, True)
             if rank_price > 0.0:
                 arrivals_after(rank_occ[r1], rank_once[r1], bits_PM[c1], bits_PM[c2], all_1M[0], start_W, c_W)
                 arrivals_after(rank_occ[r2], rank_once[r2], bits_PM[c2], bits_PM[c1], all_1M[0], start_W, d_W)
                 for w in range(windows):
                     c_W[w], rank_WR[w, r1] = rank_WR[w, r1], c_W[w]
                     d_W[w], rank_WR[w, r2] = rank_WR[w, r2], d_W[w]
-                then += rank_price * peak_and_mean(rank_WR, weight_W, pace_R)
+                then += rank_price * peak_and_mean(rank_WR, weight_W, pace_R, whole, False)
                 for w in range(windows):
                     rank_WR[w, r1], rank_WR[w, r2] = c_W[w], d_W[w]
             brought = (

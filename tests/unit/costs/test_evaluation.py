@@ -216,6 +216,16 @@ def test_where_the_nearest_copy_serves_ranks_work_on_the_pairs_counted():
 
 
 @pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert"])
+def test_what_is_served_at_home_is_not_sent_over_a_slow_link(dispatch):
+    tokens = np.array([[[0, 1]], [[1, 0]], [[2, 3]], [[3, 2]]])
+    trace = RoutingTrace(tokens, 4, (0,), source_rank_T=np.array([0, 1, 2, 3], np.int32))
+    placed = Placement(np.arange(4, dtype=np.int32)[None], np.arange(4, dtype=np.int32), 4, 4, 2)
+    costs = replace(COSTS, link_R=(1.0, 0.25, 1.0, 1.0))
+    given = ExpertLoad(np.full((1, 1, 4), 2.0), ("all",), (0,), 2, trace)
+    assert evaluate(given, placed, costs, Objective(dispatch=dispatch)).node_path_WL.tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("dispatch", ["per_node", "per_rank", "per_expert"])
 @pytest.mark.parametrize("tokens", [True, False])
 def test_copies_over_a_slow_link_take_longer(dispatch, tokens):
     given = load() if tokens else replace(load(), trace=None, window_T=None)

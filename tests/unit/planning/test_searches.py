@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moeplan.planning.exact import arrangements
-from moeplan.planning.search_home import anneal_home, group_arrivals, load_price, pack_tokens
+from moeplan.planning.search_home import anneal_home, group_arrivals, load_price, pack_tokens, slowest_and_mean
 from moeplan.planning.search_stay import anneal_stay, kept_value
 
 
@@ -67,6 +67,7 @@ class Home:
         self.load = rng.lognormal(0, 0.5, (windows, copies)) / copies * ranks
         self.speed = np.ones(ranks) if speeds is None else np.array(speeds)
         self.base, self.cap = np.full(windows, 1.0), np.full(windows, 0.2)
+        self.held, self.most = self.load.mean(axis=0), np.inf
         self.expert = np.arange(copies)
         self.prices = (0.05, 2.0, 0.1, node, rank)
         self.pace_R = np.array([slow] + [1.0] * (ranks - 1))
@@ -94,8 +95,8 @@ class Home:
         slope, steep, peak, node, rank = self.prices
         return anneal_home(
             self.bits, self.away, self.start, self.weight, self.expert, self.load, self.slots.copy(), self.rank_P,
-            self.first_R, self.first_N, self.per_node, self.speed, self.pace_N, self.pace_R, 1, self.base, self.cap,
-            slope, steep, peak, node, rank, 0.3, proposals, seed,
+            self.first_R, self.first_N, self.per_node, self.speed, self.pace_N, self.pace_R, len(self.pace_N), 1, self.base,
+            self.cap, self.held, self.most, slope, steep, peak, node, rank, 0.3, proposals, seed,
         )  # fmt: skip
 
 
@@ -153,6 +154,18 @@ def test_home_respects_a_cap_it_can_meet():
         home.base[:], home.cap[:] = best, 0.02
         found = home.search(20_000, seed)
         assert loads[found].reshape(4, 2).sum(axis=1).max() <= best * 1.02 + 1e-9
+
+
+def test_home_keeps_what_a_rank_may_hold_however_much_traffic_that_costs():
+    for seed in range(4):
+        home = Home(8, 4, 2, seed=seed, node=5.0, rank=0.0)
+        pairs = [np.argsort(row, kind="stable") for row in arrangements(8, 4)]
+        held = [home.held[slots].reshape(4, 2).sum(axis=1).max() for slots in pairs]
+        home.slots = pairs[int(np.argmin(held))].copy()
+        tight = min(held) * 1.02
+        assert home.held[home.search(20_000, seed)].reshape(4, 2).sum(axis=1).max() > tight
+        home.most = tight
+        assert home.held[home.search(20_000, seed)].reshape(4, 2).sum(axis=1).max() <= tight
 
 
 def test_load_price_rises_to_the_slope_at_the_cap():
