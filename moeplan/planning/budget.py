@@ -73,8 +73,8 @@ def _within_budget(ready: Prepared, current: Placement, max_moves: int, clock: C
         trail_SP = descend(
             data.bits_PM, data.away_GM, data.start_W, data.weight_W, row_P, data.cost_WP, data.copy_of_slot_P,
             problem.rank_of_slot_P, data.first_R, data.first_G, data.ranks_per_group, problem.speed_R, data.pace_X,
-            data.pace_R, problem.num_nodes, held[layer], float(ready.seconds_L[layer]), data.group_price, data.rank_price, most,
-            problem.seed * 3001 + layer,
+            data.pace_R, problem.num_nodes, held[layer], float(ready.seconds_L[layer]), data.group_price,
+            data.rank_price, most, problem.seed * 3001 + layer,
         )  # fmt: skip
         rows = np.where(trail_SP < 0, EMPTY, row_P[np.maximum(trail_SP, 0)])
         return _scored(problem, layer, np.concatenate([row_P[None], rows]))

@@ -206,7 +206,7 @@ def _home(ready: Prepared, base_LP: Rows, clock: Clock, notes: list[str]) -> Row
     if len(ready.token_T) < trace.num_tokens:
         notes.append(f"the search looks at {len(ready.token_T)} of {trace.num_tokens} tokens, evenly spaced")
 
-    rooms = NODE_ROOMS if _nodes_alike(problem) else ()
+    rooms: tuple[float, ...] = NODE_ROOMS if _nodes_alike(problem) else ()
     if problem.objective.dispatch != "per_node" and problem.ranks_per_node > 1:
         rooms = rooms or (1.0,)  # no node is entered as one: ranks at once
     elif not (rooms and problem.ranks_alike):

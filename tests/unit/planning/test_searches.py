@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moeplan.planning.exact import arrangements
-from moeplan.planning.search_home import anneal_home, group_arrivals, load_price, pack_tokens, slowest_and_mean
+from moeplan.planning.search_home import anneal_home, group_arrivals, load_price, pack_tokens
 from moeplan.planning.search_stay import anneal_stay, kept_value
 
 
@@ -95,8 +95,8 @@ class Home:
         slope, steep, peak, node, rank = self.prices
         return anneal_home(
             self.bits, self.away, self.start, self.weight, self.expert, self.load, self.slots.copy(), self.rank_P,
-            self.first_R, self.first_N, self.per_node, self.speed, self.pace_N, self.pace_R, len(self.pace_N), 1, self.base,
-            self.cap, self.held, self.most, slope, steep, peak, node, rank, 0.3, proposals, seed,
+            self.first_R, self.first_N, self.per_node, self.speed, self.pace_N, self.pace_R, len(self.pace_N), 1,
+            self.base, self.cap, self.held, self.most, slope, steep, peak, node, rank, 0.3, proposals, seed,
         )  # fmt: skip
 
 
