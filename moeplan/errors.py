@@ -64,11 +64,12 @@ class ProfileError(InputError):
 
 
 class UnknownNameError(InputError):
-    """A name is not in the list it is looked up in; the list is in the message."""
+    """A name is not in the list it is looked up in; the list is in the message, and what is ``meant`` by the name
+    elsewhere."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], meant: str | None = None) -> None:
         names = sorted(known)
-        close = get_close_matches(name.lower(), names, n=1)
+        close = [meant] if meant else get_close_matches(name.lower(), names, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         super().__init__(f"{kind} '{name}' is not known; {hint}choose one of: {', '.join(names)}")
 

@@ -15,6 +15,8 @@ from moeplan.errors import UnknownNameError
 
 __all__ = ["load_plugin", "plugin_names"]
 
+_ELSEWHERE = {"eplb": "greedy"}  # its policy, but for second copies on a rank: docs/decisions/0008
+
 
 @cache
 def _group(kind: str) -> dict[str, EntryPoint]:
@@ -34,5 +36,8 @@ def load_plugin(kind: str, name: str) -> Any:
     """
     points = _group(kind)
     if name not in points:
-        raise UnknownNameError(kind.removesuffix("s").replace("_", " "), name, points)
+        meant = _ELSEWHERE.get(name.lower())
+        raise UnknownNameError(
+            kind.removesuffix("s").replace("_", " "), name, points, meant if meant in points else None
+        )
     return points[name].load()

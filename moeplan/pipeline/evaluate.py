@@ -156,7 +156,7 @@ def evaluate_plans(
     Raises:
         InputError: a file is wrong, plan and trace are of different models, or placements of different ranks.
     """
-    planners = {path for path in plans if not path.exists() and str(path) in plugin_names("planners")}
+    planners = {path for path in plans if _names_planner(path)}
     files = [plan_file(path) for path in plans if path not in planners]
     if not files:
         names = ", ".join(map(str, plans))
@@ -194,6 +194,22 @@ def evaluate_plans(
     given = _Conditions(model, cluster, workload, objective, load, costs, notes)
     scores = iter([given.score_plan(plan, name) for plan, name in zip(loaded, formats, strict=True)])
     return [given.score_planner(str(path), loaded[0]) if path in planners else next(scores) for path in plans]
+
+
+def _names_planner(path: Path) -> bool:
+    """Whether a planner is meant: a name, not a path, and there is no such file.
+
+    Raises:
+        SpecError: no planner has that name.
+    """
+    name = str(path)
+    if path.exists() or path.suffix or path.name != name:
+        return False
+    try:
+        load_plugin("planners", name)
+    except UnknownNameError as error:
+        raise SpecError(f"--plan ({name}) is no file or directory, and {error}") from error
+    return True
 
 
 def differences(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:

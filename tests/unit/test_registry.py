@@ -23,6 +23,8 @@ def test_built_ins_come_in_by_the_plugin_door(kind, some):
 def test_a_wrong_name_is_answered_with_the_list():
     with pytest.raises(UnknownNameError, match=r"trace reader 'sglng' is not known; did you mean 'sglang'\?"):
         load_plugin("trace_readers", "sglng")
+    with pytest.raises(UnknownNameError, match=r"planner 'EPLB' is not known; did you mean 'greedy'\?"):
+        load_plugin("planners", "EPLB")
 
 
 def test_a_plugin_is_the_object_its_entry_point_names():

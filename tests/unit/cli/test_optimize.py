@@ -332,6 +332,13 @@ def test_evaluate_says_what_cannot_stand_side_by_side(run, place):
     assert (code, err) == (
         2, "error: --plan (greedy) names planners alone; give a plan or a file too, whose slots they fill\n"
     )  # fmt: skip
+    for name, meant in (("greddy", "greedy"), ("eplb", "greedy")):
+        code, _, err = run("evaluate", "--plan", "plan", "--plan", name, *words)
+        assert code == 2
+        assert f"--plan ({name}) is no file or directory, and planner '{name}' is not known" in err
+        assert f"did you mean '{meant}'? choose one of: contiguous, " in err
+    code, _, err = run("evaluate", "--plan", "plan", "--plan", "missing.json", *words)
+    assert (code, "missing.json" in err, "planner" in err) == (2, True, False)
 
 
 def test_evaluate_takes_the_plans_cluster_and_says_where_it_cannot(run, place):
