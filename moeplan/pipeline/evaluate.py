@@ -23,7 +23,7 @@ from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_notes, profi
 from moeplan.pipeline.job import SPLIT_OF_TARGET, with_shares
 from moeplan.pipeline.optimize import layer_evaluations, spec_sha256
 from moeplan.planning.problem import PlanningProblem
-from moeplan.registry import load_plugin, plugin_names
+from moeplan.registry import load_plugin
 from moeplan.routing.loads import expert_load
 from moeplan.specs.catalogue import slug
 from moeplan.specs.cluster import ClusterSpec

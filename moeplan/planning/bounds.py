@@ -322,7 +322,7 @@ def bounds_of(
             above_L = seconds_L - floor_L
             seconds_L = floor_L + above_L * ((total - floor_L.sum()) / max(above_L.sum(), 1e-300))
         answers.append(_bound("step time, s", seconds_L, floor_L, False, argument))
-    programmes = "; numbers of copies as linear programmes, every slot filled" if _alike(problem) else ""
+    programmes = "; numbers of copies as linear programmes" if _alike(problem) else ""
     argument = f"mean, costliest copy and pigeonhole{programmes}"
     answers.append(_bound("max/mean load", load_value, load_floor, True, argument))
     counts = found.counts

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations, combinations_with_replacement, product
 from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moeplan.errors import InfeasibleError
@@ -238,9 +238,27 @@ def test_the_copies_bound_stays_below_every_filling_of_larger_ranks(loads, slots
         assert copies_bound(load_E, ranks, slots, 1.0, value) <= best + 1e-9
 
 
-def test_the_copies_bound_counts_the_neighbours_of_a_hot_copy():
-    # 2 ranks of 3 slots, 3 experts: all are copied on both, so the answer is 1; the costliest copy alone says 0.9
-    assert copies_bound(np.array([1.8, 0.1, 0.1]), 2, 3, 0.9, 1.0 * 1.001) > 0.99
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=4), st.sampled_from([(2, 2), (2, 3), (3, 2), (2, 4)]))
+@example([7, 2, 2], (3, 2))  # two fifths of the first on one rank: 1.02, at best 1.14 with copies apart and slots full
+def test_the_copies_bound_holds_where_slots_are_empty_or_copies_together(loads, shape):
+    ranks, slots = shape
+    load_E = np.array(loads, float)
+    load_E *= ranks / load_E.sum()
+    every = list(combinations_with_replacement(range(-1, len(loads)), slots))  # -1 is an empty slot
+    count_XE = np.array([[row.count(e) for e in range(len(loads))] for row in every])
+    best = np.inf
+    for held in combinations_with_replacement(range(len(every)), ranks):
+        count_RE = count_XE[list(held)]
+        if count_RE.any(axis=0).all():
+            best = min(best, float((count_RE @ (load_E / count_RE.sum(axis=0))).max()))
+    for value in (best, best * 1.05, best * 1.2):
+        assert copies_bound(load_E, ranks, slots, 1.0, value) <= best + 1e-9
+
+
+def test_the_copies_bound_counts_the_neighbours_of_large_copies():
+    # 3 ranks of 2 slots: at best three copies of one large expert and two of the other, 4/9 beside 2/3
+    assert 1.1 < copies_bound(np.array([4.0, 4.0, 1.0]) / 3, 3, 2, 1.0, 1.5) <= 10 / 9
 
 
 def test_hot_experts_are_folded_over_all_ranks():
