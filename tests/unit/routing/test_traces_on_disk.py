@@ -383,7 +383,7 @@ def test_wrong_parquet(tmp_path):
     pq.write_table(table.set_column(0, "experts", pa.array([[1]] * 4)), tmp_path / "t.parquet")
     with pytest.raises(TraceError, match=r"must be a fixed-size list of layers \* k \(6\)"):
         read_trace(tmp_path / "t.parquet")
-    nulls = pa.array([[1] * 6, None, [1] * 6, [1] * 6], pa.list_(pa.uint8(), 6))
+    nulls = pa.array([[1] * 6, [1] * 5 + [None], [1] * 6, [1] * 6], pa.list_(pa.uint8(), 6))
     pq.write_table(table.set_column(0, "experts", nulls), tmp_path / "t.parquet")
     with pytest.raises(TraceError, match="has nulls"):
         read_trace(tmp_path / "t.parquet")
