@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from moeplan import __version__
 from moeplan.artifacts.expert_load import ExpertLoad
@@ -24,6 +23,7 @@ from moeplan.files import atomic_directory, canonical_json, sha256_bytes, write_
 from moeplan.pipeline.held_out import judged
 from moeplan.pipeline.job import Job, place, prepare, with_shares
 from moeplan.pipeline.show import evidence_of
+from moeplan.pipeline.threads import single_threaded
 from moeplan.planning.bounds import bounds_of
 from moeplan.planning.migration import align
 from moeplan.planning.problem import PlanningProblem, PlanningResult
@@ -82,7 +82,7 @@ def optimize(
         InputError: an input is wrong. InfeasibleError: no placement satisfies the limits.
     """
     # Layers run side by side on all cores; a numeric library's own threads under them only get in each other's way.
-    with threadpool_limits(1):
+    with single_threaded():
         job = prepare(scenario, windows, domain)
         problem = job.problem(job.load, progress)
         result = _chosen(job, problem)

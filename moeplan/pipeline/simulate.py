@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from moeplan import __version__
 from moeplan.artifacts.event_log import EventLog
@@ -48,6 +47,7 @@ from moeplan.pipeline.executor import Executor, Failure, InlineExecutor, executo
 from moeplan.pipeline.inputs import read_routing
 from moeplan.pipeline.intervals import cost_sides
 from moeplan.pipeline.serving import build_service, serving_costs_sha256
+from moeplan.pipeline.threads import single_threaded
 from moeplan.pipeline.training import (
     TRAINING_DIRECTIONS,
     TRAINING_EXACT,
@@ -163,7 +163,7 @@ def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
     scenario = run.scenario
     if scenario.training is not None:
         return _trained(run, progress)
-    with threadpool_limits(1):
+    with single_threaded():
         service = build_service(scenario, run.seed, run.ends, _routing)
         served = simulate_service(
             service.spec, service.requests, service.pools,
@@ -194,7 +194,7 @@ def _run(run: _Run, progress: Progress = no_progress) -> _Answer:
 def _trained(run: _Run, progress: Progress) -> _Answer:
     """A training run; nothing in it is drawn, so seeds do not differ."""
     origin = {"seed": run.seed, "scenario_sha256": _digest(run.scenario), "moeplan": __version__}
-    with threadpool_limits(1):
+    with single_threaded():
         found = simulate_training(run.scenario, origin, intervals=True, remedies=run.alone)
     progress("simulate", 1.0)
     result, cluster = found.result, found.cluster
