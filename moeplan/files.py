@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +24,6 @@ from moeplan.errors import InputError, SpecError
 
 __all__ = [
     "SUMS",
-    "as_made_afresh",
     "atomic_directory",
     "atomic_path",
     "canonical_json",
@@ -77,11 +77,18 @@ def _written_for(path: Path, temporary: Path) -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def as_made_afresh(path: Path, mode: int = 0o666) -> None:
-    """Give ``path`` the rights that new files have here: temporary ones are their owner's alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(mode & ~umask)
+def _made_beside(path: Path, make: Callable[[Path], None]) -> Path:
+    """A new sibling of ``path`` under a name of its own, with the rights that new files have here.
+
+    ``tempfile`` gives its owner alone rights; the umask that would mend them is read by setting it, for all threads.
+    """
+    while True:
+        place = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            make(place)
+        except FileExistsError:
+            continue
+        return place
 
 
 def require_other(out: Path | None, *inputs: Path | None) -> None:
@@ -100,12 +107,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; it is renamed over ``path`` only when the block succeeds."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = _made_beside(path, lambda place: place.touch(exist_ok=False))
     except OSError as error:
         raise _unwritable(path, error) from error
-    os.close(handle)
-    temporary = Path(name)
-    as_made_afresh(temporary)
     with _written_for(path, temporary):
         try:
             yield temporary
@@ -211,13 +215,12 @@ def atomic_directory(path: Path, what: str, files: Sequence[str]) -> Iterator[Pa
     path = require_place(path, what, files)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = _made_beside(path, Path.mkdir)
     except OSError as error:
         raise _unwritable(path, error) from error
     with _written_for(path, temporary):
         try:
             yield temporary
-            as_made_afresh(temporary, 0o777)
             _take_place(temporary, path, files)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -37,6 +37,16 @@ def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
 
 
+def test_nothing_that_is_the_process_s_is_changed_to_write(tmp_path, monkeypatch):
+    """The umask: other threads that write in between would get it too."""
+    monkeypatch.setattr("os.umask", lambda mask: pytest.fail("all threads have one umask"))
+    files.write_text(tmp_path / "a", "x")
+    (tmp_path / "other").mkdir()
+    with files.atomic_directory(tmp_path / "out", *PLAN):
+        pass
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_directory_takes_the_place_of_the_old_one_whole(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
