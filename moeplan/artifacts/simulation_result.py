@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeplan.errors import InputError
 from moeplan.files import canonical_json, read_json, sha256_bytes, write_text
-from moeplan.specs.base import validation_message
+from moeplan.specs.base import field_problems, validation_message
 
 __all__ = [
     "Assumption",
@@ -210,4 +210,5 @@ class SimulationResult(_Paper):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            raise InputError(validation_message(str(place), error)) from error
+            problems = field_problems(error)
+            raise InputError(validation_message(str(place), problems), problems) from error

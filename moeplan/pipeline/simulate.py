@@ -400,7 +400,7 @@ def cases_of(scenario: Scenario) -> list[tuple[dict[str, Any], Scenario | Moepla
             found.append((case, Scenario.parse(changed, where)))
         except MoeplanError as error:
             first = first or error
-            found.append((case, SpecError(str(error).removeprefix(f"{where}: "))))
+            found.append((case, SpecError(str(error).removeprefix(f"{where}: "), error.fields)))
     if first is not None and not any(isinstance(one, Scenario) for _, one in found):
         raise first
     return found

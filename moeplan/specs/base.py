@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from moeplan.errors import SpecError
+from moeplan.errors import FieldProblem, SpecError
 from moeplan.files import read_json, read_yaml
 
-__all__ = ["Spec", "read_document", "validation_message"]
+__all__ = ["Spec", "field_problems", "read_document", "validation_message"]
 
 
-def validation_message(where: str, error: ValidationError, model: type[BaseModel] | None = None) -> str:
-    """One line per wrong field: path (value): what is wrong; of ``model`` an unknown field's nearest name."""
-    lines = []
+def field_problems(error: ValidationError, model: type[BaseModel] | None = None) -> list[FieldProblem]:
+    """What is wrong with each field; of ``model`` an unknown field's nearest name."""
+    problems = []
     for item in error.errors(include_url=False):
         path, message = ".".join(str(part) for part in item["loc"]), item["msg"].removeprefix("Value error, ")
         if not path and item["type"] == "value_error":  # between fields, which the message names
-            lines.append(message)
+            problems.append(FieldProblem("", None, message))
             continue
         value = item["input"]
-        shown = f" ({value!r})" if isinstance(value, (str, int, float, bool)) and item["type"] != "missing" else ""
+        given = value if isinstance(value, (str, int, float, bool)) and item["type"] != "missing" else None
         if item["type"] == "extra_forbidden":
             message = "there is no such field" + _hint(model, item["loc"])
         message = _WORDS.get(item["type"], message.replace("Input should be", "must be"))
-        lines.append(f"{path or 'document'}{shown}: {message}")
+        problems.append(FieldProblem(path or "document", given, message))
+    return problems
+
+
+def validation_message(where: str, problems: Iterable[FieldProblem]) -> str:
+    """One line of all that is wrong: path (value): problem."""
+    lines = [
+        f"{one.field}{'' if one.value is None else f' ({one.value!r})'}: {one.problem}" if one.field else one.problem
+        for one in problems
+    ]
     return f"{where}: " + "; ".join(lines)
 
 
@@ -89,7 +99,8 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            raise SpecError(validation_message(where, error, cls)) from error
+            problems = field_problems(error, cls)
+            raise SpecError(validation_message(where, problems), problems) from error
 
     @classmethod
     def from_file(cls, path: Path) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,12 +29,24 @@ _INNER_FILES = (("serving", "requests", "file"), ("serving", "prefill", "placeme
 _NAMES_OR_FILES = ("model", "cluster")
 
 
+def _named_or(parse: Callable[[Any, str], Spec], value: Any, info: ValidationInfo) -> Any:
+    """A name as it is; fields as what they describe, their errors with this field before theirs."""
+    if not isinstance(value, dict):
+        return value
+    name = info.field_name or ""
+    try:
+        return parse(value, name)
+    except SpecError as error:
+        inner = [one._replace(field=f"{name}.{one.field}" if one.field else name) for one in error.fields]
+        raise SpecError(str(error), inner) from error
+
+
 def _named_or_model(value: Any, info: ValidationInfo) -> Any:
-    return ModelSpec.parse(value, info.field_name or "model") if isinstance(value, dict) else value
+    return _named_or(ModelSpec.parse, value, info)
 
 
 def _named_or_cluster(value: Any, info: ValidationInfo) -> Any:
-    return cluster_from_mapping(value, info.field_name or "cluster") if isinstance(value, dict) else value
+    return _named_or(cluster_from_mapping, value, info)
 
 
 class Scenario(Spec):
@@ -142,7 +155,7 @@ class Scenario(Spec):
         except (SpecError, UnknownNameError) as error:
             if str(error).startswith(where):
                 raise
-            raise SpecError(f"{where}: {error}") from error
+            raise SpecError(f"{where}: {error}", error.fields) from error
 
     @classmethod
     def from_file(cls, path: Path) -> Self:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from moeplan.errors import SpecError
+from moeplan.errors import SpecError, UnknownNameError
 from moeplan.pipeline.executor import Failure, InlineExecutor, ProcessExecutor, executor_for
 
 
@@ -45,3 +45,14 @@ def test_a_worker_takes_one_case_after_another() -> None:
     assert sorted(found) == list(range(6))
     assert len(set(found.values())) == 2
     assert os.getpid() not in found.values()
+
+
+def _unknown(_value: int) -> int:
+    raise UnknownNameError("backend", "nosuch", ["vllm"])
+
+
+def test_an_unknown_name_comes_back_from_a_worker_as_it_was_raised() -> None:
+    found: dict[int, Any] = {}
+    ProcessExecutor(2).run(_unknown, range(2), found.__setitem__)
+    assert [type(found[n].error) for n in range(2)] == [UnknownNameError] * 2
+    assert found[0].reason == "backend 'nosuch' is not known; choose one of: vllm"

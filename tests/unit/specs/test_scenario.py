@@ -122,3 +122,21 @@ def test_a_reserve_for_the_cache_needs_redundant_max() -> None:
         Scenario.parse(fields, "s")
     assert Scenario.parse(fields | {"redundant": "max"}, "s").kv_reserve == 20 * 2**30
     assert Scenario.parse(fields | {"sweep": {"redundant": ["max"]}}, "s").sweep
+
+
+def test_wrong_fields_are_told_to_programs_too():
+    with pytest.raises(SpecError, match="job: ranks") as caught:
+        Scenario.parse({"model": "mixtral-8x7b", "ranks": 0, "planer": "joint", "objective": {"kind": "speed"}}, "job")
+    found = {problem.field: problem for problem in caught.value.fields}
+    assert found.keys() == {"ranks", "planer", "objective.kind"}
+    assert found["ranks"].value == 0
+    assert "greater than 0" in found["ranks"].problem
+    assert found["planer"].problem == "there is no such field; did you mean 'planner'?"
+    assert found["objective.kind"].value == "speed"
+
+
+def test_wrong_fields_of_a_cluster_within_have_its_name_before_theirs():
+    cluster = {"accelerator": "h100", "num_nodes": 0, "ranks_per_node": 8}
+    with pytest.raises(SpecError, match="job: cluster: num_nodes") as caught:
+        Scenario.parse({"model": "mixtral-8x7b", "cluster": cluster}, "job")
+    assert [(problem.field, problem.value) for problem in caught.value.fields] == [("cluster.num_nodes", 0)]
