@@ -22,7 +22,7 @@ from moeplan.pipeline.exports import load_placement, own_plan
 from moeplan.pipeline.inputs import DECODE_BATCH, in_phase, profile_notes, profile_of, read_routing
 from moeplan.pipeline.job import SPLIT_OF_TARGET, with_shares
 from moeplan.pipeline.optimize import layer_evaluations, spec_sha256
-from moeplan.planning.problem import PlanningProblem
+from moeplan.planning.problem import PlanningProblem, answer_of
 from moeplan.registry import load_plugin
 from moeplan.routing.loads import expert_load
 from moeplan.specs.catalogue import slug
@@ -105,7 +105,7 @@ class _Conditions:
             speed_R=speeds(self.cluster), ranks_per_node=beside.ranks_per_node, costs=self.costs,
             objective=self.objective, num_groups=self.model.n_group or 1,
         )  # fmt: skip
-        placement = with_shares(problem, load_plugin("planners", planner)(problem).placement)
+        placement = with_shares(problem, answer_of(planner, load_plugin("planners", planner), problem).placement)
         return self.score(placement, beside.layer_ids, planner, self.notes)
 
     def score(

@@ -32,7 +32,7 @@ from moeplan.pipeline.inputs import (
     slots_of_ranks,
 )
 from moeplan.planning.migration import migration_of
-from moeplan.planning.problem import Planner, PlanningProblem, PlanningResult
+from moeplan.planning.problem import PlanningProblem, PlanningResult, answer_of
 from moeplan.planning.shares import weighted_shares
 from moeplan.planning.simple import contiguous
 from moeplan.progress import Progress, no_progress
@@ -234,8 +234,8 @@ def _costs(
 
 def place(job: Job, problem: PlanningProblem) -> PlanningResult:
     """What the scenario's planner answers."""
-    planner: Planner = load_plugin("planners", job.scenario.planner)
-    return planner(problem)
+    name = job.scenario.planner
+    return answer_of(name, load_plugin("planners", name), problem)
 
 
 def with_shares(problem: PlanningProblem, placement: Placement) -> Placement:

@@ -40,7 +40,7 @@ from moeplan.pipeline.inputs import (
 )
 from moeplan.pipeline.serving_limits import context_parallel_fits, coverage_notes, faults_fit, slo_possible
 from moeplan.planning.migration import align, migration_of
-from moeplan.planning.problem import PlanningProblem
+from moeplan.planning.problem import PlanningProblem, answer_of
 from moeplan.planning.simple import contiguous
 from moeplan.registry import load_plugin
 from moeplan.routing.loads import expert_load, pick_tokens
@@ -457,7 +457,7 @@ def _replanner(
         room = kv_room(_held(model, pool.engine), cluster, work, pool.engine, slots_R)
         load = ExpertLoad(load_LE[None], ("recent",), model.moe_layer_ids, model.top_k)
         problem = _problem(scenario, model, cluster, slots_R, load, profile)
-        found = load_plugin("planners", planner or usual)(problem).placement
+        found = answer_of(planner or usual, load_plugin("planners", planner or usual), problem).placement
         found = align(current, found, problem)
         moves = [_layer_moves(current, found, layer, expert_bytes, device) for layer in range(len(load_LE))]
         seconds_L, bytes_L = np.array(moves, float).T

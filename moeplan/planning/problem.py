@@ -13,10 +13,11 @@ from moeplan.artifacts.expert_load import ExpertLoad
 from moeplan.artifacts.placement import Placement
 from moeplan.artifacts.plan import Status
 from moeplan.costs.layer import LayerCosts
+from moeplan.errors import PlanError
 from moeplan.progress import Progress, no_progress
 from moeplan.specs.workload import Objective
 
-__all__ = ["STEP_TIME", "Planner", "PlanningProblem", "PlanningResult"]
+__all__ = ["STEP_TIME", "Planner", "PlanningProblem", "PlanningResult", "answer_of"]
 
 STEP_TIME = "step time"
 """``optimal_for`` of a plan whose predicted seconds, aggregated as the objective says, are proven least."""
@@ -149,3 +150,24 @@ class Planner(Protocol):
             InfeasibleError: no placement satisfies the limits; the message says which binds and by how much.
         """
         ...
+
+
+def answer_of(name: str, planner: Planner, problem: PlanningProblem) -> PlanningResult:
+    """What a planner called ``name`` answers.
+
+    Raises:
+        InfeasibleError: the planner's own. PlanError: its answer is no placement of this problem, which is its mistake.
+    """
+    found = planner(problem)
+    try:
+        if not isinstance(found, PlanningResult):
+            raise PlanError(f"a {type(found).__name__} is no PlanningResult")
+        placement, layers = found.placement, problem.load.num_layers
+        if placement.num_layers != layers:
+            raise PlanError(f"{placement.num_layers} layers are placed, the load has {layers}")
+        if not np.array_equal(placement.rank_of_slot_P, problem.rank_of_slot_P):
+            raise PlanError("its slots are not those asked for: rank_of_slot differs")
+        placement.require_valid(tuple(problem.experts_L.tolist()), allow_duplicates=True)
+    except PlanError as error:
+        raise PlanError(f"planner {name} answers wrongly: {error}; mend it: PlannerContract tests it") from error
+    return found

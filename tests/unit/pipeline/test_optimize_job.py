@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 
 from moeplan.artifacts.profile import HardwareProfile, Source, load_profile
 from moeplan.costs.evaluation import aggregate
-from moeplan.errors import SpecError, UnknownNameError
+from moeplan.errors import PlanError, SpecError, UnknownNameError
 from moeplan.files import sha256_file
 from moeplan.pipeline import held_out
 from moeplan.pipeline import optimize as pipeline_optimize
 from moeplan.pipeline.inputs import profile_of
 from moeplan.pipeline.optimize import optimize, write_plan
 from moeplan.planning.greedy import greedy
+from moeplan.planning.problem import PlanningResult
 from moeplan.reports.summary import rank_load, relative_loads
 from moeplan.specs.scenario import Scenario
 from moeplan.testing.exporters import tiny_model
@@ -240,3 +242,31 @@ def test_a_plan_is_written_whole(tokens, tmp_path):
     (tmp_path / "other" / "x").write_text("")
     with pytest.raises(SpecError, match="does not hold a plan"):
         write_plan(found, tmp_path / "other")
+
+
+def _first_expert_everywhere(problem):
+    return PlanningResult(problem.placement(np.zeros((problem.load.num_layers, problem.num_slots), np.int32)))
+
+
+def _other_ranks(problem):
+    return greedy(replace(problem, ranks_per_node=len(problem.slots_R), slots_R=problem.slots_R[::-1] * 2))
+
+
+def _one_layer(problem):
+    placement = greedy(problem).placement
+    return PlanningResult(replace(placement, physical_to_logical_LP=placement.physical_to_logical_LP[:1]))
+
+
+@pytest.mark.parametrize(
+    ("planner", "said"),
+    [
+        (lambda problem: None, "a NoneType is no PlanningResult"),
+        (_first_expert_everywhere, "layer 0: expert 1 has no slot"),
+        (_other_ranks, "its slots are not those asked for"),
+        (_one_layer, "1 layers are placed, the load has 3"),
+    ],
+)
+def test_a_planner_that_answers_wrongly_is_named(tokens, monkeypatch, planner, said):
+    monkeypatch.setattr("moeplan.pipeline.job.load_plugin", lambda group, name: planner)
+    with pytest.raises(PlanError, match=f"planner greedy answers wrongly: {said}"):
+        optimize(scenario(tokens))
