@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moeplan.artifacts.simulation_result import SimulationResult
     from moeplan.errors import (
         ExportError,
+        FieldProblem,
         InfeasibleError,
         InputError,
         MissingExtraError,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from moeplan.pipeline.evaluate import Score, evaluate_plan
     from moeplan.pipeline.exports import export_plan, import_plan
     from moeplan.pipeline.optimize import Optimized, optimize, write_plan
-    from moeplan.pipeline.simulate import simulate
+    from moeplan.pipeline.simulate import Simulated, Sweep, simulate, sweep, write_simulation
     from moeplan.routing.io import read_load, read_trace
     from moeplan.specs.cluster import ClusterSpec
     from moeplan.specs.clusters import find_cluster
@@ -54,6 +55,7 @@ _ROOM_OF = {
     "ClusterSpec": "specs.cluster",
     "ExpertLoad": "artifacts.expert_load",
     "ExportError": "errors",
+    "FieldProblem": "errors",
     "HardwareProfile": "artifacts.profile",
     "InfeasibleError": "errors",
     "InputError": "errors",
@@ -70,8 +72,10 @@ _ROOM_OF = {
     "RoutingTrace": "artifacts.routing_trace",
     "Scenario": "specs.scenario",
     "Score": "pipeline.evaluate",
+    "Simulated": "pipeline.simulate",
     "SimulationResult": "artifacts.simulation_result",
     "SpecError": "errors",
+    "Sweep": "pipeline.simulate",
     "TraceError": "errors",
     "UnknownNameError": "errors",
     "Workload": "specs.workload",
@@ -85,13 +89,16 @@ _ROOM_OF = {
     "read_load": "routing.io",
     "read_trace": "routing.io",
     "simulate": "pipeline.simulate",
+    "sweep": "pipeline.simulate",
     "write_plan": "pipeline.optimize",
+    "write_simulation": "pipeline.simulate",
 }
 
 __all__ = [
     "ClusterSpec",
     "ExpertLoad",
     "ExportError",
+    "FieldProblem",
     "HardwareProfile",
     "InfeasibleError",
     "InputError",
@@ -108,8 +115,10 @@ __all__ = [
     "RunError",
     "Scenario",
     "Score",
+    "Simulated",
     "SimulationResult",
     "SpecError",
+    "Sweep",
     "TraceError",
     "UnknownNameError",
     "Workload",
@@ -125,7 +134,9 @@ __all__ = [
     "read_load",
     "read_trace",
     "simulate",
+    "sweep",
     "write_plan",
+    "write_simulation",
 ]
 
 
