@@ -82,7 +82,8 @@ def _redundant(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 @click.option("--context", type=int, metavar="N", help="Tokens of KV cache per sequence in decode. [2048]")
 @click.option("--dtype", type=click.Choice(_CHOICES["dtype"]), help="Of the expert weights. [bf16]")
 @click.option("--seed", type=int, metavar="N", help="Same seed, same plan. [0]")
-@click.option("--time-limit", metavar="SECONDS", help="Stop searching after this time, as in '30 s' or 30.")
+@click.option("--time-limit", metavar="SECONDS",
+              help="Stop searching after this time, as in '30 s' or 30; scoring comes on top.")
 @click.option("--out", type=_FILE, help="Directory for plan.json and plan.html; an older plan there is replaced.")
 @output_options
 def optimize(scenario: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:

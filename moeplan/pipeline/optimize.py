@@ -86,7 +86,12 @@ def optimize(
         job = prepare(scenario, windows, domain)
         problem = job.problem(job.load, progress)
         result = _chosen(job, problem)
-        after = job.evaluate(result.placement, job.load)
+        progress("score", 0.0)
+        try:
+            after = job.evaluate(result.placement, job.load)
+        except KeyboardInterrupt:  # a plan stands with its figures; a second Ctrl-C ends without one
+            result, after = replace(result, status="interrupted"), job.evaluate(result.placement, job.load)
+        progress("score", 1.0)
         progress("prove", 0.0)
         bounds: tuple[Bound, ...] = ()
         try:

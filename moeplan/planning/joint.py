@@ -132,26 +132,26 @@ def _plan(ready: Prepared, clock: Clock) -> PlanningResult:
     base = problem.placement(base_LP)
     if problem.objective.kind == "load":
         return PlanningResult(base, clock.status)
-    exact = exact_placement(ready)
-    if exact is not None:
-        quantity = STEP_TIME if problem.objective.kind == "time" else "dispatch and combine time"
-        best = problem.placement(exact.row_LP)
-        now = _current(problem)
-        if now is not None and np.isclose(objective_value(problem, now), objective_value(problem, best), 1e-9, 0):
-            best = now
-        return PlanningResult(best, "optimal", quantity, argument=exact.argument)
-    notes: list[str] = []
+    best, notes = base, list[str]()
     try:
+        exact = exact_placement(ready)
+        if exact is not None:
+            quantity = STEP_TIME if problem.objective.kind == "time" else "dispatch and combine time"
+            best = problem.placement(exact.row_LP)
+            now = _current(problem)
+            if now is not None and np.isclose(objective_value(problem, now), objective_value(problem, best), 1e-9, 0):
+                best = now
+            return PlanningResult(best, "optimal", quantity, argument=exact.argument)
         traffic = _stay if problem.objective.return_mode == "stay" else _home
-        found_LP = traffic(ready, base_LP, clock, notes)
+        best = problem.placement(traffic(ready, base_LP, clock, notes))
+        if objective_value(problem, best) > objective_value(problem, base):
+            best = base
+            notes.append("the balanced plan was not beaten: traffic traded for load would cost more than it saves")
+        best, more = _unbeaten(ready, base, best)
+        notes += more
     except KeyboardInterrupt:
-        clock.status, found_LP = "interrupted", base_LP
-    found = problem.placement(found_LP)
-    if objective_value(problem, found) > objective_value(problem, base):
-        found = base
-        notes.append("the balanced plan was not beaten: traffic traded for load would cost more than it saves")
-    found, more = _unbeaten(ready, base, found)
-    return PlanningResult(found, clock.status, notes=(*notes, *more))
+        clock.status = "interrupted"
+    return PlanningResult(best, clock.status, notes=tuple(notes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ from moeplan.files import sha256_file
 from moeplan.pipeline import held_out
 from moeplan.pipeline import optimize as pipeline_optimize
 from moeplan.pipeline.inputs import profile_of
+from moeplan.pipeline.job import Job
 from moeplan.pipeline.optimize import optimize, write_plan
 from moeplan.planning.greedy import greedy
 from moeplan.planning.problem import PlanningResult
@@ -106,7 +107,7 @@ def test_a_plan_records_the_domain_it_was_made_on(tokens):
     assert {made["trace_sha256"] for made in recorded} == {sha256_file(named)}
 
 
-@pytest.mark.parametrize("stage", ["prove", "hold out"])
+@pytest.mark.parametrize("stage", ["score", "prove", "hold out"])
 def test_ctrl_c_after_the_search_keeps_the_plan(tokens, stage, monkeypatch):
     calls = []
 
@@ -116,7 +117,8 @@ def test_ctrl_c_after_the_search_keeps_the_plan(tokens, stage, monkeypatch):
             raise KeyboardInterrupt
         return original(*_words)
 
-    module, name = (pipeline_optimize, "bounds_of") if stage == "prove" else (held_out, "_split")
+    places = {"score": (Job, "evaluate"), "prove": (pipeline_optimize, "bounds_of"), "hold out": (held_out, "_split")}
+    module, name = places[stage]
     original = getattr(module, name)
     monkeypatch.setattr(module, name, stop)
     found = optimize(scenario(tokens))
@@ -124,7 +126,7 @@ def test_ctrl_c_after_the_search_keeps_the_plan(tokens, stage, monkeypatch):
     assert found.plan.verdict is not None
     assert found.plan.verdict.apply is False
     assert "interrupted" in found.plan.verdict.held_out or stage == "prove"
-    assert bool(found.plan.bounds) == (stage == "hold out")
+    assert bool(found.plan.bounds) == (stage != "prove")
 
 
 def test_windows_of_counts_are_held_out_only_where_both_halves_have_tokens(tmp_path):

@@ -10,6 +10,7 @@ from moeplan.artifacts.routing_trace import RoutingTrace
 from moeplan.costs.counting import count_loads, count_trace
 from moeplan.costs.evaluation import evaluate
 from moeplan.errors import InfeasibleError
+from moeplan.planning import joint as planning_joint
 from moeplan.planning.joint import _best_of, joint
 from moeplan.planning.migration import moves_needed
 from moeplan.planning.prepare import MAX_SEARCH_TOKENS, objective_value, prepare
@@ -171,6 +172,23 @@ def test_ctrl_c_keeps_what_was_found(mode):
     assert result.status == "interrupted"
     result.placement.require_valid()
     assert "search traffic" in seen
+
+
+@pytest.mark.parametrize("what", ["exact_placement", "objective_value", "_unbeaten"])
+def test_ctrl_c_around_the_search_keeps_what_was_found(what, monkeypatch):
+    """Before it the balanced plan stands, after it the one found, not yet held against others."""
+
+    def stop(*_words):
+        raise KeyboardInterrupt
+
+    problem = make_problem(layers=4, experts=16, ranks=4, ranks_per_node=2, tokens=700)
+    whole = joint(problem)
+    monkeypatch.setattr(planning_joint, what, stop)
+    result = joint(problem)
+    assert result.status == "interrupted"
+    result.placement.require_valid()
+    same = np.array_equal(result.placement.physical_to_logical_LP, whole.placement.physical_to_logical_LP)
+    assert same == (what != "exact_placement")
 
 
 def test_ctrl_c_while_worst_windows_are_searched_again_keeps_the_first_plan():
