@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moeplan.artifacts.placement import Placement
 from moeplan.errors import PlanError
 from moeplan.files import canonical_json, read_json, sha256_bytes, write_text
-from moeplan.specs.base import field_problems, validation_message
+from moeplan.specs.base import refused
 from moeplan.specs.workload import Objective, Workload
 
 __all__ = [
@@ -195,8 +195,7 @@ class Plan(_Paper):
         try:
             plan = cls.model_validate(value)
         except ValidationError as error:
-            problems = field_problems(error, cls)
-            raise PlanError(validation_message(where, problems), problems) from error
+            raise refused(PlanError, where, error, cls) from error
         widths = {len(row) for row in plan.physical_to_logical_map}
         if len(widths) != 1 or len(plan.physical_to_logical_map) != len(plan.layer_ids):
             raise PlanError(

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from moeplan.artifacts.profile_tables import TABLES, columns_of, measure_command
 from moeplan.errors import InputError, ProfileError, UnknownNameError
 from moeplan.files import atomic_directory, read_json, sha256_bytes, sha256_file
-from moeplan.specs.base import field_problems, validation_message
+from moeplan.specs.base import refused
 
 __all__ = [
     "PROFILE_PLACE",
@@ -237,9 +237,7 @@ class HardwareProfile:
         try:
             meta = ProfileMeta.model_validate(document)
         except ValidationError as error:
-            problems = field_problems(error)
-            said = validation_message(str(path), problems)
-            raise ProfileError(f"{said}; correct or restore the file", problems) from error
+            raise refused(ProfileError, str(path), error, None, "correct or restore the file") from error
         unknown = sorted(set(meta.tables) - set(TABLES))
         if unknown:
             raise ProfileError(f"{path}: tables ({', '.join(unknown)}) are not known; known: {', '.join(TABLES)}")

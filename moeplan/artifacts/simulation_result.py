@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeplan.errors import InputError
 from moeplan.files import canonical_json, read_json, sha256_bytes, write_text
-from moeplan.specs.base import field_problems, validation_message
+from moeplan.specs.base import refused
 
 __all__ = [
     "Assumption",
@@ -210,5 +210,4 @@ class SimulationResult(_Paper):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            problems = field_problems(error)
-            raise InputError(validation_message(str(place), problems), problems) from error
+            raise refused(InputError, str(place), error) from error

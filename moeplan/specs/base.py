@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from moeplan.errors import FieldProblem, SpecError
+from moeplan.errors import FieldProblem, MoeplanError, SpecError
 from moeplan.files import read_json, read_yaml
 
-__all__ = ["Spec", "field_problems", "read_document", "validation_message"]
+__all__ = ["Spec", "read_document", "refused"]
 
 
-def field_problems(error: ValidationError, model: type[BaseModel] | None = None) -> list[FieldProblem]:
-    """What is wrong with each field; of ``model`` an unknown field's nearest name."""
+def refused(
+    kind: type[MoeplanError], where: str, error: ValidationError, model: type[BaseModel] | None = None, *remedy: str
+) -> MoeplanError:
+    """The error of a document with wrong fields, in one line: path (value): what is wrong; of ``model`` an unknown
+    field's nearest name."""
+    problems = _field_problems(error, model)
+    lines = [
+        f"{one.field}{'' if one.value is None else f' ({one.value!r})'}: {one.problem}" if one.field else one.problem
+        for one in problems
+    ]
+    return kind(f"{where}: {'; '.join((*lines, *remedy))}", problems)
+
+
+def _field_problems(error: ValidationError, model: type[BaseModel] | None) -> list[FieldProblem]:
     problems = []
     for item in error.errors(include_url=False):
         path, message = ".".join(str(part) for part in item["loc"]), item["msg"].removeprefix("Value error, ")
@@ -30,15 +41,6 @@ def field_problems(error: ValidationError, model: type[BaseModel] | None = None)
         message = _WORDS.get(item["type"], message.replace("Input should be", "must be"))
         problems.append(FieldProblem(path or "document", given, message))
     return problems
-
-
-def validation_message(where: str, problems: Iterable[FieldProblem]) -> str:
-    """One line of all that is wrong: path (value): problem."""
-    lines = [
-        f"{one.field}{'' if one.value is None else f' ({one.value!r})'}: {one.problem}" if one.field else one.problem
-        for one in problems
-    ]
-    return f"{where}: " + "; ".join(lines)
 
 
 # Of pydantic's messages, those that speak of Python.
@@ -99,8 +101,7 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            problems = field_problems(error, cls)
-            raise SpecError(validation_message(where, problems), problems) from error
+            raise refused(SpecError, where, error, cls) from error
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
